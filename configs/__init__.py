@@ -1,0 +1,1 @@
+"""The YAML configurations that ship with depthmill, as package data."""

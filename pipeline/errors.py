@@ -1,0 +1,32 @@
+"""Everything that depthmill raises on purpose, under one root.
+
+A message says what value was met, what was expected, and what to do about it.
+"""
+
+
+class DepthmillError(Exception):
+    """Root of the tree: catch this to catch whatever depthmill raises on purpose."""
+
+
+class ConfigError(DepthmillError):
+    """An option or a configuration file that cannot be used as it stands."""
+
+
+class SourceError(DepthmillError):
+    """An input that cannot be opened or probed at all; other inputs go on."""
+
+
+class CheckpointError(DepthmillError):
+    """A checkpoint that is missing, incomplete, unsafe, or of another architecture."""
+
+
+class StoreError(DepthmillError):
+    """A store that cannot be created, written or read."""
+
+
+class StoreMismatchError(StoreError):
+    """A store that was made by another configuration, checkpoint or version of an input."""
+
+
+class TrainingError(DepthmillError):
+    """A training run that cannot start or go on."""

@@ -1,0 +1,1 @@
+"""Training the estimator: losses, data, and the loop."""

@@ -1,0 +1,124 @@
+"""The nouns of depthmill: what crosses the boundary between one module and the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Modality = Literal["depth", "normals"]
+SourceKind = Literal["video", "images"]
+
+# Codes of the store's `status` array.
+PENDING, LABELLED, FAILED = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One probed input.
+
+    Attributes:
+        id: Name of its group in the store; derived from `uri` alone, so that a rerun finds it again.
+        uri: Absolute path of the file or folder.
+        kind: What reads it.
+        frames: True number of frames: counted from the packets (video) or the files (images).
+        height: Rows in pixels, upright; for images, the tallest picture.
+        width: Columns in pixels, upright; for images, the widest picture.
+        fps: Mean frames per second, or None for images.
+        fingerprint: Hash of what must not change between two runs into one store.
+        time_s: (frames,) float64, seconds since the first frame; None for images.
+        keys: One name for each frame, unique in the source; None for video.
+    """
+
+    id: str
+    uri: str
+    kind: SourceKind
+    frames: int
+    height: int
+    width: int
+    fps: float | None
+    fingerprint: str
+    time_s: npt.NDArray[np.float64] | None = field(default=None, repr=False)
+    keys: tuple[str, ...] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, order=True)
+class Segment:
+    """A half-open run of frames [start, stop) of one source: the unit of work, retry and commit."""
+
+    source_id: str
+    start: int
+    stop: int
+
+    @property
+    def frames(self) -> int:
+        """Number of frames."""
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"{self.source_id}[{self.start}:{self.stop}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One frame as read: a picture, or the reason why there is none.
+
+    Attributes:
+        index: Position in its source, from 0.
+        image: (H, W, 3) uint8, sRGB, upright; None if it could not be read.
+        error: Why `image` is None, else "".
+    """
+
+    index: int
+    image: npt.NDArray[np.uint8] | None
+    error: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """What the model says of a batch of B frames of one size H x W.
+
+    Attributes:
+        depth: (B, H, W) float32 in [0, 1], affine-invariant, 0 near and 1 far; None if not asked for.
+        normals: (B, H, W, 3) float32 unit vectors in the camera's frame, x right, y up, z towards the viewer;
+            None if not asked for.
+    """
+
+    depth: npt.NDArray[np.float32] | None
+    normals: npt.NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A frame, or a whole source where `frame` is None, that has no labels, and why."""
+
+    uri: str
+    source_id: str | None
+    frame: int | None
+    reason: str
+
+
+class FrameSource(Protocol):
+    """An open input. One file in `pipeline/sources/` for each kind; `open_source` picks."""
+
+    def probe(self) -> Source:
+        """Describe the input: cheap enough to run on every worker, cached after the first call.
+
+        Raises:
+            SourceError: If there is nothing to read in it.
+        """
+        ...
+
+    def read(self, start: int, stop: int) -> Iterator[Frame]:
+        """Yield the frames [start, stop), one for each index, in order, whatever is broken in between.
+
+        The same frames, bit for bit, whether read as one run or in pieces. At most a bounded number is held ahead.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release files and threads."""
+        ...

@@ -1,0 +1,1 @@
+"""Running segments on Ray: the only folder that imports it."""
