@@ -1,0 +1,190 @@
+"""Makers of good and broken videos and pictures, each frame of which says its own index.
+
+The index is painted as eight large black or white blocks (four columns, two rows; lowest bit at the top left), which
+survive any codec: `read_index` finds it again without help from the reader under test.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Picture = npt.NDArray[np.uint8]
+
+os.environ.setdefault("SVT_LOG", "0")  # the AV1 encoder writes its settings to stderr
+
+HEIGHT, WIDTH = 48, 64
+
+
+def paint(index: int, height: int = HEIGHT, width: int = WIDTH) -> Picture:
+    """The picture of frame `index` (0 to 255): (height, width, 3) uint8."""
+    bits = np.array([(index >> bit) & 1 for bit in range(8)], dtype=bool).reshape(2, 4)
+    rows = np.arange(height) * 2 // height
+    columns = np.arange(width) * 4 // width
+    plane = np.where(bits[np.ix_(rows, columns)], 235, 20).astype(np.uint8)
+    return np.repeat(plane[..., None], 3, axis=2)
+
+
+def read_index(picture: Picture) -> int:
+    """The index that `paint` painted, read from the middle of each block."""
+    height, width = picture.shape[:2]
+    index = 0
+    for bit in range(8):
+        row = (2 * (bit // 4) + 1) * height // 4
+        column = (2 * (bit % 4) + 1) * width // 8
+        index |= int(picture[row, column].mean() > 127) << bit
+    return index
+
+
+def write_video(
+    path: Path,
+    *,
+    frames: int = 40,
+    height: int = HEIGHT,
+    width: int = WIDTH,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    fps: int = 25,
+    gop: int = 10,
+    bframes: int = 2,
+    options: dict[str, str] | None = None,
+    times_ms: Sequence[int] | None = None,
+    pictures: Sequence[Picture] | None = None,
+    tags: dict[str, int] | None = None,
+    container: dict[str, str] | None = None,
+) -> Path:
+    """Write a clip in the container that the suffix of `path` says; an MP4's index goes to its front.
+
+    Args:
+        path: File to write.
+        frames: Number of frames, painted with their index.
+        height: Rows.
+        width: Columns.
+        codec: Name of libav's encoder.
+        pix_fmt: Pixel format to encode.
+        fps: Frames a second, where `times_ms` does not say when each frame is shown.
+        gop: Frames from keyframe to keyframe.
+        bframes: Most B-frames in a row.
+        options: The encoder's own options.
+        times_ms: When each frame is shown, in ms: a variable frame rate.
+        pictures: RGB pictures to encode instead of the painted ones.
+        tags: Attributes to set on the encoder and on its frames: color_range, colorspace …
+        container: The muxer's own options.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    painted = pictures if pictures is not None else [paint(index, height, width) for index in range(frames)]
+    defaults = {"movflags": "+faststart"} if path.suffix in (".mp4", ".mov") else {}
+    rate = 1000 if times_ms is not None else fps
+    with av.open(str(path), "w", options=container if container is not None else defaults) as output:
+        stream: Any = output.add_stream(codec, rate=rate, options=_encoder_options(codec) | (options or {}))
+        stream.height, stream.width = painted[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        context = stream.codec_context
+        context.time_base = Fraction(1, rate)
+        context.gop_size = gop
+        context.max_b_frames = bframes
+        context.thread_count = 1
+        for name, value in (tags or {}).items():
+            setattr(context, name, value)
+        for index, picture in enumerate(painted):
+            frame = _encodable(picture, pix_fmt, tags or {})
+            frame.pts = times_ms[index] if times_ms is not None else index
+            frame.time_base = Fraction(1, rate)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return path
+
+
+def rotate_metadata(path: Path, degrees: int) -> Path:
+    """Make an MP4 or MOV say that its frames are shown turned clockwise by 0, 90, 180 or 270 degrees.
+
+    Written into the bytes of the track header, so that nothing depends on how libav reads or writes it.
+    """
+    cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    return set_display_matrix(path, cos, sin, -sin, cos)
+
+
+def set_display_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:
+    """Write the track header's matrix: a picture's (x, y) is shown at (a·x + c·y, b·x + d·y)."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 4
+    assert data[start] == 0, "a version 1 track header keeps its matrix elsewhere"
+    matrix = np.array([a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30], dtype=">i4")
+    data[start + 40 : start + 76] = matrix.tobytes()
+    path.write_bytes(data)
+    return path
+
+
+def truncate(path: Path, fraction: float = 0.5) -> Path:
+    """Keep only the first `fraction` of a file's bytes."""
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * fraction)])
+    return path
+
+
+def break_middle(path: Path, at: float = 0.5, length: int = 400) -> Path:
+    """Overwrite `length` bytes in the middle (`at`, a fraction) of a file with noise, always the same."""
+    data = bytearray(path.read_bytes())
+    start = int(len(data) * at)
+    noise = np.random.default_rng(0).integers(0, 256, length, dtype=np.uint8).tobytes()
+    data[start : start + length] = noise[: len(data) - start]
+    path.write_bytes(data)
+    return path
+
+
+def write_image(path: Path, index: int = 0, *, height: int = HEIGHT, width: int = WIDTH) -> Path:
+    """Write the painted picture `index` in the format that the suffix of `path` says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(paint(index, height, width)).save(path)
+    return path
+
+
+def write_image_folder(
+    path: Path,
+    *,
+    count: int = 6,
+    sizes: Sequence[tuple[int, int]] = ((HEIGHT, WIDTH),),
+    suffixes: Sequence[str] = (".png",),
+) -> list[Path]:
+    """Write `count` painted pictures, named in order, their (height, width) and suffix taking turns."""
+    return [
+        write_image(
+            path / f"{index:03d}{suffixes[index % len(suffixes)]}",
+            index,
+            height=sizes[index % len(sizes)][0],
+            width=sizes[index % len(sizes)][1],
+        )
+        for index in range(count)
+    ]
+
+
+def _encoder_options(codec: str) -> dict[str, str]:
+    return {
+        "libx264": {"preset": "veryfast", "crf": "12"},
+        "libx265": {"preset": "ultrafast", "crf": "12", "x265-params": "log-level=none:pools=none:frame-threads=1"},
+        "libvpx": {"deadline": "realtime", "crf": "10", "b": "1000000"},
+        "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8", "crf": "10", "b": "0"},
+        "libsvtav1": {"preset": "12", "svtav1-params": "lp=1"},
+        "mpeg2video": {"qmin": "2", "qmax": "4"},
+        "mpeg4": {"qmin": "2", "qmax": "4"},
+        "mjpeg": {"qmin": "2", "qmax": "4"},
+    }.get(codec, {})
+
+
+def _encodable(picture: Picture, pix_fmt: str, tags: dict[str, int]) -> av.VideoFrame:
+    """An RGB picture in the encoder's pixel format, in the range and with the matrix that `tags` name."""
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    full = pix_fmt.startswith("yuvj") or tags.get("color_range") == 2
+    matrix = {1: 1, 9: 9}.get(tags.get("colorspace", 0), 5)  # AVCOL_SPC_* -> SWS_CS_*: BT.709, BT.2020, else BT.601
+    converted = frame.reformat(format=pix_fmt, dst_colorspace=matrix, dst_color_range=2 if full else 1)
+    for name, value in tags.items():
+        setattr(converted, name, value)
+    return converted
