@@ -1,0 +1,324 @@
+"""What the store looks like on disk: the Zarr v3 metadata of every array, and how labels are packed into them.
+
+The metadata documents are written out here, key by key, rather than by a Zarr library: their bytes then depend on
+nothing but this file, and the root document can carry all of them ("consolidated"), which is what lets xarray open a
+store of thousands of sources with one read, and skip the files that are no part of the hierarchy (`run.json`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from depthmill.pipeline.errors import ConfigError
+from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Modality, Source
+
+Document = dict[str, Any]  # one zarr.json
+
+# Raised whenever a store written before could not be read as it is now.
+FORMAT = 1
+
+# One frame is the unit of random access, one shard the unit of writing: it is assembled in memory, canvas by canvas.
+MAX_SHARD_BYTES = 256 * 2**20
+
+# Depth is stored in steps of DEPTH_STEP, so that it is off by at most half of that: 9.8e-5. Steps 8x finer, which
+# 16 bits would hold, cost disk space for digits that no model of today gets right (benchmarks/codecs.md).
+DEPTH_STEP = 1 / 5120
+DEPTH_INVALID = 0xFFFF
+
+# Full scale of the integer types; float16 needs none.
+NORMALS_FULL_SCALE: dict[str, int | None] = {"int8": 127, "int16": 32767, "float16": None}
+
+CONVENTIONS = {
+    "depth": "affine-invariant, 0 = near, 1 = far; never rescaled per frame; NaN (stored 0xFFFF) where invalid",
+    "normals": "unit vectors in the camera's frame: x right, y up, z towards the viewer; (0, 0, 0) where invalid",
+    "size": "valid height and width of a row in pixels, from the top left; beyond it labels are invalid",
+    "time": "seconds since the first frame",
+    "status": "0 pending, 1 labelled, 2 failed",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How labels are laid out on disk; part of a store's identity.
+
+    Attributes:
+        labels: What is stored of a frame.
+        shard_frames: Frames in one file of each label, as long as one file is at most `MAX_SHARD_BYTES` before
+            compression; very large pictures are stored with fewer.
+        segment_frames: Frames committed at once; a multiple of `shard_frames`.
+        normals_dtype: int8 is off by at most 0.4 degrees, int16 and float16 by far less in twice the space.
+    """
+
+    labels: tuple[Modality, ...] = ("depth", "normals")
+    shard_frames: int = 16
+    segment_frames: int = 64
+    normals_dtype: Literal["int8", "int16", "float16"] = "int8"
+
+    def __post_init__(self) -> None:
+        known = get_args(Modality)
+        if not self.labels or len(set(self.labels)) < len(self.labels) or not set(self.labels) <= set(known):
+            raise ConfigError(f"labels is {list(self.labels)}: give one or more of {list(known)}, each once")
+        if self.shard_frames < 1:
+            raise ConfigError(f"shard_frames is {self.shard_frames}: give 1 or more")
+        if self.segment_frames < 1 or self.segment_frames % self.shard_frames:
+            raise ConfigError(
+                f"segment_frames is {self.segment_frames}: give a multiple of shard_frames ({self.shard_frames}),"
+                " so that no two segments share a file"
+            )
+        if self.normals_dtype not in NORMALS_FULL_SCALE:
+            raise ConfigError(f"normals_dtype is {self.normals_dtype!r}: give one of {list(NORMALS_FULL_SCALE)}")
+
+    def document(self) -> Document:
+        """The layout as JSON."""
+        return {**asdict(self), "labels": list(self.labels)}
+
+    @classmethod
+    def from_document(cls, document: Document) -> Layout:
+        """The layout that `document` was made from."""
+        return cls(**{**document, "labels": tuple(document["labels"])})
+
+    def frames_per_shard(self, height: int, width: int) -> int:
+        """Frames in one shard of a source of this canvas: `shard_frames`, halved until a shard is small enough."""
+        bytes_per_frame = height * width * (2 * ("depth" in self.labels) + self._bytes_per_normal)
+        frames = self.shard_frames
+        while frames > 1 and frames * bytes_per_frame > MAX_SHARD_BYTES:
+            frames //= 2
+        return frames
+
+    def frames_per_segment(self, height: int, width: int) -> int:
+        """Frames in one segment: as many shards as the layout's own segment has, so memory is bounded alike."""
+        return self.frames_per_shard(height, width) * (self.segment_frames // self.shard_frames)
+
+    @property
+    def _bytes_per_normal(self) -> int:
+        return 3 * np.dtype(self.normals_dtype).itemsize if "normals" in self.labels else 0
+
+
+def pack_depth(depth: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Pack depth.
+
+    Args:
+        depth: (H, W) float32 in [0, 1], clipped to it; NaN where invalid.
+
+    Returns:
+        (H, W) uint16 in steps of `DEPTH_STEP`; `DEPTH_INVALID` where invalid.
+    """
+    steps = np.rint(np.clip(depth, 0, 1) * np.float32(1 / DEPTH_STEP))
+    packed: npt.NDArray[np.uint16] = np.where(np.isnan(steps), DEPTH_INVALID, steps).astype(np.uint16)
+    return packed
+
+
+def pack_normals(normals: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+    """Pack normals.
+
+    Args:
+        normals: (H, W, 3) float32 unit vectors; (0, 0, 0) or NaN where invalid.
+        dtype: One of `NORMALS_FULL_SCALE`.
+
+    Returns:
+        (H, W, 3) of `dtype`; (0, 0, 0) where invalid.
+    """
+    normals = np.where(np.isnan(normals).any(-1, keepdims=True), np.float32(0), normals)
+    full_scale = NORMALS_FULL_SCALE[dtype]
+    if full_scale is None:
+        return normals.astype(dtype)
+    packed: npt.NDArray[Any] = np.rint(np.clip(normals, -1, 1) * np.float32(full_scale)).astype(dtype)
+    return packed
+
+
+def root_document(attributes: Document, members: dict[str, Document]) -> Document:
+    """The root group's zarr.json, carrying the metadata of all its members.
+
+    Args:
+        attributes: The root's attributes.
+        members: Path in the store -> zarr.json of that group or array.
+    """
+    metadata = {path: members[path] for path in sorted(members)}
+    consolidated = {"kind": "inline", "must_understand": False, "metadata": metadata}
+    return {**group_document(attributes), "consolidated_metadata": consolidated}
+
+
+def group_document(attributes: Document) -> Document:
+    """A group's zarr.json."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def source_attributes(source: Source) -> Document:
+    """Attributes of a source's group: what a reader needs, and what must not change between two runs."""
+    attributes: Document = {
+        "uri": source.uri,
+        "kind": source.kind,
+        "frames": source.frames,
+        "size": [source.height, source.width],
+        "fingerprint": source.fingerprint,
+    }
+    return attributes if source.fps is None else {**attributes, "fps": source.fps}
+
+
+def source_arrays(source: Source, layout: Layout) -> dict[str, Document]:
+    """The zarr.json of each array in a source's group, by name."""
+    F, H, W = source.frames, source.height, source.width
+    shard = layout.frames_per_shard(H, W)
+    segment = layout.frames_per_segment(H, W)
+    coordinate = "time" if source.time_s is not None else "key"
+    along = {"coordinates": coordinate}
+    arrays: dict[str, Document] = {}
+    if "depth" in layout.labels:
+        arrays["depth"] = _sharded(
+            shape=(F, H, W),
+            shard_frames=shard,
+            dtype="uint16",
+            fill=DEPTH_INVALID,
+            dimensions=("frame", "y", "x"),
+            attributes={
+                "long_name": "affine-invariant depth, 0 near, 1 far",
+                "units": "1",
+                "scale_factor": DEPTH_STEP,
+                "_FillValue": DEPTH_INVALID,
+                **along,
+            },
+        )
+    if "normals" in layout.labels:
+        full_scale = NORMALS_FULL_SCALE[layout.normals_dtype]
+        arrays["normals"] = _sharded(
+            shape=(F, H, W, 3),
+            shard_frames=shard,
+            dtype=layout.normals_dtype,
+            fill=0,
+            dimensions=("frame", "y", "x", "axis"),
+            attributes={
+                "long_name": "surface normals: x right, y up, z towards the viewer; (0, 0, 0) where invalid",
+                "units": "1",
+                **({} if full_scale is None else {"scale_factor": 1 / full_scale}),
+                **along,
+            },
+        )
+    if source.time_s is not None:
+        # "s", not "seconds", which xarray would decode into timedeltas.
+        attributes: Document = {"long_name": "time since the first frame", "units": "s"}
+        arrays["time"] = _plain(
+            shape=(F,), chunk_frames=F, dtype="float64", fill="NaN", dimensions=("frame",), attributes=attributes
+        )
+    if source.keys is not None:
+        attributes = {"long_name": "name of the picture"}
+        arrays["key"] = _plain(
+            shape=(F,), chunk_frames=F, dtype="string", fill="", dimensions=("frame",), attributes=attributes
+        )
+        attributes = {"long_name": "valid height and width", "units": "pixel", **along}
+        arrays["size"] = _plain(
+            shape=(F, 2),
+            chunk_frames=segment,
+            dtype="int32",
+            fill=0,
+            dimensions=("frame", "extent"),
+            attributes=attributes,
+        )
+    flags = {"flag_values": [PENDING, LABELLED, FAILED], "flag_meanings": "pending labelled failed"}
+    attributes = {"long_name": "what became of a frame", **flags, **along}
+    arrays["status"] = _plain(
+        shape=(F,), chunk_frames=segment, dtype="uint8", fill=PENDING, dimensions=("frame",), attributes=attributes
+    )
+    attributes = {"long_name": "why a frame failed", **along}
+    arrays["reason"] = _plain(
+        shape=(F,), chunk_frames=segment, dtype="string", fill="", dimensions=("frame",), attributes=attributes
+    )
+    return arrays
+
+
+def label_codecs(dtype: str, ndim: int) -> list[Document]:
+    """How one frame is compressed: the measured choice of benchmarks/codecs.md.
+
+    Only codecs of the Zarr v3 specification itself, so that every implementation reads them.
+    """
+    itemsize = np.dtype(dtype).itemsize
+    # Planes of x, y and z compress better than interleaved vectors.
+    planes = [{"name": "transpose", "configuration": {"order": [0, 3, 1, 2]}}] if ndim == 4 else []
+    return [*planes, _bytes(itemsize), _blosc("bitshuffle", itemsize)]
+
+
+def _sharded(
+    *,
+    shape: tuple[int, ...],
+    shard_frames: int,
+    dtype: str,
+    fill: float,
+    dimensions: tuple[str, ...],
+    attributes: Document,
+) -> Document:
+    index_codecs = [_bytes(8), {"name": "crc32c"}]
+    sharding = {
+        "chunk_shape": [1, *shape[1:]],
+        "codecs": label_codecs(dtype, len(shape)),
+        "index_codecs": index_codecs,
+        "index_location": "end",
+    }
+    codecs = [{"name": "sharding_indexed", "configuration": sharding}]
+    return _array(
+        shape=shape,
+        chunk_frames=shard_frames,
+        dtype=dtype,
+        fill=fill,
+        codecs=codecs,
+        dimensions=dimensions,
+        attributes=attributes,
+    )
+
+
+def _plain(
+    *,
+    shape: tuple[int, ...],
+    chunk_frames: int,
+    dtype: str,
+    fill: float | str,
+    dimensions: tuple[str, ...],
+    attributes: Document,
+) -> Document:
+    itemsize = 1 if dtype == "string" else np.dtype(dtype).itemsize
+    serializer = {"name": "vlen-utf8"} if dtype == "string" else _bytes(itemsize)
+    codecs = [serializer, _blosc("shuffle" if itemsize > 1 else "noshuffle", itemsize)]
+    return _array(
+        shape=shape,
+        chunk_frames=chunk_frames,
+        dtype=dtype,
+        fill=fill,
+        codecs=codecs,
+        dimensions=dimensions,
+        attributes=attributes,
+    )
+
+
+def _array(
+    *,
+    shape: tuple[int, ...],
+    chunk_frames: int,
+    dtype: str,
+    fill: float | str,
+    codecs: list[Document],
+    dimensions: tuple[str, ...],
+    attributes: Document,
+) -> Document:
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk_frames, *shape[1:]]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": fill,
+        "codecs": codecs,
+        "dimension_names": list(dimensions),
+        "attributes": attributes,
+    }
+
+
+def _bytes(itemsize: int) -> Document:
+    return {"name": "bytes", "configuration": {"endian": "little"}} if itemsize > 1 else {"name": "bytes"}
+
+
+def _blosc(shuffle: str, itemsize: int) -> Document:
+    configuration = {"cname": "zstd", "clevel": 5, "shuffle": shuffle, "typesize": itemsize, "blocksize": 0}
+    return {"name": "blosc", "configuration": configuration}
