@@ -62,14 +62,15 @@ def create(path: Path, layout: Layout, identity: Mapping[str, Any], *, overwrite
         "layout": layout.document(),
         "identity": json.loads(json.dumps(dict(identity))),
     }
-    found = _read_root(path)
+    root = _read_root(path)
+    found = None if root is None else _header(path, root)
     if found is None:
         _refuse_foreign(path)
-    elif overwrite or _BEING_REMOVED in _header(path, found):
+    elif overwrite or _BEING_REMOVED in found:
         _remove(path)
         found = None
     else:
-        differences = _differences(_header(path, found), header)
+        differences = _differences(found, header)
         if differences:
             raise StoreMismatchError(
                 f"{path} was made by another run:\n{differences}\n"
@@ -233,7 +234,11 @@ class Store:
         """One Zarr array of a source, as stored: packed, not decoded."""
         if f"{source_id}/{name}" not in self._members:
             raise StoreError(f"{self.path} has no array {name!r} of source {source_id!r}")
-        return zarr.open_array(AtomicStore(self.path), path=f"{source_id}/{name}", mode="r+", zarr_format=3)
+        # Pinned: a chunk of nothing but fill is no file, whatever the user set in zarr.config.
+        config = {"write_empty_chunks": False}
+        return zarr.open_array(
+            AtomicStore(self.path), path=f"{source_id}/{name}", mode="r+", zarr_format=3, config=config
+        )
 
     def _add(self, source: Source) -> None:
         attributes = source_attributes(source)
