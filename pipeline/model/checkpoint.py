@@ -1,0 +1,347 @@
+"""Checkpoints on disk: found, checked before anything is loaded, described, and loaded strictly.
+
+A checkpoint is a directory in diffusers layout, `unet/ vae/ scheduler/ tokenizer/ text_encoder/`, in safetensors: a
+pickle can run code when it is opened, and is refused. What the files do not say of themselves (where the normals' axes
+point, how the empty prompt is padded) is the checkpoint's description: `_PUBLISHED` for the known ones,
+`depthmill.json` beside `model_index.json` for those trained here, options for the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from depthmill.pipeline.config import DEMO
+from depthmill.pipeline.errors import CheckpointError
+from depthmill.pipeline.geometry import STORED_AXES, axes_signs
+from depthmill.pipeline.types import Modality
+
+DEFAULT_RESOLUTION = 768  # Marigold's and E2E-FT's, where a checkpoint does not carry its own
+DESCRIPTION_FILE = "depthmill.json"
+_WEIGHTS = ("unet", "vae", "text_encoder")
+_PARTS = (*_WEIGHTS, "scheduler", "tokenizer")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+PromptPadding = Literal["do_not_pad", "max_length"]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint's modules do not say of themselves.
+
+    Attributes:
+        modality: What it answers, or None if that is not known.
+        normals_axes: Where the x, y and z of its normals point.
+        prompt_padding: How its empty prompt is tokenised: 2 tokens, or padded to 77.
+        clip_normals: Whether the decoded normals are clipped to [-1, 1] before they are made unit: diffusers does so
+            for Marigold; the E2E-FT reference does not, and its loss leaves their length free.
+        full_z_range: False if the decoded z in [-1, 1] stands for [0, 1] (diffusers, `use_full_z_range`).
+    """
+
+    modality: Modality | None = None
+    normals_axes: str = STORED_AXES
+    prompt_padding: PromptPadding = "do_not_pad"
+    clip_normals: bool = True
+    full_z_range: bool = True
+
+
+# E2E-FT's ground-truth normals (Hypersim) have x to the left; its inference, like Marigold's, does not pad the prompt.
+_E2E_NORMALS = Description("normals", normals_axes="left-up-towards", clip_normals=False)
+_PUBLISHED = {
+    "GonzaloMG/marigold-e2e-ft-depth": Description("depth"),
+    "GonzaloMG/stable-diffusion-e2e-ft-depth": Description("depth"),
+    "GonzaloMG/marigold-e2e-ft-normals": _E2E_NORMALS,
+    "GonzaloMG/stable-diffusion-e2e-ft-normals": _E2E_NORMALS,
+    "GonzaloMG/marigold-normals": _E2E_NORMALS,
+    "prs-eth/marigold-depth-v1-0": Description("depth"),
+    "prs-eth/marigold-depth-v1-1": Description("depth"),
+    "prs-eth/marigold-normals-v0-1": Description("normals"),
+    "prs-eth/marigold-normals-v1-1": Description("normals"),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found and checked; nothing of it is in memory.
+
+    Attributes:
+        name: As the user gave it.
+        directory: Where its files are.
+        modality: What it is used for.
+        sha256: Of every file that is used, names included: its identity in a store.
+        processing_resolution: Longer side in pixels that it was trained for.
+        description: What its files do not say.
+    """
+
+    name: str
+    directory: Path
+    modality: Modality
+    sha256: str
+    processing_resolution: int
+    description: Description
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a store remembers of it."""
+        return {"name": self.name, "sha256": self.sha256, "normals_axes": self.description.normals_axes}
+
+
+def open_checkpoint(name: str, modality: Modality, *, normals_axes: str | None = None) -> Checkpoint:
+    """Find a checkpoint and check that it can be used, without loading it.
+
+    Args:
+        name: `demo`, a local directory, or a hub id, which is downloaded unless it is cached.
+        modality: What it is to answer.
+        normals_axes: Overrides the description's axes.
+
+    Raises:
+        CheckpointError: If it is not there, is incomplete, holds no safetensors, or answers something else.
+        ConfigError: If `normals_axes` names no axes.
+    """
+    directory = _locate(name, modality)
+    files = _files(name, directory)
+    index = _read_json(directory / "model_index.json")
+    description = _describe(name, directory, index)
+    if description.modality not in (None, modality):
+        raise CheckpointError(
+            f"checkpoint {name} answers {description.modality}, and was given for {modality}; "
+            f"expected a {modality} checkpoint: swap --checkpoint (depth) and --normals-checkpoint, or leave one out"
+        )
+    if normals_axes is not None:
+        description = replace(description, normals_axes=normals_axes)
+    axes_signs(description.normals_axes)
+    resolution = index.get("default_processing_resolution") or DEFAULT_RESOLUTION
+    return Checkpoint(name, directory, modality, _hash(directory, files), int(resolution), description)
+
+
+def load_vae(checkpoint: Checkpoint) -> AutoencoderKL:
+    """The autoencoder, float32, on the CPU, frozen."""
+    return _load(checkpoint, AutoencoderKL, "vae")
+
+
+def load_unet(checkpoint: Checkpoint) -> UNet2DConditionModel:
+    """The UNet, float32, on the CPU, frozen.
+
+    Raises:
+        CheckpointError: Also if its input is neither the picture's latent alone nor that and the noisy latent.
+    """
+    unet = _load(checkpoint, UNet2DConditionModel, "unet")
+    channels, latent = unet.config.in_channels, unet.config.out_channels
+    if channels not in (latent, 2 * latent):
+        raise CheckpointError(
+            f"{checkpoint.name}: the UNet takes {channels} channels; expected {latent} (picture) or {2 * latent} "
+            "(picture, noisy label): it was made for another task, inpainting perhaps"
+        )
+    return unet
+
+
+def load_scheduler(checkpoint: Checkpoint) -> DDIMScheduler:
+    """The noise schedule.
+
+    Raises:
+        CheckpointError: If it is no DDIM-type schedule, or its prediction type is unknown.
+    """
+    config = _read_json(checkpoint.directory / "scheduler" / "scheduler_config.json")
+    kind, prediction = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
+    if kind not in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler"):
+        raise CheckpointError(
+            f"{checkpoint.name}: its scheduler is {kind or 'unnamed'}; expected a DDIM-type one, whose single step "
+            "from zero noise is x0 (LCM checkpoints are of another kind): use the checkpoint that it was distilled from"
+        )
+    if prediction not in ("v_prediction", "epsilon", "sample"):
+        raise CheckpointError(
+            f"{checkpoint.name}: its scheduler's prediction_type is {prediction!r}; expected v_prediction, epsilon or "
+            "sample: correct scheduler/scheduler_config.json"
+        )
+    if config.get("thresholding"):
+        raise CheckpointError(
+            f"{checkpoint.name}: its scheduler asks for dynamic thresholding, which is for pixel-space models; "
+            "set thresholding to false in scheduler/scheduler_config.json"
+        )
+    # Fields of other schedulers (PNDM's `skip_prk_steps`) are no concern of ours and would only be warned about.
+    return DDIMScheduler.from_config({key: config[key] for key in config if key in _DDIM_FIELDS})
+
+
+_DDIM_FIELDS = frozenset(DDIMScheduler().config) - {"_class_name", "_diffusers_version"}
+
+
+def empty_prompt(checkpoint: Checkpoint) -> torch.Tensor:
+    """Embed the empty prompt, once; the text encoder is not kept.
+
+    Returns:
+        (1, tokens, width) float32: 2 tokens (begin, end), or 77 where the checkpoint's description says so.
+    """
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(checkpoint.directory / "tokenizer", local_files_only=True)
+        encoder, info = CLIPTextModel.from_pretrained(
+            checkpoint.directory / "text_encoder",
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise _unloadable(checkpoint, "text_encoder", error) from error
+    _check_strict(checkpoint, "text_encoder", info)
+    tokens = tokenizer(
+        "",
+        padding=checkpoint.description.prompt_padding,
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    with torch.inference_mode():
+        embedding: torch.Tensor = encoder.eval()(tokens)[0]
+    return embedding.clone()
+
+
+def same_vae(one: AutoencoderKL, other: AutoencoderKL) -> bool:
+    """Whether two autoencoders are the same, bit for bit, so that one can serve for both."""
+
+    def settings(vae: AutoencoderKL) -> dict[str, Any]:
+        return {key: value for key, value in vae.config.items() if not key.startswith("_")}
+
+    mine, its = one.state_dict(), other.state_dict()
+    return (
+        settings(one) == settings(other)
+        and mine.keys() == its.keys()
+        and all(torch.equal(mine[key], its[key]) for key in mine)
+    )
+
+
+def _locate(name: str, modality: Modality) -> Path:
+    if name == DEMO:
+        return Path(str(resources.files("depthmill.pipeline.model"))) / "demo" / modality
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    if Path(name).exists():
+        raise CheckpointError(
+            f"checkpoint {name} is a file; expected a directory with {', '.join(_PARTS)} in it (diffusers layout)"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise CheckpointError(
+            f"checkpoint {name} is no directory, nor a hub id (owner/name), nor {DEMO!r}: check the path"
+        )
+    try:
+        # Safetensors alone: neither pickles nor the half-precision copies beside them are fetched.
+        patterns = ["model_index.json", DESCRIPTION_FILE, "*/*.json", "*/*.txt", "*/*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {name} is no directory here, and could not be had from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); "
+            "check the name and the network, or download it elsewhere and give its directory"
+        ) from error
+
+
+def _files(name: str, directory: Path) -> list[Path]:
+    """The files of a checkpoint that are used, sorted; checked to be complete and safe."""
+    missing = [part for part in _PARTS if not (directory / part).is_dir()]
+    if missing or not (directory / "model_index.json").is_file():
+        what = ", ".join([*missing, *([] if (directory / "model_index.json").is_file() else ["model_index.json"])])
+        raise CheckpointError(
+            f"checkpoint {name} lacks {what}; expected a directory in diffusers layout with {', '.join(_PARTS)} and "
+            f"model_index.json: {directory} holds something else, or was not copied whole"
+        )
+    for part in _WEIGHTS:
+        if not any((directory / part).glob("*.safetensors")):
+            pickles = sorted(
+                path.name for path in (directory / part).iterdir() if path.suffix in (".bin", ".pt", ".ckpt")
+            )
+            found = f"only {', '.join(pickles)}, a pickle, which can run code when opened" if pickles else "no weights"
+            raise CheckpointError(
+                f"checkpoint {name}: {part}/ holds {found}; expected .safetensors: "
+                "load it with diffusers where you trust it, and save_pretrained(..., safe_serialization=True)"
+            )
+    wanted = [directory / "model_index.json", directory / DESCRIPTION_FILE]
+    wanted += [path for part in _PARTS for path in (directory / part).iterdir()]
+    return sorted(path for path in wanted if path.suffix in (".json", ".txt", ".safetensors") and path.is_file())
+
+
+def _hash(directory: Path, files: list[Path]) -> str:
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(f"{path.relative_to(directory).as_posix()} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def _describe(name: str, directory: Path, index: dict[str, Any]) -> Description:
+    if name in _PUBLISHED:
+        return _PUBLISHED[name]
+    declared = index.get("prediction_type")
+    description = Description(
+        modality=declared if declared in ("depth", "normals") else None,
+        full_z_range=bool(index.get("use_full_z_range", True)),
+    )
+    if not (directory / DESCRIPTION_FILE).is_file():
+        return description
+    extra = _read_json(directory / DESCRIPTION_FILE)
+    try:
+        return replace(description, **extra)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{directory / DESCRIPTION_FILE} holds {sorted(extra)}; expected keys of {sorted(Description().__dict__)}"
+        ) from error
+
+
+def _load(checkpoint: Checkpoint, kind: type[Any], part: str) -> Any:
+    try:
+        module, info = kind.from_pretrained(
+            checkpoint.directory / part,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise _unloadable(checkpoint, part, error) from error
+    _check_strict(checkpoint, part, info)
+    return module.eval().requires_grad_(False)
+
+
+def _check_strict(checkpoint: Checkpoint, part: str, info: dict[str, Any]) -> None:
+    """Refuse what the libraries let pass with a warning: weights left random, or left over."""
+    wrong = {
+        kind: sorted(map(str, info.get(kind) or ()))
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    }
+    wrong = {kind: keys for kind, keys in wrong.items() if keys}
+    if wrong:
+        shown = "; ".join(
+            f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+            for kind, keys in wrong.items()
+        )
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name}: {part}/ does not fit its own config.json ({shown}); "
+            "expected every weight, once: the files are damaged or of different checkpoints; fetch it again"
+        )
+
+
+def _unloadable(checkpoint: Checkpoint, part: str, error: Exception) -> CheckpointError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(
+        f"checkpoint {checkpoint.name}: {part}/ cannot be loaded ({reason}); expected a Stable-Diffusion {part} in "
+        f"diffusers layout: check {checkpoint.directory / part}, or fetch it again"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+    return content

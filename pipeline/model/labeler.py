@@ -1,0 +1,229 @@
+"""The labeler: uint8 frames in, labels out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from depthmill.pipeline.config import DEMO, LabelConfig
+from depthmill.pipeline.errors import ConfigError
+from depthmill.pipeline.geometry import from_network, processed_size, to_network
+from depthmill.pipeline.model.checkpoint import Checkpoint, open_checkpoint
+from depthmill.pipeline.model.single_step import SingleStep, unit
+from depthmill.pipeline.types import Labels, Modality
+
+log = logging.getLogger(__name__)
+
+
+class Labeler:
+    """A loaded model. Call it on a batch of frames.
+
+    Attributes:
+        checkpoints: What is loaded, one for each label.
+        processing_resolution: Longer side in pixels at which the network sees a frame.
+        batch_size: Most frames in one forward pass; halved, and kept so, when the GPU runs out of memory.
+        device: Where the network is.
+        dtype: Of the network.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        *,
+        processing_resolution: int | None = None,
+        batch_size: int = 8,
+        device: str = "auto",
+        dtype: str = "auto",
+    ):
+        """Load the network.
+
+        Args:
+            checkpoints: One or two, of different modalities.
+            processing_resolution: Overrides the checkpoints' own, of which the first one's holds.
+            batch_size: Most frames in one forward pass.
+            device: `auto` (CUDA where there is one), or a torch device.
+            dtype: `auto`, `float32`, `bfloat16` or `float16`.
+
+        Raises:
+            CheckpointError: If a checkpoint cannot be loaded.
+            ConfigError: If there is no such device.
+        """
+        self.checkpoints = tuple(checkpoints)
+        self.processing_resolution = processing_resolution or checkpoints[0].processing_resolution
+        self.batch_size = batch_size
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        self._network = SingleStep(list(checkpoints), self.device, self.dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path = DEMO,
+        normals_checkpoint: str | Path | None = None,
+        *,
+        labels: tuple[Modality, ...] | None = None,
+        normals_axes: str | None = None,
+        processing_resolution: int | None = None,
+        batch_size: int = 8,
+        device: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    ) -> Self:
+        """Open and load checkpoints by name.
+
+        Args:
+            checkpoint: Depth checkpoint: `demo` (inside the package), a directory in diffusers layout, or a hub id.
+            normals_checkpoint: The same for normals.
+            labels: What to predict; left out, whatever there is a checkpoint for.
+            normals_axes: Where the normals checkpoint's axes point, as in `left-up-towards`, if it does not say.
+            processing_resolution: Longer side in pixels at which the network sees a frame.
+            batch_size: Most frames in one forward pass.
+            device: `auto` (CUDA where there is one), or a torch device.
+            dtype: `auto`: bfloat16 on CUDA, float32 on the CPU.
+
+        Raises:
+            ConfigError: If the options do not go together.
+            CheckpointError: If a checkpoint is missing, incomplete, unsafe or of another kind.
+        """
+        if labels is None:
+            both = normals_checkpoint is not None or str(checkpoint) == DEMO
+            labels = ("depth", "normals") if both else ("depth",)
+        try:
+            config = LabelConfig(
+                checkpoint=str(checkpoint),
+                normals_checkpoint=None if normals_checkpoint is None else str(normals_checkpoint),
+                labels=labels,
+                normals_axes=normals_axes,
+                processing_resolution=processing_resolution,
+                batch_size=batch_size,
+                device=device,
+                dtype=dtype,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return cls.from_config(config, open_checkpoints(config))
+
+    @classmethod
+    def from_config(cls, config: LabelConfig, checkpoints: Sequence[Checkpoint]) -> Self:
+        """Load `checkpoints` with the options of a labelling run."""
+        return cls(
+            checkpoints,
+            processing_resolution=config.processing_resolution,
+            batch_size=config.batch_size,
+            device=config.device,
+            dtype=config.dtype,
+        )
+
+    def __call__(self, frames: npt.NDArray[np.uint8]) -> Labels:
+        """Label a batch of frames of one size.
+
+        Args:
+            frames: (B, H, W, 3) uint8, sRGB.
+
+        Returns:
+            Labels at the frames' own size: depth (B, H, W) float32 in [0, 1], 0 near; normals (B, H, W, 3) float32
+            unit, x right, y up, z towards the viewer.
+
+        Raises:
+            ValueError: If the frames have another shape or dtype.
+        """
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+            raise ValueError(
+                f"frames is {frames.dtype} of shape {frames.shape}; expected uint8 (B, H, W, 3): "
+                "one frame is frame[None]"
+            )
+        if not len(frames):
+            shape = frames.shape[:3]
+            wanted = {checkpoint.modality for checkpoint in self.checkpoints}
+            return Labels(
+                depth=np.zeros(shape, np.float32) if "depth" in wanted else None,
+                normals=np.zeros((*shape, 3), np.float32) if "normals" in wanted else None,
+            )
+        labels = self.label(list(frames))
+        depths = [one.depth for one in labels if one.depth is not None]
+        normals = [one.normals for one in labels if one.normals is not None]
+        return Labels(
+            depth=np.concatenate(depths) if depths else None, normals=np.concatenate(normals) if normals else None
+        )
+
+    def processed_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size at which the network sees a frame: frames of one such size can share a batch."""
+        return processed_size(height, width, self.processing_resolution)
+
+    def label(self, frames: Sequence[npt.NDArray[np.uint8]]) -> list[Labels]:
+        """Label frames that share a processed size, though their own may differ.
+
+        Args:
+            frames: Each (H, W, 3) uint8; all of one `processed_size`.
+
+        Returns:
+            One `Labels` a frame, B = 1, at that frame's size.
+        """
+        done: list[Labels] = []
+        while len(done) < len(frames):
+            batch = frames[len(done) : len(done) + self.batch_size]
+            try:
+                done += self._forward(batch)
+            except torch.cuda.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+                self.batch_size = max(1, min(self.batch_size, len(batch)) // 2)
+                torch.cuda.empty_cache()
+                log.warning("out of GPU memory: going on with batches of %d frames", self.batch_size)
+        return done
+
+    def _forward(self, frames: Sequence[npt.NDArray[np.uint8]]) -> list[Labels]:
+        size = self.processed_size(*frames[0].shape[:2])
+        pictures = torch.stack(
+            [to_network(torch.from_numpy(frame).to(self.device), size, self._network.factor) for frame in frames]
+        )  # (B, 3, h', w')
+        answers = self._network(pictures)
+        labels = []
+        for i, frame in enumerate(frames):
+            original = (frame.shape[0], frame.shape[1])
+            depth = normals = None
+            if "depth" in answers:
+                depth = from_network(answers["depth"][i], size, original).cpu().numpy()  # (1, H, W)
+            if "normals" in answers:
+                resized = unit(from_network(answers["normals"][i], size, original))
+                normals = resized.permute(1, 2, 0)[None].cpu().numpy()  # (1, H, W, 3)
+            labels.append(Labels(depth=depth, normals=normals))
+        return labels
+
+
+def open_checkpoints(config: LabelConfig) -> list[Checkpoint]:
+    """Find and check the checkpoints of a run, depth first, without loading them."""
+    return [
+        open_checkpoint(name, modality, normals_axes=config.normals_axes if modality == "normals" else None)
+        for modality, name in config.checkpoints.items()
+    ]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for `name`, checked to exist; `auto` is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device is {name!r}, which torch cannot use here ({str(error).splitlines()[0]}); "
+            "expected auto, cpu, or cuda where there is a GPU and torch was built for it"
+        ) from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The network's dtype for `name`; `auto` is bfloat16 on CUDA, float16 where that has none, float32 elsewhere."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

@@ -1,0 +1,182 @@
+"""The network: one UNet call at the last time step, zero noise, between the VAE's encoder and decoder.
+
+Martin Garcia et al., "Fine-Tuning Image-Conditional Diffusion Models is Easier than You Think" (WACV 2025), §3 and 4:
+with `trailing` time steps the single step is asked at t = T - 1, where the zero latent is what it claims to be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+from depthmill.pipeline.errors import CheckpointError
+from depthmill.pipeline.geometry import axes_signs
+from depthmill.pipeline.model.checkpoint import (
+    Checkpoint,
+    Description,
+    empty_prompt,
+    load_scheduler,
+    load_unet,
+    load_vae,
+    same_vae,
+)
+from depthmill.pipeline.types import Modality
+
+
+def x0_factor(scheduler: DDIMScheduler) -> float:
+    """What the UNet's output is multiplied by to give x0 when the noisy latent is zero, at the last time step.
+
+    With ā = ᾱ_{T-1} and x_t = 0 (Salimans & Ho 2022, appendix D): v-prediction gives x0 = -sqrt(1 - ā)·v, ε-prediction
+    x0 = -sqrt((1 - ā)/ā)·ε, and `sample` is x0 itself.
+    """
+    alpha = float(scheduler.alphas_cumprod[-1])
+    match scheduler.config.prediction_type:
+        case "v_prediction":
+            return float(-((1 - alpha) ** 0.5))
+        case "epsilon":
+            return float(-(((1 - alpha) / alpha) ** 0.5))
+        case _:
+            return 1.0
+
+
+def decode_depth(decoded: torch.Tensor) -> torch.Tensor:
+    """Depth of a decoded picture.
+
+    Args:
+        decoded: (B, 3, H, W), the VAE decoder's output.
+
+    Returns:
+        (B, 1, H, W) in [0, 1], 0 near and 1 far: the mean of the channels, clipped to [-1, 1] and mapped. No picture is
+        rescaled by its own range.
+    """
+    return (decoded.mean(dim=1, keepdim=True).clip(-1, 1) + 1) / 2
+
+
+def decode_normals(decoded: torch.Tensor, description: Description) -> torch.Tensor:
+    """Normals of a decoded picture.
+
+    Args:
+        decoded: (B, 3, H, W), the VAE decoder's output.
+        description: The checkpoint's: clipping, z range and axes.
+
+    Returns:
+        (B, 3, H, W) unit vectors, x right, y up, z towards the viewer; zero where the decoder said zero.
+    """
+    if description.clip_normals:
+        decoded = decoded.clip(-1, 1)
+    if not description.full_z_range:
+        decoded = torch.cat([decoded[:, :2], decoded[:, 2:] * 0.5 + 0.5], dim=1)
+    return unit(decoded) * decoded.new_tensor(axes_signs(description.normals_axes))[:, None, None]
+
+
+def unit(vectors: torch.Tensor) -> torch.Tensor:
+    """Divide (..., 3, H, W) vectors by their length; those shorter than 1e-6 keep it."""
+    return vectors / vectors.norm(dim=-3, keepdim=True).clamp(min=1e-6)
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """What one modality adds to the encoder: everything after the picture's latent."""
+
+    modality: Modality
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    prompt: torch.Tensor  # (1, tokens, width)
+    timestep: int
+    x0_factor: float
+    x0_clip: float | None
+    description: Description
+
+
+class SingleStep(torch.nn.Module):
+    """Depth, normals or both of a batch of pictures, in one UNet call each; bit-equal VAEs are kept once.
+
+    Args:
+        checkpoints: One or two, of different modalities.
+        device: Where the weights live.
+        dtype: Of the network; labels are finished in float32 whatever it is.
+
+    Raises:
+        CheckpointError: If a checkpoint cannot be loaded, or the two need pictures padded to different multiples.
+    """
+
+    def __init__(self, checkpoints: list[Checkpoint], device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.heads = [self._load(checkpoint) for checkpoint in checkpoints]
+        if len(self.heads) == 2 and same_vae(self.heads[0].vae, self.heads[1].vae):
+            self.heads[1] = replace(self.heads[1], vae=self.heads[0].vae)
+        self.encoders = list({id(head.vae): head.vae for head in self.heads}.values())
+        factors = {2 ** (len(vae.config.block_out_channels) - 1) for vae in self.encoders}
+        if len(factors) != 1:
+            raise CheckpointError(
+                f"the VAEs of {' and '.join(checkpoint.name for checkpoint in checkpoints)} shrink pictures by "
+                f"{sorted(factors)}; expected one factor: label depth and normals in two runs"
+            )
+        (self.factor,) = factors
+        # Channels last is what tensor cores want; on CPUs it measured no faster.
+        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        modules = [*self.encoders, *(head.unet for head in self.heads)]
+        self.networks = torch.nn.ModuleList(modules).to(device, dtype, memory_format=self.layout)
+        self.heads = [replace(head, prompt=head.prompt.to(device, dtype)) for head in self.heads]
+        self.dtype = dtype
+
+    @torch.inference_mode()
+    def forward(self, pictures: torch.Tensor) -> dict[Modality, torch.Tensor]:
+        """Label a batch.
+
+        Args:
+            pictures: (B, 3, h, w) float32 in [-1, 1], both sides multiples of `factor`.
+
+        Returns:
+            For each modality (B, C, h, w) float32: depth C = 1 in [0, 1]; normals C = 3, unit, in the stored axes.
+        """
+        pictures = pictures.to(self.dtype, memory_format=self.layout)
+        latents = {id(vae): self._encode(vae, pictures) for vae in self.encoders}
+        return {head.modality: self._label(head, latents[id(head.vae)]) for head in self.heads}
+
+    @staticmethod
+    def _encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+        # (B, 3, h, w) -> (B, latent, h/factor, w/factor)
+        return vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor
+
+    @staticmethod
+    def _label(head: Head, latent: torch.Tensor) -> torch.Tensor:
+        noisy = latent.new_zeros(latent.shape)
+        takes_both = head.unet.config.in_channels == 2 * latent.shape[1]
+        out = head.unet(
+            torch.cat([latent, noisy], dim=1) if takes_both else latent,
+            head.timestep,
+            encoder_hidden_states=head.prompt.expand(len(latent), -1, -1),
+        ).sample
+        x0 = out * head.x0_factor
+        if head.x0_clip is not None:
+            x0 = x0.clip(-head.x0_clip, head.x0_clip)
+        decoded = head.vae.decode(x0 / head.vae.config.scaling_factor).sample.float()  # (B, 3, h, w)
+        return decode_depth(decoded) if head.modality == "depth" else decode_normals(decoded, head.description)
+
+    @staticmethod
+    def _load(checkpoint: Checkpoint) -> Head:
+        scheduler = load_scheduler(checkpoint)
+        vae, unet, prompt = load_vae(checkpoint), load_unet(checkpoint), empty_prompt(checkpoint)
+        if vae.config.latent_channels != unet.config.out_channels:
+            raise CheckpointError(
+                f"{checkpoint.name}: the UNet answers {unet.config.out_channels} channels and the VAE's latents have "
+                f"{vae.config.latent_channels}; expected one number: the parts are of different checkpoints"
+            )
+        if prompt.shape[-1] != unet.config.cross_attention_dim:
+            raise CheckpointError(
+                f"{checkpoint.name}: the UNet attends to prompts of width {unet.config.cross_attention_dim} and the "
+                f"text encoder's are {prompt.shape[-1]} wide: the parts are of different checkpoints"
+            )
+        return Head(
+            modality=checkpoint.modality,
+            vae=vae,
+            unet=unet,
+            prompt=prompt,
+            timestep=scheduler.config.num_train_timesteps - 1,
+            x0_factor=x0_factor(scheduler),
+            x0_clip=scheduler.config.clip_sample_range if scheduler.config.clip_sample else None,
+            description=checkpoint.description,
+        )
