@@ -1,0 +1,261 @@
+"""Measure how labels are best packed and compressed, on labels that a real checkpoint predicts for a real video.
+
+Run: `python benchmarks/codecs.py` (prints the tables, and writes them to benchmarks/codecs.md). `--checkpoint` and
+`--normals-checkpoint` take others than the embedded one, `--video` another clip; `--stand-in` needs no checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from PIL import Image, ImageFilter
+
+from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.store import layout as layouts
+from depthmill.pipeline.store.files import AtomicStore, write_json
+from depthmill.pipeline.types import Source
+
+HERE = Path(__file__).resolve().parent
+FRAMES = 16  # one shard
+REPEATS = 3
+# numcodecs' codecs are outside the Zarr v3 specification, and say so; they are here for comparison only.
+warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
+
+Codec = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one way of packing costs: bytes per frame on disk, and MB of float32 labels per second."""
+
+    packing: str
+    codec: str
+    bytes_per_frame: float
+    write_mb_s: float
+    read_mb_s: float
+
+
+def blosc(cname: str, clevel: int, shuffle: str, typesize: int) -> Codec:
+    configuration = {"cname": cname, "clevel": clevel, "shuffle": shuffle, "typesize": typesize, "blocksize": 0}
+    return [{"name": "blosc", "configuration": configuration}]
+
+
+def depth_codecs() -> dict[str, Codec]:
+    little = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    delta = [{"name": "numcodecs.delta", "configuration": {"dtype": "<u2"}}]
+    return {
+        "none": little,
+        "gzip 5": [*little, {"name": "gzip", "configuration": {"level": 5}}],
+        "zstd 3": [*little, {"name": "zstd", "configuration": {"level": 3, "checksum": False}}],
+        "blosc lz4 5, bitshuffle": little + blosc("lz4", 5, "bitshuffle", 2),
+        "blosc zstd 1, bitshuffle": little + blosc("zstd", 1, "bitshuffle", 2),
+        "blosc zstd 3, bitshuffle": little + blosc("zstd", 3, "bitshuffle", 2),
+        "blosc zstd 5, bitshuffle": little + blosc("zstd", 5, "bitshuffle", 2),
+        "blosc zstd 9, bitshuffle": little + blosc("zstd", 9, "bitshuffle", 2),
+        "blosc zstd 5, shuffle": little + blosc("zstd", 5, "shuffle", 2),
+        "delta, blosc zstd 5, shuffle (numcodecs)": delta + little + blosc("zstd", 5, "shuffle", 2),
+        "delta, blosc zstd 5, bitshuffle (numcodecs)": delta + little + blosc("zstd", 5, "bitshuffle", 2),
+    }
+
+
+def normals_codecs() -> dict[str, Codec]:
+    plain: Codec = [{"name": "bytes"}]
+    planes: Codec = [{"name": "transpose", "configuration": {"order": [0, 3, 1, 2]}}, *plain]
+    delta: Codec = [planes[0], {"name": "numcodecs.delta", "configuration": {"dtype": "|i1"}}, *plain]
+    return {
+        "none": plain,
+        "gzip 5": [*plain, {"name": "gzip", "configuration": {"level": 5}}],
+        "blosc zstd 5": plain + blosc("zstd", 5, "noshuffle", 1),
+        "blosc zstd 5, bitshuffle": plain + blosc("zstd", 5, "bitshuffle", 1),
+        "planes, gzip 5": [*planes, {"name": "gzip", "configuration": {"level": 5}}],
+        "planes, zstd 3": [*planes, {"name": "zstd", "configuration": {"level": 3, "checksum": False}}],
+        "planes, blosc lz4 5, bitshuffle": planes + blosc("lz4", 5, "bitshuffle", 1),
+        "planes, blosc zstd 1": planes + blosc("zstd", 1, "noshuffle", 1),
+        "planes, blosc zstd 5": planes + blosc("zstd", 5, "noshuffle", 1),
+        "planes, blosc zstd 1, bitshuffle": planes + blosc("zstd", 1, "bitshuffle", 1),
+        "planes, blosc zstd 3, bitshuffle": planes + blosc("zstd", 3, "bitshuffle", 1),
+        "planes, blosc zstd 5, bitshuffle": planes + blosc("zstd", 5, "bitshuffle", 1),
+        "planes, blosc zstd 9, bitshuffle": planes + blosc("zstd", 9, "bitshuffle", 1),
+        "planes, delta, blosc zstd 5 (numcodecs)": delta + blosc("zstd", 5, "noshuffle", 1),
+    }
+
+
+def measure(packing: str, codec: str, codecs: Codec, packed: npt.NDArray[Any], document: dict[str, Any]) -> Result:
+    """Write one shard and read it back, through the store's own writer and the array's own metadata."""
+    document = {**document, "shape": list(packed.shape)}
+    sharding = {**document["codecs"][0]["configuration"], "codecs": codecs}
+    document["codecs"] = [{"name": "sharding_indexed", "configuration": sharding}]
+    float_mb = packed.size * 4 / 1e6
+    writes, reads = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "array" / "zarr.json", document)
+        array = zarr.open_array(AtomicStore(Path(folder)), path="array", mode="r+")
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            array[:] = packed
+            writes.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            read = array[:]
+            reads.append(time.perf_counter() - start)
+        assert np.array_equal(np.asarray(read), packed)
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file() and file.suffix != ".json")
+    return Result(packing, codec, size / len(packed), float_mb / min(writes), float_mb / min(reads))
+
+
+def predicted(video: Path, checkpoint: str, normals_checkpoint: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of frames spread over a video: (F, H, W) and (F, H, W, 3) float32."""
+    from depthmill.pipeline.model.labeler import Labeler
+
+    labeler = Labeler.from_pretrained(checkpoint, normals_checkpoint)
+    labels = [labeler(image[None]) for image in images(video)]
+    depth, normals = ([getattr(label, name)[0] for label in labels] for name in ("depth", "normals"))
+    return np.stack(depth), np.stack(normals)
+
+
+def stand_in(video: Path) -> tuple[np.ndarray, np.ndarray]:
+    """What a model might answer: a smooth scene, with the picture's edges and a network's noise in it."""
+    rng = np.random.default_rng(0)
+    depths = []
+    for image in images(video):
+        grey = Image.fromarray(image).convert("L").filter(ImageFilter.GaussianBlur(2))
+        detail = np.asarray(grey, np.float32) / 255
+        ramp = np.linspace(0.9, 0.1, detail.shape[0], dtype=np.float32)[:, None]
+        depths.append(ramp + 0.1 * (detail - 0.5) + rng.normal(0, 5e-4, detail.shape).astype(np.float32))
+    depth = np.clip(np.stack(depths), 0, 1)
+    dy, dx = np.gradient(depth, axis=(1, 2))
+    normals = np.stack([-dx * 60, dy * 60, np.full_like(depth, 0.5)], -1)
+    return depth, (normals / np.linalg.norm(normals, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def images(video: Path) -> Iterator[npt.NDArray[np.uint8]]:
+    source = open_source(video)
+    frames = source.probe().frames
+    for index in np.linspace(0, frames - 1, FRAMES).astype(int).tolist():
+        (frame,) = source.read(index, index + 1)
+        assert frame.image is not None, frame.error
+        yield frame.image
+    source.close()
+
+
+def max_angle_deg(packed: npt.NDArray[Any], normals: npt.NDArray[np.float32]) -> float:
+    a, b = packed.astype(np.float64), normals.astype(np.float64)
+    cross, dot = np.linalg.norm(np.cross(a, b), axis=-1), (a * b).sum(-1)
+    return float(np.rad2deg(np.arctan2(cross, dot)).max())
+
+
+def table(results: list[Result], pixels: int, float_bytes: int, chosen: str) -> str:
+    lines = [
+        "| packing | codec | bytes/frame | bits/pixel | x smaller than float32 | write MB/s | read MB/s |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for result in results:
+        mark = "**" if f"{result.packing}, {result.codec}" == chosen else ""
+        lines.append(
+            f"| {mark}{result.packing}{mark} | {mark}{result.codec}{mark} | {result.bytes_per_frame:,.0f}"
+            f" | {result.bytes_per_frame * 8 / pixels:.2f} | {pixels * float_bytes / result.bytes_per_frame:.1f}"
+            f" | {result.write_mb_s:,.0f} | {result.read_mb_s:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--video", type=Path, default=HERE.parent / "demo" / "pedestrians.mp4")
+    parser.add_argument("--checkpoint", default="demo")
+    parser.add_argument("--normals-checkpoint")
+    parser.add_argument("--stand-in", action="store_true", help="made-up labels instead of predicted ones")
+    parser.add_argument("--output", type=Path, default=HERE / "codecs.md")
+    options = parser.parse_args()
+
+    if options.stand_in:
+        depth, normals = stand_in(options.video)
+        what = "made-up labels (smooth depth, the picture's edges, noise of 5e-4)"
+    else:
+        depth, normals = predicted(options.video, options.checkpoint, options.normals_checkpoint)
+        what = f"labels predicted by `{options.checkpoint}`"
+    F, H, W = depth.shape
+    source = Source("bench", str(options.video), "video", F, H, W, None, "", time_s=np.arange(F, dtype=np.float64))
+
+    depth_results, step_lines = [], []
+    document = layouts.source_arrays(source, layouts.Layout())["depth"]
+    for levels in (65534, 8191, 5120):
+        packed = np.rint(depth * np.float32(levels)).astype(np.uint16)
+        packing = f"uint16, step 1/{levels}"
+        error = float(np.abs(packed.astype(np.float64) / levels - depth).max())
+        step_lines.append(f"| {packing} | {error:.1e} |")
+        for name, codec in depth_codecs().items():
+            if levels == 5120 or "zstd 5" in name:
+                depth_results.append(measure(packing, name, codec, packed, document))
+
+    normals_results, angle_lines = [], []
+    for dtype in ("int16", "float16", "int8"):
+        layout = layouts.Layout(normals_dtype=dtype)
+        document = layouts.source_arrays(source, layout)["normals"]
+        packed = np.stack([layouts.pack_normals(frame, dtype) for frame in normals])
+        angle_lines.append(f"| {dtype} | {max_angle_deg(packed, normals):.4f} |")
+        if dtype == "int8":
+            for name, codec in normals_codecs().items():
+                normals_results.append(measure(dtype, name, codec, packed, document))
+        else:
+            codec = layouts.label_codecs(dtype, 4)
+            normals_results.append(measure(dtype, "planes, blosc zstd 5, bitshuffle", codec, packed, document))
+
+    depth_default = next(r for r in depth_results if r.packing.endswith("/5120") and r.codec == DEPTH_DEFAULT)
+    normals_default = next(r for r in normals_results if r.packing == "int8" and r.codec == NORMALS_DEFAULT)
+    total = depth_default.bytes_per_frame + normals_default.bytes_per_frame
+    report = f"""# How labels are packed and compressed
+
+Written by `benchmarks/codecs.py` from {what}: {F} frames of {options.video.name}, {W}x{H}, one shard; {os.cpu_count()}
+cores of {platform.machine()}, zarr {zarr.__version__}. MB/s are of float32 labels, through the store's own files (fsync
+and all), best of {REPEATS}. The default is set in bold.
+
+**The default: {total:,.0f} bytes a frame, {H * W * 16 / total:.1f}x smaller than float32 `.npy` of the same depth and
+normals ({H * W * 16:,} bytes).**
+
+## Depth
+
+| packing | largest error |
+| --- | ---: |
+{chr(10).join(step_lines)}
+
+{table(depth_results, H * W, 4, f"uint16, step 1/5120, {DEPTH_DEFAULT}")}
+
+## Normals
+
+| packing | largest angle, degrees |
+| --- | ---: |
+{chr(10).join(angle_lines)}
+
+{table(normals_results, H * W, 12, f"int8, {NORMALS_DEFAULT}")}
+
+{READING}"""
+    options.output.write_text(report)
+    print(report)
+
+
+DEPTH_DEFAULT = "blosc zstd 5, bitshuffle"
+NORMALS_DEFAULT = "planes, blosc zstd 5, bitshuffle"
+READING = """## Who can read it
+
+`bytes`, `transpose`, `gzip`, `blosc`, `crc32c` and `sharding_indexed` are core codecs of the Zarr v3 specification:
+zarr-python, TensorStore, zarrs (Rust) and zarrita.js read them. `zstd` on its own is a registered extension that most
+of them have too. Whatever is called `numcodecs.…` is zarr-python's own, which TensorStore and zarrita.js refuse: the
+delta rows show what that portability costs. The strings (`key`, `reason`) are the registered `string` extension; a
+reader without it still reads every number.
+"""
+
+
+if __name__ == "__main__":
+    main()
