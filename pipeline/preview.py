@@ -1,0 +1,303 @@
+"""Pictures of a store, for people: a contact sheet of each source, and a side-by-side video of each video."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image, ImageDraw, ImageFont
+
+from depthmill.pipeline.errors import ConfigError, SourceError
+from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.store import open_datasets, open_store
+from depthmill.pipeline.types import LABELLED, FrameSource, Modality
+
+if TYPE_CHECKING:
+    import xarray
+
+log = logging.getLogger(__name__)
+
+Rgb = npt.NDArray[np.uint8]
+
+# ColorBrewer's Spectral: warm where near.
+SPECTRAL = (
+    (158, 1, 66),
+    (213, 62, 79),
+    (244, 109, 67),
+    (253, 174, 97),
+    (254, 224, 139),
+    (255, 255, 191),
+    (230, 245, 152),
+    (171, 221, 164),
+    (102, 194, 165),
+    (50, 136, 189),
+    (94, 79, 162),
+)
+GREY = 128  # of what has no labels
+
+_RANGE_FRAMES = 32  # sampled for the depth range, over the whole length
+_CELL_WIDTH, _CELL_HEIGHT = 320, 400  # most pixels of a contact sheet's picture
+_MARGIN, _GAP, _LINE = 72, 4, 18
+_TIME_BASE = Fraction(1, 90_000)
+_BT709 = 1  # FFmpeg's number of it, as matrix, primaries and transfer
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """What is drawn of one source.
+
+    Attributes:
+        source_id: Its id.
+        dataset: Its labels, decoded.
+        labels: Which there are, in the order in which they are drawn.
+        status: (frames,) uint8.
+        near_far: Depths that get the first and the last colour, the same for all frames.
+        pictures: Where its frames can be read, or None.
+        note: Why not, or "".
+    """
+
+    source_id: str
+    dataset: xarray.Dataset
+    labels: tuple[Modality, ...]
+    status: npt.NDArray[np.uint8]
+    near_far: tuple[float, float]
+    pictures: FrameSource | None
+    note: str
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        return ("picture", *self.labels) if self.pictures else self.labels
+
+
+def preview(
+    store_path: Path, out_dir: Path, *, source_id: str | None = None, frames: int = 6, max_width: int = 1920
+) -> list[Path]:
+    """Draw a store: for each source a contact sheet (PNG), and for each video a side-by-side MP4.
+
+    Args:
+        store_path: The store.
+        out_dir: Where the files go, named by source id; made if there is none.
+        source_id: Only this source.
+        frames: Columns of a contact sheet, spread over the source's length.
+        max_width: Most pixels across the side-by-side video.
+
+    Returns:
+        The files written, in order of source.
+
+    Raises:
+        StoreError: If there is no such store or source.
+    """
+    if frames < 1 or max_width < 64:
+        raise ConfigError(f"preview of {frames} frames, {max_width} pixels wide: give at least 1 frame and 64 pixels")
+    store = open_store(store_path)
+    datasets = open_datasets(store_path)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in store.sources() if source_id is None else [source_id]:
+        attributes = store.attributes(name)
+        pictures, note = _open_pictures(attributes["uri"], attributes["fingerprint"])
+        if note:
+            log.warning("%s: %s; drawing its labels alone", name, note)
+        status = store.status(name)
+        view = _View(
+            source_id=name,
+            dataset=datasets[name],
+            labels=store.layout.labels,
+            status=status,
+            near_far=_near_far(datasets[name], status),
+            pictures=pictures,
+            note=note,
+        )
+        try:
+            written.append(_write_contact_sheet(view, out_dir / f"{name}.png", frames))
+            if attributes["kind"] == "video":
+                written.append(_write_video(view, out_dir / f"{name}.mp4", max_width))
+        finally:
+            if pictures is not None:
+                pictures.close()
+    return written
+
+
+def depth_rgb(depth: npt.NDArray[np.float32], near: float, far: float) -> Rgb:
+    """Colour depth, warm where near.
+
+    Args:
+        depth: (H, W) float32, NaN where invalid.
+        near: Depth of the first colour; what is nearer has it too.
+        far: Depth of the last colour.
+
+    Returns:
+        (H, W, 3) uint8, grey where invalid.
+    """
+    anchors = np.array(SPECTRAL, np.float64)
+    at = np.linspace(0, len(anchors) - 1, 256)
+    palette = np.stack([np.interp(at, np.arange(len(anchors)), channel) for channel in anchors.T], -1)
+    index = np.nan_to_num(np.clip((depth - near) / max(far - near, 1e-6), 0, 1)) * 255
+    colours: Rgb = np.rint(palette).astype(np.uint8)[np.rint(index).astype(np.uint8)]
+    colours[np.isnan(depth)] = GREY
+    return colours
+
+
+def normals_rgb(normals: npt.NDArray[np.float32]) -> Rgb:
+    """Colour normals: x to the right is red, y up is green, z towards the viewer is blue.
+
+    Args:
+        normals: (H, W, 3) float32 unit vectors, (0, 0, 0) where invalid.
+
+    Returns:
+        (H, W, 3) uint8, grey where invalid.
+    """
+    colours: Rgb = np.rint((np.clip(normals, -1, 1) + 1) * 127.5).astype(np.uint8)
+    colours[~normals.any(-1)] = GREY
+    return colours
+
+
+def _open_pictures(uri: str, fingerprint: str) -> tuple[FrameSource | None, str]:
+    """The source's own frames, or why there are none."""
+    try:
+        source = open_source(uri)
+        found = source.probe().fingerprint
+    except SourceError as error:
+        return None, str(error)
+    if found != fingerprint:
+        source.close()
+        return None, f"{uri} is not what was labelled: it changed since"
+    return source, ""
+
+
+def _near_far(dataset: xarray.Dataset, status: npt.NDArray[np.uint8]) -> tuple[float, float]:
+    """The 2nd and 98th percentile of a source's depth, once for all frames, so that colours do not flicker."""
+    labelled = np.flatnonzero(status == LABELLED)
+    if "depth" not in dataset or not labelled.size:
+        return 0.0, 1.0
+    chosen = labelled[_spread(labelled.size, _RANGE_FRAMES)]
+    stride = max(1, max(dataset.sizes["y"], dataset.sizes["x"]) // 256)
+    sample = np.concatenate([dataset["depth"][i].values[::stride, ::stride].ravel() for i in chosen.tolist()])
+    if np.isnan(sample).all():
+        return 0.0, 1.0
+    near, far = np.nanpercentile(sample, (2, 98))
+    return float(near), float(far)
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """At most `count` different indexes spread evenly over [0, length), both ends included."""
+    indexes: list[int] = np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
+    return indexes
+
+
+def _draw(view: _View, index: int, row: str, picture: Rgb | None) -> Image.Image:
+    """One picture of one frame: (H, W), or its valid part where pictures differ in size."""
+    if row == "picture":
+        if picture is None:
+            return _grey(view, index)
+        return Image.fromarray(picture)
+    if view.status[index] != LABELLED:
+        return _grey(view, index)
+    label = view.dataset[row][index].values
+    if "size" in view.dataset:
+        height, width = view.dataset["size"][index].values.tolist()
+        label = label[:height, :width]
+    return Image.fromarray(depth_rgb(label, *view.near_far) if row == "depth" else normals_rgb(label))
+
+
+def _grey(view: _View, index: int) -> Image.Image:
+    height, width = view.dataset.sizes["y"], view.dataset.sizes["x"]
+    if "size" in view.dataset and view.status[index] == LABELLED:
+        height, width = view.dataset["size"][index].values.tolist()
+    return Image.new("RGB", (width, height), (GREY, GREY, GREY))
+
+
+def _write_contact_sheet(view: _View, path: Path, frames: int) -> Path:
+    """Columns are frames; rows are the picture and its labels; above each column its time or name."""
+    H, W = view.dataset.sizes["y"], view.dataset.sizes["x"]
+    scale = min(_CELL_WIDTH / W, _CELL_HEIGHT / H, 1)
+    cell = max(1, round(W * scale)), max(1, round(H * scale))
+    columns = _spread(view.status.size, frames)
+    top = 2 * _LINE + _GAP
+    width = _MARGIN + len(columns) * (cell[0] + _GAP)
+    sheet = Image.new("RGB", (width, top + len(view.rows) * (cell[1] + _GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=12)
+    draw.text((_GAP, 2), view.source_id + (f"   (labels alone: {view.note})" if view.note else ""), "black", font)
+    for row, name in enumerate(view.rows):
+        draw.text((_GAP, top + row * (cell[1] + _GAP) + cell[1] // 2 - 6), name, "black", font)
+    for column, index in enumerate(columns):
+        x = _MARGIN + column * (cell[0] + _GAP)
+        draw.text((x, _LINE + 2), _fitting(_caption(view, index), cell[0], font), "black", font)
+        picture = _picture(view, index)
+        for row, name in enumerate(view.rows):
+            drawn = _draw(view, index, name, picture)
+            drawn.thumbnail(cell)
+            sheet.paste(drawn, (x, top + row * (cell[1] + _GAP)))
+    sheet.save(path)
+    return path
+
+
+def _picture(view: _View, index: int) -> Rgb | None:
+    if view.pictures is None:
+        return None
+    (frame,) = view.pictures.read(index, index + 1)
+    return frame.image
+
+
+def _caption(view: _View, index: int) -> str:
+    if "time" in view.dataset:
+        return f"{float(view.dataset['time'][index]):.2f} s"
+    return str(view.dataset["key"].values[index])
+
+
+def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text, its front cut off until it fits: names differ at their ends."""
+    short = text
+    while font.getlength(short) > width and len(short) > 2:
+        short = "…" + short[2:]
+    return short
+
+
+def _write_video(view: _View, path: Path, max_width: int) -> Path:
+    """Picture | depth | normals, each frame shown when the source shows it."""
+    H, W = view.dataset.sizes["y"], view.dataset.sizes["x"]
+    # yuv420p wants even sides.
+    panel_width = max(2, min(W, max_width // len(view.rows)) // 2 * 2)
+    panel = panel_width, max(2, round(H * panel_width / W / 2) * 2)
+    partial = path.with_suffix(".partial.mp4")
+    rate = Fraction(view.dataset.attrs["fps"]).limit_denominator(1001)
+    with av.open(str(partial), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = panel[0] * len(view.rows), panel[1], "yuv420p"
+        context = stream.codec_context
+        context.time_base = _TIME_BASE
+        # Said, not left to be guessed from the height, as players do.
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = ColorRange.MPEG
+        pts = -1
+        for index, strip in _strips(view, panel):
+            shown = av.VideoFrame.from_ndarray(np.asarray(strip), format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
+            pts = max(pts + 1, round(float(view.dataset["time"].values[index]) / _TIME_BASE))
+            shown.pts, shown.time_base = pts, _TIME_BASE
+            container.mux(stream.encode(shown))
+        container.mux(stream.encode())
+    partial.replace(path)
+    return path
+
+
+def _strips(view: _View, panel: tuple[int, int]) -> Iterator[tuple[int, Image.Image]]:
+    """All frames of a video in order, one held at a time."""
+    frames = view.status.size
+    pictures = (frame.image for frame in view.pictures.read(0, frames)) if view.pictures else (None,) * frames
+    for index, picture in enumerate(pictures):
+        strip = Image.new("RGB", (panel[0] * len(view.rows), panel[1]))
+        for column, row in enumerate(view.rows):
+            drawn = _draw(view, index, row, picture).resize(panel, Image.Resampling.BILINEAR)
+            strip.paste(drawn, (column * panel[0], 0))
+        yield index, strip
