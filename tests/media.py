@@ -15,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 import numpy.typing as npt
+from av.video.reformatter import Interpolation
 from PIL import Image
 
 Picture = npt.NDArray[np.uint8]
@@ -184,7 +185,12 @@ def _encodable(picture: Picture, pix_fmt: str, tags: dict[str, int]) -> av.Video
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
     full = pix_fmt.startswith("yuvj") or tags.get("color_range") == 2
     matrix = {1: 1, 9: 9}.get(tags.get("colorspace", 0), 5)  # AVCOL_SPC_* -> SWS_CS_*: BT.709, BT.2020, else BT.601
-    converted = frame.reformat(format=pix_fmt, dst_colorspace=matrix, dst_color_range=2 if full else 1)
+    converted = frame.reformat(
+        format=pix_fmt,
+        dst_colorspace=matrix,
+        dst_color_range=2 if full else 1,
+        interpolation=Interpolation.BILINEAR | Interpolation.ACCURATE_RND,
+    )
     for name, value in tags.items():
         setattr(converted, name, value)
     return converted

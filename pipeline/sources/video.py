@@ -1,0 +1,283 @@
+"""Videos: every frame at its index, bit for bit the same however the reading is cut into segments.
+
+A frame's identity is the packet that holds it: before a packet goes to the decoder, its timestamp is replaced by its
+number in the packet table, and the picture that comes out carries that number. So nothing depends on timestamps
+after a seek, and a frame that went missing is noticed.
+
+Damage. Reading runs fast and multithreaded from a group of pictures to the next as long as every packet gives its
+picture. At the first sign of damage, the group is decoded again, alone, by one thread, from its keyframe: that pass
+alone says which frames are lost, and since it does not depend on where reading started, neither do they. What is
+decoded behind the first damaged packet of a group counts as lost up to the next keyframe: the decoder would invent
+those pictures from damaged ones, and labels of invented pictures are worse than none.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import av.video.frame
+from av.video.reformatter import VideoReformatter
+
+from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.sources.naming import source_id
+from depthmill.pipeline.sources.video_decode import DamageError, Decoder, LostPlaceError
+from depthmill.pipeline.sources.video_packets import Group, PacketTable, fingerprint, reason, scan
+from depthmill.pipeline.sources.video_pixels import to_rgb, upright_size
+from depthmill.pipeline.types import Frame, Source
+
+# What to pick from a folder; a file that is named itself may have any suffix.
+VIDEO_SUFFIXES = frozenset(
+    [
+        ".3gp",
+        ".avi",
+        ".flv",
+        ".gif",
+        ".h264",
+        ".h265",
+        ".hevc",
+        ".ivf",
+        ".m2ts",
+        ".m2v",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".mxf",
+        ".ogv",
+        ".ts",
+        ".vob",
+        ".webm",
+        ".wmv",
+        ".y4m",
+    ]
+)
+
+# How many groups before its own a group may be decoded from, where its keyframe turns out to be none (streams with
+# periodic intra refresh call a picture a keyframe that is complete only some frames later).
+_MAX_GROUPS_BACK = 2
+
+# A stream whose first packets cannot be decoded is described by the first of these that can.
+_MAX_PROBED_PACKETS = 300
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What decoding a damaged group alone, by one thread, has shown.
+
+    Attributes:
+        first: Packet to decode the group from.
+        lost_from: First packet that gives no picture, or a damaged one; the table's length if all is well.
+        why: What is wrong with it.
+    """
+
+    first: int
+    lost_from: int
+    why: str
+
+
+class VideoSource:
+    """A video file, read by PyAV. Several reads may run at once, each with a decoder of its own."""
+
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        """Name a video, without opening it.
+
+        Args:
+            path: The file.
+            threads: Threads of one decoder and of the conversion to RGB; 0 for one a core.
+        """
+        self._path = path.absolute()
+        self._threads = threads
+        self._lock = threading.RLock()
+        self._probed: tuple[Source, PacketTable, str] | None = None
+        self._parked: Decoder | None = None  # where the last read stopped, for the next to go on from
+        self._verdicts: dict[int, _Verdict] = {}
+        self._seeks = True
+        self._closed = False
+
+    def probe(self) -> Source:
+        """Describe the video: its packets are read, one frame is decoded.
+
+        Raises:
+            SourceError: If the file is no video, or holds no frame.
+        """
+        return self._open()[0]
+
+    def read(self, start: int, stop: int) -> Iterator[Frame]:
+        """Yield the frames [start, stop); one that cannot be decoded comes with its reason instead of a picture.
+
+        Raises:
+            SourceError: If the file cannot be probed, or is another one than when it was.
+        """
+        source, table, codec = self._open()
+        if not 0 <= start <= stop <= source.frames:
+            raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
+        return self._read(source, table, codec, start, stop)
+
+    def close(self) -> None:
+        """Release the file and its decoder; reads that are still running release theirs when they end."""
+        with self._lock:
+            self._closed = True
+            parked, self._parked = self._parked, None
+        if parked is not None:
+            parked.close()
+
+    def _open(self) -> tuple[Source, PacketTable, str]:
+        with self._lock:
+            if self._probed is None:
+                self._probed = self._probe()
+            return self._probed
+
+    def _probe(self) -> tuple[Source, PacketTable, str]:
+        table = scan(self._path)
+        decoder = Decoder(self._path, table, self._threads, self._seeks)
+        with closing(decoder):
+            height, width, codec, rate = decoder.describe()
+            first = next(decoder.decode(0, min(len(table.size), _MAX_PROBED_PACKETS) - 1, errors={}), None)
+        if first is not None:
+            height, width = upright_size(first[1])
+        if not height or not width:
+            raise SourceError(f"{self._path}: no size in its header and no frame that decodes: leave it out")
+        frames = len(table.order)
+        duration_s = float(table.time_s[-1])
+        source = Source(
+            id=source_id(self._path),
+            uri=str(self._path),
+            kind="video",
+            frames=frames,
+            height=height,
+            width=width,
+            fps=(frames - 1) / duration_s if duration_s > 0 else rate,
+            fingerprint=fingerprint(self._path, table),
+            time_s=table.time_s,
+        )
+        return source, table, codec
+
+    def _read(self, source: Source, table: PacketTable, codec: str, start: int, stop: int) -> Iterator[Frame]:
+        reformatter = VideoReformatter()
+        decoder = self._take(table)
+        try:
+            index = start
+            while index < stop:
+                group = table.group(table.group_of(index))
+                end = min(stop, group.stop)
+                for frame, picture, error in self._read_group(decoder, table, group, index, end):
+                    if picture is None:
+                        yield Frame(frame, None, error)
+                        continue
+                    try:
+                        image = to_rgb(
+                            picture,
+                            reformatter,
+                            codec=codec,
+                            height=source.height,
+                            width=source.width,
+                            threads=self._threads,
+                        )
+                    except (av.FFmpegError, ValueError) as problem:
+                        yield Frame(frame, None, f"{picture.format.name} cannot be converted: {reason(problem)}")
+                    else:
+                        yield Frame(frame, image)
+                index = end
+        finally:
+            self._park(decoder)
+
+    def _take(self, table: PacketTable) -> Decoder:
+        with self._lock:
+            parked, self._parked = self._parked, None
+        return parked or Decoder(self._path, table, self._threads, self._seeks)
+
+    def _park(self, decoder: Decoder) -> None:
+        with self._lock:
+            unused = self._parked if not self._closed else decoder
+            if not self._closed:
+                self._parked = decoder
+        if unused is not None:
+            unused.close()
+
+    def _read_group(
+        self, decoder: Decoder, table: PacketTable, group: Group, start: int, stop: int
+    ) -> Iterator[tuple[int, av.video.frame.VideoFrame | None, str]]:
+        """Yield the frames [start, stop) of one group: index, and the picture or the reason why there is none."""
+        damaged = group.start in self._verdicts
+        while start < stop:
+            try:
+                if damaged:
+                    verdict = self._verdicts.get(group.start) or self._judge(table, group)
+                    self._verdicts[group.start] = verdict
+                    for index, picture in self._rescue(table, group, verdict, start, stop):
+                        yield index, picture, "" if picture else _why_lost(table, verdict, index)
+                        start = index + 1
+                else:
+                    for index, picture in decoder.frames(group, start, stop):
+                        yield index, picture, ""
+                        start = index + 1
+            except DamageError:
+                damaged = True
+            except LostPlaceError:
+                if not self._seeks:
+                    raise SourceError(
+                        f"{self._path}: its packets are others than when it was probed; expected a file that does not "
+                        "change while it is read: start again"
+                    ) from None
+                self._seeks = decoder.seeks = False
+
+    def _judge(self, table: PacketTable, group: Group) -> _Verdict:
+        """Decode a damaged group alone, to see from which packet on it is lost."""
+        number = table.group_of(group.start)
+        packets = table.packets_of(group)
+        best = _Verdict(group.first, -1, "")
+        for back in range(min(number, _MAX_GROUPS_BACK) + 1):
+            verdict = self._inspect(table, group, packets, int(table.group_first[number - back]))
+            if verdict.lost_from > best.lost_from:
+                best = verdict
+            if best.lost_from > packets[0]:
+                break  # its keyframe is whole: starting earlier would change nothing
+        return best
+
+    def _inspect(self, table: PacketTable, group: Group, packets: list[int], first: int) -> _Verdict:
+        errors: dict[int, str] = {}
+        whole: set[int] = set()
+        flawed: set[int] = set()
+        with closing(Decoder(self._path, table, 1, self._seeks)) as decoder:
+            for ordinal, frame in decoder.decode(first, group.last, errors):
+                (flawed if frame.is_corrupt else whole).add(ordinal)
+        for ordinal in packets:
+            if ordinal in errors:
+                return _Verdict(first, ordinal, f"the decoder rejects it ({errors[ordinal]})")
+            if table.corrupt[ordinal]:
+                return _Verdict(first, ordinal, "bytes of it are missing in the file")
+            if ordinal in flawed:
+                return _Verdict(first, ordinal, "the decoder met errors in it")
+            if ordinal not in whole:
+                return _Verdict(first, ordinal, "the decoder makes no picture of it")
+        return _Verdict(first, len(table.size), "")
+
+    def _rescue(
+        self, table: PacketTable, group: Group, verdict: _Verdict, start: int, stop: int
+    ) -> Iterator[tuple[int, av.video.frame.VideoFrame | None]]:
+        """Yield the frames [start, stop) of a damaged group: those before the damage, and None for the others."""
+        waiting: dict[int, av.video.frame.VideoFrame] = {}
+        with closing(Decoder(self._path, table, 1, self._seeks)) as decoder:
+            outputs = decoder.decode(verdict.first, group.last, errors={})
+            for index in range(start, stop):
+                if table.order[index] < verdict.lost_from:
+                    while index not in waiting:
+                        ordinal, frame = next(outputs)
+                        if index <= table.shown[ordinal] < stop and ordinal < verdict.lost_from:
+                            waiting.setdefault(int(table.shown[ordinal]), frame)
+                yield index, waiting.pop(index, None)
+
+
+def _why_lost(table: PacketTable, verdict: _Verdict, index: int) -> str:
+    damaged = int(table.shown[verdict.lost_from])
+    if damaged == index:
+        return f"cannot be decoded: {verdict.why}"
+    return f"cannot be decoded: depends on frame {damaged}, which is lost: {verdict.why}"

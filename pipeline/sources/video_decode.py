@@ -1,0 +1,205 @@
+"""One pass of the decoder over a video's packets, in which every picture says which packet it came from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import av.video.frame
+import numpy as np
+
+from depthmill.pipeline.sources.video_packets import NO_VALUE, Group, PacketTable, demux, open_container, reason
+
+# Codecs reorder by at most 16 frames: when more wait for one, that one is not coming.
+_MAX_WAITING = 24
+
+
+class DamageError(Exception):
+    """A packet did not give its picture: the group has to be looked at on its own."""
+
+
+class LostPlaceError(Exception):
+    """After a seek, packets came that the table does not know."""
+
+
+class Decoder:
+    """One decoder on one open file, and the frames that it has ahead.
+
+    Attributes:
+        position: The next frame that it can give without a seek, or None.
+        seeks: Whether to seek at all; else packets are skipped from the start of the file.
+    """
+
+    def __init__(self, path: Path, table: PacketTable, threads: int, seeks: bool) -> None:
+        self._path, self._table, self._threads = path, table, threads
+        self.position: int | None = None
+        self.seeks = seeks
+        self._outputs: Iterator[tuple[int, av.video.frame.VideoFrame]] = iter(())
+        self._whole: set[int] = set()  # packets that gave their picture
+        self._waiting: dict[int, av.video.frame.VideoFrame] = {}
+        self._open()
+
+    def describe(self) -> tuple[int, int, str, float | None]:
+        """What the header says: height, width, name of the codec, frames per second."""
+        context = self._stream.codec_context
+        rate = self._stream.average_rate
+        return context.height, context.width, context.name, float(rate) if rate else None
+
+    def close(self) -> None:
+        """Release the file and the decoder's threads."""
+        self._outputs, self._waiting, self.position = iter(()), {}, None
+        self._container.close()
+
+    def frames(self, group: Group, start: int, stop: int) -> Iterator[tuple[int, av.video.frame.VideoFrame]]:
+        """Yield the frames [start, stop) of a group, each once all that it may depend on has been decoded.
+
+        Raises:
+            DamageError: If any of the group's packets did not give its picture.
+            LostPlaceError: If packets came that the table does not know.
+        """
+        if self.position != start:
+            self._whole, self._waiting = set(), {}
+            self._outputs = self.decode(group.first)
+        self._whole = {ordinal for ordinal in self._whole if ordinal >= group.first}
+        packets = self._table.packets_of(group)
+        done = 0
+        for index in range(start, stop):
+            self.position = None  # until the frame is out, for whoever continues after an error
+            while True:
+                while done < len(packets) and packets[done] in self._whole:
+                    done += 1
+                reached = done == len(packets) or packets[done] > self._table.order[index]
+                if reached and index in self._waiting:
+                    break
+                self._take_output(group, index)
+            frame = self._waiting.pop(index)
+            self.position = index + 1
+            if self.position == group.stop and not self._went_well(group, packets):
+                self.position = None  # the next group starts afresh, as it does for whoever starts reading there
+            yield index, frame
+
+    def _went_well(self, group: Group, packets: list[int]) -> bool:
+        return all(ordinal in self._whole for ordinal in packets if self._table.shown[ordinal] < group.stop)
+
+    def _take_output(self, group: Group, index: int) -> None:
+        ordinal, frame = next(self._outputs, (None, None))
+        if ordinal is None or frame is None:
+            raise DamageError
+        shown = int(self._table.shown[ordinal])
+        if shown < group.start or ordinal in self._whole:
+            return  # cut off by an edit list; or shown before the keyframe that decoding started from
+        if frame.is_corrupt or self._table.corrupt[ordinal]:
+            raise DamageError
+        self._whole.add(ordinal)
+        if shown >= index:
+            self._waiting[shown] = frame
+            if len(self._waiting) > _MAX_WAITING:
+                raise DamageError
+
+    def decode(
+        self, first: int, last: int | None = None, errors: dict[int, str] | None = None
+    ) -> Iterator[tuple[int, av.video.frame.VideoFrame]]:
+        """Decode afresh from packet `first`, up to and with packet `last`; yield each picture with its packet.
+
+        Args:
+            first: Packet to start from.
+            last: Packet to end with; None for the end of the file.
+            errors: Takes the packets that the decoder rejects, with its reason; None to stop at the first of them.
+
+        Raises:
+            DamageError: If a packet is rejected and `errors` is None.
+            LostPlaceError: If packets came that the table does not know.
+        """
+        packets = self._packets(first)
+        context = self._stream.codec_context
+        size = len(self._table.size)
+        ordinal = first
+        for ordinal, packet in packets:
+            packet.pts = packet.dts = ordinal
+            try:
+                decoded = context.decode(packet)
+            except av.FFmpegError as error:
+                if errors is None:
+                    raise DamageError from error
+                errors[ordinal] = reason(error)
+                decoded = []
+            yield from ((frame.pts, frame) for frame in decoded if frame.pts is not None and 0 <= frame.pts < size)
+            if last is not None and ordinal >= last:
+                break
+        try:
+            decoded = context.decode(None)
+        except av.FFmpegError as error:
+            if errors is None:
+                raise DamageError from error
+            errors.setdefault(ordinal, reason(error))
+            decoded = []
+        yield from ((frame.pts, frame) for frame in decoded if frame.pts is not None and 0 <= frame.pts < size)
+
+    def _packets(self, first: int) -> Iterator[tuple[int, av.Packet[Any]]]:
+        """Yield packets, each with its number, from number `first` on: by a seek, or from the start."""
+        for ordinal in self._landing_places(first):
+            timestamp = self._table.dts[ordinal] if self._table.dts[ordinal] != NO_VALUE else self._table.pts[ordinal]
+            if timestamp == NO_VALUE:
+                continue
+            self._started = True
+            try:
+                self._container.seek(int(timestamp), stream=self._stream)
+            except av.FFmpegError:
+                continue
+            found = self._find(first)
+            if found is not None:
+                yield from found
+                return
+        if self._started:
+            self._container.close()
+            self._open()
+        self._started = True
+        yield from self._numbered(demux(self._container, self._stream), 0, first)
+
+    def _landing_places(self, first: int) -> list[int]:
+        """Packets to ask the demuxer for, so that it lands at or before packet `first`: it may land late."""
+        if not self.seeks or not self._table.ordinals or first == 0:
+            return []
+        entries = self._table.group_first
+        number = int(np.searchsorted(entries, first, side="right")) - 1
+        return [first, *(int(entries[number - back]) for back in (1, 4) if number >= back)]
+
+    def _find(self, first: int) -> Iterator[tuple[int, av.Packet[Any]]] | None:
+        """After a seek: the packets from `first` on, or None if this place lies behind it."""
+        packets = demux(self._container, self._stream)
+        for tried, packet in enumerate(packets):
+            ordinal = self._table.ordinals.get(_key(packet))
+            if ordinal is not None and ordinal <= first:
+                return self._numbered(itertools.chain([packet], packets), ordinal, first)
+            if ordinal is not None or tried > 50:
+                return None  # landed behind it, or nowhere that the table knows
+        return None
+
+    def _numbered(
+        self, packets: Iterator[av.Packet[Any]], start: int, first: int
+    ) -> Iterator[tuple[int, av.Packet[Any]]]:
+        for ordinal, packet in enumerate(packets, start):
+            if ordinal >= len(self._table.size) or packet.size != self._table.size[ordinal]:
+                raise LostPlaceError
+            if ordinal >= first:
+                yield ordinal, packet
+
+    def _open(self) -> None:
+        self._container, self._stream = open_container(self._path)
+        context = self._stream.codec_context
+        context.thread_count = self._threads
+        if context.name == "mjpeg":
+            context.options = {"err_detect": "explode"}  # else it passes broken pictures as whole; others say so
+        self._stream.thread_type = "AUTO"
+        self._started = False
+
+
+def _key(packet: av.Packet[Any]) -> tuple[int, int, int]:
+    return (
+        NO_VALUE if packet.pts is None else packet.pts,
+        NO_VALUE if packet.pos is None else packet.pos,
+        packet.size,
+    )

@@ -1,0 +1,286 @@
+"""The packet table of a video: how many frames there are, when each is shown, and where its decoding has to start.
+
+Frames are counted from the packets, in the order in which they are shown; containers' headers are not believed. The
+table also cuts the video into groups of pictures: runs of frames, contiguous as shown, that are decoded from one
+keyframe on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import av
+import av.container
+import av.video.stream
+import numpy as np
+import numpy.typing as npt
+
+from depthmill.pipeline.errors import SourceError
+
+Int = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+NO_VALUE = np.iinfo(np.int64).min  # where a packet has no timestamp or no position
+
+# A demuxer that meets damage may answer with an error and go on behind it; one that does nothing else is left.
+_MAX_DEMUX_ERRORS = 16
+
+# Local files only: a playlist that calls itself .mp4 must not make the library fetch what it names.
+_OPEN_OPTIONS = {"protocol_whitelist": "file"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Frames [start, stop), in the order shown, that are decoded from packet `first`; all are in by packet `last`."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, eq=False)
+class PacketTable:
+    """The packets of one video stream in the order of the file (P of them) and the frames they hold (F).
+
+    Attributes:
+        pts: (P,) int64 presentation timestamp in units of the stream's time base, or NO_VALUE.
+        dts: (P,) int64 decoding timestamp, likewise.
+        pos: (P,) int64 byte offset in the file, or NO_VALUE.
+        size: (P,) int64 bytes.
+        corrupt: (P,) bool, True where the demuxer says that bytes are missing.
+        shown: (P,) int64 index of the frame that the packet holds, or -1 if it holds none that is shown.
+        order: (F,) int64 packet of each frame.
+        time_s: (F,) float64 seconds since the first frame.
+        group_start: (G,) int64 first frame of each group.
+        group_first: (G,) int64 packet from which each group is decoded.
+    """
+
+    pts: Int
+    dts: Int
+    pos: Int
+    size: Int
+    corrupt: Bool
+    shown: Int
+    order: Int
+    time_s: npt.NDArray[np.float64]
+    group_start: Int
+    group_first: Int
+
+    @cached_property
+    def group_last(self) -> Int:
+        """(G,) int64 last packet that each group needs."""
+        return np.maximum.reduceat(self.order, self.group_start)
+
+    @cached_property
+    def ordinals(self) -> dict[tuple[int, int, int], int]:
+        """Which packet has this timestamp, position and size; empty where that does not tell packets apart."""
+        keys = zip(self.pts.tolist(), self.pos.tolist(), self.size.tolist(), strict=True)
+        table = {key: ordinal for ordinal, key in enumerate(keys)}
+        return table if len(table) == len(self.size) else {}
+
+    def group_of(self, frame: int) -> int:
+        """Number of the group that holds `frame`."""
+        return int(np.searchsorted(self.group_start, frame, side="right")) - 1
+
+    def group(self, number: int) -> Group:
+        """The group of this number."""
+        stop = self.group_start[number + 1] if number + 1 < len(self.group_start) else len(self.order)
+        return Group(
+            int(self.group_start[number]), int(stop), int(self.group_first[number]), int(self.group_last[number])
+        )
+
+    def packets_of(self, group: Group) -> list[int]:
+        """The packets on which frames of the group may depend, in decoding order.
+
+        Those between its keyframe and its last frame, without the pictures that an open group of pictures shows
+        before its keyframe: these belong to the group before.
+        """
+        shown = self.shown[group.first : group.last + 1]
+        return (np.flatnonzero(shown >= group.start) + group.first).tolist()
+
+
+def open_container(path: Path) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
+    """Open a video file and pick its first video stream that is not a cover picture.
+
+    Raises:
+        SourceError: If the file is no video.
+    """
+    try:
+        container = av.open(str(path), options=_OPEN_OPTIONS, metadata_errors="ignore")
+    except (av.FFmpegError, OSError) as error:
+        raise SourceError(
+            f"{path}: cannot be opened as a video ({reason(error)}); expected a file that FFmpeg reads, whole up to "
+            "its index: check it with ffprobe, or leave it out"
+        ) from error
+    stream: Any  # its stub promises a codec context, which a codec without a decoder lacks
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            if stream.codec_context is None:
+                container.close()
+                raise SourceError(
+                    f"{path}: no decoder for its video stream; expected a codec that PyAV's FFmpeg knows: re-encode it"
+                )
+            return container, stream
+    kinds = ", ".join(stream.type for stream in container.streams) or "none"
+    container.close()
+    raise SourceError(f"{path}: no video stream among its streams ({kinds}); expected one: leave this file out")
+
+
+def demux(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Iterator[av.Packet[Any]]:
+    """Yield the stream's packets, going on behind errors where the demuxer can."""
+    errors = 0
+    while errors <= _MAX_DEMUX_ERRORS:
+        try:
+            for packet in container.demux(stream):
+                if packet.size:  # an empty packet is PyAV's end of file: to a decoder it means "drain"
+                    errors = 0
+                    yield packet
+            return
+        except av.FFmpegError:
+            errors += 1
+
+
+def scan(path: Path) -> PacketTable:
+    """Read all packets of a video, decoding nothing unless their timestamps do not say in what order they are shown.
+
+    Raises:
+        SourceError: If the file is no video or has no frames.
+    """
+    container, stream = open_container(path)
+    with container:
+        hides = stream.codec_context.name in ("vp8", "libvpx")
+        rows = [_row(packet, hides) for packet in demux(container, stream)]
+        # AVI has no presentation timestamps: where pictures are reordered, libav's are the order of the file.
+        invented = "avi" in container.format.name.split(",") and stream.codec_context.has_b_frames
+        time_base = float(stream.time_base or 0)
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+    if not rows:
+        raise SourceError(f"{path}: its video stream holds no packets; expected at least one frame: leave it out")
+    columns = [np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)]
+    pts, dts, pos, size = columns[:4]
+    key, corrupt, hidden = (column.astype(bool) for column in columns[4:])
+    visible = pts[~hidden]
+    if invented or (visible == NO_VALUE).any() or len(np.unique(visible)) < len(visible):
+        rank = _decoded_order(path, hidden)
+    else:
+        rank = np.argsort(np.argsort(pts, kind="stable"), kind="stable")
+    ordinals = np.flatnonzero((rank >= 0) & ~hidden)
+    order = ordinals[np.argsort(rank[ordinals], kind="stable")]
+    if not len(order):
+        raise SourceError(f"{path}: none of its {len(rows)} packets can be decoded; expected one frame: leave it out")
+    shown = np.full(len(rows), -1, dtype=np.int64)
+    shown[order] = np.arange(len(order))
+    group_start, group_first = _groups(rank, key, order)
+    time_s = _times(pts[order], time_base, rate)
+    return PacketTable(pts, dts, pos, size, corrupt, shown, order, time_s, group_start, group_first)
+
+
+def fingerprint(path: Path, table: PacketTable) -> str:
+    """Hash of a video's size, packet sizes and timestamps, and first and last 64 KiB.
+
+    Any other encoding changes the packet table; touching the file, moving or copying it changes nothing.
+    """
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    digest.update(f"{size} {len(table.size)}".encode())
+    digest.update(table.size.astype("<i8").tobytes() + table.pts.astype("<i8").tobytes())
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 16))
+        file.seek(max(0, size - (1 << 16)))
+        digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in libav's own short words."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _row(packet: av.Packet[Any], hides: bool) -> tuple[int, ...]:
+    hidden = packet.is_discard  # decoded but not shown: an edit list cuts it off
+    if hides and not hidden:
+        hidden = not bytes(packet)[0] & 0x10  # VP8's show_frame bit: alternate references are packets of their own
+    return (
+        NO_VALUE if packet.pts is None else packet.pts,
+        NO_VALUE if packet.dts is None else packet.dts,
+        NO_VALUE if packet.pos is None else packet.pos,
+        packet.size,
+        packet.is_keyframe,
+        packet.is_corrupt,
+        hidden,
+    )
+
+
+def _decoded_order(path: Path, hidden: Bool) -> Int:
+    """Decode the whole video, because its timestamps do not say in what order its packets are shown.
+
+    Returns:
+        (P,) int64 rank of each packet as the decoder shows them; -1 where it holds no picture of its own. A packet
+        that the decoder rejects is a frame that fails: it comes behind the packet before it.
+    """
+    ranks = np.full(len(hidden), -1, dtype=np.int64)
+    rejected: list[int] = []
+    container, stream = open_container(path)
+    with container:
+        stream.codec_context.thread_count = 1  # with more, an error does not say which packet it means
+        count = 0
+        for ordinal, packet in enumerate(demux(container, stream)):
+            packet.pts = packet.dts = ordinal
+            try:
+                frames = stream.codec_context.decode(packet)
+            except av.FFmpegError:
+                rejected.append(ordinal)
+                continue
+            for frame in frames:
+                if frame.pts is not None and ranks[frame.pts] < 0:
+                    ranks[frame.pts] = count
+                    count += 1
+        try:
+            frames = stream.codec_context.decode(None)
+        except av.FFmpegError:
+            frames = []
+        for frame in frames:
+            if frame.pts is not None and ranks[frame.pts] < 0:
+                ranks[frame.pts] = count
+                count += 1
+    # Room between the ranks for the rejected packets, each behind the latest rank of any packet before it.
+    spread = np.where(ranks >= 0, ranks * (len(ranks) + 1), -1)
+    before = np.maximum.accumulate(spread)
+    for number, ordinal in enumerate(rejected):
+        if ranks[ordinal] < 0:
+            spread[ordinal] = max(int(before[ordinal]), 0) + 1 + number
+    return spread
+
+
+def _groups(rank: Int, key: Bool, order: Int) -> tuple[Int, Int]:
+    """Cut the frames into groups, each with the packet to start from.
+
+    Decoding can start at a keyframe behind which nothing is decoded that is shown with the frames before it, other
+    than the pictures shown directly before it (an open group of pictures): those belong to the group before.
+    """
+    before = np.concatenate([[-1], np.maximum.accumulate(rank)[:-1]])
+    entries = np.flatnonzero(key & (rank > before))
+    starts = np.searchsorted(rank[order], rank[entries])
+    inside = starts < len(order)
+    entries, starts = entries[inside], starts[inside]
+    last = np.append(starts[1:] != starts[:-1], True) if len(starts) else np.zeros(0, dtype=bool)
+    entries, starts = entries[last], starts[last]  # of two that start at one frame, the later
+    if not len(starts) or starts[0] > 0:  # frames before the first keyframe as shown: all there is comes first
+        entries, starts = np.append(0, entries), np.append(0, starts)
+    return starts.astype(np.int64), entries.astype(np.int64)
+
+
+def _times(pts: Int, time_base: float, rate: float) -> npt.NDArray[np.float64]:
+    """(F,) float64 seconds since the first frame, from the timestamps as shown; gaps are filled in between."""
+    index = np.arange(len(pts))
+    known = np.flatnonzero(pts != NO_VALUE)
+    if not len(known) or time_base == 0 or (np.diff(pts[known]) < 0).any():
+        return index / rate
+    seconds = np.interp(index, known, (pts[known] - pts[known[0]]).astype(np.float64)) * time_base
+    return np.asarray(seconds - seconds[0], dtype=np.float64)
