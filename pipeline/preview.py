@@ -155,8 +155,8 @@ def normals_rgb(normals: npt.NDArray[np.float32]) -> Rgb:
     Returns:
         (H, W, 3) uint8, grey where invalid.
     """
-    colours: Rgb = np.rint((np.clip(normals, -1, 1) + 1) * 127.5).astype(np.uint8)
-    colours[~normals.any(-1)] = GREY
+    colours: Rgb = np.clip(normals * 127.5 + 128, 0, 255).astype(np.uint8)  # rounds, as + 127.5 + 0.5
+    colours[(normals[..., 0] == 0) & (normals[..., 1] == 0) & (normals[..., 2] == 0)] = GREY
     return colours
 
 

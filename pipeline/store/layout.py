@@ -107,9 +107,12 @@ def pack_depth(depth: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     Returns:
         (H, W) uint16 in steps of `DEPTH_STEP`; `DEPTH_INVALID` where invalid.
     """
-    steps = np.rint(np.clip(depth, 0, 1) * np.float32(1 / DEPTH_STEP))
-    packed: npt.NDArray[np.uint16] = np.where(np.isnan(steps), DEPTH_INVALID, steps).astype(np.uint16)
-    return packed
+    steps = np.clip(depth, 0, 1)
+    steps *= np.float32(1 / DEPTH_STEP)
+    np.rint(steps, out=steps)
+    invalid = np.isnan(steps)
+    steps[invalid] = DEPTH_INVALID
+    return steps.astype(np.uint16)
 
 
 def pack_normals(normals: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
@@ -122,12 +125,15 @@ def pack_normals(normals: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[An
     Returns:
         (H, W, 3) of `dtype`; (0, 0, 0) where invalid.
     """
-    normals = np.where(np.isnan(normals).any(-1, keepdims=True), np.float32(0), normals)
+    if np.isnan(normals.sum()):  # seldom: one pass tells whether the slow ones are needed
+        normals = np.where(np.isnan(normals).any(-1, keepdims=True), np.float32(0), normals)
     full_scale = NORMALS_FULL_SCALE[dtype]
     if full_scale is None:
         return normals.astype(dtype)
-    packed: npt.NDArray[Any] = np.rint(np.clip(normals, -1, 1) * np.float32(full_scale)).astype(dtype)
-    return packed
+    scaled = normals * np.float32(full_scale)
+    np.rint(scaled, out=scaled)
+    np.clip(scaled, -full_scale, full_scale, out=scaled)
+    return scaled.astype(dtype)
 
 
 def root_document(attributes: Document, members: dict[str, Document]) -> Document:

@@ -1,0 +1,184 @@
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from depthmill.pipeline import store as stores
+from depthmill.pipeline.errors import ConfigError, StoreError
+from depthmill.pipeline.preview import GREY, SPECTRAL, depth_rgb, normals_rgb, preview
+from depthmill.pipeline.sources import open_source
+
+H, W, FRAMES = 48, 64, 10
+TOWARDS = np.broadcast_to(np.float32([0, 0, 1]), (H, W, 3))
+
+
+def ramp(index: int, height: int = H, width: int = W) -> np.ndarray:
+    """Far at the left, near at the right, and the whole scene nearer from frame to frame."""
+    return np.broadcast_to(np.linspace(0.9, 0.5, width, dtype=np.float32) - 0.04 * index, (height, width))
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    return (20 * index, 100, 255 - 20 * index)
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    """Plain frames, one colour each, at uneven times."""
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "4"})
+        stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for index in range(FRAMES):
+            frame = av.VideoFrame.from_ndarray(np.full((H, W, 3), colour(index), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 100 * index + (300 if index > 6 else 0), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def labelled(path: Path, store_path: Path, failed: tuple[int, ...] = (), stop: int | None = None) -> stores.Store:
+    store = stores.create(store_path, stores.Layout(shard_frames=2, segment_frames=2), {})
+    reader = open_source(path)
+    source = reader.probe()
+    store.add(source)
+    for segment in store.segments(source.id)[:stop]:
+        writer = store.writer(segment)
+        for frame in reader.read(segment.start, segment.stop):
+            if frame.index in failed:
+                writer.fail(frame.index, "broken")
+                continue
+            assert frame.image is not None, frame.error
+            height, width, _ = frame.image.shape
+            writer.put(frame.index, ramp(frame.index, height, width), TOWARDS[:height, :width])
+        writer.commit()
+    reader.close()
+    return store
+
+
+def decoded(path: Path) -> tuple[np.ndarray, list[float]]:
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    return np.stack([frame.to_ndarray(format="rgb24") for frame in frames]), [float(frame.time) for frame in frames]
+
+
+def opened(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def near(a: np.ndarray, b: tuple[int, int, int], tolerance: int = 14) -> bool:
+    return bool(np.abs(a.astype(int) - np.array(b)).max() <= tolerance)
+
+
+def test_a_video_gets_a_sheet_and_a_video_of_its_own_frames(video, tmp_path):
+    store = labelled(video, tmp_path / "s", failed=(3,))
+    (source_id,) = store.sources()
+    sheet_path, video_path = preview(store.path, tmp_path / "out", frames=4)
+    assert [path.name for path in (sheet_path, video_path)] == [f"{source_id}.png", f"{source_id}.mp4"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{source_id}.mp4", f"{source_id}.png"]
+
+    frames, times = decoded(video_path)
+    assert frames.shape == (FRAMES, H, 3 * W, 3)
+    np.testing.assert_allclose(times, store.array(source_id, "time")[:], atol=1e-3)
+    for index, frame in enumerate(frames):
+        assert near(frame[H // 2, W // 2], colour(index)), "the picture is the left panel"
+        depth, normals = frame[H // 2, W : 2 * W], frame[H // 2, 2 * W :]
+        if index == 3:
+            assert near(depth, (GREY,) * 3)
+            assert near(normals, (GREY,) * 3)
+        else:
+            assert near(normals[4:], (128, 128, 255))
+    # The first frame's left is the clip's farthest, the last one's right its nearest; one range for the whole clip.
+    assert near(frames[0, H // 2, W + 1], SPECTRAL[-1], 30)
+    assert near(frames[-1, H // 2, 2 * W - 3], SPECTRAL[0], 30)
+    assert not near(frames[0, H // 2, 2 * W - 3], SPECTRAL[0], 60), "not stretched for each frame"
+
+    sheet = opened(sheet_path)
+    columns, rows = [72 + i * (W + 4) for i in range(4)], [40 + i * (H + 4) for i in range(3)]
+    assert sheet.shape == (rows[-1] + H + 4, columns[-1] + W + 4, 3)
+    for x, index in zip(columns, (0, 3, 6, 9), strict=True):
+        assert near(sheet[rows[0] + 5, x + 5], colour(index))
+        assert (sheet[rows[0] - 1, x : x + W] == 255).all(), "a gap above"
+        expected = (GREY,) * 3 if index == 3 else (128, 128, 255)
+        assert (sheet[rows[2] : rows[2] + H, x : x + W] == expected).all()
+        assert (sheet[18:36, x : x + W] < 100).any(), "a caption"
+
+
+def test_wide_videos_are_scaled_to_even_sides(video, tmp_path):
+    store = labelled(video, tmp_path / "s", stop=2)
+    _, video_path = preview(store.path, tmp_path / "out", max_width=100)
+    frames, _ = decoded(video_path)
+    assert frames.shape == (FRAMES, 24, 96, 3)
+    assert near(frames[3, 12, 70:], (128, 128, 255))
+    assert near(frames[4, 12, 40:], (GREY,) * 3), "what is not labelled yet is grey"
+
+
+@pytest.mark.parametrize("change", ["gone", "changed"])
+def test_labels_are_drawn_alone_where_the_source_is_gone(video, tmp_path, caplog, change):
+    store = labelled(video, tmp_path / "s")
+    video.unlink()
+    if change == "changed":
+        with av.open(str(video), "w") as container:
+            stream = container.add_stream("libx264", rate=5)
+            stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
+            container.mux(stream.encode(av.VideoFrame(W, H, "yuv420p")))
+            container.mux(stream.encode())
+    sheet_path, video_path = preview(store.path, tmp_path / "out")
+    assert decoded(video_path)[0].shape == (FRAMES, H, 2 * W, 3)
+    assert opened(sheet_path).shape[0] == 40 + 2 * (H + 4)
+    (record,) = caplog.records
+    assert "labels alone" in record.message
+    assert ("changed since" in record.message) == (change == "changed")
+
+
+def test_a_folder_gets_a_sheet_with_pictures_in_their_own_size(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (W, H), (200, 0, 0)).save(folder / "a-picture-with-a-long-name.png")
+    Image.new("RGB", (W // 2, H), (0, 200, 0)).save(folder / "b.png")
+    (folder / "c.png").write_bytes(b"")
+    store = labelled(folder, tmp_path / "s", failed=(2,))
+    (sheet_path,) = preview(store.path, tmp_path / "out")
+    sheet = opened(sheet_path)
+    assert sheet.shape == (40 + 3 * (H + 4), 72 + 3 * (W + 4), 3)
+    b = 72 + W + 4
+    assert (sheet[40 : 40 + H, 72 : 72 + W] == (200, 0, 0)).all()
+    assert (sheet[40 : 40 + H, b : b + W // 2] == (0, 200, 0)).all()
+    assert (sheet[40:, b + W // 2 : b + W] == 255).all(), "beyond the picture there is nothing, on any row"
+    assert (sheet[40 : 40 + H, b + W + 4 : b + 2 * W + 4] == GREY).all()
+
+
+def test_one_source_of_several(video, tmp_path):
+    store = labelled(video, tmp_path / "s")
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (W, H)).save(tmp_path / "other" / "a.png")
+    other = open_source(tmp_path / "other").probe()
+    store.add(other)
+    assert preview(store.path, tmp_path / "out", source_id=other.id) == [tmp_path / "out" / f"{other.id}.png"]
+    with pytest.raises(StoreError, match="no source 'nobody'"):
+        preview(store.path, tmp_path / "out", source_id="nobody")
+    with pytest.raises(ConfigError, match="0 frames"):
+        preview(store.path, tmp_path / "out", frames=0)
+
+
+def test_colours():
+    depth = np.float32([[0.2, 0.6, 1.0, np.nan, 0.0]])
+    assert depth_rgb(depth, 0.2, 1.0)[0].tolist() == [
+        list(SPECTRAL[0]),
+        pytest.approx(SPECTRAL[5], abs=2),
+        list(SPECTRAL[-1]),
+        [GREY] * 3,
+        list(SPECTRAL[0]),
+    ]
+    normals = np.float32([[[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [-1, 0, 0]]])
+    assert normals_rgb(normals)[0].tolist() == [
+        [255, 128, 128],
+        [128, 255, 128],
+        [128, 128, 255],
+        [GREY] * 3,
+        [0, 128, 128],
+    ]
