@@ -225,8 +225,9 @@ def save(
         dtype: Of the weights on disk.
     """
     modules: dict[str, Any] = {
-        "unet": deepcopy(parts.unet).to(dtype),
-        "vae": deepcopy(parts.vae).to(dtype),
+        # Module.to itself: diffusers' own warns that some models, which these are not, have parts to keep in float32.
+        "unet": torch.nn.Module.to(deepcopy(parts.unet), dtype),
+        "vae": torch.nn.Module.to(deepcopy(parts.vae), dtype),
         "text_encoder": deepcopy(parts.text_encoder).to(dtype),
         "scheduler": parts.scheduler,
         "tokenizer": parts.tokenizer,

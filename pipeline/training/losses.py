@@ -1,0 +1,164 @@
+"""The losses of end-to-end fine-tuning (Martin Garcia et al., WACV 2025, section 4), in float32.
+
+Depth: the prediction is affine-invariant, so each picture's prediction is first brought to the metric depth by the scale
+and shift of a least-squares fit; the loss is the mean absolute difference. Normals: the mean angle.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Metric depth is clipped to these percentiles of its valid pixels before anything is fitted to it.
+LOW_PERCENTILE, HIGH_PERCENTILE = 2.0, 98.0
+
+# A picture whose depth spans less than this share of its mean has no depth to learn a scale from.
+_FLAT = 1e-3
+# Up to this cosine the angle is arccos; its slope, 1/sin, is unbounded beyond.
+_SAFE_COSINE = 1 - 1e-4
+
+
+def depth_range(depth: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """2nd and 98th percentile of each picture's valid depth.
+
+    Args:
+        depth: (B, H, W) metres; anything where `mask` is False.
+        mask: (B, H, W) bool.
+
+    Returns:
+        (B,) low and (B,) high, metres; 0 and 0 for a picture without a valid pixel.
+    """
+    low, high = [], []
+    for row, valid in zip(depth.float(), mask, strict=True):
+        values = row[valid].sort().values
+        last = values.numel() - 1
+        if last < 0:
+            low.append(row.new_zeros(()))
+            high.append(row.new_zeros(()))
+            continue
+        # Nearest-rank: torch.quantile refuses more than 16 million values, and a share of a rank is no matter here.
+        low.append(values[round(last * LOW_PERCENTILE / 100)])
+        high.append(values[round(last * HIGH_PERCENTILE / 100)])
+    return torch.stack(low), torch.stack(high)
+
+
+def clip_depth(depth: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Clip metric depth to its 2nd and 98th percentile, picture by picture.
+
+    Args:
+        depth: (B, H, W) metres; anything, infinities included, where `mask` is False.
+        mask: (B, H, W) bool.
+
+    Returns:
+        (B, H, W) clipped depth, its upper bound where `mask` is False, and (B,) bool: whether the picture has a depth
+        range to learn from.
+    """
+    low, high = depth_range(depth, mask)
+    filled = torch.where(mask, depth.float(), high[:, None, None])
+    clipped = torch.minimum(torch.maximum(filled, low[:, None, None]), high[:, None, None])
+    return clipped, (high - low) > _FLAT * high.clamp(min=1e-9)
+
+
+def fit_affine(prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Least-squares scale and shift of predictions to targets, picture by picture.
+
+    From the centred normal equations, scale = cov(p, t) / var(p): unlike the raw 2 x 2 system they lose no digits where
+    the mean is large against the spread. A constant prediction gets scale 0 and the target's mean.
+
+    Args:
+        prediction: (B, H, W), any unit.
+        target: (B, H, W).
+        mask: (B, H, W) bool, what to fit; both must be finite there.
+
+    Returns:
+        (B,) scale and (B,) shift, such that scale * prediction + shift is nearest to target.
+    """
+    weight = mask.float()
+    count = weight.sum((1, 2)).clamp(min=1)
+    p, t = torch.where(mask, prediction.float(), 0), torch.where(mask, target.float(), 0)
+    p_mean, t_mean = p.sum((1, 2)) / count, t.sum((1, 2)) / count
+    p_off, t_off = (p - p_mean[:, None, None]) * weight, (t - t_mean[:, None, None]) * weight
+    variance = p_off.square().sum((1, 2)) / count
+    covariance = (p_off * t_off).sum((1, 2)) / count
+    # The floor bounds the scale's gradient where a prediction is all but constant.
+    scale = covariance / (variance + 1e-6 * (1 + p_mean.square()))
+    return scale, t_mean - scale * p_mean
+
+
+def depth_loss(prediction: Tensor, depth: Tensor, mask: Tensor) -> Tensor:
+    """Affine-invariant depth loss: masked L1 after a least-squares fit to clipped metric depth.
+
+    The gradient passes through the fit, as in the paper. A picture with no depth range (a bare wall seen head-on, or no
+    valid pixel) counts 0. Each picture is measured in units of its own range of depth, so that a street a hundred
+    metres deep does not outweigh a table top.
+
+    Args:
+        prediction: (B, H, W), affine-invariant.
+        depth: (B, H, W) metres; anything where `mask` is False.
+        mask: (B, H, W) bool.
+
+    Returns:
+        () float32, mean over the pictures.
+    """
+    target, usable = clip_depth(depth, mask)
+    low, high = target.amin((1, 2)), target.amax((1, 2))
+    unit = (target - low[:, None, None]) / torch.where(usable, high - low, 1)[:, None, None]
+    valid = mask & usable[:, None, None]
+    scale, shift = fit_affine(prediction, unit, valid)
+    error = (scale[:, None, None] * prediction.float() + shift[:, None, None] - unit).abs() * valid
+    return (error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)).mean()
+
+
+def normals_loss(prediction: Tensor, normals: Tensor, mask: Tensor) -> Tensor:
+    """Mean angle between predicted and true normals, radians.
+
+    Beyond a cosine of ±(1 - 1e-4), where arccos's slope runs to infinity, the angle goes on along its tangent: the
+    gradient stays bounded, and keeps pulling an opposite normal round.
+
+    Args:
+        prediction: (B, 3, H, W), any length.
+        normals: (B, 3, H, W), unit where `mask` is True.
+        mask: (B, H, W) bool.
+
+    Returns:
+        () float32, mean over the valid pixels of the batch.
+    """
+    unit = torch.nn.functional.normalize(prediction.float(), dim=1, eps=1e-6)
+    cosine = (unit * normals.float()).sum(1)
+    safe = cosine.clamp(-_SAFE_COSINE, _SAFE_COSINE)
+    slope = -1 / (1 - _SAFE_COSINE**2) ** 0.5
+    # Clamped, the tangent's part is measured from the bound; it is 0 inside. At a cosine of 1 the angle so reached is
+    # 0.7 % of a radian, not 0.
+    angle = torch.acos(safe) + slope * (cosine - safe)
+    return (angle * mask).sum() / mask.sum().clamp(min=1)
+
+
+def angles_deg(prediction: Tensor, normals: Tensor) -> Tensor:
+    """Exact angle between vectors (B, 3, H, W) of any length, degrees in [0, 180]: (B, H, W).
+
+    By atan2(|a x b|, a . b), which keeps its digits at 0° and 180° where arccos does not.
+    """
+    a, b = prediction.float(), normals.float()
+    return torch.rad2deg(torch.atan2(torch.linalg.cross(a, b, dim=1).norm(dim=1), (a * b).sum(1)))
+
+
+def abs_rel(prediction: Tensor, depth: Tensor, mask: Tensor) -> Tensor:
+    """Mean |aligned prediction - depth| / depth after the least-squares fit, picture by picture.
+
+    As in Marigold's evaluation, the aligned prediction is held to the range of the true depth.
+
+    Args:
+        prediction: (B, H, W), affine-invariant.
+        depth: (B, H, W) metres, greater than 0 where `mask` is True.
+        mask: (B, H, W) bool.
+
+    Returns:
+        (B,) float32; NaN for a picture without a valid pixel.
+    """
+    truth = torch.where(mask, depth.float(), 1)
+    scale, shift = fit_affine(prediction, truth, mask)
+    aligned = scale[:, None, None] * prediction.float() + shift[:, None, None]
+    nearest = torch.where(mask, truth, torch.inf).amin((1, 2))
+    farthest = torch.where(mask, truth, -torch.inf).amax((1, 2))
+    aligned = torch.minimum(torch.maximum(aligned, nearest[:, None, None]), farthest[:, None, None])
+    return ((aligned - truth).abs() / truth * mask).sum((1, 2)) / mask.sum((1, 2))

@@ -1,0 +1,94 @@
+"""The network that is trained: one VAE, one UNet for each modality, and the constants of the single step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from depthmill.pipeline.model import scratch
+from depthmill.pipeline.model.scratch import Architecture, Parts
+from depthmill.pipeline.types import Modality
+
+MODALITIES: tuple[Modality, ...] = ("depth", "normals")
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """Modules of both checkpoints.
+
+    Attributes:
+        modules: `vae`, and a UNet named after each modality.
+        parts: What else a checkpoint is made of.
+        prompt: (1, tokens, cross_attention_dim) the empty prompt's embedding.
+    """
+
+    modules: torch.nn.ModuleDict
+    parts: Parts
+    prompt: Tensor
+
+    def encode(self, picture: Tensor) -> Tensor:
+        """Mean of the VAE's latents, scaled: (B, 3, H, W) in [-1, 1] -> (B, latent channels, h, w)."""
+        vae = self.parts.vae
+        latent: Tensor = vae.encode(picture).latent_dist.mean * vae.config.scaling_factor
+        return latent
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Inverse of `encode`; what comes out is not clipped."""
+        vae = self.parts.vae
+        picture: Tensor = vae.decode(latent / vae.config.scaling_factor).sample
+        return picture
+
+    def step(self, modality: Modality, latent: Tensor) -> Tensor:
+        """One step at the last time step with zero noise: the picture's latent to the answer's.
+
+        By DDIM's `pred_original_sample` for v-prediction, x0 = sqrt(a) x - sqrt(1 - a) v, with x = 0.
+        """
+        scheduler = self.parts.scheduler
+        last = scheduler.config.num_train_timesteps - 1
+        prompt = self.prompt.expand(latent.shape[0], -1, -1)
+        v = self.modules[modality](torch.cat([latent, torch.zeros_like(latent)], 1), last, prompt).sample
+        return -((1 - scheduler.alphas_cumprod[last].to(v)) ** 0.5) * v
+
+    def predict(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
+        """Both answers, as they come out of the decoder.
+
+        Args:
+            rgb: (B, 3, H, W) in [0, 1], H and W multiples of what the architecture divides by.
+
+        Returns:
+            Depth (B, H, W), near -1 and far +1, not clipped; normals (B, 3, H, W), of any length.
+        """
+        latent = self.encode(rgb * 2 - 1)
+        decoded = self.decode(torch.cat([self.step(modality, latent) for modality in MODALITIES]))
+        depth, normals = decoded.chunk(2)
+        return depth.mean(1), normals
+
+    def save(self, directory: Path, *, processing_resolution: int, dtype: torch.dtype) -> None:
+        """Write `depth/` and `normals/`, two checkpoints with one and the same VAE."""
+        for modality in MODALITIES:
+            parts = Parts(
+                unet=self.modules[modality],  # type: ignore[arg-type]
+                vae=self.parts.vae,
+                scheduler=self.parts.scheduler,
+                text_encoder=self.parts.text_encoder,
+                tokenizer=self.parts.tokenizer,
+            )
+            scratch.save(
+                parts, directory / modality, modality, processing_resolution=processing_resolution, dtype=dtype
+            )
+
+
+def build(architecture: Architecture, seed: int, device: torch.device) -> Network:
+    """Make a network with random weights, in training mode; all but the text encoder is trained."""
+    parts = scratch.build(architecture, seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        normals = scratch.build_unet(architecture)
+    modules = torch.nn.ModuleDict({"vae": parts.vae, "depth": parts.unet, "normals": normals}).to(device)
+    tokens = torch.tensor([parts.tokenizer("").input_ids])
+    with torch.no_grad():
+        prompt = parts.text_encoder(tokens).last_hidden_state.to(device)
+    return Network(modules.train(), parts, prompt)
