@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources.images import decode_image
+from depthmill.tests import media as make
+from depthmill.tests.pipeline.sources.contract import SourceContract, read_all
+from PIL import Image
+
+LIMIT = 1 << 27
+
+
+class TestFolder(SourceContract):
+    @pytest.fixture(scope="class")
+    def media(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("pictures")
+        make.write_image_folder(folder, count=20, sizes=((48, 64), (80, 40), (33, 101)), suffixes=(".png", ".jpg"))
+        make.write_image_folder(folder / "more", count=20, suffixes=(".webp", ".bmp", ".tif"))
+        return folder
+
+    def test_order_keys_and_sizes(self, media: Path) -> None:
+        probed = open_source(media).probe()
+        assert probed.keys is not None
+        assert list(probed.keys) == sorted(probed.keys)
+        assert probed.keys[0] == "000.png"
+        assert probed.keys[-1] == "more/019.bmp"
+        assert (probed.height, probed.width, probed.fps) == (80, 101, None)
+        found = [make.read_index(frame.image) for frame in read_all(media) if frame.image is not None]
+        assert found == [*range(20), *range(20)]
+
+
+class TestBrokenFolder(SourceContract):
+    @pytest.fixture(scope="class")
+    def media(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("broken")
+        make.write_image_folder(folder, count=12, suffixes=(".png", ".jpg"))
+        (folder / "002.png").write_bytes(b"")
+        make.truncate(folder / "003.jpg")
+        make.truncate(folder / "004.png")
+        (folder / "005.jpg").write_text("no picture")
+        make.write_image(folder / "006.png", height=1, width=1)
+        make.truncate(folder / "007.jpg", 0.05)
+        return folder
+
+    def test_the_bad_ones_say_why(self, media: Path) -> None:
+        frames = read_all(media)
+        assert [frame.index for frame in frames if frame.image is None] == [2, 3, 4, 5, 7]
+        assert "0 bytes" in frames[2].error
+        assert "truncated" in frames[3].error
+        assert "no picture" in frames[5].error
+        assert frames[6].image is not None
+        assert frames[6].image.shape == (1, 1, 3)
+
+
+class TestSinglePicture(SourceContract):
+    @pytest.fixture(scope="class")
+    def media(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return make.write_image(tmp_path_factory.mktemp("one") / "Only One.png", 7)
+
+    # Of the contract's tests, those that need more than one frame have nothing to say here.
+    test_bounds = None  # type: ignore[assignment]
+    test_interleaved_reads = None  # type: ignore[assignment]
+    test_a_read_that_stops_early_harms_no_other = None  # type: ignore[assignment]
+
+    def test_one_frame(self, media: Path) -> None:
+        probed = open_source(media).probe()
+        assert (probed.frames, probed.keys, probed.height, probed.width) == (1, ("Only One.png",), 48, 64)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int, suffix: str, tmp_path: Path) -> None:
+    upright = Image.fromarray(make.paint(0b01001101))
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"picture{suffix}"
+    stored.save(path, exif=exif)
+    probed = open_source(path).probe()
+    assert (probed.height, probed.width) == (48, 64)
+    picture = decode_image(path, LIMIT)
+    assert picture.shape == (48, 64, 3)
+    assert make.read_index(picture) == 0b01001101
+
+
+def grey_ramp() -> np.ndarray:
+    return np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+
+
+def write(image: Image.Image, path: Path, **options: object) -> np.ndarray:
+    image.save(path, **options)  # type: ignore[arg-type]
+    return decode_image(path, LIMIT)
+
+
+def test_grey_one_bit_and_palette(tmp_path: Path) -> None:
+    ramp = Image.fromarray(grey_ramp())
+    np.testing.assert_array_equal(write(ramp, tmp_path / "grey.png")[..., 1], grey_ramp())
+    bits = write(ramp.convert("1", dither=Image.Dither.NONE), tmp_path / "bits.png")
+    np.testing.assert_array_equal(bits[..., 0], np.where(grey_ramp() > 127, 255, 0))
+    colours = Image.fromarray(make.paint(77)).quantize(4)
+    assert make.read_index(write(colours, tmp_path / "palette.png")) == 77
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_are_scaled(suffix: str, tmp_path: Path) -> None:
+    ramp = grey_ramp()
+    deep = Image.fromarray(ramp.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(write(deep, tmp_path / f"deep{suffix}")[..., 2], ramp)
+    np.testing.assert_array_equal(
+        write(Image.fromarray(ramp.astype(np.int32) * 257), tmp_path / "int.tif")[..., 0], ramp
+    )
+    np.testing.assert_array_equal(
+        write(Image.fromarray(ramp.astype(np.float32) / 255), tmp_path / "float.tif")[..., 0], ramp
+    )
+
+
+def test_alpha_lies_over_white(tmp_path: Path) -> None:
+    rgba = np.zeros((4, 256, 4), dtype=np.uint8)
+    rgba[..., 3] = grey_ramp()
+    np.testing.assert_array_equal(write(Image.fromarray(rgba), tmp_path / "rgba.png")[..., 0], 255 - grey_ramp())
+    grey = Image.fromarray(rgba[..., 2:], mode=None).convert("LA")
+    np.testing.assert_array_equal(write(grey, tmp_path / "la.png")[..., 0], 255 - grey_ramp())
+    see_through = Image.new("P", (8, 8), 1)
+    see_through.putpalette([9, 9, 9, 200, 0, 0])
+    assert (write(see_through, tmp_path / "p.png", transparency=1) == 255).all()
+    assert (write(see_through, tmp_path / "bytes.png", transparency=bytes([255, 0])) == 255).all()
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    red = write(Image.new("RGB", (16, 16), (255, 0, 0)).convert("CMYK"), tmp_path / "cmyk.jpg", quality=95)
+    assert abs(red.astype(int) - (255, 0, 0)).max() <= 4
+
+
+def test_fifty_megapixels_and_too_many(tmp_path: Path) -> None:
+    Image.new("1", (10_000, 10_000), 1).save(tmp_path / "a.png")  # over Pillow's own limit: no warning may come
+    Image.new("1", (5_000, 10_000), 1).save(tmp_path / "b.png")
+    make.write_image(tmp_path / "c.png", 3)
+    source = open_source(tmp_path, max_pixels=50_000_000)
+    frames = list(source.read(0, 3))
+    assert source.probe().frames == 3
+    assert frames[0].image is None
+    assert "at most 50000000" in frames[0].error
+    assert frames[1].image is not None
+    assert frames[1].image.shape == (10_000, 5_000, 3)
+    assert frames[2].image is not None
+
+
+def test_all_bad_is_still_a_source(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "b.jpg").write_text("text")
+    probed = open_source(tmp_path).probe()
+    assert (probed.frames, probed.height, probed.width) == (2, 1, 1)
+    assert all(frame.image is None and frame.error for frame in read_all(tmp_path))
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    with pytest.raises(SourceError, match="no pictures.*expected"):
+        open_source(tmp_path).probe()
+
+
+def test_a_picture_that_vanishes_fails_alone(tmp_path: Path) -> None:
+    make.write_image_folder(tmp_path, count=3)
+    source = open_source(tmp_path)
+    source.probe()
+    (tmp_path / "001.png").unlink()
+    frames = list(source.read(0, 3))
+    assert [frame.image is None for frame in frames] == [False, True, False]
+    assert "001.png" in frames[1].error
+
+
+def test_fingerprint(tmp_path: Path) -> None:
+    make.write_image_folder(tmp_path, count=3)
+    before = open_source(tmp_path).probe().fingerprint
+    make.write_image(tmp_path / "001.png", 1)
+    assert open_source(tmp_path).probe().fingerprint == before
+    make.write_image(tmp_path / "001.png", 9)
+    assert open_source(tmp_path).probe().fingerprint != before

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.video.reformatter import VideoReformatter
+from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources.video_pixels import to_rgb
+from depthmill.tests import media as make
+from depthmill.tests.pipeline.sources.contract import SourceContract, read_all
+
+ROOT = Path(__file__).parents[3]
+FRAMES = 40
+
+OPEN_GOP = {"x264-params": "open-gop=1:b-adapt=0:scenecut=0"}
+INTRA_REFRESH = {"x264-params": "intra-refresh=1:scenecut=0"}
+ALT_REF = {"auto-alt-ref": "1", "lag-in-frames": "10", "deadline": "good", "cpu-used": "5"}
+TIMES_MS = [40 * index + 13 * (index % 3) for index in range(FRAMES)]
+
+GOOD = {
+    "b_frames.mp4": {},
+    "open_gop.mp4": {"bframes": 3, "options": OPEN_GOP},
+    "intra_refresh.mp4": {"gop": 12, "options": INTRA_REFRESH},
+    "ten_bit.mkv": {"pix_fmt": "yuv420p10le"},
+    "variable_rate.mp4": {"times_ms": TIMES_MS},
+    "transport.ts": {},
+    "open_gop.ts": {"codec": "mpeg2video"},
+    "program.mpg": {"codec": "mpeg2video"},
+    "no_pts.avi": {},
+    "reordered.avi": {"codec": "mpeg4"},
+    "intra.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p", "bframes": 0},
+    "raw.h264": {},
+    "hevc.mp4": {"codec": "libx265"},
+    "hidden_frames.webm": {"codec": "libvpx", "options": ALT_REF},
+    "vp9.webm": {"codec": "libvpx-vp9"},
+    "av1.mp4": {"codec": "libsvtav1"},
+}
+
+BROKEN: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "truncated mp4": ("b_frames.mp4", make.truncate),
+    "truncated avi": ("no_pts.avi", make.truncate),
+    "broken mp4": ("b_frames.mp4", make.break_middle),
+    "broken open gop": ("open_gop.mp4", lambda path: make.break_middle(path, 0.6, 3000)),
+    "broken intra refresh": ("intra_refresh.mp4", lambda path: make.break_middle(path, 0.7, 3000)),
+    "broken ts": ("open_gop.ts", make.break_middle),
+    "broken h264 ts": ("transport.ts", lambda path: make.break_middle(path, 0.6, 3000)),
+    "broken mpg": ("program.mpg", lambda path: make.break_middle(path, 0.6, 2000)),
+    "broken mjpeg": ("intra.avi", make.break_middle),
+}
+
+
+def noisy(frames: int = FRAMES) -> list[make.Picture]:
+    """Painted frames with enough noise that every frame has bytes worth breaking."""
+    random = np.random.default_rng(1)
+    return [
+        np.clip(make.paint(index) + random.integers(-20, 20, (make.HEIGHT, make.WIDTH, 1)), 0, 255).astype(np.uint8)
+        for index in range(frames)
+    ]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("clips")
+
+    def clip(name: str) -> Path:
+        path = folder / name
+        return path if path.exists() else make.write_video(path, pictures=noisy(), **GOOD[name])
+
+    return clip
+
+
+def indices(path: Path) -> list[int | None]:
+    return [None if frame.image is None else make.read_index(frame.image) for frame in read_all(path)]
+
+
+class TestGoodVideo(SourceContract):
+    @pytest.fixture(params=GOOD)
+    def media(self, request: pytest.FixtureRequest, clips: Callable[[str], Path]) -> Path:
+        return clips(request.param)
+
+    def test_every_frame_is_the_one_painted(self, media: Path) -> None:
+        assert indices(media) == list(range(FRAMES))
+
+    def test_times(self, media: Path) -> None:
+        source = open_source(media).probe()
+        expected = np.array(TIMES_MS) / 1000 if media.stem == "variable_rate" else np.arange(FRAMES) / 25
+        np.testing.assert_allclose(source.time_s, expected, atol=6e-4)
+        assert source.fps == pytest.approx((FRAMES - 1) / expected[-1], rel=1e-3)
+
+
+class TestBrokenVideo(SourceContract):
+    @pytest.fixture(params=BROKEN)
+    def media(self, request: pytest.FixtureRequest, clips: Callable[[str], Path], tmp_path: Path) -> Path:
+        name, damage = BROKEN[request.param]
+        path = tmp_path / name
+        path.write_bytes(clips(name).read_bytes())
+        return damage(path)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_damage_is_found_and_the_rest_is_good(name: str, clips: Callable[[str], Path], tmp_path: Path) -> None:
+    clip, damage = BROKEN[name]
+    path = tmp_path / clip
+    path.write_bytes(clips(clip).read_bytes())
+    found = indices(damage(path))
+    good = [index for index in found if index is not None]
+    if name != "broken mp4":  # this noise happens to be a valid slice: the decoder cannot know
+        assert len(good) < len(found)
+    assert len(good) >= 10
+    assert good == sorted(good)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_lost_frames_do_not_depend_on_threads(threads: int, clips: Callable[[str], Path], tmp_path: Path) -> None:
+    from depthmill.pipeline.sources.video import VideoSource
+
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(clips("open_gop.mp4").read_bytes())
+    make.break_middle(path, 0.6, 3000)
+    source = VideoSource(path, threads)
+    frames = list(source.read(0, source.probe().frames))
+    source.close()
+    assert [frame.error for frame in frames] == [frame.error for frame in read_all(path)]
+
+
+def test_a_seek_that_finds_nothing_falls_back_to_the_start(
+    clips: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from depthmill.pipeline.sources.video_decode import Decoder
+
+    path = clips("b_frames.mp4")
+    monkeypatch.setattr(Decoder, "_landing_places", lambda self, first: [FRAMES - 1])  # always late
+    source = open_source(path)
+    assert [make.read_index(frame.image) for frame in source.read(20, 30)] == list(range(20, 30))
+    source.close()
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_rotation(degrees: int, tmp_path: Path) -> None:
+    path = make.rotate_metadata(make.write_video(tmp_path / "clip.mp4", frames=12), degrees)
+    source = open_source(path)
+    probed = source.probe()
+    frame = next(source.read(9, 10))
+    source.close()
+    expected = np.rot90(make.paint(9), k=-degrees // 90)
+    assert (probed.height, probed.width) == expected.shape[:2]
+    np.testing.assert_allclose(frame.image, expected.astype(float), atol=12)
+
+
+def test_mirrored(tmp_path: Path) -> None:
+    path = make.set_display_matrix(make.write_video(tmp_path / "clip.mp4", frames=12), -1, 0, 0, 1)
+    np.testing.assert_allclose(read_all(path)[5].image, make.paint(5)[:, ::-1].astype(float), atol=12)
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "tags"),
+    [
+        ("libx264", "yuv420p", {}),
+        ("libx264", "yuv420p", {"color_range": 1}),
+        ("libx264", "yuv420p", {"color_range": 2}),
+        ("libx264", "yuv420p10le", {}),
+        ("libx264", "yuv420p10le", {"color_range": 2}),
+        ("libx264", "yuv444p", {}),
+        ("libx264", "yuv422p", {}),
+        ("libx264", "gray", {"color_range": 2}),
+        ("libx264rgb", "rgb24", {}),
+        ("mjpeg", "yuvj420p", {}),
+        ("ffv1", "gray", {}),
+        ("ffv1", "bgr0", {}),
+    ],
+)
+def test_greys_in_every_range(codec: str, pix_fmt: str, tags: dict[str, int], tmp_path: Path) -> None:
+    levels = [0, 16, 64, 128, 192, 235, 255]
+    pictures = [np.full((make.HEIGHT, make.WIDTH, 3), level, dtype=np.uint8) for level in levels]
+    options = {"crf": "1"} if codec.startswith("libx264") else {}
+    path = tmp_path / "clip.mkv"
+    make.write_video(path, codec=codec, pix_fmt=pix_fmt, tags=tags, pictures=pictures, bframes=0, options=options)
+    for frame, level in zip(read_all(path), levels, strict=True):
+        assert frame.image is not None
+        assert abs(frame.image.astype(int) - level).max() <= 2, (level, frame.image[0, 0])
+
+
+@pytest.mark.parametrize(("color_range", "black", "white"), [(1, 16, 235), (2, 0, 255)])
+@pytest.mark.parametrize("pix_fmt", ["gray", "yuv420p"])
+def test_tagged_range_of_a_raw_frame(pix_fmt: str, color_range: int, black: int, white: int) -> None:
+    for luma, expected in ((black, 0), (white, 255)):
+        frame = av.VideoFrame(64, 48, pix_fmt)
+        for number, plane in enumerate(frame.planes):
+            plane.update(bytes([luma if number == 0 else 128]) * plane.buffer_size)
+        frame.color_range = color_range
+        picture = to_rgb(frame, VideoReformatter(), codec="h264", height=48, width=64)
+        assert (picture == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("tags", "height", "width"),
+    [({"colorspace": 1}, 48, 64), ({"colorspace": 6}, 48, 64), ({"colorspace": 9}, 48, 64), ({}, 48, 64)],
+)
+def test_colours_by_matrix(tags: dict[str, int], height: int, width: int, tmp_path: Path) -> None:
+    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
+    pictures = [np.full((height, width, 3), colour, dtype=np.uint8) for colour in colours]
+    path = make.write_video(tmp_path / "c.mkv", tags=tags, pictures=pictures, bframes=0, options={"crf": "1"})
+    for frame, colour in zip(read_all(path), colours, strict=True):
+        assert frame.image is not None
+        assert abs(frame.image.astype(int) - colour).max() <= 3
+
+
+def test_untagged_high_definition_is_bt709(tmp_path: Path) -> None:
+    frame = av.VideoFrame(1280, 720, "yuv444p")
+    for plane, value in zip(frame.planes, (63, 102, 240), strict=True):  # BT.709's pure red, limited range
+        plane.update(bytes([value]) * plane.buffer_size)
+    picture = to_rgb(frame, VideoReformatter(), codec="h264", height=720, width=1280)
+    assert abs(picture.astype(int) - (255, 0, 0)).max() <= 2
+
+
+def test_a_change_of_resolution_is_scaled_to_the_first(tmp_path: Path) -> None:
+    small = make.write_video(tmp_path / "small.h264", frames=10)
+    large = make.write_video(
+        tmp_path / "large.h264", pictures=[make.paint(index, 96, 128) for index in range(10, 20)], height=96, width=128
+    )
+    both = tmp_path / "both.h264"
+    both.write_bytes(small.read_bytes() + large.read_bytes())
+    frames = read_all(both)
+    assert {frame.image.shape for frame in frames if frame.image is not None} == {(make.HEIGHT, make.WIDTH, 3)}
+    assert [make.read_index(frame.image) for frame in frames if frame.image is not None] == list(range(20))
+
+
+def test_cover_pictures_are_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "song.mkv"
+    cover = make.write_image(tmp_path / "cover.png").read_bytes()
+    with av.open(str(path), "w") as output:
+        sound = output.add_stream("pcm_s16le", rate=8000, layout="mono")
+        output.add_attachment("cover.png", "image/png", cover)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        output.mux(sound.encode(frame))
+        output.mux(sound.encode())
+    with pytest.raises(SourceError, match="no video stream"):
+        open_source(path).probe()
+
+
+def test_no_video_at_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text, empty, cut = tmp_path / "text.mp4", tmp_path / "empty.mp4", tmp_path / "cut.mp4"
+    text.write_text("this is no video\n" * 100)
+    empty.write_bytes(b"")
+    make.truncate(make.write_video(cut, container={}))  # its index was at the end
+    for path in (text, empty, cut):
+        with pytest.raises(SourceError, match=f"{path.name}.*expected"):
+            open_source(path).probe()
+    with pytest.raises(SourceError, match="no such file"):
+        open_source(tmp_path / "missing.mp4")
+    assert capfd.readouterr().err == ""
+
+
+def test_broken_video_is_quiet(clips: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "clip.ts"
+    path.write_bytes(clips("open_gop.ts").read_bytes())
+    read_all(make.break_middle(path))
+    assert capfd.readouterr().err == ""
+
+
+def test_fingerprint_catches_a_replaced_file(tmp_path: Path) -> None:
+    path = make.write_video(tmp_path / "clip.mp4")
+    before = open_source(path).probe()
+    path.write_bytes(path.read_bytes())
+    assert open_source(path).probe().fingerprint == before.fingerprint
+    make.write_video(path, pictures=noisy())
+    after = open_source(path).probe()
+    assert after.fingerprint != before.fingerprint
+    assert after.id == before.id
+
+
+def test_the_real_clip() -> None:
+    source = open_source(ROOT / "demo" / "pedestrians.mp4")
+    probed = source.probe()
+    assert (probed.frames, probed.height, probed.width) == (60, 576, 768)
+    assert probed.fps == pytest.approx(10)
+    middle = list(source.read(25, 33))
+    whole = list(source.read(0, 60))
+    source.close()
+    for frame, same in zip(middle, whole[25:33], strict=True):
+        assert frame.image is not None
+        np.testing.assert_array_equal(frame.image, same.image)
