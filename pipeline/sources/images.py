@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 # Formats that Pillow decodes itself: no file can make it start another program, as PostScript would.
-_FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 _SAMPLE_BYTES = 4096  # of the beginning and end of each file, for the fingerprint
 _HEADER_THREADS = 8  # waiting for the disk more than computing
@@ -45,7 +46,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_opening = threading.Lock()
+# Pillow warns of oddities in metadata and of damage; what matters of it comes with the frame, as its error.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
@@ -195,14 +197,35 @@ def _read_header(path: Path) -> _Header:
     return _Header(height, width, digest.hexdigest())
 
 
+class _WithoutPillowLimit:
+    """Pillow's own limit warns, and below ours: it is off while any thread opens a picture here, then back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._limit: int | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                Image.init()  # its formats are registered on first use: once, and not by two threads
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                Image.MAX_IMAGE_PIXELS = self._limit
+
+
+_without_pillow_limit = _WithoutPillowLimit()
+
+
 def _open_image(path: Path) -> Image.Image:
-    """Read a picture's header. Pillow's own limit warns, and below ours: it is off while this picture is opened."""
-    with _opening:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(path, formats=_FORMATS)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
+    """Read a picture's header."""
+    with _without_pillow_limit:
+        return Image.open(path, formats=_FORMATS)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from depthmill.pipeline.sources import open_source, prefetch, source_id
 from depthmill.pipeline.types import Frame, FrameSource
 

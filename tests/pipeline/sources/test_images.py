@@ -4,20 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.sources.images import decode_image
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import SourceContract, read_all
-from PIL import Image
 
 LIMIT = 1 << 27
 
 
 class TestFolder(SourceContract):
-    @pytest.fixture(scope="class")
-    def media(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("pictures")
+    @pytest.fixture
+    def media(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "pictures"
         make.write_image_folder(folder, count=20, sizes=((48, 64), (80, 40), (33, 101)), suffixes=(".png", ".jpg"))
         make.write_image_folder(folder / "more", count=20, suffixes=(".webp", ".bmp", ".tif"))
         return folder
@@ -34,9 +35,9 @@ class TestFolder(SourceContract):
 
 
 class TestBrokenFolder(SourceContract):
-    @pytest.fixture(scope="class")
-    def media(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("broken")
+    @pytest.fixture
+    def media(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "broken"
         make.write_image_folder(folder, count=12, suffixes=(".png", ".jpg"))
         (folder / "002.png").write_bytes(b"")
         make.truncate(folder / "003.jpg")
@@ -50,16 +51,16 @@ class TestBrokenFolder(SourceContract):
         frames = read_all(media)
         assert [frame.index for frame in frames if frame.image is None] == [2, 3, 4, 5, 7]
         assert "0 bytes" in frames[2].error
-        assert "truncated" in frames[3].error
+        assert "runcated" in frames[3].error
         assert "no picture" in frames[5].error
         assert frames[6].image is not None
         assert frames[6].image.shape == (1, 1, 3)
 
 
 class TestSinglePicture(SourceContract):
-    @pytest.fixture(scope="class")
-    def media(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return make.write_image(tmp_path_factory.mktemp("one") / "Only One.png", 7)
+    @pytest.fixture
+    def media(self, tmp_path: Path) -> Path:
+        return make.write_image(tmp_path / "one" / "Only One.png", 7)
 
     # Of the contract's tests, those that need more than one frame have nothing to say here.
     test_bounds = None  # type: ignore[assignment]
@@ -169,7 +170,7 @@ def test_all_bad_is_still_a_source(tmp_path: Path) -> None:
 def test_nothing_to_read(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / ".hidden.png").write_bytes(b"")
-    with pytest.raises(SourceError, match="no pictures.*expected"):
+    with pytest.raises(SourceError, match=r"no pictures.*expected"):
         open_source(tmp_path).probe()
 
 

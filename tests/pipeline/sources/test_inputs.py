@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources import expand_inputs, open_source, source_id
 from depthmill.tests import media as make
@@ -50,7 +51,7 @@ def test_a_name_that_looks_like_a_pattern(tree: Path) -> None:
 def test_what_matches_nothing_fails_when_opened(tree: Path) -> None:
     for given in ("missing.mp4", "missing*.mp4"):
         (path,) = expand_inputs([str(tree / given)])
-        with pytest.raises(SourceError, match="no such file.*expected.*check"):
+        with pytest.raises(SourceError, match=r"no such file.*expected.*check"):
             open_source(path)
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from depthmill.pipeline.sources import prefetch
 
 
