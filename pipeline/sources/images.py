@@ -62,14 +62,16 @@ class _Header:
 class ImageSource:
     """A folder of pictures (with its subfolders, in the order of the paths, hidden files left out), or one picture."""
 
-    def __init__(self, path: Path, max_pixels: int) -> None:
+    def __init__(self, path: Path, max_pixels: int, threads: int = 0) -> None:
         """Name a folder or a picture, without opening it.
 
         Args:
             path: The folder or the file.
             max_pixels: Pictures with more are not decoded, and come as failed frames.
+            threads: Threads that one read decodes with; 0 for four.
         """
         self._path = path.absolute()
+        self._threads = threads or _DECODE_THREADS
         self._max_pixels = max_pixels
         self._lock = threading.Lock()
         self._probed: tuple[Source, list[Path], list[_Header]] | None = None
@@ -92,7 +94,7 @@ class ImageSource:
         if not 0 <= start <= stop <= source.frames:
             raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
         pixels = [header.height * header.width for header in headers]
-        return _read_ahead(files, pixels, start, stop, self._max_pixels)
+        return _read_ahead(files, pixels, range(start, stop), self._max_pixels, self._threads)
 
     def close(self) -> None:
         """Nothing is held: each read has its own threads."""
@@ -267,15 +269,15 @@ def _read_frame(index: int, path: Path, max_pixels: int) -> Frame:
         return Frame(index, None, str(error))
 
 
-def _read_ahead(files: list[Path], pixels: list[int], start: int, stop: int, max_pixels: int) -> Iterator[Frame]:
+def _read_ahead(files: list[Path], pixels: list[int], indices: range, max_pixels: int, threads: int) -> Iterator[Frame]:
     """Decode in a few threads, ahead by as many pictures, or by fewer large ones."""
     running: deque[tuple[Future[Frame], int]] = deque()
     ahead = 0
-    pool = ThreadPoolExecutor(_DECODE_THREADS, "depthmill-decode")
+    pool = ThreadPoolExecutor(threads, "depthmill-decode")
     try:
-        following = iter(range(start, stop))
-        for index in range(start, stop):
-            while len(running) < 2 * _DECODE_THREADS and (not running or ahead < _MAX_PIXELS_AHEAD):
+        following = iter(indices)
+        for index in indices:
+            while len(running) < 2 * threads and (not running or ahead < _MAX_PIXELS_AHEAD):
                 new = next(following, None)
                 if new is None:
                     break

@@ -113,14 +113,12 @@ class Decoder:
             DamageError: If a packet is rejected and `errors` is None.
             LostPlaceError: If packets came that the table does not know.
         """
-        packets = self._packets(first)
-        context = self._stream.codec_context
         size = len(self._table.size)
         ordinal = first
-        for ordinal, packet in packets:
+        for ordinal, packet in self._packets(first):  # which may open the file anew: the decoder is then another
             packet.pts = packet.dts = ordinal
             try:
-                decoded = context.decode(packet)
+                decoded = self._stream.codec_context.decode(packet)
             except av.FFmpegError as error:
                 if errors is None:
                     raise DamageError from error
@@ -130,7 +128,7 @@ class Decoder:
             if last is not None and ordinal >= last:
                 break
         try:
-            decoded = context.decode(None)
+            decoded = self._stream.codec_context.decode(None)
         except av.FFmpegError as error:
             if errors is None:
                 raise DamageError from error

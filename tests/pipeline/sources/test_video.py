@@ -41,6 +41,14 @@ GOOD = {
     "av1.mp4": {"codec": "libsvtav1"},
 }
 
+
+def cut_head(path: Path) -> Path:
+    """Cut the first third off a transport stream, as a recording that was joined midway."""
+    data = path.read_bytes()
+    path.write_bytes(data[188 * (len(data) // 188 // 3) :])
+    return path
+
+
 BROKEN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "truncated mp4": ("b_frames.mp4", make.truncate),
     "truncated avi": ("no_pts.avi", make.truncate),
@@ -50,6 +58,8 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "broken ts": ("open_gop.ts", make.break_middle),
     "broken h264 ts": ("transport.ts", lambda path: make.break_middle(path, 0.6, 3000)),
     "broken mpg": ("program.mpg", lambda path: make.break_middle(path, 0.6, 2000)),
+    "first keyframe cut off, mpeg2": ("open_gop.ts", cut_head),
+    "first keyframe cut off, h264": ("transport.ts", cut_head),
     "broken mjpeg": ("intra.avi", make.break_middle),
 }
 
@@ -91,6 +101,18 @@ class TestGoodVideo(SourceContract):
         expected = np.array(TIMES_MS) / 1000 if media.stem == "variable_rate" else np.arange(FRAMES) / 25
         np.testing.assert_allclose(source.time_s, expected, atol=6e-4)
         assert source.fps == pytest.approx((FRAMES - 1) / expected[-1], rel=1e-3)
+
+
+def test_edit_lists_cut_frames_off(tmp_path: Path) -> None:
+    path = make.write_video(
+        tmp_path / "clip.mp4",
+        times_ms=[40 * (index - 7) for index in range(FRAMES)],
+        options={"x264-params": "keyint=20"},
+    )
+    assert indices(path) == list(range(7, FRAMES))
+    source = open_source(path)
+    assert [make.read_index(frame.image) for frame in source.read(3, 20)] == list(range(10, 27))
+    source.close()
 
 
 class TestBrokenVideo(SourceContract):
