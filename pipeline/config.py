@@ -36,7 +36,8 @@ class LabelConfig(BaseModel):
         shard_frames: Frames in one shard file.
         segment_frames: Frames in one unit of work and commit, a multiple of `shard_frames`.
         workers: Ray workers; 0 labels in this process; left out, one for each GPU, or one on a machine without.
-        threads: CPU threads of each worker for the network and the decoder; left out, its share of the cores.
+        threads: CPU threads of each worker's network; left out, the cores of this machine, at most 8. It does not
+            depend on the number of workers, since rounding depends on it: that way any number writes the same bytes.
         address: An existing Ray cluster (`auto`, `ray://host:10001`); left out, one is started for the run.
         attempts: How often a segment is tried before its frames are marked as failed.
         max_pixels: Pictures larger than this are marked as failed instead of read.

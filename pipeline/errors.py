@@ -30,3 +30,7 @@ class StoreMismatchError(StoreError):
 
 class TrainingError(DepthmillError):
     """A training run that cannot start or go on."""
+
+
+class RunStoppedError(DepthmillError):
+    """A run was stopped from outside, or can make no progress; what was committed stays."""

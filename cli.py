@@ -1,0 +1,145 @@
+"""The command line: parse, load the configuration, call. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from depthmill import __version__
+from depthmill.pipeline.errors import DepthmillError, RunStoppedError
+
+app = typer.Typer(
+    name="depthmill",
+    help="Depth and surface-normal labels from videos and image corpora, in batch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+SOME_FAILED, NOT_STARTED, STOPPED = 1, 2, 130
+
+
+def main() -> NoReturn:
+    """Run a command; its exit status: 0 all well, 1 some frames failed, 2 nothing could start, 130 stopped."""
+    try:
+        app()
+    except RunStoppedError as error:
+        _say(error)
+        sys.exit(STOPPED)
+    except DepthmillError as error:
+        _say(error)
+        sys.exit(NOT_STARTED)
+    except KeyboardInterrupt:
+        _say("stopped before anything was written")
+        sys.exit(STOPPED)
+    sys.exit(0)
+
+
+def _say(message: object) -> None:
+    typer.echo(f"depthmill: {message}", err=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def label(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Videos, folders of images, globs.")],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Zarr store for the labels; an existing one resumes.")],
+    config: Annotated[str | None, typer.Option(help="YAML file; the options below win over it.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Depth checkpoint: demo, a directory in diffusers layout, or a hub id.")
+    ] = None,
+    normals_checkpoint: Annotated[str | None, typer.Option(help="The same for normals.")] = None,
+    labels: Annotated[str | None, typer.Option(help="depth, normals, or depth,normals.")] = None,
+    normals_axes: Annotated[
+        str | None, typer.Option(help="Where the normals checkpoint's x, y and z point, as in left-up-towards.")
+    ] = None,
+    processing_resolution: Annotated[
+        int | None, typer.Option(help="Longer side in pixels at which the model sees a frame.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Frames a forward pass.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the network.")] = None,
+    normals_dtype: Annotated[str | None, typer.Option(help="int8, int16 or float16, of stored normals.")] = None,
+    shard_frames: Annotated[int | None, typer.Option(help="Frames in a shard file.")] = None,
+    segment_frames: Annotated[int | None, typer.Option(help="Frames in a unit of work and commit.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers; 0 labels in this process.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.")] = None,
+    address: Annotated[str | None, typer.Option(help="An existing Ray cluster: auto, or ray://host:10001.")] = None,
+    attempts: Annotated[int | None, typer.Option(help="Tries of a segment before its frames count as failed.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Larger pictures count as failed.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an existing store first.")] = False,
+) -> None:
+    """Label videos and images: depth and normals of every frame, into a Zarr store.
+
+    Exit status: 0 all labelled, 1 some frames or inputs failed, 2 nothing could start, 130 stopped; a rerun resumes.
+    """
+    options: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "normals_checkpoint": normals_checkpoint,
+        "labels": None if labels is None else tuple(word.strip() for word in labels.split(",")),
+        "normals_axes": normals_axes,
+        "processing_resolution": processing_resolution,
+        "batch_size": batch_size,
+        "device": device,
+        "dtype": dtype,
+        "normals_dtype": normals_dtype,
+        "shard_frames": shard_frames,
+        "segment_frames": segment_frames,
+        "workers": workers,
+        "threads": threads,
+        "address": address,
+        "attempts": attempts,
+        "max_pixels": max_pixels,
+    }
+    from depthmill.pipeline.config import LabelConfig, load_config
+
+    settings = load_config(LabelConfig, config, options)
+    from depthmill.workers.label import label as run
+    from depthmill.workers.progress import print_summary, quiet_libraries
+
+    quiet_libraries()
+    summary = run(inputs, store, settings, overwrite=overwrite)
+    print_summary(summary)
+    if summary.failures:
+        raise typer.Exit(SOME_FAILED)
+
+
+@app.command()
+def preview(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A labelled store.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures; by default the store's own.")] = Path(),
+    source: Annotated[str | None, typer.Option(help="Id of one source; by default all.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames on the contact sheet.")] = 6,
+) -> None:
+    """Draw a contact sheet (PNG) and a side-by-side video (MP4) of frames, depth and normals."""
+    from depthmill.pipeline.preview import preview as draw
+
+    for path in draw(store, out if out != Path() else store.parent, source_id=source, frames=frames):
+        typer.echo(path)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/train-demo.yaml.")],
+) -> None:
+    """Train a checkpoint; an interrupted run resumes."""
+    from depthmill.pipeline.training.train import train as run
+
+    run(config)

@@ -1,0 +1,50 @@
+"""The Ray cluster of a run: an existing one, or one that lives as long as the run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.errors import ConfigError
+
+
+@contextmanager
+def connect(config: LabelConfig) -> Iterator[int]:
+    """Connect to the run's Ray cluster, or start one; what was started is shut down at the end.
+
+    Yields:
+        The number of GPUs in it.
+
+    Raises:
+        ConfigError: If there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        yield _gpus()
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    logging.getLogger("ray").setLevel(logging.ERROR)  # set up anew by `import ray`, above
+    try:
+        if address:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            # Actors ask for one CPU each; on this machine the run alone decides how many share the cores.
+            cpus = max(os.cpu_count() or 1, config.workers or 1)
+            ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"no Ray cluster at {address} ({str(error).splitlines()[0]}); expected a running one: start it "
+            "(`ray start --head`), correct --address, or leave it out to label on this machine"
+        ) from error
+    try:
+        yield _gpus()
+    finally:
+        ray.shutdown()
+
+
+def _gpus() -> int:
+    return int(ray.cluster_resources().get("GPU", 0))

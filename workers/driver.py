@@ -1,0 +1,209 @@
+"""The driver: keeps the workers busy with segments until all are committed. It sends segments, never pixels."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import Any
+
+from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.errors import DepthmillError, RunStoppedError
+from depthmill.pipeline.plan import Task
+from depthmill.pipeline.stages import Report, Worker, WorkerState, fail_segment
+from depthmill.pipeline.store import Store
+from depthmill.workers.progress import Counts, Display, Rate
+
+_POLL_S = 0.5
+
+
+@dataclass
+class Run:
+    """A run under way.
+
+    Attributes:
+        config: Its options, `device` and `dtype` resolved.
+        store: Where the labels go.
+        digests: sha256 of its checkpoints.
+        todo: Segments that nobody works on.
+        counts: Where it stands.
+        display: Shows it.
+        rate: Frames per second.
+        device: Device and dtype in words, from the first worker that is loaded.
+    """
+
+    config: LabelConfig
+    store: Store
+    digests: tuple[str, ...]
+    todo: deque[Task]
+    counts: Counts
+    display: Display
+    rate: Rate
+    device: str = ""
+
+    def loaded(self, device: str) -> None:
+        """A worker is ready."""
+        self.device = self.device or device
+        self.rate.start()
+
+    def committed(self, report: Report) -> None:
+        """A segment is done."""
+        done = self.counts.done + report.labelled + report.failed
+        self.counts = replace(self.counts, done=done, failed=self.counts.failed + report.failed)
+
+    def not_committed(self, task: Task, reason: str) -> None:
+        """An attempt at a segment failed: it goes to the end of the queue, or, out of attempts, its frames fail."""
+        task = replace(task, attempts=task.attempts + 1)
+        if task.attempts < self.config.attempts:
+            self.todo.append(task)
+        else:
+            times = "once" if task.attempts == 1 else f"{task.attempts} times"
+            self.committed(fail_segment(task.segment, self.store, f"the segment was tried {times}: {reason}"))
+
+
+def run_in_process(run: Run) -> None:
+    """Label everything in this process, without Ray."""
+    worker = Worker(run.config, run.store.path, run.digests)
+    worker.on_state = lambda state: run.display.show(run.counts, {"this process": state})
+    run.loaded(worker.load())
+    try:
+        while run.todo:
+            task = run.todo.popleft()
+            try:
+                report = worker.label(task.uri, task.fingerprint, task.segment)
+            except Exception as error:
+                run.not_committed(task, _reason(error))
+            else:
+                run.committed(report)
+            run.display.show(run.counts, {"this process": worker.state()})
+    finally:
+        worker.close()
+
+
+@dataclass
+class _Slot:
+    """A place for a worker, and what that is doing: `call` answers its loading, or `task`; None while it is idle."""
+
+    name: str
+    actor: Any
+    call: Any
+    task: Task | None = None
+    asked: Any = None
+    state: WorkerState = field(default=WorkerState("starting"))
+    ready: bool = False
+
+
+def run_on_ray(run: Run, workers: int) -> None:
+    """Label everything on Ray workers, one segment each at a time.
+
+    A worker that dies is replaced, and its segment tried again elsewhere.
+
+    Raises:
+        RunStoppedError: If workers die while they load: there is no point in going on.
+        DepthmillError: If a worker cannot load for a reason of ours, such as a checkpoint that does not fit.
+    """
+    import ray
+
+    from depthmill.workers.actors import start_worker
+
+    def fill(name: str) -> _Slot:
+        actor = start_worker(run.config, run.store.path, run.digests)
+        return _Slot(name, actor, call=actor.load.remote())
+
+    slots = [fill(f"worker {i}") for i in range(workers)]
+    deaths_while_loading = 0
+    try:
+        while run.todo or any(slot.task for slot in slots):
+            for slot in slots:
+                if slot.ready and slot.call is None and run.todo:
+                    slot.task = task = run.todo.popleft()
+                    slot.call = slot.actor.label.remote(task.uri, task.fingerprint, task.segment)
+            calls = {slot.call: i for i, slot in enumerate(slots) if slot.call is not None}
+            done, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_S)
+            for call in done:
+                i = calls[call]
+                slot, task = slots[i], slots[i].task
+                slot.call = slot.task = None
+                try:
+                    answer = ray.get(call)
+                except ray.exceptions.RayActorError as error:
+                    if task is not None:
+                        run.not_committed(task, f"its worker died ({_reason(error)})")
+                    else:
+                        deaths_while_loading += 1
+                        if deaths_while_loading >= run.config.attempts * len(slots):
+                            raise RunStoppedError(
+                                f"workers died {deaths_while_loading} times while loading the model "
+                                f"({_reason(error)}); is there memory for {len(slots)} of them? Try fewer --workers"
+                            ) from error
+                    slots[i] = fill(slot.name)
+                except Exception as error:
+                    if task is None:
+                        raise _ours(error) from error
+                    run.not_committed(task, _reason(error))
+                else:
+                    if task is None:
+                        run.loaded(answer)
+                        slot.ready = True
+                    else:
+                        run.committed(answer)
+            _ask_states(slots)
+            run.display.show(run.counts, {slot.name: _current(slot) for slot in slots})
+    finally:
+        for slot in slots:
+            with contextlib.suppress(Exception):  # it may be dead, or Ray gone
+                ray.kill(slot.actor)
+
+
+def _current(slot: _Slot) -> WorkerState:
+    """The last answer, unless it is older than the slot's task: committed frames must not be counted twice."""
+    if slot.task is None:
+        return WorkerState("idle") if slot.ready else slot.state
+    segment = str(slot.task.segment)
+    return slot.state if slot.state.doing == segment else WorkerState(segment, 0, slot.task.segment.frames)
+
+
+def _ask_states(slots: list[_Slot]) -> None:
+    """Take the answers that have come, and ask again; nobody waits for one."""
+    import ray
+
+    for slot in slots:
+        if slot.asked is not None and ray.wait([slot.asked], timeout=0)[0]:
+            with contextlib.suppress(ray.exceptions.RayError):  # a dead worker is noticed by its call
+                slot.state = ray.get(slot.asked)
+            slot.asked = None
+        if slot.asked is None:
+            slot.asked = slot.actor.state.remote()
+
+
+def _ours(error: Exception) -> Exception:
+    """The exception that a worker raised, out of Ray's wrapping, if it is one of ours."""
+    cause = getattr(error, "cause", error)
+    return cause if isinstance(cause, DepthmillError) else error
+
+
+def _reason(error: BaseException) -> str:
+    cause = getattr(error, "cause", None) or error
+    text = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {text[0]}" if text else type(cause).__name__
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does; a no-op outside the main thread, where signals do not arrive."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
