@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources.naming import source_id
+from depthmill.pipeline.sources.naming import absolute, source_id
 from depthmill.pipeline.types import Frame, Source
 
 IMAGE_SUFFIXES = frozenset(
@@ -70,7 +70,7 @@ class ImageSource:
             max_pixels: Pictures with more are not decoded, and come as failed frames.
             threads: Threads that one read decodes with; 0 for four.
         """
-        self._path = path.absolute()
+        self._path = absolute(path)
         self._threads = threads or _DECODE_THREADS
         self._max_pixels = max_pixels
         self._lock = threading.Lock()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES
-from depthmill.pipeline.sources.naming import natural_key
+from depthmill.pipeline.sources.naming import absolute, natural_key
 from depthmill.pipeline.sources.video import VIDEO_SUFFIXES
 
 
@@ -30,7 +30,7 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
             sources = list(_matches(str(path)))
         else:
             sources = [path]
-        found.update(dict.fromkeys(str(source.absolute()) for source in sources or [path]))
+        found.update(dict.fromkeys(str(absolute(source)) for source in sources or [path]))
     return list(found)
 
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
+
+
+def absolute(path: str | Path) -> Path:
+    """The absolute path without `.` and `..`, links not followed: one name for one input, however it was given."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 (Path.absolute keeps "..")
 
 
 def source_id(uri: str | Path) -> str:
@@ -16,7 +22,7 @@ def source_id(uri: str | Path) -> str:
     Returns:
         A slug of the name and 8 hex digits of the absolute path's hash: "my-clip-1a2b3c4d".
     """
-    path = Path(uri).absolute()
+    path = absolute(uri)
     slug = re.sub(r"[^a-z0-9]+", "-", path.stem.lower())[:60].strip("-") or "source"
     return f"{slug}-{hashlib.sha256(str(path).encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 

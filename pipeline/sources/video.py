@@ -24,7 +24,7 @@ import av.video.frame
 from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources.naming import source_id
+from depthmill.pipeline.sources.naming import absolute, source_id
 from depthmill.pipeline.sources.video_decode import DamageError, Decoder, LostPlaceError
 from depthmill.pipeline.sources.video_packets import Group, PacketTable, fingerprint, reason, scan
 from depthmill.pipeline.sources.video_pixels import to_rgb, upright_size
@@ -93,7 +93,7 @@ class VideoSource:
             path: The file.
             threads: Threads of one decoder and of the conversion to RGB; 0 for one a core.
         """
-        self._path = path.absolute()
+        self._path = absolute(path)
         self._threads = threads
         self._lock = threading.RLock()
         self._probed: tuple[Source, PacketTable, str] | None = None

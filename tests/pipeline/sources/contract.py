@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from pathlib import Path
 
@@ -30,6 +31,11 @@ def read_all(path: Path) -> list[Frame]:
         source.close()
 
 
+@functools.lru_cache(maxsize=64)
+def _read_once(path: Path, modified_ns: int) -> tuple[Frame, ...]:
+    return tuple(read_all(path))
+
+
 class SourceContract:
     """Subclasses give `media`, a fixture: the path of a source of about 40 frames, some of which may be broken."""
 
@@ -41,7 +47,7 @@ class SourceContract:
 
     @pytest.fixture
     def whole(self, media: Path) -> list[Frame]:
-        return read_all(media)
+        return list(_read_once(media, media.stat().st_mtime_ns))
 
     def test_probe_describes_what_is_read(self, media: Path, source: FrameSource, whole: list[Frame]) -> None:
         probed = source.probe()

@@ -117,11 +117,14 @@ def test_edit_lists_cut_frames_off(tmp_path: Path) -> None:
 
 class TestBrokenVideo(SourceContract):
     @pytest.fixture(params=BROKEN)
-    def media(self, request: pytest.FixtureRequest, clips: Callable[[str], Path], tmp_path: Path) -> Path:
+    def media(self, request: pytest.FixtureRequest, clips: Callable[[str], Path]) -> Path:
         name, damage = BROKEN[request.param]
-        path = tmp_path / name
-        path.write_bytes(clips(name).read_bytes())
-        return damage(path)
+        whole = clips(name)
+        path = whole.with_name(f"{request.param}{whole.suffix}")
+        if not path.exists():
+            path.write_bytes(whole.read_bytes())
+            damage(path)
+        return path
 
 
 @pytest.mark.parametrize("name", BROKEN)
