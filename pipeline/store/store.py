@@ -32,7 +32,7 @@ from depthmill.pipeline.store.layout import (
     source_attributes,
 )
 from depthmill.pipeline.store.writer import SegmentWriter
-from depthmill.pipeline.types import FAILED, PENDING, Failure, Segment, Source
+from depthmill.pipeline.types import FAILED, Failure, Segment, Source
 
 if TYPE_CHECKING:
     import xarray
@@ -204,8 +204,8 @@ class Store:
 
     def pending(self, source_id: str) -> list[Segment]:
         """The segments of a source that are not committed, in order."""
-        status = self.status(source_id)
-        return [segment for segment in self.segments(source_id) if status[segment.start] == PENDING]
+        chunks = self.path / source_id / "status" / "c"  # one file for each committed segment, never one of zeros
+        return [segment for i, segment in enumerate(self.segments(source_id)) if not (chunks / str(i)).exists()]
 
     def writer(self, segment: Segment) -> SegmentWriter:
         """Start writing a segment, whatever an earlier attempt may have left of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
 class SegmentWriter:
     """Takes the labels of one segment and commits them. Made by `Store.writer`.
 
-    Rows are packed as they come and held until their shard is full, so memory holds one shard where rows come in
-    order, and never more than the segment.
+    Rows are packed as they come and held until their shard is full; it is then compressed and written by a thread of
+    the writer's own, while the next one fills. So memory holds two shards where rows come in order, and never more than
+    the segment and a shard.
     """
 
     def __init__(
@@ -37,6 +39,8 @@ class SegmentWriter:
         self._reasons = [""] * segment.frames
         # Row in the segment -> packed labels by name, until the row's shard is written.
         self._rows: dict[int, dict[str, npt.NDArray[Any]]] = {}
+        self._thread = ThreadPoolExecutor(1, "shard-writer")
+        self._writing: Future[None] | None = None
         for array in arrays.values():
             for file in _chunk_files(array, segment):
                 remove_partial(file)
@@ -75,16 +79,18 @@ class SegmentWriter:
         """Publish the segment. Every frame must have been given.
 
         Raises:
-            StoreError: If some were not.
+            StoreError: If some were not, or could not be written.
         """
         missing = self._segment.start + np.flatnonzero(self._status == PENDING)
         if missing.size:
             raise StoreError(f"{self._segment} cannot be committed: frames {missing.tolist()} were never given")
+        self._finish_writing()
+        self._thread.shutdown()
         rows = slice(self._segment.start, self._segment.stop)
         if "size" in self._arrays:
-            self._arrays["size"][rows] = self._size
-        self._arrays["reason"][rows] = np.array(self._reasons, dtype=object)
-        self._arrays["status"][rows] = self._status
+            self._write("size", rows, self._size)
+        self._write("reason", rows, np.array(self._reasons, dtype=object))
+        self._write("status", rows, self._status)
 
     def _free_row(self, index: int) -> int:
         if not self._segment.start <= index < self._segment.stop:
@@ -113,15 +119,34 @@ class SegmentWriter:
         if (self._status[start:stop] == PENDING).any():
             return
         rows = [self._rows.pop(i, {}) for i in range(start, stop)]
+        self._finish_writing()
+        self._writing = self._thread.submit(self._write_shard, self._segment.start + start, rows)
+
+    def _finish_writing(self) -> None:
+        """Wait for the shard that is being written; raises what went wrong with it."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write_shard(self, start: int, rows: list[dict[str, npt.NDArray[Any]]]) -> None:
         for name in self._layout.labels:
             array = self._arrays[name]
             fill = DEPTH_INVALID if name == "depth" else 0
-            shard = np.full((stop - start, *array.shape[1:]), fill, array.dtype)
+            shard = np.full((len(rows), *array.shape[1:]), fill, array.dtype)
             for canvas, labels in zip(shard, rows, strict=True):
                 if name in labels:
                     height, width = labels[name].shape[:2]
                     canvas[:height, :width] = labels[name]
-            array[self._segment.start + start : self._segment.start + stop] = shard
+            self._write(name, slice(start, start + len(rows)), shard)
+
+    def _write(self, name: str, rows: slice, values: npt.NDArray[Any]) -> None:
+        try:
+            self._arrays[name][rows] = values
+        except OSError as error:
+            raise StoreError(
+                f"{name} of frames {rows.start} to {rows.stop} of {self._segment} cannot be written: {error}; check the"
+                " disk's space and permissions, then run the same command again"
+            ) from error
 
 
 def _chunk_files(array: zarr.Array[Any], segment: Segment) -> list[Path]:
