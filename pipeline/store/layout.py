@@ -243,7 +243,8 @@ def label_codecs(dtype: str, ndim: int) -> list[Document]:
     itemsize = np.dtype(dtype).itemsize
     # Planes of x, y and z compress better than interleaved vectors.
     planes = [{"name": "transpose", "configuration": {"order": [0, 3, 1, 2]}}] if ndim == 4 else []
-    return [*planes, _bytes(itemsize), _blosc("bitshuffle", itemsize)]
+    # Blocks of a megabyte at zstd's level 1 come out as small as blosc's own blocks at level 5, in a quarter of the time.
+    return [*planes, _bytes(itemsize), _blosc("bitshuffle", itemsize, clevel=1, blocksize=2**20)]
 
 
 def _sharded(
@@ -325,6 +326,6 @@ def _bytes(itemsize: int) -> Document:
     return {"name": "bytes", "configuration": {"endian": "little"}} if itemsize > 1 else {"name": "bytes"}
 
 
-def _blosc(shuffle: str, itemsize: int) -> Document:
-    configuration = {"cname": "zstd", "clevel": 5, "shuffle": shuffle, "typesize": itemsize, "blocksize": 0}
-    return {"name": "blosc", "configuration": configuration}
+def _blosc(shuffle: str, itemsize: int, clevel: int = 5, blocksize: int = 0) -> Document:
+    options = {"cname": "zstd", "clevel": clevel, "shuffle": shuffle, "typesize": itemsize, "blocksize": blocksize}
+    return {"name": "blosc", "configuration": options}
