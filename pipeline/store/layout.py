@@ -243,7 +243,7 @@ def label_codecs(dtype: str, ndim: int) -> list[Document]:
     itemsize = np.dtype(dtype).itemsize
     # Planes of x, y and z compress better than interleaved vectors.
     planes = [{"name": "transpose", "configuration": {"order": [0, 3, 1, 2]}}] if ndim == 4 else []
-    # At level 1 in blocks of a megabyte: as small as at level 5 in blosc's own, smaller blocks, in a quarter of the time.
+    # Level 1 in blocks of a megabyte: as small as level 5 in blosc's own, smaller blocks, in a quarter of the time.
     return [*planes, _bytes(itemsize), _blosc("bitshuffle", itemsize, clevel=1, blocksize=2**20)]
 
 
