@@ -258,11 +258,11 @@ DEPTH_DEFAULT = "blosc zstd 1, bitshuffle, 1 MiB"
 NORMALS_DEFAULT = "planes, blosc zstd 1, bitshuffle, 1 MiB"
 READING = """## Who can read it
 
-`bytes`, `transpose`, `gzip`, `blosc`, `crc32c` and `sharding_indexed` are core codecs of the Zarr v3 specification:
-zarr-python, TensorStore, zarrs (Rust) and zarrita.js read them. `zstd` on its own is a registered extension that most
-of them have too. Whatever is called `numcodecs.…` is zarr-python's own, which TensorStore and zarrita.js refuse: the
-delta rows show what that portability costs. The strings (`key`, `reason`) are the registered `string` extension; a
-reader without it still reads every number.
+`bytes`, `transpose`, `gzip`, `blosc`, `crc32c` and `sharding_indexed` are core codecs of the Zarr v3 specification. The
+store uses no others for numbers: TensorStore 0.1.86 (C++) reads every numeric array of a store bit for bit. `zstd`
+outside blosc is a registered extension, which most readers have too. `numcodecs.…` are zarr-python's own: TensorStore
+refuses them, and the delta rows show how little that costs. The strings (`key`, `reason`) are of the registered `string`
+type, which TensorStore does not know; without it every number can still be read.
 """
 
 
