@@ -261,8 +261,8 @@ READING = """## Who can read it
 `bytes`, `transpose`, `gzip`, `blosc`, `crc32c` and `sharding_indexed` are core codecs of the Zarr v3 specification. The
 store uses no others for numbers: TensorStore 0.1.86 (C++) reads every numeric array of a store bit for bit. `zstd`
 outside blosc is a registered extension, which most readers have too. `numcodecs.…` are zarr-python's own: TensorStore
-refuses them, and the delta rows show how little that costs. The strings (`key`, `reason`) are of the registered `string`
-type, which TensorStore does not know; without it every number can still be read.
+refuses them, and the delta rows show how little that costs. The strings (`key`, `reason`) are of the registered
+`string` type, which TensorStore does not know; without it every number can still be read.
 """
 
 
