@@ -28,9 +28,9 @@ class Data(_Strict):
     """
 
     pool: Path = Path(".cache/scenes")
-    height: int = Field(144, gt=0)
-    width: int = Field(192, gt=0)
-    render_processes: int = Field(2, ge=1)
+    height: int = Field(default=144, gt=0)
+    width: int = Field(default=192, gt=0)
+    render_processes: int = Field(default=2, ge=1)
 
 
 class Stage(_Strict):
@@ -60,11 +60,11 @@ class Stage(_Strict):
     batch_size: int = Field(gt=0)
     height: int = Field(gt=0)
     width: int = Field(gt=0)
-    smallest_cut: float = Field(1.0, gt=0, le=1)
+    smallest_cut: float = Field(default=1.0, gt=0, le=1)
     learning_rate: float = Field(gt=0)
-    warmup_steps: int = Field(100, ge=1)
-    final_learning_rate: float = Field(0.01, gt=0, le=1)
-    anchor: float = Field(1.0, ge=0)
+    warmup_steps: int = Field(default=100, ge=1)
+    final_learning_rate: float = Field(default=0.01, gt=0, le=1)
+    anchor: float = Field(default=1.0, ge=0)
 
 
 class TrainConfig(_Strict):
@@ -79,19 +79,23 @@ class TrainConfig(_Strict):
         save_steps: A resumable state and a checkpoint are written every so many steps.
         picture_steps: Held-out scenes are drawn every so many steps.
         gradient_clip: Largest norm of a step's gradient.
+        cpu_threads: On a CPU, into how many parts a batch is split, each on one core; at most the batch size.
     """
 
     seed: int = 0
     architecture: Architecture
     processing_resolution: int = Field(gt=0)
-    data: Data = Data()
+    data: Data = Field(default_factory=Data)
     stages: tuple[Stage, ...] = Field(min_length=1)
-    save_steps: int = Field(500, gt=0)
-    picture_steps: int = Field(500, gt=0)
-    gradient_clip: float = Field(1.0, gt=0)
+    save_steps: int = Field(default=500, gt=0)
+    picture_steps: int = Field(default=500, gt=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    cpu_threads: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
-    def _pictures_fit(self) -> TrainConfig:
+    def _stages_fit(self) -> TrainConfig:
+        if len({stage.name for stage in self.stages}) < len(self.stages):
+            raise ValueError("two stages have the same name: the loss table tells stages apart by their names")
         factor = self.architecture.vae_factor
         for stage in self.stages:
             if stage.height % factor or stage.width % factor:

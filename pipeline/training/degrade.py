@@ -56,7 +56,7 @@ def _blur(picture: Tensor, sigma: Tensor) -> Tensor:
         length = picture.shape[axis]
         padding = (0, 0, 2, 2) if axis == 2 else (2, 2, 0, 0)
         padded = torch.nn.functional.pad(picture, padding, mode="replicate")
-        picture = sum(  # type: ignore[assignment]
+        picture = sum(
             (padded.narrow(axis, i, length) * taps[:, i].view(-1, 1, 1, 1) for i in range(5)),
             start=torch.zeros_like(picture),
         )

@@ -1,7 +1,7 @@
 """The losses of end-to-end fine-tuning (Martin Garcia et al., WACV 2025, section 4), in float32.
 
-Depth: the prediction is affine-invariant, so each picture's prediction is first brought to the metric depth by the scale
-and shift of a least-squares fit; the loss is the mean absolute difference. Normals: the mean angle.
+Depth: the prediction is affine-invariant, so each picture's prediction is first brought to the metric depth by the
+scale and shift of a least-squares fit; the loss is the mean absolute difference. Normals: the mean angle.
 """
 
 from __future__ import annotations
@@ -89,8 +89,7 @@ def depth_loss(prediction: Tensor, depth: Tensor, mask: Tensor) -> Tensor:
     """Affine-invariant depth loss: masked L1 after a least-squares fit to clipped metric depth.
 
     The gradient passes through the fit, as in the paper. A picture with no depth range (a bare wall seen head-on, or no
-    valid pixel) counts 0. Each picture is measured in units of its own range of depth, so that a street a hundred
-    metres deep does not outweigh a table top.
+    valid pixel) counts 0.
 
     Args:
         prediction: (B, H, W), affine-invariant.
@@ -98,14 +97,12 @@ def depth_loss(prediction: Tensor, depth: Tensor, mask: Tensor) -> Tensor:
         mask: (B, H, W) bool.
 
     Returns:
-        () float32, mean over the pictures.
+        () float32, in `depth`'s unit: mean over the pictures of the mean over each picture's valid pixels.
     """
     target, usable = clip_depth(depth, mask)
-    low, high = target.amin((1, 2)), target.amax((1, 2))
-    unit = (target - low[:, None, None]) / torch.where(usable, high - low, 1)[:, None, None]
     valid = mask & usable[:, None, None]
-    scale, shift = fit_affine(prediction, unit, valid)
-    error = (scale[:, None, None] * prediction.float() + shift[:, None, None] - unit).abs() * valid
+    scale, shift = fit_affine(prediction, target, valid)
+    error = (scale[:, None, None] * prediction.float() + shift[:, None, None] - target).abs() * valid
     return (error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)).mean()
 
 
@@ -130,7 +127,8 @@ def normals_loss(prediction: Tensor, normals: Tensor, mask: Tensor) -> Tensor:
     # Clamped, the tangent's part is measured from the bound; it is 0 inside. At a cosine of 1 the angle so reached is
     # 0.7 % of a radian, not 0.
     angle = torch.acos(safe) + slope * (cosine - safe)
-    return (angle * mask).sum() / mask.sum().clamp(min=1)
+    mean: Tensor = (angle * mask).sum() / mask.sum().clamp(min=1)
+    return mean
 
 
 def angles_deg(prediction: Tensor, normals: Tensor) -> Tensor:

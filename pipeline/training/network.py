@@ -50,7 +50,8 @@ class Network:
         last = scheduler.config.num_train_timesteps - 1
         prompt = self.prompt.expand(latent.shape[0], -1, -1)
         v = self.modules[modality](torch.cat([latent, torch.zeros_like(latent)], 1), last, prompt).sample
-        return -((1 - scheduler.alphas_cumprod[last].to(v)) ** 0.5) * v
+        answer: Tensor = -((1 - scheduler.alphas_cumprod[last].to(v)) ** 0.5) * v
+        return answer
 
     def predict(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
         """Both answers, as they come out of the decoder.
@@ -70,7 +71,7 @@ class Network:
         """Write `depth/` and `normals/`, two checkpoints with one and the same VAE."""
         for modality in MODALITIES:
             parts = Parts(
-                unet=self.modules[modality],  # type: ignore[arg-type]
+                unet=self.modules[modality],
                 vae=self.parts.vae,
                 scheduler=self.parts.scheduler,
                 text_encoder=self.parts.text_encoder,

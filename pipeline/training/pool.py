@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,15 +80,21 @@ def open_pool(directory: Path, count: int, height: int, width: int, *, processes
     return Pool(tuple(np.load(path, mmap_mode="r") for path in paths))
 
 
+def render(seeds: Sequence[int], height: int, width: int) -> npt.NDArray[np.void]:
+    """Scenes of some seeds as a shard holds them: (len(seeds), H, W) of `_PIXEL`."""
+    pixels = np.empty((len(seeds), height, width), _PIXEL)
+    views = scenes.view(seeds, height, width)
+    pixels["rgb"] = (views.rgb * 255).round().permute(0, 2, 3, 1).numpy()
+    pixels["depth"] = views.depth.numpy()
+    pixels["normals"] = (views.normals * 127).round().permute(0, 2, 3, 1).numpy()
+    return pixels
+
+
 def _fill(path: Path, first_seed: int, height: int, width: int) -> None:
     if path.exists():
         return
     torch.set_num_threads(1)
-    pixels = np.empty((SHARD, height, width), _PIXEL)
-    views = scenes.view(range(first_seed, first_seed + SHARD), height, width)
-    pixels["rgb"] = (views.rgb * 255).round().permute(0, 2, 3, 1).numpy()
-    pixels["depth"] = views.depth.numpy()
-    pixels["normals"] = (views.normals * 127).round().permute(0, 2, 3, 1).numpy()
+    pixels = render(range(first_seed, first_seed + SHARD), height, width)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("wb") as file:
         np.save(file, pixels)

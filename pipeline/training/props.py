@@ -108,7 +108,8 @@ def turn(yaw: float, pitch: float = 0.0, roll: float = 0.0) -> npt.NDArray[np.fl
     about_z = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
     about_x = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
     about_y = np.array([[cr, 0, sr], [0, 1, 0], [-sr, 0, cr]])
-    return about_z @ about_x @ about_y
+    rotation: npt.NDArray[np.float64] = about_z @ about_x @ about_y
+    return rotation
 
 
 def _cs(angle: float) -> tuple[float, float]:
@@ -202,9 +203,9 @@ def tree(rng: Rng, at: Point, base: float) -> list[Shape]:
         return parts
     for _ in range(int(rng.integers(1, 4))):
         wide = height * rng.uniform(0.15, 0.32)
-        where = _place(at, rng.uniform(0, 2 * np.pi), wide * 0.5, 0)
-        half = (wide, wide * rng.uniform(0.8, 1.2), wide * rng.uniform(0.7, 1.3))
-        parts.append(shape(rng, "sphere", "leaves", (*where, base + height * rng.uniform(0.6, 0.85)), half))
+        x, y = _place(at, rng.uniform(0, 2 * np.pi), wide * 0.5, 0)
+        crown = (wide, wide * rng.uniform(0.8, 1.2), wide * rng.uniform(0.7, 1.3))
+        parts.append(shape(rng, "sphere", "leaves", (x, y, base + height * rng.uniform(0.6, 0.85)), crown))
     return parts
 
 

@@ -153,6 +153,7 @@ class _Slots:
 def _slots(scenes: Sequence[Scene], aspect: float, device: torch.device) -> _Slots:
     by_kind = [[[shape for shape in scene.shapes if shape.kind == kind] for scene in scenes] for kind in _KINDS]
     counts = [max(len(shapes) for shapes in of_kind) for of_kind in by_kind]
+    counts[0] = max(counts[0], 1)  # an empty slot, so that an empty scene has something to look up
     kinds = tuple(kind for kind, count in enumerate(counts) for _ in range(count))
     size = (len(scenes), len(kinds))
     seen, casts = np.zeros(size, bool), np.zeros(size, bool)
@@ -306,7 +307,7 @@ def _albedo(
         textures.sample(source, pattern[..., i], u / tile_m[..., i], v / tile_m[..., i], footprint / tile_m[..., i])
         for i in range(2)
     )
-    low, middle, high = slots.colours[row, hit].unflatten(-1, (3, 3)).unbind(-2)
+    low, middle, high = slots.colours[row, hit].reshape(*hit.shape, 3, 3).unbind(-2)
     first, second = (2 * value).clamp(0, 1)[..., None], (2 * value - 1).clamp(0, 1)[..., None]
     colour = torch.lerp(torch.lerp(low, middle, first), high, second)
     amount = slots.glow[row, hit][..., :1]

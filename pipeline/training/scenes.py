@@ -243,8 +243,8 @@ def _yard(rng: Rng) -> Scene:
     shapes = [_ground(rng, _any_ground(rng))]
     wide = (far - near) * half_view
     for _ in range(int(rng.integers(2, 7))):
-        half = (rng.uniform(0.15, 0.8) * (far - near), rng.uniform(0.1, 0.7) * wide)
-        shapes.append(_slab(rng, _any_ground(rng), seen(), half, rng.uniform(0, np.pi)))
+        patch = (rng.uniform(0.15, 0.8) * (far - near), rng.uniform(0.1, 0.7) * wide)
+        shapes.append(_slab(rng, _any_ground(rng), seen(), patch, rng.uniform(0, np.pi)))
     for _ in range(int(rng.integers(0, 5))):
         line = (rng.uniform(1, 8), rng.uniform(0.04, 0.1), 0.03)
         shapes.append(props.block(rng, "paint", seen(), 0.03, line, rng.uniform(0, np.pi)))

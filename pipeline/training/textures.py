@@ -24,7 +24,7 @@ _Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE
 
 def _rescaled(values: npt.NDArray[np.floating]) -> Pattern:
     low, high = np.percentile(values, [1, 99])
-    return np.clip((values - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
+    return np.asarray(np.clip((values - low) / max(high - low, 1e-6), 0, 1), np.float32)
 
 
 def _noise(rng: np.random.Generator, slope: float, stretch: float = 1.0) -> Pattern:
@@ -76,7 +76,7 @@ def _courses(rng: np.random.Generator, rows: int, columns: int, stagger: float, 
     edge_y = np.minimum(_Y * rows % 1, 1 - _Y * rows % 1)
     edge_x = np.minimum(along % 1, 1 - along % 1) * rows / columns
     value = np.where(np.minimum(edge_x, edge_y) < joint, 0.05, shade)
-    return np.clip(value + 0.25 * (_noise(rng, 0.7) - 0.5), 0, 1).astype(np.float32)
+    return np.asarray(np.clip(value + 0.25 * (_noise(rng, 0.7) - 0.5), 0, 1), np.float32)
 
 
 def _bricks(rng: np.random.Generator) -> Pattern:
@@ -91,7 +91,7 @@ def _tiles(rng: np.random.Generator) -> Pattern:
 
 def _planks(rng: np.random.Generator) -> Pattern:
     base = _courses(rng, 2 * int(rng.integers(2, 6)), int(rng.integers(1, 3)), 0.37, 0.04)
-    return np.clip(base + 0.5 * (_noise(rng, 1.0, stretch=0.1) - 0.5), 0, 1).astype(np.float32)
+    return np.asarray(np.clip(base + 0.5 * (_noise(rng, 1.0, stretch=0.1) - 0.5), 0, 1), np.float32)
 
 
 def _cells(rng: np.random.Generator) -> Pattern:
@@ -136,7 +136,7 @@ def _clutter(rng: np.random.Generator) -> Pattern:
         dy = np.abs((_Y - centre[1] + 0.5) % 1 - 0.5) / half[1]
         inside = np.maximum(dx, dy) < 1 if rng.random() < 0.6 else dx**2 + dy**2 < 1
         field[inside] = rng.uniform(0, 1)
-    return np.clip(field + 0.15 * (_noise(rng, 0.9) - 0.5), 0, 1).astype(np.float32)
+    return np.asarray(np.clip(field + 0.15 * (_noise(rng, 0.9) - 0.5), 0, 1), np.float32)
 
 
 def _windows(rng: np.random.Generator) -> Pattern:
@@ -149,7 +149,7 @@ def _windows(rng: np.random.Generator) -> Pattern:
     lit = np.where(rng.random((rows, columns)) < rng.uniform(0, 0.6), rng.uniform(0.6, 1.0, (rows, columns)), 0)
     shade = np.maximum(rng.uniform(0, 0.45, (rows, columns)), lit)
     value = np.where(pane, shade[np.floor(cell_y).astype(int), np.floor(cell_x).astype(int)], rng.uniform(0.5, 0.9))
-    return np.clip(np.where(frame, 0.7, value) + 0.12 * (_noise(rng, 0.9) - 0.5), 0, 1).astype(np.float32)
+    return np.asarray(np.clip(np.where(frame, 0.7, value) + 0.12 * (_noise(rng, 0.9) - 0.5), 0, 1), np.float32)
 
 
 _DRAW: dict[str, tuple[Callable[[np.random.Generator], Pattern], int]] = {

@@ -10,10 +10,12 @@ import csv
 import json
 import logging
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -56,48 +58,54 @@ def train(config: TrainConfig | Path, output: Path, *, overwrite: bool = False, 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     output.mkdir(parents=True, exist_ok=True)
     net = network.build(config.architecture, config.seed, where)
-    state = {"stage": 0, "step": 0}
-    optimizer_state = None
-    state_path = output / "state.pt"
-    if state_path.exists() and not overwrite:
-        saved = torch.load(state_path, map_location=where, weights_only=True)
-        state = {"stage": saved["stage"], "step": saved["step"]}
-        _refuse_another_run(config, output, state["stage"])
+    begin, first, moments = 0, 0, {}
+    if (output / "state.pt").exists() and not overwrite:
+        saved = torch.load(output / "state.pt", map_location=where, weights_only=True)
+        begin, first, moments = saved["stage"], saved["step"], saved["optimizer"]
+        _refuse_another_run(config, output, begin)
         net.modules.load_state_dict(saved["modules"])
-        optimizer_state = saved["optimizer"]
     (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
-    table = _open_table(output / "losses.csv", config, state)
-
-    d = config.data
+    rows = _rows_before(output / "losses.csv", config, begin, first)
     held_out = _held_out(config)
-    for index in range(state["stage"], len(config.stages)):
-        stage = config.stages[index]
-        first = state["step"] if index == state["stage"] else 0
-        optimizer = torch.optim.AdamW(_trained(net, stage), lr=stage.learning_rate, fused=True)
-        if first:
-            optimizer.load_state_dict(optimizer_state)
-        pool = open_pool(d.pool, stage.scenes, d.height, d.width, processes=d.render_processes)
-        logger.info("stage %s: %d steps from step %d, %d scenes", stage.name, stage.steps, first, len(pool))
-        mark = time.monotonic(), first
-        for step in range(first, stage.steps):
-            row = _step(net, optimizer, pool, stage, config, index, step)
-            table.writerow([stage.name, step, *row.values()])
-            done = step + 1
-            if done % _LOG_STEPS == 0 or done == stage.steps:
-                pace = (done - mark[1]) * stage.batch_size / (time.monotonic() - mark[0])
-                mark = time.monotonic(), done
-                shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if value == value)
-                logger.info("%s %d/%d  %s  %.1f pictures/s", stage.name, done, stage.steps, shown, pace)
-            if stage.objective == "end_to_end" and (done % config.picture_steps == 0 or done == stage.steps):
-                figures = draw(net, held_out, output / "pictures" / f"{index}-{stage.name}-{done:06d}.png")
-                logger.info("%s %d/%d  held out: %s", stage.name, done, stage.steps, figures)
-            if done % config.save_steps == 0 or done == stage.steps:
-                finished = done == stage.steps
-                position = {"stage": index + finished, "step": 0 if finished else done}
-                _save(net, optimizer, position, config, output)
-                table.flush()
-    table.close()
+    with (output / "losses.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerows([_COLUMNS, *rows])
+        for index in range(begin, len(config.stages)):
+            optimizer = torch.optim.AdamW(_trained(net, config.stages[index]), fused=True)
+            if index == begin and first:
+                optimizer.load_state_dict(moments)
+            steps = _stage(net, optimizer, config, index, first if index == begin else 0)
+            for done, row in steps:
+                stage = config.stages[index]
+                last = done == stage.steps
+                table.writerow([stage.name, done - 1, *row.values()])
+                if stage.objective == "end_to_end" and (last or done % config.picture_steps == 0):
+                    figures = draw(net, held_out, output / "pictures" / f"{index}-{stage.name}-{done:06d}.png")
+                    logger.info("%s %d/%d  held out: %s", stage.name, done, stage.steps, figures)
+                if last or done % config.save_steps == 0:
+                    file.flush()
+                    _save(net, optimizer, (index + 1, 0) if last else (index, done), config, output)
     return output / "checkpoint"
+
+
+def _stage(
+    net: Network, optimizer: torch.optim.Optimizer, config: TrainConfig, index: int, first: int
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Train through one stage from step `first`; after each step, yield how many are done and the table's row."""
+    stage, d = config.stages[index], config.data
+    pool = open_pool(d.pool, stage.scenes, d.height, d.width, processes=d.render_processes)
+    logger.info("stage %s: %d steps from step %d, %d scenes", stage.name, stage.steps, first, len(pool))
+    started, begun = time.monotonic(), first
+    for step in range(first, stage.steps):
+        row = _step(net, optimizer, pool, stage, config, index, step)
+        done = step + 1
+        if done % _LOG_STEPS == 0 or done == stage.steps:
+            pace = (done - begun) * stage.batch_size / (time.monotonic() - started)
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if isfinite(value))
+            logger.info("%s %d/%d  %s  %.1f pictures/s", stage.name, done, stage.steps, shown, pace)
+        yield done, row
+        if done % _LOG_STEPS == 0:
+            started, begun = time.monotonic(), done
 
 
 def _step(
@@ -115,28 +123,47 @@ def _step(
         group["lr"] = rate
     views = data.batch(pool, stage, config.seed * 1000 + index, step)
     views = Views(*(getattr(views, name).to(net.prompt.device) for name in ("rgb", "depth", "normals", "mask")))
-    terms = _autoencoder(net, views) if stage.objective == "autoencoder" else _end_to_end(net, views, stage)
-    loss = terms["loss"]
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    terms = _gradients(net, views, stage, config.cpu_threads)
     norm = torch.nn.utils.clip_grad_norm_(_trained(net, stage), config.gradient_clip)
     if not bool(torch.isfinite(norm)):
         raise TrainingError(
-            f"stage {stage.name!r}, step {step}: the loss is {float(loss.detach())} and its gradient's norm {float(norm)}; "
+            f"stage {stage.name!r}, step {step}: the loss is {terms['loss']}, "
+            f"its gradient's norm {float(norm)}; "
             "lower learning_rate, then run again to go on from the last saved state"
         )
     optimizer.step()
-    values = {
-        "learning_rate": rate,
-        **{name: float(term.detach()) for name, term in terms.items()},
-        "gradient_norm": float(norm),
-    }
+    values = {"learning_rate": rate, **terms, "gradient_norm": float(norm)}
     return {name: values.get(name, float("nan")) for name in _COLUMNS[2:]}
+
+
+def _gradients(net: Network, views: Views, stage: Stage, threads: int) -> dict[str, float]:
+    """Leave the batch's mean gradient in the parameters; the losses, by name.
+
+    On a CPU the batch is split among threads that meet once a step. OpenMP's own threads meet in every operation, which
+    on a busy machine leaves most of them waiting most of the time.
+    """
+    parameters = _trained(net, stage)
+
+    def part(piece: Views) -> tuple[dict[str, float], Sequence[Tensor | None]]:
+        terms = _autoencoder(net, piece) if stage.objective == "autoencoder" else _end_to_end(net, piece, stage)
+        # Not backward(): the threads would add to the same gradients at once.
+        gradients = torch.autograd.grad(terms["loss"], parameters, allow_unused=True)
+        return {name: float(term.detach()) for name, term in terms.items()}, gradients
+
+    if net.prompt.device.type != "cpu":
+        threads = 1
+    pieces = [views[slice(i * len(views.rgb) // threads, (i + 1) * len(views.rgb) // threads)] for i in range(threads)]
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        results = list(executor.map(part, pieces)) if threads > 1 else [part(views)]
+    for i, parameter in enumerate(parameters):
+        shares = [gradients[i] for _, gradients in results]
+        parameter.grad = None if shares[0] is None else torch.stack([s for s in shares if s is not None]).mean(0)
+    return {name: sum(terms[name] for terms, _ in results) / threads for name in results[0][0]}
 
 
 def learning_rate(stage: Stage, step: int) -> float:
     """Linear warm-up, then exponential decay to a share of the peak at the stage's last step."""
-    decay = stage.final_learning_rate ** (step / max(stage.steps - 1, 1))
+    decay: float = stage.final_learning_rate ** (step / max(stage.steps - 1, 1))
     return stage.learning_rate * min((step + 1) / stage.warmup_steps, 1.0) * decay
 
 
@@ -204,11 +231,13 @@ def draw(net: Network, views: Views, path: Path) -> str:
 
 
 def _save(
-    net: Network, optimizer: torch.optim.Optimizer, position: dict[str, int], config: TrainConfig, output: Path
+    net: Network, optimizer: torch.optim.Optimizer, position: tuple[int, int], config: TrainConfig, output: Path
 ) -> None:
+    """Write the checkpoints, then the state to resume from, whose `position` is the next stage and step."""
     net.save(output / "checkpoint", processing_resolution=config.processing_resolution, dtype=torch.float16)
+    state = {"stage": position[0], "step": position[1], "modules": net.modules.state_dict()}
     partial = output / "state.pt.partial"
-    torch.save({**position, "modules": net.modules.state_dict(), "optimizer": optimizer.state_dict()}, partial)
+    torch.save({**state, "optimizer": optimizer.state_dict()}, partial)
     partial.replace(output / "state.pt")
 
 
@@ -224,31 +253,16 @@ def _refuse_another_run(config: TrainConfig, output: Path, stage: int) -> None:
     old, new = begun(json.loads(path.read_text())), begun(config.model_dump(mode="json"))
     if different := [name for name in new if new[name] != old[name]]:
         raise TrainingError(
-            f"{output} holds a run with another {', '.join(different)} (see {path}): train into another folder, or start "
-            "over with overwrite"
+            f"{output} holds a run with another {', '.join(different)} (see {path}): train into another folder, or "
+            "start over with overwrite"
         )
 
 
-class _Table:
-    """The loss table, cut back to where the run resumes."""
-
-    def __init__(self, path: Path, rows: list[list[str]]) -> None:
-        self._file = path.open("w", newline="")
-        self._writer = csv.writer(self._file)
-        self._writer.writerow(_COLUMNS)
-        self._writer.writerows(rows)
-        self.writerow = self._writer.writerow
-        self.flush = self._file.flush
-        self.close = self._file.close
-
-
-def _open_table(path: Path, config: TrainConfig, state: dict[str, int]) -> _Table:
-    finished = {stage.name for stage in config.stages[: state["stage"]]}
-    current = config.stages[state["stage"]].name if state["stage"] < len(config.stages) else ""
-    rows: list[list[str]] = []
-    if path.exists() and (finished or state["step"]):
-        with path.open(newline="") as file:
-            for row in list(csv.reader(file))[1:]:
-                if row[0] in finished or (row[0] == current and int(row[1]) < state["step"]):
-                    rows.append(row)
-    return _Table(path, rows)
+def _rows_before(path: Path, config: TrainConfig, stage: int, step: int) -> list[list[str]]:
+    """Rows of the loss table up to where the run resumes: those of later steps will be written again."""
+    if not path.exists():
+        return []
+    names = [stage.name for stage in config.stages]
+    with path.open(newline="") as file:
+        rows = [row for row in list(csv.reader(file))[1:] if row[0] in names]
+    return [row for row in rows if (names.index(row[0]), int(row[1])) < (stage, step)]
