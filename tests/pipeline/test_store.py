@@ -382,6 +382,25 @@ class TestKilled:
         write(store, Segment("video", 8, 16))
         assert files(store.path) == clean
 
+    def test_labels_of_an_abandoned_attempt_do_not_outlive_it(self, store, tmp_path):
+        """The frame that killed a worker is marked as failed next time; so may be a whole segment."""
+        other = stores.create(tmp_path / "other", LAYOUT, IDENTITY)
+        other.add(VIDEO, IMAGES)
+        for segment, failed in ((Segment("video", 0, 8), {1, 6}), (Segment("video", 8, 16), set(range(8, 16)))):
+            writer = store.writer(segment)
+            for index in range(segment.start, segment.stop):
+                writer.put(index, *labels(index))
+            writer._finish_writing()
+            for target in (store, other):
+                writer = target.writer(segment)
+                for index in range(segment.start, segment.stop):
+                    if index in failed:
+                        writer.fail(index, "killed the worker")
+                    else:
+                        writer.put(index, *labels(index))
+                writer.commit()
+        assert files(store.path) == files(other.path)
+
     def test_a_store_whose_removal_was_cut_short_says_so_and_is_finished(self, store):
         root = json.loads((store.path / "zarr.json").read_text())
         root["attributes"] = {"depthmill": {"being_removed": True}}
