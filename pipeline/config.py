@@ -124,7 +124,7 @@ def load_config(model: type[Model], path: str | Path | None, overrides: Mapping[
 
 def _read(path: Path) -> str:
     shipped = resources.files("depthmill.configs")
-    if not path.exists() and path.name == str(path):
+    if not path.is_file() and path.name == str(path):
         packaged = shipped / (path.name if path.suffix else f"{path.name}.yaml")
         if packaged.is_file():
             return packaged.read_text(encoding="utf-8")

@@ -180,7 +180,7 @@ class Labeler:
     def _forward(self, frames: Sequence[npt.NDArray[np.uint8]]) -> list[Labels]:
         size = self.processed_size(*frames[0].shape[:2])
         pictures = torch.stack(
-            [to_network(torch.from_numpy(frame).to(self.device), size, self._network.factor) for frame in frames]
+            [to_network(_tensor(frame).to(self.device), size, self._network.factor) for frame in frames]
         )  # (B, 3, h', w')
         answers = self._network(pictures)
         labels = []
@@ -194,6 +194,11 @@ class Labeler:
                 normals = resized.permute(1, 2, 0)[None].cpu().numpy()  # (1, H, W, 3)
             labels.append(Labels(depth=depth, normals=normals))
         return labels
+
+
+def _tensor(frame: npt.NDArray[np.uint8]) -> torch.Tensor:
+    # torch warns of arrays that cannot be written to, such as views of a Pillow image, though nothing writes here.
+    return torch.from_numpy(frame if frame.flags.writeable else frame.copy())
 
 
 def open_checkpoints(config: LabelConfig) -> list[Checkpoint]:

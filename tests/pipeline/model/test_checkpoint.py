@@ -1,0 +1,154 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from depthmill.pipeline.errors import CheckpointError, ConfigError
+from depthmill.pipeline.model.checkpoint import empty_prompt, load_scheduler, load_unet, load_vae, open_checkpoint
+from depthmill.pipeline.model.labeler import Labeler
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def depth(checkpoints, tmp_path):
+    """A depth checkpoint to spoil."""
+    return shutil.copytree(checkpoints / "depth", tmp_path / "depth")
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_checkpoint_describes_itself(checkpoints):
+    depth, normals = (open_checkpoint(str(checkpoints / name), name) for name in ("depth", "normals"))
+    assert depth.processing_resolution == normals.processing_resolution == 48
+    assert normals.description.normals_axes == "right-up-towards"
+    assert depth.sha256 != normals.sha256
+    assert depth.sha256 == open_checkpoint(str(checkpoints / "depth"), "depth").sha256
+
+
+def test_the_sha256_sees_one_changed_weight(depth):
+    before = open_checkpoint(str(depth), "depth").sha256
+    weights = load_file(depth / WEIGHTS)
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, depth / WEIGHTS)
+    assert open_checkpoint(str(depth), "depth").sha256 != before
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_pickle_is_refused(depth, part):
+    (weights,) = (depth / part).glob("*.safetensors")
+    torch.save({}, weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=rf"{part}/ holds only .*\.bin.*pickle.*safetensors"):
+        open_checkpoint(str(depth), "depth")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "scheduler", "tokenizer", "text_encoder"])
+def test_a_missing_part_is_named(depth, part):
+    shutil.rmtree(depth / part)
+    with pytest.raises(CheckpointError, match=f"lacks {part}"):
+        open_checkpoint(str(depth), "depth")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+@pytest.mark.parametrize("damage", ["missing", "left over", "of another shape", "cut off"])
+def test_weights_must_fit_exactly(depth, part, damage):
+    path = depth / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    name = "conv_in.weight" if part == "unet" else "encoder.conv_in.weight"
+    if damage == "missing":
+        del weights[name]
+    elif damage == "left over":
+        weights["stray.weight"] = torch.zeros(1)
+    elif damage == "of another shape":
+        weights[name] = weights[name][:-1].contiguous()
+    save_file(weights, path)
+    if damage == "cut off":
+        path.write_bytes(path.read_bytes()[:-100])
+    checkpoint = open_checkpoint(str(depth), "depth")
+    with pytest.raises(CheckpointError, match=f"{part}/"):
+        (load_unet if part == "unet" else load_vae)(checkpoint)
+
+
+def test_text_encoder_must_fit_exactly(depth):
+    path = depth / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    del weights[sorted(weights)[0]]
+    save_file(weights, path)
+    with pytest.raises(CheckpointError, match="text_encoder/"):
+        empty_prompt(open_checkpoint(str(depth), "depth"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prediction_type": "flow"}, "flow.*v_prediction"),
+        ({"_class_name": "LCMScheduler"}, "LCMScheduler.*DDIM"),
+        ({"thresholding": True}, "thresholding"),
+    ],
+)
+def test_a_scheduler_that_has_no_single_step(depth, change, message):
+    edit_json(depth / "scheduler" / "scheduler_config.json", **change)
+    with pytest.raises(CheckpointError, match=message):
+        load_scheduler(open_checkpoint(str(depth), "depth"))
+
+
+def test_a_unet_for_another_task(depth):
+    weights = load_file(depth / WEIGHTS)
+    weights["conv_in.weight"] = torch.cat([weights["conv_in.weight"], weights["conv_in.weight"][:, :1]], dim=1)
+    save_file(weights, depth / WEIGHTS)
+    edit_json(depth / "unet" / "config.json", in_channels=9)
+    with pytest.raises(CheckpointError, match="takes 9 channels"):
+        load_unet(open_checkpoint(str(depth), "depth"))
+
+
+def test_swapped_checkpoints_are_noticed(checkpoints):
+    with pytest.raises(CheckpointError, match=r"answers normals.*swap"):
+        open_checkpoint(str(checkpoints / "normals"), "depth")
+
+
+@pytest.mark.parametrize("name", ["no/such/place", "nowhere", "owner/not-on-the-hub"])
+def test_a_checkpoint_that_is_not_there(name):
+    with pytest.raises(CheckpointError, match="no directory"):
+        open_checkpoint(name, "depth")
+
+
+def test_a_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="is a file"):
+        open_checkpoint(str(tmp_path / "model.safetensors"), "depth")
+
+
+def test_axes_of_the_published_and_of_others(checkpoints):
+    from depthmill.pipeline.model import checkpoint as module
+
+    published = module._PUBLISHED["GonzaloMG/marigold-e2e-ft-normals"]
+    assert published.normals_axes == "left-up-towards"
+    assert module._PUBLISHED["prs-eth/marigold-normals-v1-1"].normals_axes == "right-up-towards"
+    given = open_checkpoint(str(checkpoints / "normals"), "normals", normals_axes="right-down-away")
+    assert given.description.normals_axes == "right-down-away"
+    with pytest.raises(ConfigError, match="sideways"):
+        open_checkpoint(str(checkpoints / "normals"), "normals", normals_axes="sideways")
+
+
+@pytest.mark.parametrize(("padding", "tokens"), [("do_not_pad", 2), ("max_length", 77)])
+def test_the_empty_prompt_is_padded_as_the_checkpoint_says(checkpoints, tmp_path, padding, tokens):
+    path = shutil.copytree(checkpoints / "normals", tmp_path / "normals")
+    (path / "depthmill.json").write_text(json.dumps({"prompt_padding": padding}))
+    assert empty_prompt(open_checkpoint(str(path), "normals")).shape == (1, tokens, 32)
+
+
+def test_bit_equal_vaes_are_kept_once(checkpoints, tmp_path):
+    shared = Labeler.from_pretrained(checkpoints / "depth", checkpoints / "normals", device="cpu")
+    assert len(shared._network.encoders) == 1
+    other = shutil.copytree(checkpoints / "normals", tmp_path / "normals")
+    path = other / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_out.bias"] = weights["decoder.conv_out.bias"] + 1e-7
+    save_file(weights, path)
+    apart = Labeler.from_pretrained(checkpoints / "depth", other, device="cpu")
+    assert len(apart._network.encoders) == 2

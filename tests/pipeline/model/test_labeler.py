@@ -1,0 +1,188 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import depthmill
+from depthmill.pipeline.errors import CheckpointError, ConfigError
+from depthmill.pipeline.model import scratch
+from depthmill.pipeline.model.labeler import Labeler
+
+
+@pytest.fixture(scope="module")
+def labeler(checkpoints):
+    return Labeler.from_pretrained(checkpoints / "depth", checkpoints / "normals", device="cpu")
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_labels_of_a_batch(labeler):
+    labels = labeler(noise(3, 40, 56, 3))
+    assert labels.depth.shape == (3, 40, 56)
+    assert labels.normals.shape == (3, 40, 56, 3)
+    assert labels.depth.dtype == labels.normals.dtype == np.float32
+    assert labels.depth.min() >= 0
+    assert labels.depth.max() <= 1
+    assert np.allclose(np.linalg.norm(labels.normals, axis=-1), 1, atol=1e-5)
+
+
+def test_it_is_what_the_package_offers(checkpoints):
+    assert depthmill.Labeler is Labeler
+    assert Labeler.from_pretrained(checkpoints / "depth", device="cpu")(noise(1, 8, 8, 3)).normals is None
+
+
+def test_a_frame_has_the_same_labels_in_any_company(labeler):
+    frames = noise(5, 33, 48, 3)
+    together = labeler(frames).depth
+    alone = np.concatenate([labeler(frame[None]).depth for frame in frames])
+    assert np.allclose(together, alone, atol=1e-4)
+    assert not np.allclose(together[0], together[1], atol=1e-3)
+
+
+def test_frames_of_several_sizes_share_a_batch(labeler):
+    sizes = [(40, 60), (80, 120), (41, 60)]
+    frames = [noise(*size, 3, seed=i) for i, size in enumerate(sizes)]
+    assert len({labeler.processed_size(*size) for size in sizes}) == 1
+    for frame, labels in zip(frames, labeler.label(frames), strict=True):
+        assert labels.depth.shape == (1, *frame.shape[:2])
+        assert np.allclose(labels.depth, labeler(frame[None]).depth, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8), (1, 1, 1), (1, 1, 300), (1, 300, 1)])
+def test_odd_sizes(labeler, shape):
+    labels = labeler(noise(*shape, 3))
+    assert labels.depth.shape == shape
+    assert np.isfinite(labels.normals).all()
+
+
+@pytest.mark.parametrize(
+    "frames", [np.zeros((8, 8, 3), np.uint8), np.zeros((1, 8, 8, 3)), np.zeros((1, 3, 8, 8), np.uint8)]
+)
+def test_other_arrays_are_refused(labeler, frames):
+    with pytest.raises(ValueError, match=r"expected uint8 \(B, H, W, 3\)"):
+        labeler(frames)
+
+
+def test_normals_come_out_in_the_stored_axes_whatever_the_checkpoint_answers(checkpoints, labeler):
+    frames = noise(1, 32, 48, 3)
+    stored = labeler(frames).normals
+    for axes, signs in (("left-up-towards", (-1, 1, 1)), ("right-down-away", (1, -1, -1))):
+        mirrored = Labeler.from_pretrained(
+            checkpoints / "depth", checkpoints / "normals", device="cpu", normals_axes=axes
+        )
+        assert np.allclose(mirrored(frames).normals, stored * np.float32(signs), atol=1e-6)
+
+
+def test_a_known_direction(tmp_path):
+    """A decoder that says (1, 0, 0) everywhere, in E2E-FT's axes, means a surface that faces left."""
+    parts = scratch.build(scratch.Architecture(vae_channels=(8, 16)), seed=0)
+    parts.vae.decoder.conv_out.weight.data.zero_()
+    parts.vae.decoder.conv_out.bias.data = torch.tensor([1.0, 0.0, 0.0])
+    scratch.save(parts, tmp_path / "n", "normals", processing_resolution=32)
+    scratch.save(parts, tmp_path / "d", "depth", processing_resolution=32)
+    labeler = Labeler.from_pretrained(tmp_path / "d", tmp_path / "n", device="cpu", normals_axes="left-up-towards")
+    labels = labeler(noise(1, 16, 24, 3))
+    assert np.allclose(labels.normals, [-1, 0, 0])
+    assert np.allclose(labels.depth, (1 / 3 + 1) / 2)  # the mean of the channels, from [-1, 1] to [0, 1]
+
+
+def test_no_picture_is_rescaled_by_its_own_range(labeler):
+    depth = labeler(noise(2, 32, 48, 3)).depth
+    assert depth.min() > 0
+    assert depth.max() < 1
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon", "sample"])
+def test_a_unet_that_takes_the_picture_alone(tmp_path, prediction):
+    scratch.create(
+        tmp_path,
+        scratch.Architecture(),
+        "depth",
+        seed=0,
+        in_channels=4,
+        prediction_type=prediction,
+        processing_resolution=32,
+    )
+    frames = noise(1, 32, 32, 3)
+    labeler = Labeler.from_pretrained(tmp_path, device="cpu")
+    with torch.inference_mode():
+        vae, unet = labeler._network.heads[0].vae, labeler._network.heads[0].unet
+        picture = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latent = vae.encode(picture).latent_dist.mean * vae.config.scaling_factor
+        out = unet(latent, 999, encoder_hidden_states=labeler._network.heads[0].prompt).sample
+        alpha = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[-1]
+        factor = {"v_prediction": -((1 - alpha) ** 0.5), "epsilon": -(((1 - alpha) / alpha) ** 0.5), "sample": 1.0}
+        decoded = vae.decode(out * factor[prediction] / vae.config.scaling_factor).sample
+    assert np.allclose(labeler(frames).depth, (decoded.mean(1).clip(-1, 1) + 1) / 2, atol=1e-4)
+
+
+def test_parts_of_different_checkpoints(checkpoints, tmp_path):
+    path = shutil.copytree(checkpoints / "depth", tmp_path / "depth")
+    scratch.create(tmp_path / "other", scratch.Architecture(cross_attention_dim=16), "depth", seed=0)
+    shutil.rmtree(path / "text_encoder")
+    shutil.copytree(tmp_path / "other" / "text_encoder", path / "text_encoder")
+    with pytest.raises(CheckpointError, match=r"prompts of width 32.*16 wide"):
+        Labeler.from_pretrained(path, device="cpu")
+
+
+def test_out_of_memory_halves_the_batch_and_remembers(checkpoints, monkeypatch):
+    labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=8)
+    forward, batches = labeler._forward, []
+
+    def small_gpu(frames):
+        if len(frames) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        batches.append(len(frames))
+        return forward(frames)
+
+    monkeypatch.setattr(labeler, "_forward", small_gpu)
+    frames = noise(7, 16, 24, 3)
+    assert labeler(frames).depth.shape == (7, 16, 24)
+    assert batches == [3, 3, 1]
+    assert labeler.batch_size == 3
+
+
+def test_a_frame_too_large_for_the_gpu_is_an_error(checkpoints, monkeypatch):
+    labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=2)
+
+    def no_memory(frames):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(labeler, "_forward", no_memory)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        labeler(noise(2, 16, 24, 3))
+
+
+def test_a_device_that_is_not_there(checkpoints):
+    with pytest.raises(ConfigError, match="device is 'quantum'"):
+        Labeler.from_pretrained(checkpoints / "depth", device="quantum")
+
+
+def test_a_damaged_weight_changes_the_labels(checkpoints, tmp_path, labeler):
+    """That the labels depend on the decoder's last layer, so that the other tests can see a wrong one."""
+    path = shutil.copytree(checkpoints / "depth", tmp_path / "depth")
+    weights = load_file(path / "vae" / "diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_out.bias"] += 0.1
+    save_file(weights, path / "vae" / "diffusion_pytorch_model.safetensors")
+    frames = noise(1, 32, 48, 3)
+    moved = Labeler.from_pretrained(path, device="cpu")(frames).depth - labeler(frames).depth
+    assert np.allclose(moved, 0.05, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 6e-2), ("float16", 2e-2)])
+def test_cuda_agrees_with_the_cpu(checkpoints, labeler, dtype, tolerance):
+    frames = noise(4, 40, 56, 3)
+    cuda = Labeler.from_pretrained(checkpoints / "depth", checkpoints / "normals", device="cuda", dtype=dtype)
+    assert np.abs(cuda(frames).depth - labeler(frames).depth).max() < tolerance
+
+
+@pytest.mark.gpu
+def test_cuda_is_picked_with_half_precision(checkpoints):
+    labeler = Labeler.from_pretrained(checkpoints / "depth")
+    assert labeler.device.type == "cuda"
+    assert labeler.dtype in (torch.bfloat16, torch.float16)

@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+
+import depthmill
+from depthmill.pipeline.config import LabelConfig, load_config
+from depthmill.pipeline.errors import ConfigError
+
+CONFIGS = Path(depthmill.__file__).parent / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("[!t]*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_labelling_config_loads(path):
+    assert load_config(LabelConfig, path, {}) == load_config(LabelConfig, path.stem, {})
+    assert "# Launch:" in path.read_text()
+
+
+def test_options_win_over_the_file(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("batch_size: 3\nworkers: 5\n")
+    config = load_config(LabelConfig, path, {"batch_size": 4, "workers": None, "labels": ("depth",)})
+    assert (config.batch_size, config.workers, config.labels) == (4, 5, ("depth",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize: 3", "batchsize"),
+        ("batch_size: many", "batch_size"),
+        ("batch_size: 0", "batch_size"),
+        ("labels: [depth, depth]", "each once"),
+        ("labels: [flow]", "labels"),
+        ("segment_frames: 30\nshard_frames: 16", "multiple of shard_frames"),
+        ("checkpoint: some/depth", "normals_checkpoint"),
+        ("- 1", "key: value"),
+        ("a: [", "YAML"),
+    ],
+)
+def test_what_cannot_be_used_is_named(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(LabelConfig, path, {})
+
+
+def test_a_missing_file_says_which_names_ship(tmp_path):
+    with pytest.raises(ConfigError, match="video"):
+        load_config(LabelConfig, tmp_path / "none.yaml", {})
+
+
+def test_the_demo_answers_normals_by_itself():
+    assert LabelConfig().checkpoints == {"depth": "demo", "normals": "demo"}
+    assert LabelConfig(checkpoint="a/b", labels=("depth",)).checkpoints == {"depth": "a/b"}

@@ -1,0 +1,90 @@
+"""The command line's own part: options, exit statuses, messages. What the commands do is tested where they live."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import depthmill
+from depthmill.tests import media, runs
+
+
+def depthmill_cli(*arguments):
+    code = "from depthmill.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return media.write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=5)
+
+
+def test_version_and_help():
+    assert depthmill_cli("--version").stdout.strip() == depthmill.__version__
+    for command in ("label", "preview", "train"):
+        assert command in depthmill_cli("--help").stdout
+        assert depthmill_cli(command, "--help").returncode == 0
+
+
+def test_every_option_of_the_config_has_a_flag():
+    from depthmill.pipeline.config import LabelConfig
+
+    shown = depthmill_cli("label", "--help").stdout
+    for name in LabelConfig.model_fields:
+        assert f"--{name.replace('_', '-')}" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--no-such-option"], "no-such-option"),
+        (["--batch-size", "0"], "batch_size"),
+        (["--labels", "depth,flow"], "labels"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--checkpoint", "nowhere", "--labels", "depth"], "nowhere"),
+        (["--device", "quantum"], "quantum"),
+        (["--address", "127.0.0.1:1", "--workers", "1"], "127.0.0.1:1"),
+    ],
+)
+def test_what_cannot_start_exits_with_2_and_says_why(clip, tmp_path, arguments, message):
+    done = depthmill_cli("label", clip, tmp_path / "out.zarr", "--workers", "0", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_exit_statuses_of_runs(clip, tmp_path, checkpoints):
+    store = tmp_path / "out.zarr"
+    assert runs.run([clip], store, checkpoints, "--workers", "0").returncode == 0
+    some = runs.run([clip, tmp_path / "missing.mp4"], store, checkpoints, "--workers", "0")
+    assert some.returncode == 1
+    assert "missing.mp4" in some.stdout
+    assert runs.run([tmp_path / "missing.mp4"], store, checkpoints, "--workers", "0").returncode == 2
+
+
+def test_the_store_argument_that_was_forgotten(clip, checkpoints):
+    done = runs.run([clip], clip, checkpoints, "--workers", "0")
+    assert done.returncode == 2
+    assert clip.stat().st_size > 0
+
+
+def test_flags_win_over_the_file(clip, tmp_path, checkpoints):
+    config = tmp_path / "a.yaml"
+    config.write_text("labels: [depth, normals]\nbatch_size: 7\nattempts: 5\n")
+    store = tmp_path / "out.zarr"
+    done = runs.run([clip], store, checkpoints, "--workers", "0", "--config", str(config), "--labels", "depth")
+    assert done.returncode == 0, done.stderr
+    used = json.loads((store / "run.json").read_text())["config"]
+    assert (used["labels"], used["batch_size"], used["attempts"]) == (["depth"], 2, 5)
+
+
+def test_preview_names_what_it_drew(clip, tmp_path, checkpoints):
+    store = tmp_path / "out.zarr"
+    runs.run([clip], store, checkpoints, "--workers", "0")
+    done = depthmill_cli("preview", store, "--out", tmp_path / "pictures")
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.rsplit(".", 1)[1] for line in done.stdout.splitlines()) == ["mp4", "png"]

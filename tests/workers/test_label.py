@@ -1,0 +1,246 @@
+"""Runs in this process: the same code as on Ray, without it."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import xarray
+from PIL import Image
+from rich.console import Console
+
+from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.errors import RunStoppedError, SourceError, StoreMismatchError
+from depthmill.pipeline.model.labeler import Labeler
+from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.stages import Worker
+from depthmill.tests import media, runs
+from depthmill.workers.label import label
+
+
+@pytest.fixture
+def config(checkpoints):
+    return LabelConfig(
+        checkpoint=str(checkpoints / "depth"),
+        normals_checkpoint=str(checkpoints / "normals"),
+        device="cpu",
+        batch_size=4,
+        shard_frames=4,
+        segment_frames=8,
+        workers=0,
+        threads=1,
+    )
+
+
+@pytest.fixture
+def video(tmp_path):
+    return media.write_video(tmp_path / "clip.mp4", frames=19)
+
+
+def run(inputs, store, config, **options):
+    console = Console(file=io.StringIO(), highlight=False, width=200)
+    return label([str(path) for path in inputs], store, config, console=console, **options)
+
+
+def only_source(store):
+    (group,) = [path.name for path in store.iterdir() if path.is_dir()]
+    return xarray.open_zarr(store, group=group)
+
+
+def test_a_video_is_labelled_as_the_labeler_labels_it(video, tmp_path, config, checkpoints):
+    summary = run([video], tmp_path / "out.zarr", config)
+    assert (summary.frames, summary.labelled, summary.committed, summary.failures) == (19, 19, 19, ())
+    source = only_source(tmp_path / "out.zarr")
+    frames = np.stack([frame.image for frame in open_source(video).read(0, 19)])
+    labeler = Labeler.from_pretrained(checkpoints / "depth", checkpoints / "normals", device="cpu", batch_size=4)
+    labels = labeler(frames)
+    assert np.abs(source.depth.values - labels.depth).max() <= 1.1e-4  # half a packing step, and rounding
+    assert np.abs(source.normals.values - labels.normals).max() <= 0.5 / 127 + 1e-5
+    assert np.allclose(source.time, np.arange(19) / 25)
+    assert (source.status == 1).all()
+
+
+def test_run_json_says_what_was_done(video, tmp_path, config):
+    run([video], tmp_path / "out.zarr", config)
+    values = json.loads((tmp_path / "out.zarr" / "run.json").read_text())
+    assert values["labelled"] == values["committed"] == 19
+    assert values["frames_per_s"] > 0
+    assert values["device"] == "cpu, float32"
+    assert len(values["checkpoints"]["depth"]["sha256"]) == 64
+    assert (tmp_path / "out.zarr" / "failures.jsonl").read_text() == ""
+
+
+def test_a_finished_run_is_not_done_again(video, tmp_path, config, monkeypatch):
+    run([video], tmp_path / "out.zarr", config)
+    before = runs.contents(tmp_path / "out.zarr")
+    monkeypatch.setattr(Worker, "load", lambda self: pytest.fail("the model was loaded for nothing"))
+    summary = run([video], tmp_path / "out.zarr", config)
+    assert (summary.labelled, summary.committed) == (19, 0)
+    assert runs.contents(tmp_path / "out.zarr") == before
+
+
+def test_a_stopped_run_goes_on_where_it_was(video, tmp_path, config, monkeypatch):
+    run([video], tmp_path / "whole.zarr", config)
+    original, calls = Worker.label, []
+
+    def stop_at_the_second(self, uri, fingerprint, segment):
+        calls.append(segment)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, uri, fingerprint, segment)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "label", stop_at_the_second)
+        with pytest.raises(RunStoppedError, match=r"8 of 19 frames are committed.*same command"):
+            run([video], tmp_path / "out.zarr", config)
+    summary = run([video], tmp_path / "out.zarr", config)
+    assert summary.committed == 11
+    assert runs.contents(tmp_path / "out.zarr") == runs.contents(tmp_path / "whole.zarr")
+
+
+def test_batches_and_other_inputs_may_change_between_runs(video, tmp_path, config):
+    run([video], tmp_path / "out.zarr", config)
+    more = media.write_video(tmp_path / "more.mp4", frames=3)
+    summary = run([video, more], tmp_path / "out.zarr", config.model_copy(update={"batch_size": 2}))
+    assert (summary.sources, summary.labelled, summary.committed) == (2, 22, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"processing_resolution": 64}, "processing_resolution"),
+        ({"labels": ("depth",)}, "labels"),
+        ({"segment_frames": 4}, "segment_frames"),
+        ({"normals_axes": "left-up-towards"}, "left-up-towards"),
+    ],
+)
+def test_another_configuration_is_not_mixed_in(video, tmp_path, config, change, named):
+    run([video], tmp_path / "out.zarr", config)
+    before = runs.contents(tmp_path / "out.zarr")
+    with pytest.raises(StoreMismatchError, match=rf"(?s){named}.*overwrite"):
+        run([video], tmp_path / "out.zarr", config.model_copy(update=change))
+    assert runs.contents(tmp_path / "out.zarr") == before
+    assert run([video], tmp_path / "out.zarr", config.model_copy(update=change), overwrite=True).committed == 19
+
+
+def test_a_changed_file_is_not_mixed_in(video, tmp_path, config):
+    run([video], tmp_path / "out.zarr", config)
+    media.write_video(video, frames=18)
+    with pytest.raises(StoreMismatchError, match="overwrite"):
+        run([video], tmp_path / "out.zarr", config)
+
+
+def test_pictures_of_many_sizes_fill_their_batches(tmp_path, config, monkeypatch):
+    """Landscape and portrait alternate, some twice as large: two shapes for the network, six batches of four."""
+    sizes = [(30, 40), (40, 30), (60, 80), (80, 60)]
+    media.write_image_folder(tmp_path / "photos", count=24, sizes=sizes)
+    batches, original = [], Labeler.label
+    monkeypatch.setattr(Labeler, "label", lambda self, frames: batches.append(len(frames)) or original(self, frames))
+    options = {"segment_frames": 24}
+    run([tmp_path / "photos"], tmp_path / "out.zarr", config.model_copy(update=options))
+    assert batches == [4] * 6
+    source = only_source(tmp_path / "out.zarr")
+    assert source.sizes["y"] == source.sizes["x"] == 80
+    labeler = Labeler(config_checkpoints(config), device="cpu", batch_size=4)
+    for row in (0, 1, 2, 3, 23):
+        height, width = source["size"].values[row]
+        assert (height, width) == sizes[row % 4]
+        assert str(source.key.values[row]) == f"{row:03d}.png"
+        with Image.open(tmp_path / "photos" / f"{row:03d}.png") as picture:
+            alone = original(labeler, [np.asarray(picture)])[0]
+        assert np.abs(source.depth.values[row, :height, :width] - alone.depth[0]).max() < 3e-4
+        assert np.isnan(source.depth.values[row, height:]).all()
+        assert np.isnan(source.depth.values[row, :, width:]).all()
+
+
+def config_checkpoints(config):
+    from depthmill.pipeline.model.labeler import open_checkpoints
+
+    return open_checkpoints(config)
+
+
+def test_bad_inputs_stop_nothing_and_are_all_listed(tmp_path, config):
+    inputs = tmp_path / "inputs"
+    good = media.write_video(inputs / "good.mp4", frames=9)
+    noisy = [np.random.default_rng(i).integers(0, 256, (48, 64, 3), dtype=np.uint8) for i in range(40)]
+    broken = media.break_middle(media.write_video(inputs / "broken.mp4", pictures=noisy), 0.6, 3000)
+    cut = media.truncate(media.write_video(inputs / "cut.mp4", pictures=noisy), 0.6)
+    text = inputs / "text.mp4"
+    text.write_text("this is no video")
+    (inputs / "empty").mkdir()
+    photos = inputs / "photos"
+    media.write_image_folder(photos, count=3)
+    (photos / "000-zero.png").touch()
+    (photos / "000-text.jpg").write_text("this is no picture")
+    Image.new("RGB", (1, 1)).save(photos / "tiny.png")
+    missing = inputs / "missing.mp4"
+    summary = run([good, broken, cut, text, inputs / "empty", photos, missing], tmp_path / "out.zarr", config)
+
+    failures = [json.loads(line) for line in (tmp_path / "out.zarr" / "failures.jsonl").read_text().splitlines()]
+    assert len(failures) == len(summary.failures)
+    assert all(failure["reason"] for failure in failures)
+    unopened = {failure["uri"] for failure in failures if failure["frame"] is None}
+    assert unopened == {str(text), str(inputs / "empty"), str(missing)}
+    by_input = {str(path): 0 for path in (good, broken, cut, photos)}
+    for failure in failures:
+        if failure["frame"] is not None:
+            by_input[failure["uri"]] += 1
+    assert by_input[str(good)] == 0
+    assert by_input[str(photos)] == 2
+    assert 0 < by_input[str(broken)] < 40
+    assert by_input[str(cut)] >= 1
+    assert summary.labelled == summary.frames - sum(by_input.values())
+    again = run([good, broken, cut, text, inputs / "empty", photos, missing], tmp_path / "out.zarr", config)
+    assert again.committed == 0
+    assert again.failures == summary.failures
+
+
+def test_a_50_megapixel_picture_among_small_ones(tmp_path, config):
+    Image.new("RGB", (8192, 6144), (90, 120, 150)).save(tmp_path / "photos-large.png", compress_level=1)
+    photos = tmp_path / "photos"
+    media.write_image_folder(photos, count=2)
+    (tmp_path / "photos-large.png").rename(photos / "999.png")
+    summary = run([photos], tmp_path / "out.zarr", config.model_copy(update={"labels": ("depth",)}))
+    assert (summary.labelled, summary.failures) == (3, ())
+    over = config.model_copy(update={"labels": ("depth",), "max_pixels": 10_000_000})
+    summary = run([photos], tmp_path / "limited.zarr", over)
+    assert summary.labelled == 2
+    assert "10" in summary.failures[0].reason
+
+
+def test_nothing_that_can_be_opened_is_an_error_and_makes_no_store(tmp_path, config):
+    with pytest.raises(SourceError, match="none of the 1 inputs"):
+        run([tmp_path / "missing.mp4"], tmp_path / "out.zarr", config)
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_a_segment_that_always_fails_is_given_up_and_the_rest_goes_on(video, tmp_path, config, monkeypatch):
+    original, tries = Worker.label, []
+
+    def label_segment(self, uri, fingerprint, segment):
+        if segment.start == 8:
+            tries.append(segment)
+            raise RuntimeError("no luck")
+        return original(self, uri, fingerprint, segment)
+
+    monkeypatch.setattr(Worker, "label", label_segment)
+    summary = run([video], tmp_path / "out.zarr", config.model_copy(update={"attempts": 2}))
+    assert len(tries) == 2
+    assert (summary.labelled, len(summary.failures)) == (11, 8)
+    assert {failure.reason for failure in summary.failures} == {"the segment was tried 2 times: RuntimeError: no luck"}
+    assert np.isnan(only_source(tmp_path / "out.zarr").depth.values[8:16]).all()
+
+
+def test_an_attempt_that_fails_once_leaves_no_trace(video, tmp_path, config, monkeypatch):
+    run([video], tmp_path / "whole.zarr", config)
+    original, tries = Labeler.label, []
+
+    def fail_once(self, frames):
+        tries.append(frames)
+        if len(tries) == 2:
+            raise RuntimeError("once")
+        return original(self, frames)
+
+    monkeypatch.setattr(Labeler, "label", fail_once)
+    assert run([video], tmp_path / "out.zarr", config).labelled == 19
+    assert runs.contents(tmp_path / "out.zarr") == runs.contents(tmp_path / "whole.zarr")

@@ -1,0 +1,108 @@
+"""Real runs on real Ray workers, and real kills."""
+
+import random
+import re
+import signal
+import time
+
+import pytest
+
+from depthmill.tests import media, runs
+
+FRAMES = 48  # 24 segments of two frames
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, checkpoints):
+    """Inputs, and the files of a store that was made of them in one process, in one go."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    inputs = [media.write_video(root / "clip.mp4", frames=FRAMES - 6), root / "photos"]
+    media.write_image_folder(root / "photos", count=6, sizes=[(40, 60), (60, 40)])
+    (root / "photos" / "002.png").write_bytes(b"broken")
+    done = runs.run(inputs, root / "labels.zarr", checkpoints, "--workers", "0")
+    assert done.returncode == 1, done.stderr  # one picture is broken
+    return inputs, runs.contents(root / "labels.zarr")
+
+
+def test_two_workers_write_the_bytes_of_none(undisturbed, tmp_path, checkpoints):
+    inputs, expected = undisturbed
+    done = runs.run(inputs, tmp_path / "labels.zarr", checkpoints, "--workers", "2")
+    assert done.returncode == 1, done.stderr
+    assert runs.contents(tmp_path / "labels.zarr") == expected
+    assert "47 of 48 frames" in done.stdout
+    assert "failures.jsonl" in done.stdout
+
+
+def test_killed_at_random_moments_and_run_again(undisturbed, tmp_path, checkpoints):
+    """SIGKILL to a worker, the driver, and everything; each after a random number of commits and a random while."""
+    inputs, expected = undisturbed
+    store, moments = tmp_path / "labels.zarr", random.Random(time.time_ns())
+    with (tmp_path / "log").open("w+") as log:
+        for victim in ("worker", "driver", "everything"):
+            before = runs.commits(store)
+            process = runs.start(inputs, store, checkpoints, "--workers", "2", log=log)
+            runs.wait_for_commits(store, before + moments.randint(1, 4), process)
+            time.sleep(moments.uniform(0, 0.1))
+            family = runs.family(process)
+            workers = [one for one in family if runs.is_worker(one)]
+            if victim == "worker":
+                assert workers
+                runs.kill([moments.choice(workers)])
+                # The run goes on: a replacement finishes what the dead worker had begun. Let it commit a little more.
+                runs.wait_for_commits(store, runs.commits(store) + 3, process)
+                family = runs.family(process)
+            runs.kill(family[:1] if victim == "driver" else family)
+            process.wait(30)
+            runs.kill([one for one in family if one.is_running()])
+            log.seek(0)
+            assert 0 < runs.commits(store) < len(expected), log.read()
+        kept = runs.commits(store)
+        done = runs.run(inputs, store, checkpoints, "--workers", "2")
+    assert done.returncode == 1, done.stderr
+    assert runs.contents(store) == expected
+    (committed,) = re.findall(r"(\d+) were done in this run", done.stdout)
+    assert int(committed) == FRAMES - 2 * kept, "what was committed is not done again"
+
+
+def test_a_killed_worker_is_replaced_within_the_run(undisturbed, tmp_path, checkpoints):
+    inputs, expected = undisturbed
+    store = tmp_path / "labels.zarr"
+    with (tmp_path / "log").open("w+") as log:
+        process = runs.start(inputs, store, checkpoints, "--workers", "1", log=log)
+        runs.wait_for_commits(store, 2, process)
+        runs.kill([one for one in runs.family(process) if runs.is_worker(one)])
+        assert process.wait(120) == 1
+    assert runs.contents(store) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_stop_keeps_what_is_committed_and_says_how_to_go_on(undisturbed, tmp_path, checkpoints, number):
+    inputs, expected = undisturbed
+    store = tmp_path / "labels.zarr"
+    workers = "2" if number == signal.SIGINT else "0"
+    with (tmp_path / "log").open("w+") as log:
+        process = runs.start(inputs, store, checkpoints, "--workers", workers, log=log)
+        runs.wait_for_commits(store, 3, process)
+        process.send_signal(number)
+        assert process.wait(60) == 130
+        log.seek(0)
+        said = log.read()
+    assert "frames are committed" in said
+    assert "run the same command again" in said
+    assert "Traceback" not in said
+    assert runs.commits(store) >= 3
+    done = runs.run(inputs, store, checkpoints, "--workers", "0")
+    assert done.returncode == 1, done.stderr
+    assert runs.contents(store) == expected
+
+
+def test_a_checkpoint_that_does_not_fit_ends_the_run_with_its_reason(undisturbed, tmp_path, checkpoints):
+    import shutil
+
+    bad = shutil.copytree(checkpoints, tmp_path / "bad")
+    weights = bad / "depth" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    done = runs.run(undisturbed[0], tmp_path / "labels.zarr", bad, "--workers", "1")
+    assert done.returncode == 2
+    assert "unet/ cannot be loaded" in done.stderr
+    assert "Traceback" not in done.stderr
