@@ -32,6 +32,7 @@ DESCRIPTION_FILE = "depthmill.json"
 NORMALS_AXES = "right-up-towards"
 
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+_VOCABULARY = {_BOS: 0, _EOS: 1}
 
 
 class Architecture(BaseModel):
@@ -204,7 +205,7 @@ def _build_text_encoder(architecture: Architecture) -> CLIPTextModel:
 
 
 def _build_tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer(vocab={_BOS: 0, _EOS: 1}, merges=[], pad_token=_EOS, model_max_length=77)
+    return CLIPTokenizer(vocab=_VOCABULARY, merges=[], pad_token=_EOS, model_max_length=77)
 
 
 def save(
@@ -241,6 +242,9 @@ def save(
         pipeline = MarigoldNormalsPipeline(**modules, use_full_z_range=True)
     directory.mkdir(parents=True, exist_ok=True)
     pipeline.save_pretrained(directory, safe_serialization=True)
+    # Transformers 5 writes `tokenizer.json` alone; older versions want the two files that it is made from.
+    (directory / "tokenizer" / "vocab.json").write_text(json.dumps(_VOCABULARY) + "\n")
+    (directory / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     if modality == "normals":
         (directory / DESCRIPTION_FILE).write_text(json.dumps({"normals_axes": NORMALS_AXES}, indent=2) + "\n")
 

@@ -51,6 +51,7 @@ class Stage(_Strict):
         final_learning_rate: Share of the peak that it decays to, exponentially, over the stage.
         anchor: Weight, beside the paper's affine-invariant loss, of the plain difference to depth normalised as
             Marigold does it (near -1, far +1): a network from scratch has to be told which way depth runs.
+        slopes: Weight of the difference of slopes to that same target: for edges, sooner.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Stage(_Strict):
     warmup_steps: int = Field(default=100, ge=1)
     final_learning_rate: float = Field(default=0.01, gt=0, le=1)
     anchor: float = Field(default=1.0, ge=0)
+    slopes: float = Field(default=0.0, ge=0)
 
 
 class TrainConfig(_Strict):

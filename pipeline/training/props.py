@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from depthmill.pipeline.training import textures
-from depthmill.pipeline.training.raycast import Floats, Shape, ShapeKind
+from depthmill.pipeline.training.shapes import Floats, Shape, ShapeKind
 
 Rng = np.random.Generator
 Point = tuple[float, float]

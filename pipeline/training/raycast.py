@@ -1,95 +1,24 @@
 """Batched ray casting of simple shapes, with exact depth and normals, on any torch device.
 
-A shape is the image under an affine map of a unit solid: the plane z = 0, the cube [-1, 1]^3, the sphere, or a frustum
-around z with |z| <= 1. Rays are taken into the shape's own space, where intersection is school geometry, and because
-the map is affine the ray's parameter keeps its meaning. Camera rays have a forward component of 1, so their parameter
-at a hit *is* the depth. Shapes are looped over (a few dozen) and scenes and pixels vectorised: the working set of one
-shape stays in a CPU's cache, and a GPU sees few, large kernels.
+Camera rays have a forward component of 1, so their parameter at a hit *is* the depth. Shapes are looped over (a few
+dozen) and scenes and pixels vectorised: the working set of one shape stays in a CPU's cache, and a GPU sees few, large
+kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from depthmill.pipeline.training import textures
-
-ShapeKind = Literal["plane", "box", "sphere", "frustum"]
-_KINDS: tuple[ShapeKind, ...] = ("plane", "box", "sphere", "frustum")
+from depthmill.pipeline.training.shapes import Scene, Slots, first_hit, own_normals, pack
 
 FAR_M = 200.0  # what lies beyond is sky
-_TINY = 1e-6
 _GAMMA = 2.2
-
-Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Shape:
-    """One solid of a scene with its material. World frame: metres, z up.
-
-    Attributes:
-        kind: Which unit solid.
-        centre: (3,) where its origin goes.
-        rotation: (3, 3), columns are its own axes in the world's frame.
-        size: (3,) half extents, metres; of a plane, (1, 1, 1).
-        taper: Of a frustum: its top's radius is `1 - taper` of its bottom's; 0 is a cylinder, 1 a cone.
-        patterns: (2,) layers of the atlas: what runs through the colours, and what modulates their brightness.
-        tile_m: (2,) metres that one repetition of either pattern covers.
-        colours: (3, 3) linear rgb that the first pattern runs through from 0 to 1.
-        relief: In [0, 1], how much the second pattern modulates.
-        emission: Light of its own, as a factor of its colour.
-        casts_shadow: Whether it stands in the light's way; a room around its lamp must not.
-    """
-
-    kind: ShapeKind
-    centre: Floats
-    rotation: Floats
-    size: Floats
-    taper: float
-    patterns: tuple[int, int]
-    tile_m: tuple[float, float]
-    colours: Floats
-    relief: float
-    emission: float
-    casts_shadow: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """What one camera sees. World frame: metres, z up.
-
-    Attributes:
-        shapes: In any order.
-        position: (3,) of the camera.
-        rotation: (3, 3), columns are the camera's right, up and backwards in the world's frame.
-        focal: Focal length over the picture's width.
-        light: (4,) homogeneous: (towards the sun, 0) or (a lamp's position, 1).
-        light_colour: (3,) linear rgb.
-        ambient: (3,) linear rgb.
-        sky: (2, 3) linear rgb at the horizon and above.
-        clouds: Layer of the atlas drawn on the sky.
-        cloudiness: In [0, 1].
-        fog_per_m: Extinction; fog has the horizon's colour.
-    """
-
-    shapes: tuple[Shape, ...]
-    position: Floats
-    rotation: Floats
-    focal: float
-    light: Floats
-    light_colour: Floats
-    ambient: Floats
-    sky: Floats
-    clouds: int
-    cloudiness: float
-    fog_per_m: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,131 +48,7 @@ def concatenate(parts: Sequence[Views]) -> Views:
     return Views(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Views)))
 
 
-@dataclass(frozen=True, eq=False)
-class _Slots:
-    """Shapes of B scenes in N slots; a slot holds one kind in every scene, and is empty in some.
-
-    Attributes:
-        kinds: N indices into `_KINDS`.
-        seen: (B, N) bool: filled, and not outside the picture.
-        casts: (B, N) bool.
-        centre: (B, N, 3).
-        into: (B, N, 3, 3), world vectors to the shape's own space.
-        size: (B, N, 3).
-        taper: (B, N).
-        pattern: (B, N, 2) int64.
-        tile_m: (B, N, 2).
-        colours: (B, N, 9).
-        glow: (B, N, 2), relief and emission.
-    """
-
-    kinds: tuple[int, ...]
-    seen: Tensor
-    casts: Tensor
-    centre: Tensor
-    into: Tensor
-    size: Tensor
-    taper: Tensor
-    pattern: Tensor
-    tile_m: Tensor
-    colours: Tensor
-    glow: Tensor
-
-
-def _slots(scenes: Sequence[Scene], aspect: float, device: torch.device) -> _Slots:
-    by_kind = [[[shape for shape in scene.shapes if shape.kind == kind] for scene in scenes] for kind in _KINDS]
-    counts = [max(len(shapes) for shapes in of_kind) for of_kind in by_kind]
-    counts[0] = max(counts[0], 1)  # an empty slot, so that an empty scene has something to look up
-    kinds = tuple(kind for kind, count in enumerate(counts) for _ in range(count))
-    size = (len(scenes), len(kinds))
-    seen, casts = np.zeros(size, bool), np.zeros(size, bool)
-    centre, half = np.zeros((*size, 3), np.float32), np.ones((*size, 3), np.float32)
-    into, colours = np.zeros((*size, 3, 3), np.float32), np.zeros((*size, 9), np.float32)
-    taper, pattern = np.zeros(size, np.float32), np.zeros((*size, 2), np.int64)
-    tile_m, glow = np.ones((*size, 2), np.float32), np.zeros((*size, 2), np.float32)
-    for kind, of_kind in enumerate(by_kind):
-        first = sum(counts[:kind])
-        for b, shapes in enumerate(of_kind):
-            for n, shape in enumerate(shapes, first):
-                seen[b, n], casts[b, n] = _in_view(scenes[b], shape, aspect), shape.casts_shadow
-                centre[b, n], half[b, n], taper[b, n] = shape.centre, shape.size, shape.taper
-                into[b, n] = shape.rotation.T / shape.size[:, None]
-                pattern[b, n], tile_m[b, n] = shape.patterns, shape.tile_m
-                colours[b, n], glow[b, n] = shape.colours.ravel(), (shape.relief, shape.emission)
-    arrays = (seen, casts, centre, into, half, taper, pattern, tile_m, colours, glow)
-    return _Slots(kinds, *(torch.from_numpy(array).to(device) for array in arrays))
-
-
-def _in_view(scene: Scene, shape: Shape, aspect: float) -> bool:
-    """Whether a shape's bounding sphere reaches into the camera's pyramid; `aspect` is height over width."""
-    if shape.kind == "plane":
-        return True
-    right, up, back = (shape.centre - scene.position) @ scene.rotation
-    radius = float(np.linalg.norm(shape.size))
-    beyond = [
-        # Signed distance to a side of the pyramid, whose half width at a distance of 1 is `slope`.
-        (abs(offset) + slope * back) / np.hypot(1, slope)
-        for offset, slope in ((right, 0.5 / scene.focal), (up, 0.5 * aspect / scene.focal))
-    ]
-    return bool(back < radius and max(beyond) < radius)
-
-
-def _away_from_zero(x: Tensor) -> Tensor:
-    return torch.where(x.abs() < _TINY, torch.full_like(x, _TINY), x)
-
-
-def _first_hit(kind: int, o: Tensor, d: Tensor, taper: Tensor, nearest: float) -> Tensor:
-    """Where a ray first meets a unit solid, from outside or, if it starts inside, from inside.
-
-    Args:
-        kind: Index into `_KINDS`.
-        o: (B, 3, P or 1) origins, in the solid's space.
-        d: (B, 3, P or 1) directions, likewise, of any length.
-        taper: (B, 1) of a frustum.
-        nearest: Hits at or before this parameter don't count.
-
-    Returns:
-        (B, P) parameters t of o + t d; +inf where the ray misses.
-    """
-    ox, oy, oz = o.unbind(1)
-    dx, dy, dz = d.unbind(1)
-    if _KINDS[kind] == "plane":
-        t = -oz / _away_from_zero(dz)
-        return torch.where(t > nearest, t, torch.inf)
-    if _KINDS[kind] == "box":
-        inverse = 1 / _away_from_zero(d)
-        middle, reach = -o * inverse, inverse.abs()
-        enter, leave = (middle - reach).amax(1), (middle + reach).amin(1)
-        t = torch.where(enter > nearest, enter, leave)
-        return torch.where((leave >= enter) & (t > nearest), t, torch.inf)
-    if _KINDS[kind] == "sphere":
-        a, b, c = dx * dx + dy * dy + dz * dz, ox * dx + oy * dy + oz * dz, ox * ox + oy * oy + oz * oz - 1
-        discriminant = b * b - a * c
-        root = discriminant.clamp(min=0).sqrt()
-        enter, leave = (-b - root) / a, (-b + root) / a
-        t = torch.where(enter > nearest, enter, leave)
-        return torch.where((discriminant > 0) & (t > nearest), t, torch.inf)
-    # Frustum: x^2 + y^2 = r(z)^2 with r(z) = r0 + r1 z for |z| <= 1, closed by two discs.
-    r0, r1 = 1 - taper / 2, -taper / 2
-    ro, rd = r0 + r1 * oz, r1 * dz
-    a = _away_from_zero(dx * dx + dy * dy - rd * rd)
-    b, c = ox * dx + oy * dy - ro * rd, ox * ox + oy * oy - ro * ro
-    discriminant = b * b - a * c
-    root = discriminant.clamp(min=0).sqrt()
-    best = torch.full_like(root, torch.inf)
-    for t in ((-b - root) / a, (-b + root) / a):
-        on_side = (discriminant > 0) & ((oz + t * dz).abs() <= 1) & (t > nearest)
-        best = torch.where(on_side & (t < best), t, best)
-    flat = _away_from_zero(dz)
-    for z, radius in ((-1.0, r0 - r1), (1.0, r0 + r1)):
-        t = (z - oz) / flat
-        x, y = ox + t * dx, oy + t * dy
-        on_cap = (x * x + y * y <= radius * radius) & (t > nearest)
-        best = torch.where(on_cap & (t < best), t, best)
-    return best
-
-
-def _cast(slots: _Slots, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+def _cast(slots: Slots, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest hits of rays (B, 3, P or 1): their parameters (B, P), +inf for none, and the slots they hit, int64."""
     shape = (origin.shape[0], max(origin.shape[2], direction.shape[2]))
     best = torch.full(shape, torch.inf, device=origin.device)
@@ -253,14 +58,14 @@ def _cast(slots: _Slots, origin: Tensor, direction: Tensor) -> tuple[Tensor, Ten
             continue
         into = slots.into[:, n]
         o = into @ (origin - slots.centre[:, n, :, None])
-        t = _first_hit(kind, o, into @ direction, slots.taper[:, n, None], nearest=1e-4)
+        t = first_hit(kind, o, into @ direction, slots.taper[:, n, None], nearest=1e-4)
         closer = (t < best) & slots.seen[:, n, None]
         best = torch.where(closer, t, best)
         winner = torch.where(closer, n, winner)
     return best, winner
 
 
-def _lit(slots: _Slots, origin: Tensor, towards: Tensor, reach: Tensor) -> Tensor:
+def _lit(slots: Slots, origin: Tensor, towards: Tensor, reach: Tensor) -> Tensor:
     """Whether nothing stands between points and the light: (B, P) bool; `reach` (B, 1) is the light's parameter."""
     shape = (origin.shape[0], max(origin.shape[2], towards.shape[2]))
     lit = torch.ones(shape, dtype=torch.bool, device=origin.device)
@@ -269,30 +74,13 @@ def _lit(slots: _Slots, origin: Tensor, towards: Tensor, reach: Tensor) -> Tenso
             continue
         into = slots.into[:, n]
         o = into @ (origin - slots.centre[:, n, :, None])
-        t = _first_hit(kind, o, into @ towards, slots.taper[:, n, None], nearest=1e-4)
+        t = first_hit(kind, o, into @ towards, slots.taper[:, n, None], nearest=1e-4)
         lit &= (t >= reach) | ~slots.casts[:, n, None]
     return lit
 
 
-def _own_normals(kinds: Tensor, q: Tensor, taper: Tensor) -> Tensor:
-    """Outward normals, in the solids' own spaces, not unit: kinds (B, P) and points q (B, P, 3) -> (B, P, 3)."""
-    x, y, z = q.unbind(-1)
-    zero, one = torch.zeros_like(x), torch.ones_like(x)
-    plane = torch.stack([zero, zero, one], -1)
-    box = torch.nn.functional.one_hot(q.abs().argmax(-1), 3) * q.sign()
-    r1 = -taper / 2
-    radius = 1 - taper / 2 + r1 * z
-    side = torch.stack([x, y, -r1 * radius], -1)
-    on_cap = (1 - z.abs()).abs() < ((x * x + y * y).sqrt() - radius).abs()
-    frustum = torch.where(on_cap[..., None], torch.stack([zero, zero, z.sign()], -1), side)
-    result = plane
-    for kind, normal in ((1, box), (2, q), (3, frustum)):
-        result = torch.where((kinds == kind)[..., None], normal, result)
-    return result
-
-
 def _albedo(
-    source: textures.Atlas, slots: _Slots, row: Tensor, hit: Tensor, metres: Tensor, facing: Tensor, footprint: Tensor
+    source: textures.Atlas, slots: Slots, row: Tensor, hit: Tensor, metres: Tensor, facing: Tensor, footprint: Tensor
 ) -> Tensor:
     """Colour of the hit points: (B, P, 3) linear rgb.
 
@@ -331,7 +119,7 @@ def render(
         device: Where to compute, and where the result is; the CPU by default.
     """
     device = device or torch.device("cpu")
-    slots = _slots(scenes, height / width, device)
+    slots = pack(scenes, height / width, device)
     focal_px = _stacked(scenes, "focal", device).float() * width
     exact, colours = None, []
     for sample in range(samples):
@@ -357,7 +145,7 @@ def render(
     return Views(linear.clamp(0, 1) ** (1 / _GAMMA), depth, normals, torch.isfinite(depth))
 
 
-def _trace(scenes: Sequence[Scene], slots: _Slots, rays: Tensor, focal_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _trace(scenes: Sequence[Scene], slots: Slots, rays: Tensor, focal_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Follow camera rays (B, 3, P) with a forward component of 1.
 
     Returns:
@@ -378,7 +166,7 @@ def _trace(scenes: Sequence[Scene], slots: _Slots, rays: Tensor, focal_px: Tenso
     into, taper = slots.into[row, hit], slots.taper[row, hit]
     own = (into @ (point - slots.centre[row, hit])[..., None])[..., 0]
     kinds = torch.tensor(slots.kinds, device=device)[hit]
-    own_normal = _own_normals(kinds, own, taper)
+    own_normal = own_normals(kinds, own, taper)
     # Normals go by the inverse transpose: into is the inverse of the shape's map.
     normal = torch.nn.functional.normalize((into.mT @ own_normal[..., None])[..., 0], dim=-1)
     cosine = (normal * direction.mT).sum(-1, keepdim=True)

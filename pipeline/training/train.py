@@ -34,7 +34,18 @@ logger = logging.getLogger(__name__)
 HELD_OUT_SEED = 1_000_000_000
 _HELD_OUT = 16
 _LOG_STEPS = 50
-_COLUMNS = ("stage", "step", "learning_rate", "loss", "depth", "anchor", "normals", "reconstruction", "gradient_norm")
+_COLUMNS = (
+    "stage",
+    "step",
+    "learning_rate",
+    "loss",
+    "depth",
+    "anchor",
+    "slopes",
+    "normals",
+    "reconstruction",
+    "gradient_norm",
+)
 
 
 def train(config: TrainConfig | Path, output: Path, *, overwrite: bool = False, device: str | None = None) -> Path:
@@ -195,8 +206,9 @@ def _end_to_end(net: Network, views: Views, stage: Stage) -> dict[str, Tensor]:
     affine = losses.depth_loss(depth, target, views.mask)
     anchor = (depth - target).abs().mean()
     angle = losses.normals_loss(normals, views.normals, views.mask)
-    loss = affine + stage.anchor * anchor + angle
-    return {"loss": loss, "depth": affine, "anchor": anchor, "normals": angle}
+    slopes = losses.slope_loss(depth, target)
+    loss = affine + stage.anchor * anchor + stage.slopes * slopes + angle
+    return {"loss": loss, "depth": affine, "anchor": anchor, "slopes": slopes, "normals": angle}
 
 
 def _held_out(config: TrainConfig) -> Views:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from depthmill.pipeline.training import props
-from depthmill.pipeline.training.raycast import Scene, Shape, Views, render
+from depthmill.pipeline.training.raycast import Views, render
+from depthmill.pipeline.training.shapes import Scene, Shape
 
 H, W, FOCAL = 24, 32, 0.9
 
