@@ -231,9 +231,9 @@ cores of {platform.machine()}, zarr {zarr.__version__}. MB/s are of float32 labe
 and all), best of {REPEATS}. The default is set in bold.
 
 **The default: {total:,.0f} bytes a frame, {H * W * 16 / total:.1f}x smaller than float32 `.npy` of the same depth and
-normals ({H * W * 16:,} bytes).** It is not the smallest: higher levels save some per cent more at several times the
-time, and byte-shuffled depth is smaller only where labels are this smooth (with the noise of `--stand-in` it is a third
-larger; there the default still makes 5.9x).
+normals ({H * W * 16:,} bytes).** It is not the smallest: level 5 saves a little depth and a fifth of the normals at
+several times the time, and byte-shuffled depth is smaller only where labels are this smooth (with the noise of
+`--stand-in` it is a quarter larger; there the default still makes 5.9x).
 
 ## Depth
 
@@ -264,8 +264,8 @@ READING = """## Who can read it
 store uses no others for numbers: TensorStore 0.1.86 (C++) reads every numeric array of a store bit for bit. `zstd`
 outside blosc is a registered extension, which most readers have too. `numcodecs.…` are zarr-python's own: TensorStore
 refuses them, and the delta rows show what that costs: on labels as smooth as these, up to half the space. The strings
-(`key`, `reason`) are of the registered `string` type, which TensorStore does not know; without it every number can still
-be read.
+(`key`, `reason`) are of the registered `string` type, which TensorStore does not know; without it every number can
+still be read.
 """
 
 
