@@ -24,7 +24,7 @@ FORMAT = 1
 # One frame is the unit of random access, one shard the unit of writing: it is assembled in memory, canvas by canvas.
 MAX_SHARD_BYTES = 256 * 2**20
 
-# Depth is stored in steps of DEPTH_STEP, so that it is off by at most half of that: 9.8e-5. Steps 8x finer, which
+# Depth is stored in steps of DEPTH_STEP, so that it is off by at most half of that: 9.8e-5. Steps 13x finer, which
 # 16 bits would hold, cost disk space for digits that no model of today gets right (benchmarks/codecs.md).
 DEPTH_STEP = 1 / 5120
 DEPTH_INVALID = 0xFFFF
@@ -50,7 +50,7 @@ class Layout:
         shard_frames: Frames in one file of each label, as long as one file is at most `MAX_SHARD_BYTES` before
             compression; very large pictures are stored with fewer.
         segment_frames: Frames committed at once; a multiple of `shard_frames`.
-        normals_dtype: int8 is off by at most 0.4 degrees, int16 and float16 by far less in twice the space.
+        normals_dtype: int8 is off by at most 0.4 degrees, int16 and float16 by far less, in 5 to 7 times the space.
     """
 
     labels: tuple[Modality, ...] = ("depth", "normals")
