@@ -3,14 +3,17 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from depthmill.pipeline.errors import ConfigError, TrainingError
 from depthmill.pipeline.training import config as config_module
+from depthmill.pipeline.training import network
 from depthmill.pipeline.training import train as train_module
 from depthmill.pipeline.training.config import TrainConfig
+from depthmill.pipeline.training.pool import open_pool
 from depthmill.pipeline.training.train import learning_rate, train
 
 ROOT = Path(__file__).parents[3]
@@ -123,8 +126,24 @@ def test_a_loss_that_is_no_number_stops_the_run(
         train(config(scene_pool), tmp_path)
 
 
+def test_threads_give_the_mean_of_their_parts_gradients(scene_pool: Path) -> None:
+    run = config(scene_pool)
+    net = network.build(run.architecture, 0, torch.device("cpu"))
+    views = open_pool(scene_pool, 100, 24, 32, processes=1).read(np.arange(6))
+    parameter = net.modules["normals"].conv_out.weight
+    stage = run.stages[1]
+    together = train_module._gradients(net, views, stage, threads=2)
+    gradient = parameter.grad.clone()
+    parts = []
+    for half in (views[:3], views[3:]):
+        terms = train_module._gradients(net, half, stage, threads=1)
+        parts.append((terms["loss"], parameter.grad.clone()))
+    assert together["loss"] == pytest.approx((parts[0][0] + parts[1][0]) / 2, rel=1e-5)
+    torch.testing.assert_close(gradient, (parts[0][1] + parts[1][1]) / 2, rtol=1e-4, atol=1e-6)
+
+
 def test_training_lowers_the_loss(scene_pool: Path, tmp_path: Path) -> None:
-    train(config(scene_pool, small_steps=30), tmp_path)
+    train(config(scene_pool, small_steps=24), tmp_path)
     rows = [float(row[3]) for row in losses(tmp_path)[1:] if row[0] == "both"]
     assert sum(rows[-8:]) < 0.9 * sum(rows[:8])
 
