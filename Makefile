@@ -33,4 +33,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo/labels.zarr demo/*.png
+	rm -rf $(VENV) build dist *.egg-info demo/labels.zarr demo/pedestrians-*

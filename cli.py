@@ -124,22 +124,34 @@ def label(
 @app.command()
 def preview(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A labelled store.")],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures; by default the store's own.")] = Path(),
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default where the store is.")] = None,
     source: Annotated[str | None, typer.Option(help="Id of one source; by default all.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames on the contact sheet.")] = 6,
 ) -> None:
     """Draw a contact sheet (PNG) and a side-by-side video (MP4) of frames, depth and normals."""
     from depthmill.pipeline.preview import preview as draw
 
-    for path in draw(store, out if out != Path() else store.parent, source_id=source, frames=frames):
+    for path in draw(store, out or store.resolve().parent, source_id=source, frames=frames):
         typer.echo(path)
 
 
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/train-demo.yaml.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; by default runs/ and the name of CONFIG.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to train; a GPU if there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever the folder holds.")] = False,
 ) -> None:
-    """Train a checkpoint; an interrupted run resumes."""
+    """Train a checkpoint; the same command goes on where it was stopped."""
+    import logging
+
+    from depthmill.pipeline.config import load_config
+    from depthmill.pipeline.training.config import TrainConfig
     from depthmill.pipeline.training.train import train as run
 
-    run(config)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("depthmill").setLevel(logging.INFO)
+    settings = load_config(TrainConfig, config, {})
+    typer.echo(run(settings, out or Path("runs") / Path(config).stem, overwrite=overwrite, device=device))

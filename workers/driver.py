@@ -86,15 +86,25 @@ def run_in_process(run: Run) -> None:
 
 @dataclass
 class _Slot:
-    """A place for a worker, and what that is doing: `call` answers its loading, or `task`; None while it is idle."""
+    """A place for a worker, and what that is doing.
+
+    Attributes:
+        name: For the display.
+        actor: Its handle.
+        call: Answers its loading, or `task`; None while it is idle.
+        task: What it labels.
+        ready: Whether it has loaded.
+        asked: Answers its state.
+        state: Its last known state.
+    """
 
     name: str
-    actor: Any
-    call: Any
+    actor: Any = None
+    call: Any = None
     task: Task | None = None
+    ready: bool = False
     asked: Any = None
     state: WorkerState = field(default=WorkerState("starting"))
-    ready: bool = False
 
 
 def run_on_ray(run: Run, workers: int) -> None:
@@ -108,39 +118,32 @@ def run_on_ray(run: Run, workers: int) -> None:
     """
     import ray
 
-    from depthmill.workers.actors import start_worker
-
-    def fill(name: str) -> _Slot:
-        actor = start_worker(run.config, run.store.path, run.digests)
-        return _Slot(name, actor, call=actor.load.remote())
-
-    slots = [fill(f"worker {i}") for i in range(workers)]
-    deaths_while_loading = 0
+    slots = [_Slot(f"worker {i}") for i in range(workers)]
+    deaths = 0  # while loading
     try:
+        for slot in slots:
+            _launch(run, slot)
         while run.todo or any(slot.task for slot in slots):
             for slot in slots:
                 if slot.ready and slot.call is None and run.todo:
-                    slot.task = task = run.todo.popleft()
-                    slot.call = slot.actor.label.remote(task.uri, task.fingerprint, task.segment)
-            calls = {slot.call: i for i, slot in enumerate(slots) if slot.call is not None}
-            done, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_S)
-            for call in done:
-                i = calls[call]
-                slot, task = slots[i], slots[i].task
-                slot.call = slot.task = None
+                    given = run.todo.popleft()
+                    slot.call = slot.actor.label.remote(given.uri, given.fingerprint, given.segment)
+                    slot.task = given
+            calls = {slot.call: slot for slot in slots if slot.call is not None}
+            for call in ray.wait(list(calls), num_returns=1, timeout=_POLL_S)[0]:
+                slot = calls[call]
+                task, slot.call, slot.task = slot.task, None, None
                 try:
                     answer = ray.get(call)
                 except ray.exceptions.RayActorError as error:
                     if task is not None:
                         run.not_committed(task, f"its worker died ({_reason(error)})")
-                    else:
-                        deaths_while_loading += 1
-                        if deaths_while_loading >= run.config.attempts * len(slots):
-                            raise RunStoppedError(
-                                f"workers died {deaths_while_loading} times while loading the model "
-                                f"({_reason(error)}); is there memory for {len(slots)} of them? Try fewer --workers"
-                            ) from error
-                    slots[i] = fill(slot.name)
+                    elif (deaths := deaths + 1) >= run.config.attempts * workers:
+                        raise RunStoppedError(
+                            f"workers died {deaths} times while loading the model ({_reason(error)}); "
+                            f"is there memory for {workers} of them? Try fewer --workers"
+                        ) from error
+                    _launch(run, slot)
                 except Exception as error:
                     if task is None:
                         raise _ours(error) from error
@@ -157,6 +160,16 @@ def run_on_ray(run: Run, workers: int) -> None:
         for slot in slots:
             with contextlib.suppress(Exception):  # it may be dead, or Ray gone
                 ray.kill(slot.actor)
+
+
+def _launch(run: Run, slot: _Slot) -> None:
+    """Put a new worker, which starts to load, into a slot."""
+    from depthmill.workers.actors import start_worker
+
+    slot.actor = start_worker(run.config, run.store.path, run.digests)
+    slot.call = slot.actor.load.remote()
+    slot.task = slot.asked = None
+    slot.ready, slot.state = False, WorkerState("starting")
 
 
 def _current(slot: _Slot) -> WorkerState:

@@ -22,7 +22,7 @@ from depthmill.pipeline.errors import RunStoppedError, SourceError
 from depthmill.pipeline.model.checkpoint import Checkpoint
 from depthmill.pipeline.model.labeler import open_checkpoints, pick_device, pick_dtype
 from depthmill.pipeline.plan import pending_tasks, probe_inputs
-from depthmill.pipeline.store import Layout, create, write_failures
+from depthmill.pipeline.store import Layout, create, write_atomically, write_failures
 from depthmill.pipeline.types import LABELLED, Failure
 from depthmill.workers.driver import Run, run_in_process, run_on_ray, stop_on_sigterm
 from depthmill.workers.progress import Counts, Rate, open_display
@@ -96,8 +96,7 @@ def label(
         if not sources:
             raise SourceError(f"none of the {len(unopened)} inputs can be opened: nothing to label")
         store = create(store_path, _layout(config), _identity(config, checkpoints), overwrite=overwrite)
-        for source in sources:
-            store.add(source)
+        store.add(*sources)
         todo = pending_tasks(store, sources)
         frames = sum(source.frames for source in sources)
         counts = Counts(total=frames, before=frames - sum(task.segment.frames for task in todo))
@@ -195,7 +194,4 @@ def _write_run(summary: Summary, config: LabelConfig, checkpoints: Sequence[Chec
         "machine": {"host": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count()},
         "versions": {name: version(name) for name in ("depthmill", "torch", "diffusers", "ray", "av", "zarr")},
     }
-    path = summary.store / "run.json"
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(summary.store / "run.json", (json.dumps(values, indent=2) + "\n").encode())

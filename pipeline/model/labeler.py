@@ -90,14 +90,13 @@ class Labeler:
             ConfigError: If the options do not go together.
             CheckpointError: If a checkpoint is missing, incomplete, unsafe or of another kind.
         """
-        if labels is None:
-            both = normals_checkpoint is not None or str(checkpoint) == DEMO
-            labels = ("depth", "normals") if both else ("depth",)
+        both = normals_checkpoint is not None or str(checkpoint) == DEMO
+        wanted: tuple[Modality, ...] = labels or (("depth", "normals") if both else ("depth",))
         try:
             config = LabelConfig(
                 checkpoint=str(checkpoint),
                 normals_checkpoint=None if normals_checkpoint is None else str(normals_checkpoint),
-                labels=labels,
+                labels=wanted,
                 normals_axes=normals_axes,
                 processing_resolution=processing_resolution,
                 batch_size=batch_size,

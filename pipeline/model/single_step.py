@@ -119,7 +119,8 @@ class SingleStep(torch.nn.Module):
         # Channels last is what tensor cores want; on CPUs it measured no faster.
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         modules = [*self.encoders, *(head.unet for head in self.heads)]
-        self.networks = torch.nn.ModuleList(modules).to(device, dtype, memory_format=self.layout)
+        self.networks = torch.nn.ModuleList(modules).to(device, dtype)
+        self.networks.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch's stub lacks it
         self.heads = [replace(head, prompt=head.prompt.to(device, dtype)) for head in self.heads]
         self.dtype = dtype
 
@@ -140,7 +141,8 @@ class SingleStep(torch.nn.Module):
     @staticmethod
     def _encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
         # (B, 3, h, w) -> (B, latent, h/factor, w/factor)
-        return vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor
+        latent: torch.Tensor = vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor
+        return latent
 
     @staticmethod
     def _label(head: Head, latent: torch.Tensor) -> torch.Tensor:
