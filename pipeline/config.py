@@ -30,7 +30,7 @@ class LabelConfig(BaseModel):
             checkpoint describes itself (`pipeline/model/checkpoint.py`).
         processing_resolution: Longer side in pixels at which the model sees a frame; left out, the checkpoint's own.
         batch_size: Frames a forward pass.
-        device: `auto`, or any device that torch knows: `cpu`, `cuda`, `cuda:1`.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, `xpu`, `mps`.
         dtype: Of the network; `auto` is bfloat16 on CUDA (float16 where it has none) and float32 on the CPU.
         normals_dtype: Of the stored normals; int8 is good to 0.4°.
         shard_frames: Frames in one shard file.
@@ -51,7 +51,7 @@ class LabelConfig(BaseModel):
     normals_axes: str | None = None
     processing_resolution: int | None = Field(default=None, ge=16)
     batch_size: int = Field(default=8, ge=1)
-    device: str = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|(cuda|xpu|mps)(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     normals_dtype: Literal["int8", "int16", "float16"] = "int8"
     shard_frames: int = Field(default=16, ge=1)
@@ -110,16 +110,24 @@ def load_config(model: type[Model], path: str | Path | None, overrides: Mapping[
             raise ConfigError(f"{path} holds a {type(loaded).__name__}; expected `key: value` lines")
         values = loaded
     values |= {key: value for key, value in overrides.items() if value is not None}
+    return validated(model, values, where="the options" if path is None else f"{path} with the command line's options")
+
+
+def validated(model: type[Model], values: Mapping[str, Any], *, where: str) -> Model:
+    """Make a `model` of `values`.
+
+    Raises:
+        ConfigError: If a key or value is not allowed; names each of them. `where` says where they came from.
+    """
     try:
-        return model.model_validate(values)
+        return model.model_validate(dict(values))
     except ValidationError as error:
-        problems = "\n".join(
-            f"  {'.'.join(str(part) for part in item['loc']) or model.__name__}: "
-            f"{item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors()
-        )
-        where = f"{path} with the command line's options" if path is not None else "the options"
-        raise ConfigError(f"{where} cannot be used:\n{problems}") from error
+        problems = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            problems.append(f"  {key}: {message} (got {item['input']!r})" if key else f"  {message}")
+        raise ConfigError(f"{where} cannot be used:\n" + "\n".join(problems)) from error
 
 
 def _read(path: Path) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from depthmill.pipeline.config import DEMO, LabelConfig
+from depthmill.pipeline.config import DEMO, LabelConfig, validated
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.geometry import from_network, processed_size, to_network
 from depthmill.pipeline.model.checkpoint import Checkpoint, open_checkpoint
@@ -92,19 +92,17 @@ class Labeler:
         """
         both = normals_checkpoint is not None or str(checkpoint) == DEMO
         wanted: tuple[Modality, ...] = labels or (("depth", "normals") if both else ("depth",))
-        try:
-            config = LabelConfig(
-                checkpoint=str(checkpoint),
-                normals_checkpoint=None if normals_checkpoint is None else str(normals_checkpoint),
-                labels=wanted,
-                normals_axes=normals_axes,
-                processing_resolution=processing_resolution,
-                batch_size=batch_size,
-                device=device,
-                dtype=dtype,
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        options = {
+            "checkpoint": str(checkpoint),
+            "normals_checkpoint": None if normals_checkpoint is None else str(normals_checkpoint),
+            "labels": wanted,
+            "normals_axes": normals_axes,
+            "processing_resolution": processing_resolution,
+            "batch_size": batch_size,
+            "device": device,
+            "dtype": dtype,
+        }
+        config = validated(LabelConfig, options, where="the labeler's options")
         return cls.from_config(config, open_checkpoints(config))
 
     @classmethod

@@ -158,8 +158,10 @@ def test_a_frame_too_large_for_the_gpu_is_an_error(checkpoints, monkeypatch):
 
 
 def test_a_device_that_is_not_there(checkpoints):
-    with pytest.raises(ConfigError, match="device is 'quantum'"):
+    with pytest.raises(ConfigError, match=r"device.*got 'quantum'"):
         Labeler.from_pretrained(checkpoints / "depth", device="quantum")
+    with pytest.raises(ConfigError, match="device is 'cuda:99'"):
+        Labeler.from_pretrained(checkpoints / "depth", device="cuda:99")
 
 
 def test_a_damaged_weight_changes_the_labels(checkpoints, tmp_path, labeler):
