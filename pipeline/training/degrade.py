@@ -39,11 +39,11 @@ def degrade(rgb: Tensor, rng: np.random.Generator) -> Tensor:
 
     y, x = torch.linspace(-1, 1, H, device=rgb.device)[:, None], torch.linspace(-1, 1, W, device=rgb.device)
     picture = picture * (1 - per_picture(rng.uniform(0, 0.35, B) * sometimes(0.3)) * (x * x + y * y) / 2)
-    picture = _blur(picture, per_picture(rng.uniform(0, 1.0, B) * sometimes(0.6)))
-    sigma = per_picture(np.exp(rng.uniform(np.log(0.002), np.log(0.05), B)) * sometimes(0.6))
+    picture = _blur(picture, per_picture(rng.uniform(0, 0.7, B) * sometimes(0.5)))
+    sigma = per_picture(np.exp(rng.uniform(np.log(0.002), np.log(0.03), B)) * sometimes(0.5))
     noise = torch.from_numpy(rng.standard_normal((B, 3, H, W), dtype=np.float32)).to(rgb.device)
     picture = (picture + sigma * noise).clamp(0, 1)
-    step = per_picture(np.where(sometimes(0.4), np.exp(rng.uniform(np.log(0.01), np.log(0.12), B)), 0))
+    step = per_picture(np.where(sometimes(0.3), np.exp(rng.uniform(np.log(0.01), np.log(0.06), B)), 0))
     return _blocks(picture, step).clamp(0, 1)
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from depthmill.pipeline.training import scenes
-from depthmill.pipeline.training.raycast import Views
+from depthmill.pipeline.training.raycast import MEASURED_M, Views
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,12 @@ class Pool:
         pixels = np.stack([self.shards[i // SHARD][i % SHARD] for i in indices.tolist()])
         normals = torch.from_numpy(pixels["normals"].astype(np.float32)).permute(0, 3, 1, 2)
         depth = torch.from_numpy(pixels["depth"].astype(np.float32))
+        mask = depth <= MEASURED_M
         return Views(
             rgb=torch.from_numpy(pixels["rgb"].astype(np.float32)).permute(0, 3, 1, 2) / 255,
-            depth=depth,
-            normals=torch.nn.functional.normalize(normals, dim=1),
-            mask=torch.isfinite(depth),
+            depth=torch.where(mask, depth, torch.inf),
+            normals=torch.nn.functional.normalize(normals, dim=1) * mask[:, None],
+            mask=mask,
         )
 
 

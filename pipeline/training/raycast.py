@@ -17,7 +17,9 @@ from torch import Tensor
 from depthmill.pipeline.training import textures
 from depthmill.pipeline.training.shapes import Scene, Slots, first_hit, own_normals, pack
 
-FAR_M = 200.0  # what lies beyond is sky
+FAR_M = 200.0  # what lies beyond is not drawn
+# What lies beyond has no labels, like the sky: as Virtual KITTI 2 is used, lest a horizon take up all of depth's range.
+MEASURED_M = 80.0
 _GAMMA = 2.2
 
 
@@ -27,10 +29,11 @@ class Views:
 
     Attributes:
         rgb: (B, 3, H, W) float32 in [0, 1], display-referred (gamma 2.2).
-        depth: (B, H, W) float32, metres along the viewing axis (not along the ray); +inf where there is sky.
+        depth: (B, H, W) float32, metres along the viewing axis (not along the ray); +inf where there
+            is sky, or nothing nearer than `MEASURED_M`.
         normals: (B, 3, H, W) float32, unit, camera frame (x right, y up, z towards the viewer), facing the camera;
-            (0, 0, 0) where there is sky.
-        mask: (B, H, W) bool, False where there is sky.
+            (0, 0, 0) where there is no depth.
+        mask: (B, H, W) bool, False where there is no depth.
     """
 
     rgb: Tensor
@@ -141,6 +144,8 @@ def render(
     assert exact is not None
     shape = (len(scenes), height, width)
     depth, normals = exact[0].view(shape), exact[1].view(len(scenes), 3, height, width)
+    measured = depth <= MEASURED_M
+    depth, normals = torch.where(measured, depth, torch.inf), normals * measured[:, None]
     linear = torch.stack(colours).mean(0).view(len(scenes), 3, height, width)
     return Views(linear.clamp(0, 1) ** (1 / _GAMMA), depth, normals, torch.isfinite(depth))
 

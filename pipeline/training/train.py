@@ -73,7 +73,7 @@ def train(config: TrainConfig | Path, output: Path, *, overwrite: bool = False, 
     if (output / "state.pt").exists() and not overwrite:
         saved = torch.load(output / "state.pt", map_location=where, weights_only=True)
         begin, first, moments = saved["stage"], saved["step"], saved["optimizer"]
-        _refuse_another_run(config, output, begin)
+        _refuse_another_run(config, output, begin + (first > 0))
         net.modules.load_state_dict(saved["modules"])
     (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
     rows = _rows_before(output / "losses.csv", config, begin, first)
@@ -253,13 +253,13 @@ def _save(
     partial.replace(output / "state.pt")
 
 
-def _refuse_another_run(config: TrainConfig, output: Path, stage: int) -> None:
-    """Stages that have not begun, paths and intervals may change between two calls; nothing else may."""
+def _refuse_another_run(config: TrainConfig, output: Path, stages: int) -> None:
+    """Between two calls only paths, intervals and stages after the first `stages`, which have begun, may change."""
 
     def begun(run: dict[str, Any]) -> dict[str, Any]:
         size = run["data"]["height"], run["data"]["width"]
         kept = {name: run[name] for name in ("seed", "architecture", "gradient_clip")}
-        return json.loads(json.dumps({**kept, "size": size, "stages": run["stages"][: stage + 1]}))  # type: ignore[no-any-return]
+        return json.loads(json.dumps({**kept, "size": size, "stages": run["stages"][:stages]}))  # type: ignore[no-any-return]
 
     path = output / "config.json"
     old, new = begun(json.loads(path.read_text())), begun(config.model_dump(mode="json"))

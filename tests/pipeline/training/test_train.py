@@ -83,10 +83,14 @@ def test_what_a_run_leaves_behind(scene_pool: Path, tmp_path: Path) -> None:
     )
     assert not torch.equal(unet["conv_in.weight"], other["conv_in.weight"])
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
-    # Nothing is left to do, so nothing is done.
+    # Nothing is left to do, so nothing is done, until a stage is added.
     before = losses(tmp_path)
     train(config(scene_pool), tmp_path)
     assert losses(tmp_path) == before
+    longer = config(scene_pool).model_dump()
+    longer["stages"] += ({**longer["stages"][1], "name": "more", "steps": 1},)
+    train(TrainConfig.model_validate(longer), tmp_path)
+    assert losses(tmp_path)[:-1] == before
 
 
 def test_another_run_is_refused_but_for_stages_to_come(
