@@ -2,7 +2,10 @@
 
 import random
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -97,8 +100,6 @@ def test_a_stop_keeps_what_is_committed_and_says_how_to_go_on(undisturbed, tmp_p
 
 
 def test_a_checkpoint_that_does_not_fit_ends_the_run_with_its_reason(undisturbed, tmp_path, checkpoints):
-    import shutil
-
     bad = shutil.copytree(checkpoints, tmp_path / "bad")
     weights = bad / "depth" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
@@ -106,3 +107,24 @@ def test_a_checkpoint_that_does_not_fit_ends_the_run_with_its_reason(undisturbed
     assert done.returncode == 2
     assert "unet/ cannot be loaded" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_existing_cluster_is_used_and_left_running(undisturbed, tmp_path, checkpoints):
+    inputs, expected = undisturbed
+    script = (
+        "import ray, sys; ray.init('local', num_cpus=2, include_dashboard=False, log_to_driver=False); "
+        "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.readline(); "
+        "print(ray.cluster_resources()['CPU'], flush=True)"
+    )
+    cluster = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        address = cluster.stdout.readline().strip()
+        done = runs.run(inputs, tmp_path / "labels.zarr", checkpoints, "--address", address, "--workers", "1")
+        assert done.returncode == 1, done.stderr
+        assert runs.contents(tmp_path / "labels.zarr") == expected
+        assert cluster.communicate("\n", timeout=60)[0].strip() == "2.0"
+    finally:
+        runs.kill(runs.family(cluster))
+        cluster.wait(30)
