@@ -21,11 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from depthmill.pipeline.errors import TrainingError
+from depthmill.pipeline.sources.prefetch import prefetch
 from depthmill.pipeline.training import config as config_module
 from depthmill.pipeline.training import data, losses, network, scenes
 from depthmill.pipeline.training.config import Stage, TrainConfig
 from depthmill.pipeline.training.network import Network
-from depthmill.pipeline.training.pool import Pool, open_pool
+from depthmill.pipeline.training.pool import open_pool
 from depthmill.pipeline.training.raycast import Views
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 HELD_OUT_SEED = 1_000_000_000
 _HELD_OUT = 16
 _LOG_STEPS = 50
+_BATCHES_AHEAD = 2
 _COLUMNS = (
     "stage",
     "step",
@@ -106,9 +108,10 @@ def _stage(
     stage, d = config.stages[index], config.data
     pool = open_pool(d.pool, stage.scenes, d.height, d.width, processes=d.render_processes)
     logger.info("stage %s: %d steps from step %d, %d scenes", stage.name, stage.steps, first, len(pool))
+    batches = (data.batch(pool, stage, config.seed * 1000 + index, step) for step in range(first, stage.steps))
     started, begun = time.monotonic(), first
-    for step in range(first, stage.steps):
-        row = _step(net, optimizer, pool, stage, config, index, step)
+    for step, views in enumerate(prefetch(batches, _BATCHES_AHEAD), first):
+        row = _step(net, optimizer, views, stage, config, step)
         done = step + 1
         if done % _LOG_STEPS == 0 or done == stage.steps:
             pace = (done - begun) * stage.batch_size / (time.monotonic() - started)
@@ -122,17 +125,15 @@ def _stage(
 def _step(
     net: Network,
     optimizer: torch.optim.Optimizer,
-    pool: Pool,
+    views: Views,
     stage: Stage,
     config: TrainConfig,
-    index: int,
     step: int,
 ) -> dict[str, float]:
     """One optimizer step; the row of the loss table, less the stage's name and the step."""
     rate = learning_rate(stage, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    views = data.batch(pool, stage, config.seed * 1000 + index, step)
     views = Views(*(getattr(views, name).to(net.prompt.device) for name in ("rgb", "depth", "normals", "mask")))
     terms = _gradients(net, views, stage, config.cpu_threads)
     norm = torch.nn.utils.clip_grad_norm_(_trained(net, stage), config.gradient_clip)
