@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,9 @@ import ray
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import ConfigError
+
+
+_REACHABLE_S = 10.0
 
 
 @contextmanager
@@ -30,12 +34,13 @@ def connect(config: LabelConfig) -> Iterator[int]:
     logging.getLogger("ray").setLevel(logging.ERROR)  # set up anew by `import ray`, above
     try:
         if address:
+            _check_reachable(address)
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             # Actors ask for one CPU each; on this machine the run alone decides how many share the cores.
             cpus = max(os.cpu_count() or 1, config.workers or 1)
             ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
         raise ConfigError(
             f"no Ray cluster at {address} ({str(error).splitlines()[0]}); expected a running one: start it "
             "(`ray start --head`), correct --address, or leave it out to label on this machine"
@@ -44,6 +49,13 @@ def connect(config: LabelConfig) -> Iterator[int]:
         yield _gpus()
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError if nobody listens at `host:port`: Ray itself would try for minutes before it says so."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACHABLE_S).close()
 
 
 def _gpus() -> int:
