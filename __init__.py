@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from depthmill.pipeline.model.labeler import Labeler
-    from depthmill.pipeline.store import open_datasets as open  # noqa: A004
+    from depthmill.pipeline.store import open_datasets as open
 
 __version__ = "0.1.0"
 __all__ = ["Labeler", "__version__", "open"]

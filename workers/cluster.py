@@ -13,7 +13,6 @@ import ray
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import ConfigError
 
-
 _REACHABLE_S = 10.0
 
 
