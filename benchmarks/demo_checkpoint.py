@@ -25,10 +25,10 @@ from depthmill.pipeline.training import data, losses, scenes
 from depthmill.pipeline.training.raycast import Views
 from depthmill.pipeline.training.train import HELD_OUT_SEED
 
-HEIGHT, WIDTH = 192, 256
+HEIGHT, WIDTH = 96, 128
 # Not those that pictures during training were drawn of, with which its course was judged.
 FIRST_SEED = HELD_OUT_SEED + 10_000
-GUESS_SCENES = 512
+GUESS_SCENES = 256
 _BATCH = 16
 
 
