@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.model.scratch import Architecture
 from depthmill.pipeline.training.pool import SHARD
 
@@ -52,6 +50,8 @@ class Stage(_Strict):
         anchor: Weight, beside the paper's affine-invariant loss, of the plain difference to depth normalised as
             Marigold does it (near -1, far +1): a network from scratch has to be told which way depth runs.
         slopes: Weight of the difference of slopes to that same target: for edges, sooner.
+        relative: Weight of the paper's affine-invariant loss once more, each pixel's part divided by its metric depth:
+            what is near counts as much as what is far.
     """
 
     name: str
@@ -67,6 +67,7 @@ class Stage(_Strict):
     final_learning_rate: float = Field(default=0.01, gt=0, le=1)
     anchor: float = Field(default=1.0, ge=0)
     slopes: float = Field(default=0.0, ge=0)
+    relative: float = Field(default=0.0, ge=0)
 
 
 class TrainConfig(_Strict):
@@ -111,15 +112,3 @@ class TrainConfig(_Strict):
                     f"{self.data.height} x {self.data.width}"
                 )
         return self
-
-
-def load(path: Path) -> TrainConfig:
-    """Read and check a YAML file.
-
-    Raises:
-        ConfigError: If it cannot be read, or says something that a run cannot be told.
-    """
-    try:
-        return TrainConfig.model_validate(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
-        raise ConfigError(f"{path}: {error}") from error

@@ -85,7 +85,7 @@ def fit_affine(prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor
     return scale, t_mean - scale * p_mean
 
 
-def depth_loss(prediction: Tensor, depth: Tensor, mask: Tensor) -> Tensor:
+def depth_loss(prediction: Tensor, depth: Tensor, mask: Tensor, *, relative: bool = False) -> Tensor:
     """Affine-invariant depth loss: masked L1 after a least-squares fit to clipped metric depth.
 
     The gradient passes through the fit, as in the paper. A picture with no depth range (a bare wall seen head-on, or no
@@ -95,14 +95,18 @@ def depth_loss(prediction: Tensor, depth: Tensor, mask: Tensor) -> Tensor:
         prediction: (B, H, W), affine-invariant.
         depth: (B, H, W) metres; anything where `mask` is False.
         mask: (B, H, W) bool.
+        relative: Divide each pixel's difference by its depth, as AbsRel does; depth must be greater than 0 then.
 
     Returns:
-        () float32, in `depth`'s unit: mean over the pictures of the mean over each picture's valid pixels.
+        () float32, in `depth`'s unit, or without one if `relative`: mean over the pictures of the mean over each
+        picture's valid pixels.
     """
     target, usable = clip_depth(depth, mask)
     valid = mask & usable[:, None, None]
     scale, shift = fit_affine(prediction, target, valid)
     error = (scale[:, None, None] * prediction.float() + shift[:, None, None] - target).abs() * valid
+    if relative:
+        error = error / torch.where(valid, target, 1)
     return (error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)).mean()
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.sources.prefetch import prefetch
-from depthmill.pipeline.training import config as config_module
 from depthmill.pipeline.training import data, losses, network, scenes
 from depthmill.pipeline.training.config import Stage, TrainConfig
 from depthmill.pipeline.training.network import Network
@@ -47,14 +46,15 @@ _COLUMNS = (
     "normals",
     "reconstruction",
     "gradient_norm",
+    "relative",
 )
 
 
-def train(config: TrainConfig | Path, output: Path, *, overwrite: bool = False, device: str | None = None) -> Path:
+def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device: str | None = None) -> Path:
     """Train, or go on where the same call was stopped.
 
     Args:
-        config: The run, or the YAML file that describes it.
+        config: The run.
         output: Folder for the run: `checkpoint/depth` and `checkpoint/normals` (half precision, what `depthmill label`
             takes), `state.pt` (to resume), `losses.csv`, `pictures/` of held-out scenes, `config.json`.
         overwrite: Start over, whatever `output` holds.
@@ -66,8 +66,6 @@ def train(config: TrainConfig | Path, output: Path, *, overwrite: bool = False, 
     Raises:
         TrainingError: If `output` holds a run of another configuration, or the loss is no longer a number.
     """
-    if isinstance(config, Path):
-        config = config_module.load(config)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     output.mkdir(parents=True, exist_ok=True)
     net = network.build(config.architecture, config.seed, where)
@@ -208,8 +206,10 @@ def _end_to_end(net: Network, views: Views, stage: Stage) -> dict[str, Tensor]:
     anchor = (depth - target).abs().mean()
     angle = losses.normals_loss(normals, views.normals, views.mask)
     slopes = losses.slope_loss(depth, target)
-    loss = affine + stage.anchor * anchor + stage.slopes * slopes + angle
-    return {"loss": loss, "depth": affine, "anchor": anchor, "slopes": slopes, "normals": angle}
+    relative = losses.depth_loss(depth, views.depth, views.mask, relative=True)
+    loss = affine + stage.anchor * anchor + stage.slopes * slopes + stage.relative * relative + angle
+    terms = {"depth": affine, "anchor": anchor, "slopes": slopes, "relative": relative, "normals": angle}
+    return {"loss": loss, **terms}
 
 
 def _held_out(config: TrainConfig) -> Views:

@@ -46,6 +46,15 @@ def test_depth_loss_of_a_known_misfit() -> None:
     torch.testing.assert_close(losses.depth_loss(prediction, depth, everywhere(depth)), torch.tensor(0.5))
 
 
+def test_relative_depth_loss_divides_by_depth_and_has_no_unit() -> None:
+    depth = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+    prediction = torch.tensor([[[0.0, 1.0, 0.0, 1.0]]])  # fits best as 2, 3, 2, 3: off by 1 everywhere
+    expected = torch.tensor((1 / 1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    for unit in (1, 10):
+        loss = losses.depth_loss(prediction, unit * depth, everywhere(depth), relative=True)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_depth_loss_is_in_metres() -> None:
     depth, prediction = 1 + grid(2, 8, 8), grid(2, 8, 8, seed=3)
     mask = everywhere(depth)
