@@ -34,6 +34,7 @@ class Run:
         display: Shows it.
         rate: Frames per second.
         device: Device and dtype in words, from the first worker that is loaded.
+        stopped: Whether somebody asked for it to end.
     """
 
     config: LabelConfig
@@ -44,6 +45,17 @@ class Run:
     display: Display
     rate: Rate
     device: str = ""
+    stopped: bool = False
+
+    def more(self) -> bool:
+        """Whether there are segments that nobody works on.
+
+        Raises:
+            KeyboardInterrupt: If the run was asked to end.
+        """
+        if self.stopped:
+            raise KeyboardInterrupt
+        return bool(self.todo)
 
     def loaded(self, device: str) -> None:
         """A worker is ready."""
@@ -71,7 +83,7 @@ def run_in_process(run: Run) -> None:
     worker.on_state = lambda state: run.display.show(run.counts, {"this process": state})
     run.loaded(worker.load())
     try:
-        while run.todo:
+        while run.more():
             task = run.todo.popleft()
             try:
                 report = worker.label(task.uri, task.fingerprint, task.segment)
@@ -123,7 +135,7 @@ def run_on_ray(run: Run, workers: int) -> None:
     try:
         for slot in slots:
             _launch(run, slot)
-        while run.todo or any(slot.task for slot in slots):
+        while run.more() or any(slot.task for slot in slots):
             for slot in slots:
                 if slot.ready and slot.call is None and run.todo:
                     given = run.todo.popleft()
@@ -206,17 +218,22 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does; a no-op outside the main thread, where signals do not arrive."""
+def stoppable(run: Run) -> Iterator[None]:
+    """Let SIGINT (Ctrl-C) and SIGTERM end the run alike; a no-op outside the main thread, where no signal arrives.
+
+    Both raise KeyboardInterrupt, and leave a note in `run`: one raised inside a callback of Ray's is lost there.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        run.stopped = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

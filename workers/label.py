@@ -24,7 +24,7 @@ from depthmill.pipeline.model.labeler import open_checkpoints, pick_device, pick
 from depthmill.pipeline.plan import pending_tasks, probe_inputs
 from depthmill.pipeline.store import Layout, create, write_atomically, write_failures
 from depthmill.pipeline.types import LABELLED, Failure
-from depthmill.workers.driver import Run, run_in_process, run_on_ray, stop_on_sigterm
+from depthmill.workers.driver import Run, run_in_process, run_on_ray, stoppable
 from depthmill.workers.progress import Counts, Rate, open_display
 
 _MOST_THREADS = 8
@@ -109,14 +109,15 @@ def label(
 
                 gpus = stack.enter_context(connect(config))
             digests = tuple(checkpoint.sha256 for checkpoint in checkpoints)
-            with stop_on_sigterm(), open_display(console, rate) as display:
+            with open_display(console, rate) as display:
                 run = Run(config, store, digests, deque(todo), counts, display, rate)
                 try:
-                    if gpus is None:
-                        run_in_process(run)
-                    else:
-                        workers = min(config.workers or gpus or 1, len(todo))
-                        run_on_ray(run, workers)
+                    with stoppable(run):
+                        if gpus is None:
+                            run_in_process(run)
+                        else:
+                            workers = min(config.workers or gpus or 1, len(todo))
+                            run_on_ray(run, workers)
                 except KeyboardInterrupt:
                     kept = run.counts.before + run.counts.done
                     raise RunStoppedError(
