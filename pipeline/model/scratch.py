@@ -23,13 +23,11 @@ from diffusers import (
 from pydantic import BaseModel, ConfigDict, model_validator
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from depthmill.pipeline.geometry import STORED_AXES
+from depthmill.pipeline.model.checkpoint import DESCRIPTION_FILE
 from depthmill.pipeline.types import Modality
 
 PredictionType = Literal["v_prediction", "epsilon", "sample"]
-
-# What the normals of a checkpoint trained here mean; `model/checkpoint.py` reads it from this file.
-DESCRIPTION_FILE = "depthmill.json"
-NORMALS_AXES = "right-up-towards"
 
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 _VOCABULARY = {_BOS: 0, _EOS: 1}
@@ -246,7 +244,7 @@ def save(
     (directory / "tokenizer" / "vocab.json").write_text(json.dumps(_VOCABULARY) + "\n")
     (directory / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     if modality == "normals":
-        (directory / DESCRIPTION_FILE).write_text(json.dumps({"normals_axes": NORMALS_AXES}, indent=2) + "\n")
+        (directory / DESCRIPTION_FILE).write_text(json.dumps({"normals_axes": STORED_AXES}, indent=2) + "\n")
 
 
 def create(
