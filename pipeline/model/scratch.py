@@ -213,6 +213,7 @@ def save(
     *,
     processing_resolution: int,
     dtype: torch.dtype = torch.float32,
+    clip_normals: bool = True,
 ) -> None:
     """Write a checkpoint: `unet/ vae/ scheduler/ tokenizer/ text_encoder/ model_index.json`, safetensors.
 
@@ -222,6 +223,7 @@ def save(
         modality: What the checkpoint answers.
         processing_resolution: Longer side, in pixels, that pictures are resized to unless the user says otherwise.
         dtype: Of the weights on disk.
+        clip_normals: Part of the description (`model/checkpoint.py`); False for a loss that leaves their length free.
     """
     modules: dict[str, Any] = {
         # Module.to itself: diffusers' own warns that some models, which these are not, have parts to keep in float32.
@@ -244,7 +246,8 @@ def save(
     (directory / "tokenizer" / "vocab.json").write_text(json.dumps(_VOCABULARY) + "\n")
     (directory / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     if modality == "normals":
-        (directory / DESCRIPTION_FILE).write_text(json.dumps({"normals_axes": STORED_AXES}, indent=2) + "\n")
+        description = {"normals_axes": STORED_AXES, "clip_normals": clip_normals}
+        (directory / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
 
 def create(

@@ -78,7 +78,12 @@ class Network:
                 tokenizer=self.parts.tokenizer,
             )
             scratch.save(
-                parts, directory / modality, modality, processing_resolution=processing_resolution, dtype=dtype
+                parts,
+                directory / modality,
+                modality,
+                processing_resolution=processing_resolution,
+                dtype=dtype,
+                clip_normals=False,  # the mean angle says nothing of their length
             )
 
 
