@@ -38,7 +38,10 @@ def test_only_normals_describe_their_axes(tmp_path: Path) -> None:
     for modality in ("depth", "normals"):
         scratch.create(tmp_path / modality, scratch.Architecture(), modality, seed=1)
     assert not (tmp_path / "depth" / "depthmill.json").exists()
-    assert json.loads((tmp_path / "normals" / "depthmill.json").read_text()) == {"normals_axes": "right-up-towards"}
+    assert json.loads((tmp_path / "normals" / "depthmill.json").read_text()) == {
+        "normals_axes": "right-up-towards",
+        "clip_normals": True,
+    }
 
 
 def test_seed_decides_the_weights_and_leaves_the_global_generator_alone(tmp_path: Path) -> None:
