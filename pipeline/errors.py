@@ -32,5 +32,9 @@ class TrainingError(DepthmillError):
     """A training run that cannot start or go on."""
 
 
+class SampleError(TrainingError):
+    """One picture of a training set that cannot be used; the others can."""
+
+
 class RunStoppedError(DepthmillError):
     """A run was stopped from outside, or can make no progress; what was committed stays."""

@@ -1,0 +1,61 @@
+"""What training sets give: pictures with the truth of one modality, and where that truth is to be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from depthmill.pipeline.types import Modality
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Pictures of one size and their truth.
+
+    Attributes:
+        rgb: (B, 3, H, W) float32 in [0, 1], sRGB.
+        target: depth (B, 1, H, W) float32, greater than 0: metres along the viewing axis, or, from labels that are
+            affine-invariant themselves, in their own unit; normals (B, 3, H, W) float32 unit vectors, camera frame,
+            x right, y up, z towards the viewer, facing the camera. Finite, but meaningless, where `mask` is False.
+        mask: (B, H, W) bool, where the truth is to be trusted.
+    """
+
+    rgb: Tensor
+    target: Tensor
+    mask: Tensor
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of the pictures."""
+        return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def concatenate(parts: Sequence[Batch]) -> Batch:
+    """Put batches of one picture size together."""
+    return Batch(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Batch)))
+
+
+class TrainingSet(Protocol):
+    """Pictures with truth. One file in `pipeline/training/sets/` for each kind; `open_set` picks.
+
+    Attributes:
+        modality: What the truth is of.
+    """
+
+    modality: Modality
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        ...
+
+    def read(self, index: int) -> Batch:
+        """One picture, B = 1, the same whenever it is asked for; safe to call from several threads or processes.
+
+        Raises:
+            SampleError: If the picture cannot be used: a file is damaged, or no pixel has truth. Training counts it and
+                takes another.
+        """
+        ...
