@@ -70,6 +70,9 @@ def label(
     normals_axes: Annotated[
         str | None, typer.Option(help="Where the normals checkpoint's x, y and z point, as in left-up-towards.")
     ] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="indoor, outdoor or object: the scene that a GeoWizard checkpoint is told of.")
+    ] = None,
     processing_resolution: Annotated[
         int | None, typer.Option(help="Longer side in pixels at which the model sees a frame.")
     ] = None,
@@ -95,6 +98,7 @@ def label(
         "normals_checkpoint": normals_checkpoint,
         "labels": None if labels is None else tuple(word.strip() for word in labels.split(",")),
         "normals_axes": normals_axes,
+        "domain": domain,
         "processing_resolution": processing_resolution,
         "batch_size": batch_size,
         "device": device,

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from depthmill.pipeline.errors import ConfigError
-from depthmill.pipeline.types import Modality
+from depthmill.pipeline.types import Domain, Modality
 
 DEMO = "demo"  # the name of the checkpoint inside the package
 
@@ -24,10 +24,12 @@ class LabelConfig(BaseModel):
 
     Attributes:
         checkpoint: Depth checkpoint: `demo`, a local directory in diffusers layout, or a hub id.
-        normals_checkpoint: The same for normals; left out, it is `demo` where `checkpoint` is.
+        normals_checkpoint: The same for normals; left out, it is `checkpoint` if that is `demo` or answers both
+            (GeoWizard).
         labels: What to predict.
         normals_axes: Where the normals checkpoint's x, y and z point, as in `left-up-towards`; left out, as the
             checkpoint describes itself (`pipeline/model/checkpoint.py`).
+        domain: The scene that a GeoWizard checkpoint is told of; left out, `indoor`. Other checkpoints have none.
         processing_resolution: Longer side in pixels at which the model sees a frame; left out, the checkpoint's own.
         batch_size: Frames a forward pass.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, `xpu`, `mps`.
@@ -49,6 +51,7 @@ class LabelConfig(BaseModel):
     normals_checkpoint: str | None = None
     labels: tuple[Modality, ...] = ("depth", "normals")
     normals_axes: str | None = None
+    domain: Domain | None = None
     processing_resolution: int | None = Field(default=None, ge=16)
     batch_size: int = Field(default=8, ge=1)
     device: str = Field(default="auto", pattern=r"^(auto|cpu|(cuda|xpu|mps)(:\d+)?)$")
@@ -70,11 +73,6 @@ class LabelConfig(BaseModel):
             raise ValueError(
                 f"segment_frames is {self.segment_frames}, no multiple of shard_frames ({self.shard_frames}): "
                 "two segments would share a file"
-            )
-        if "normals" in self.labels and self.normals_checkpoint is None and self.checkpoint != DEMO:
-            raise ValueError(
-                f"normals are asked for, but only a depth checkpoint is given ({self.checkpoint}); "
-                "add normals_checkpoint (--normals-checkpoint), or set labels to depth (--labels depth)"
             )
         return self
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Modality = Literal["depth", "normals"]
+Domain = Literal["indoor", "outdoor", "object"]
 SourceKind = Literal["video", "images"]
 
 # Codes of the store's `status` array.

@@ -45,6 +45,7 @@ def test_every_option_of_the_config_has_a_flag():
         (["--labels", "depth,flow"], "labels"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--checkpoint", "nowhere", "--labels", "depth"], "nowhere"),
+        (["--domain", "outdoor"], "GeoWizard"),
         (["--device", "quantum"], "quantum"),
         (["--address", "127.0.0.1:1", "--workers", "1"], "127.0.0.1:1"),
     ],

@@ -1,8 +1,9 @@
 """Checkpoints on disk: found, checked before anything is loaded, described, and loaded strictly.
 
 A checkpoint is a directory in diffusers layout, `unet/ vae/ scheduler/ tokenizer/ text_encoder/`, in safetensors: a
-pickle can run code when it is opened, and is refused. What the files do not say of themselves (where the normals' axes
-point, how the empty prompt is padded) is the checkpoint's description: `_PUBLISHED` for the known ones,
+pickle can run code when it is opened, and is refused. A joint one (GeoWizard) answers depth and normals together, and
+has `image_encoder/ feature_extractor/` in place of the last two. What the files do not say of themselves (where the
+normals' axes point, how the empty prompt is padded) is the checkpoint's description: `_PUBLISHED` for the known ones,
 `depthmill.json` beside `model_index.json` for those trained here, options for the rest.
 """
 
@@ -22,14 +23,15 @@ from huggingface_hub import snapshot_download
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from depthmill.pipeline.config import DEMO
-from depthmill.pipeline.errors import CheckpointError
+from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
-from depthmill.pipeline.types import Modality
+from depthmill.pipeline.types import Domain, Modality
 
 DEFAULT_RESOLUTION = 768  # Marigold's and E2E-FT's, where a checkpoint does not carry its own
 DESCRIPTION_FILE = "depthmill.json"
-_WEIGHTS = ("unet", "vae", "text_encoder")
-_PARTS = (*_WEIGHTS, "scheduler", "tokenizer")
+_PARTS = ("unet", "vae", "text_encoder", "scheduler", "tokenizer")
+_JOINT_PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
+_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 PromptPadding = Literal["do_not_pad", "max_length"]
@@ -68,6 +70,8 @@ _PUBLISHED = {
     "prs-eth/marigold-normals-v0-1": Description("normals"),
     "prs-eth/marigold-normals-v1-1": Description("normals"),
 }
+# GeoWizard's layout, whatever its name: E2E-FT trains it on its normals times -1, and its pipeline turns them back.
+_JOINT = Description(normals_axes="right-down-away", clip_normals=False)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Checkpoint:
         sha256: Of every file that is used, names included: its identity in a store.
         processing_resolution: Longer side in pixels that it was trained for.
         description: What its files do not say.
+        domain: Of the scenes, if it is joint: told to the network; None for all others.
     """
 
     name: str
@@ -89,28 +94,42 @@ class Checkpoint:
     sha256: str
     processing_resolution: int
     description: Description
+    domain: Domain | None = None
 
     @property
     def identity(self) -> dict[str, str]:
         """What a store remembers of it."""
-        return {"name": self.name, "sha256": self.sha256, "normals_axes": self.description.normals_axes}
+        identity = {"name": self.name, "sha256": self.sha256, "normals_axes": self.description.normals_axes}
+        return identity if self.domain is None else identity | {"domain": self.domain}
 
 
-def open_checkpoint(name: str, modality: Modality, *, normals_axes: str | None = None) -> Checkpoint:
+def is_joint(name: str) -> bool:
+    """Whether a checkpoint answers depth and normals together (GeoWizard); downloads it unless it is cached.
+
+    Raises:
+        CheckpointError: If it is not there.
+    """
+    return _parts(_locate(name, "depth")) == _JOINT_PARTS
+
+
+def open_checkpoint(
+    name: str, modality: Modality, *, normals_axes: str | None = None, domain: Domain | None = None
+) -> Checkpoint:
     """Find a checkpoint and check that it can be used, without loading it.
 
     Args:
         name: `demo`, a local directory, or a hub id, which is downloaded unless it is cached.
         modality: What it is to answer.
         normals_axes: Overrides the description's axes.
+        domain: Of the scenes, for a joint checkpoint; left out, `indoor`, as its reference has it.
 
     Raises:
         CheckpointError: If it is not there, is incomplete, holds no safetensors, or answers something else.
-        ConfigError: If `normals_axes` names no axes.
+        ConfigError: If `normals_axes` names no axes, or `domain` is given for a checkpoint that is not joint.
     """
     directory = _locate(name, modality)
     files = _files(name, directory)
-    index = _read_json(directory / "model_index.json")
+    index = read_json(directory / "model_index.json")
     description = _describe(name, directory, index)
     if description.modality not in (None, modality):
         raise CheckpointError(
@@ -120,13 +139,27 @@ def open_checkpoint(name: str, modality: Modality, *, normals_axes: str | None =
     if normals_axes is not None:
         description = replace(description, normals_axes=normals_axes)
     axes_signs(description.normals_axes)
+    joint = _parts(directory) == _JOINT_PARTS
+    if domain is not None and not joint:
+        raise ConfigError(
+            f"domain is {domain!r}, and checkpoint {name} cannot be told of one; expected a GeoWizard checkpoint "
+            "(image_encoder/ in place of text_encoder/): leave domain (--domain) out"
+        )
     resolution = index.get("default_processing_resolution") or DEFAULT_RESOLUTION
-    return Checkpoint(name, directory, modality, _hash(directory, files), int(resolution), description)
+    return Checkpoint(
+        name,
+        directory,
+        modality,
+        sha256=_hash(directory, files),
+        processing_resolution=int(resolution),
+        description=description,
+        domain=(domain or "indoor") if joint else None,
+    )
 
 
 def load_vae(checkpoint: Checkpoint) -> AutoencoderKL:
     """The autoencoder, float32, on the CPU, frozen."""
-    return _load(checkpoint, AutoencoderKL, "vae")
+    return load_part(checkpoint, AutoencoderKL, "vae", low_cpu_mem_usage=False)
 
 
 def load_unet(checkpoint: Checkpoint) -> UNet2DConditionModel:
@@ -135,7 +168,7 @@ def load_unet(checkpoint: Checkpoint) -> UNet2DConditionModel:
     Raises:
         CheckpointError: Also if its input is neither the picture's latent alone nor that and the noisy latent.
     """
-    unet = _load(checkpoint, UNet2DConditionModel, "unet")
+    unet = load_part(checkpoint, UNet2DConditionModel, "unet", low_cpu_mem_usage=False)
     channels, latent = unet.config.in_channels, unet.config.out_channels
     if channels not in (latent, 2 * latent):
         raise CheckpointError(
@@ -151,7 +184,7 @@ def load_scheduler(checkpoint: Checkpoint) -> DDIMScheduler:
     Raises:
         CheckpointError: If it is no DDIM-type schedule, or its prediction type is unknown.
     """
-    config = _read_json(checkpoint.directory / "scheduler" / "scheduler_config.json")
+    config = read_json(checkpoint.directory / "scheduler" / "scheduler_config.json")
     kind, prediction = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
     if kind not in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler"):
         raise CheckpointError(
@@ -183,16 +216,9 @@ def empty_prompt(checkpoint: Checkpoint) -> torch.Tensor:
     """
     try:
         tokenizer = CLIPTokenizer.from_pretrained(checkpoint.directory / "tokenizer", local_files_only=True)
-        encoder, info = CLIPTextModel.from_pretrained(
-            checkpoint.directory / "text_encoder",
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
     except Exception as error:
-        raise _unloadable(checkpoint, "text_encoder", error) from error
-    _check_strict(checkpoint, "text_encoder", info)
+        raise _unloadable(checkpoint, "tokenizer", error) from error
+    encoder = load_part(checkpoint, CLIPTextModel, "text_encoder", dtype=torch.float32)
     tokens = tokenizer(
         "",
         padding=checkpoint.description.prompt_padding,
@@ -201,7 +227,7 @@ def empty_prompt(checkpoint: Checkpoint) -> torch.Tensor:
         return_tensors="pt",
     ).input_ids
     with torch.inference_mode():
-        embedding: torch.Tensor = encoder.eval()(tokens)[0]
+        embedding: torch.Tensor = encoder(tokens)[0]
     return embedding.clone()
 
 
@@ -217,6 +243,11 @@ def same_vae(one: AutoencoderKL, other: AutoencoderKL) -> bool:
         and mine.keys() == its.keys()
         and all(torch.equal(mine[key], its[key]) for key in mine)
     )
+
+
+def _parts(directory: Path) -> tuple[str, ...]:
+    joint = (directory / "image_encoder").is_dir() and not (directory / "text_encoder").exists()
+    return _JOINT_PARTS if joint else _PARTS
 
 
 def _locate(name: str, modality: Modality) -> Path:
@@ -246,15 +277,16 @@ def _locate(name: str, modality: Modality) -> Path:
 
 def _files(name: str, directory: Path) -> list[Path]:
     """The files of a checkpoint that are used, sorted; checked to be complete and safe."""
-    missing = [part for part in _PARTS if not (directory / part).is_dir()]
+    parts = _parts(directory)
+    missing = [part for part in parts if not (directory / part).is_dir()]
     if missing or not (directory / "model_index.json").is_file():
         what = ", ".join([*missing, *([] if (directory / "model_index.json").is_file() else ["model_index.json"])])
         raise CheckpointError(
-            f"checkpoint {name} lacks {what}; expected a directory in diffusers layout with {', '.join(_PARTS)} and "
+            f"checkpoint {name} lacks {what}; expected a directory in diffusers layout with {', '.join(parts)} and "
             f"model_index.json: {directory} holds something else, or was not copied whole"
         )
-    for part in _WEIGHTS:
-        if not any((directory / part).glob("*.safetensors")):
+    for part in parts:
+        if part not in _WITHOUT_WEIGHTS and not any((directory / part).glob("*.safetensors")):
             pickles = sorted(
                 path.name for path in (directory / part).iterdir() if path.suffix in (".bin", ".pt", ".ckpt")
             )
@@ -264,7 +296,7 @@ def _files(name: str, directory: Path) -> list[Path]:
                 "load it with diffusers where you trust it, and save_pretrained(..., safe_serialization=True)"
             )
     wanted = [directory / "model_index.json", directory / DESCRIPTION_FILE]
-    wanted += [path for part in _PARTS for path in (directory / part).iterdir()]
+    wanted += [path for part in parts for path in (directory / part).iterdir()]
     return sorted(path for path in wanted if path.suffix in (".json", ".txt", ".safetensors") and path.is_file())
 
 
@@ -281,13 +313,14 @@ def _describe(name: str, directory: Path, index: dict[str, Any]) -> Description:
     if name in _PUBLISHED:
         return _PUBLISHED[name]
     declared = index.get("prediction_type")
-    description = Description(
+    description = replace(
+        _JOINT if _parts(directory) == _JOINT_PARTS else Description(),
         modality=declared if declared in ("depth", "normals") else None,
         full_z_range=bool(index.get("use_full_z_range", True)),
     )
     if not (directory / DESCRIPTION_FILE).is_file():
         return description
-    extra = _read_json(directory / DESCRIPTION_FILE)
+    extra = read_json(directory / DESCRIPTION_FILE)
     try:
         return replace(description, **extra)
     except TypeError as error:
@@ -296,14 +329,25 @@ def _describe(name: str, directory: Path, index: dict[str, Any]) -> Description:
         ) from error
 
 
-def _load(checkpoint: Checkpoint, kind: type[Any], part: str) -> Any:
+def load_part(checkpoint: Checkpoint, kind: type[Any], part: str, **options: Any) -> Any:
+    """A module of a checkpoint, on the CPU, frozen, in eval mode.
+
+    Args:
+        checkpoint: Whose.
+        kind: The class, of diffusers or transformers.
+        part: The directory of its config and weights.
+        options: What its `from_pretrained` is given besides.
+
+    Raises:
+        CheckpointError: If it cannot be loaded, or a weight is missing, left over or of another shape.
+    """
     try:
         module, info = kind.from_pretrained(
             checkpoint.directory / part,
             use_safetensors=True,
             local_files_only=True,
-            low_cpu_mem_usage=False,
             output_loading_info=True,
+            **options,
         )
     except Exception as error:
         raise _unloadable(checkpoint, part, error) from error
@@ -337,7 +381,8 @@ def _unloadable(checkpoint: Checkpoint, part: str, error: Exception) -> Checkpoi
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a checkpoint's JSON file, or a `CheckpointError` that names it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

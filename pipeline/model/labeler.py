@@ -14,9 +14,10 @@ import torch
 from depthmill.pipeline.config import DEMO, LabelConfig, validated
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.geometry import from_network, processed_size, to_network
-from depthmill.pipeline.model.checkpoint import Checkpoint, open_checkpoint
+from depthmill.pipeline.model.checkpoint import Checkpoint, is_joint, open_checkpoint
+from depthmill.pipeline.model.geowizard import GeoWizard, check_joint
 from depthmill.pipeline.model.single_step import SingleStep, unit
-from depthmill.pipeline.types import Labels, Modality
+from depthmill.pipeline.types import Domain, Labels, Modality
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Labeler:
         """Load the network.
 
         Args:
-            checkpoints: One or two, of different modalities.
+            checkpoints: One or two, of different modalities; a joint one, opened for each, is loaded once.
             processing_resolution: Overrides the checkpoints' own, of which the first one's holds.
             batch_size: Most frames in one forward pass.
             device: `auto` (CUDA where there is one), or a torch device.
@@ -59,7 +60,11 @@ class Labeler:
         self.batch_size = batch_size
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
-        self._network = SingleStep(list(checkpoints), self.device, self.dtype)
+        self._network: SingleStep | GeoWizard
+        if check_joint(checkpoints):
+            self._network = GeoWizard(list(checkpoints), self.device, self.dtype)
+        else:
+            self._network = SingleStep(list(checkpoints), self.device, self.dtype)
 
     @classmethod
     def from_pretrained(
@@ -69,6 +74,7 @@ class Labeler:
         *,
         labels: tuple[Modality, ...] | None = None,
         normals_axes: str | None = None,
+        domain: Domain | None = None,
         processing_resolution: int | None = None,
         batch_size: int = 8,
         device: str = "auto",
@@ -81,6 +87,7 @@ class Labeler:
             normals_checkpoint: The same for normals.
             labels: What to predict; left out, whatever there is a checkpoint for.
             normals_axes: Where the normals checkpoint's axes point, as in `left-up-towards`, if it does not say.
+            domain: `indoor` (a GeoWizard checkpoint's default), `outdoor` or `object`; other checkpoints have none.
             processing_resolution: Longer side in pixels at which the network sees a frame.
             batch_size: Most frames in one forward pass.
             device: `auto` (CUDA where there is one), or a torch device.
@@ -90,13 +97,15 @@ class Labeler:
             ConfigError: If the options do not go together.
             CheckpointError: If a checkpoint is missing, incomplete, unsafe or of another kind.
         """
-        both = normals_checkpoint is not None or str(checkpoint) == DEMO
-        wanted: tuple[Modality, ...] = labels or (("depth", "normals") if both else ("depth",))
+        if labels is None:
+            both = normals_checkpoint is not None or str(checkpoint) == DEMO or is_joint(str(checkpoint))
+            labels = ("depth", "normals") if both else ("depth",)
         options = {
             "checkpoint": str(checkpoint),
             "normals_checkpoint": None if normals_checkpoint is None else str(normals_checkpoint),
-            "labels": wanted,
+            "labels": labels,
             "normals_axes": normals_axes,
+            "domain": domain,
             "processing_resolution": processing_resolution,
             "batch_size": batch_size,
             "device": device,
@@ -179,7 +188,8 @@ class Labeler:
         pictures = torch.stack(
             [to_network(_tensor(frame).to(self.device), size, self._network.factor) for frame in frames]
         )  # (B, 3, h', w')
-        answers = self._network(pictures)
+        joint = isinstance(self._network, GeoWizard)
+        answers = self._network(pictures, size) if joint else self._network(pictures)
         labels = []
         for i, frame in enumerate(frames):
             original = (frame.shape[0], frame.shape[1])
@@ -199,11 +209,29 @@ def _tensor(frame: npt.NDArray[np.uint8]) -> torch.Tensor:
 
 
 def open_checkpoints(config: LabelConfig) -> list[Checkpoint]:
-    """Find and check the checkpoints of a run, depth first, without loading them."""
-    return [
-        open_checkpoint(name, modality, normals_axes=config.normals_axes if modality == "normals" else None)
+    """Find and check the checkpoints of a run, depth first, without loading them.
+
+    Raises:
+        ConfigError: If nothing is given that answers normals, or an option is not for these checkpoints.
+        CheckpointError: If a checkpoint is missing, incomplete, unsafe or of another kind.
+    """
+    alone = config.normals_checkpoint is None and config.checkpoint != DEMO
+    if "normals" in config.labels and alone and not is_joint(config.checkpoint):
+        raise ConfigError(
+            f"normals are asked for, but only a depth checkpoint is given ({config.checkpoint}); "
+            "add normals_checkpoint (--normals-checkpoint), or set labels to depth (--labels depth)"
+        )
+    checkpoints = [
+        open_checkpoint(
+            name,
+            modality,
+            normals_axes=config.normals_axes if modality == "normals" else None,
+            domain=config.domain,
+        )
         for modality, name in config.checkpoints.items()
     ]
+    check_joint(checkpoints)
+    return checkpoints
 
 
 def pick_device(name: str) -> torch.device:

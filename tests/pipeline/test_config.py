@@ -31,7 +31,7 @@ def test_options_win_over_the_file(tmp_path):
         ("labels: [depth, depth]", "each once"),
         ("labels: [flow]", "labels"),
         ("segment_frames: 30\nshard_frames: 16", "multiple of shard_frames"),
-        ("checkpoint: some/depth", "normals_checkpoint"),
+        ("domain: underwater", "domain"),
         ("- 1", "key: value"),
         ("a: [", "YAML"),
     ],

@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import depthmill
+from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.model import scratch
-from depthmill.pipeline.model.labeler import Labeler
+from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,12 @@ def test_labels_of_a_batch(labeler):
 def test_it_is_what_the_package_offers(checkpoints):
     assert depthmill.Labeler is Labeler
     assert Labeler.from_pretrained(checkpoints / "depth", device="cpu")(noise(1, 8, 8, 3)).normals is None
+
+
+@pytest.mark.parametrize("labels", [("depth", "normals"), ("normals",)])
+def test_normals_want_a_checkpoint_of_their_own(checkpoints, labels):
+    with pytest.raises(ConfigError, match="only a depth checkpoint.*normals_checkpoint"):
+        open_checkpoints(LabelConfig(checkpoint=str(checkpoints / "depth"), labels=labels))
 
 
 def test_a_frame_has_the_same_labels_in_any_company(labeler):
