@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def evaluate(
     console = console or Console(highlight=False)
     wanted = find_set(name) if isinstance(name, str) else name
     archive, samples = open_samples(wanted, data, split)
-    try:
+    with closing(archive):
         config: LabelConfig | None = None
         if isinstance(what, Folder):
             predictions = from_folder(what.path, samples, wanted.modality, what.normals_axes)
@@ -87,8 +88,6 @@ def evaluate(
         with _progress(console) as progress:
             task = progress.add_task("scoring", total=len(samples))
             scores = score(wanted, archive, samples, predictions, advance=lambda: progress.advance(task))
-    finally:
-        archive.close()
     write_report(out, wanted, scores, predictions, None if config is None else config.model_dump(mode="json"))
     console.print(table(wanted, scores, predictions.checkpoint))
     for line in reasons(scores):

@@ -110,7 +110,7 @@ def from_store(path: Path, samples: Sequence[Sample], modality: Modality) -> Pre
         if attributes["kind"] != "images":
             continue
         folder = PurePosixPath(Path(attributes["uri"]).as_posix())
-        keys = datasets[source]["key"].values.astype(str).tolist()
+        keys = [str(key) for key in datasets[source]["key"].values]
         if keys == [folder.name]:
             folder = folder.parent  # a source that is one picture
         for row, key in enumerate(keys):
