@@ -217,6 +217,8 @@ def evaluate(
     }
     wanted = find_set(name)
     given = {key: value for key, value in {**options, "config": config}.items() if value is not None}
+    if overwrite:
+        given["overwrite"] = True
     if store is not None and predictions is not None:
         raise ConfigError("--store and --predictions are both given: expected one of them")
     if predictions is not None:

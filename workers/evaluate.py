@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -23,6 +24,7 @@ from depthmill.pipeline.evaluation.score import Scores, score
 from depthmill.pipeline.geometry import STORED_AXES
 from depthmill.pipeline.model.checkpoint import DEFAULT_RESOLUTION
 from depthmill.pipeline.model.labeler import open_checkpoints
+from depthmill.pipeline.store import write_atomically
 from depthmill.workers.label import label
 
 
@@ -127,21 +129,34 @@ def _label(
     overwrite: bool,
     console: Console,
 ) -> Predictions:
+    _claim(wanted, samples, out, overwrite)
     pictures = out / "pictures"
     if overwrite:
         shutil.rmtree(pictures, ignore_errors=True)
     files = [file for file in pictures.rglob("*") if file.is_file() and not file.name.startswith(".")]
     there = {file.relative_to(pictures).with_suffix("").as_posix() for file in files}
-    others = sorted(there - {sample.name for sample in samples})
-    if others:
-        raise EvaluationError(
-            f"{pictures} holds pictures that are not evaluated now, such as {others[0]}: it was made of another set or "
-            "split; give another --out, or --overwrite"
-        )
     with _progress(console) as progress:
         for sample in progress.track(samples, description="preparing"):
             if sample.name not in there:
-                write_picture(wanted, archive.read(sample.picture), pictures / sample.picture)
+                try:
+                    data = archive.read(sample.picture)
+                except OSError as error:
+                    raise EvaluationError(f"{sample.picture} of {archive.path} cannot be read: {error}") from error
+                write_picture(wanted, data, pictures / sample.picture)
     store = out / "labels.zarr"
     label([str(pictures)], store, config, overwrite=overwrite, console=console)
     return from_store(store, samples, wanted.modality)
+
+
+def _claim(wanted: EvaluationSet, samples: Sequence[Sample], out: Path, overwrite: bool) -> None:
+    """Mark `out` as this evaluation's, so that `overwrite` never removes what no evaluation wrote."""
+    marker = out / "evaluation.json"
+    text = json.dumps({"set": wanted.name, "pictures": [sample.name for sample in samples]}, indent=1) + "\n"
+    if marker.is_file():
+        if not overwrite and marker.read_text(encoding="utf-8") != text:
+            raise EvaluationError(f"{out} was made of another set or split: give another --out, or --overwrite")
+    elif out.exists() and {entry.name for entry in out.iterdir()} - {"metrics.json", "per_image.csv"}:
+        raise EvaluationError(
+            f"{out} has files in it that no evaluation wrote: give another --out; nothing was touched"
+        )
+    write_atomically(marker, text.encode())

@@ -11,12 +11,10 @@ import numpy as np
 
 from depthmill.pipeline.errors import EvaluationError, UnscorableError
 from depthmill.pipeline.evaluation.decode import Floats
-from depthmill.pipeline.evaluation.samples import Sample
+from depthmill.pipeline.evaluation.samples import Sample, some
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
 from depthmill.pipeline.store import open_datasets, open_store
 from depthmill.pipeline.types import FAILED, PENDING, Modality
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +63,7 @@ def from_folder(
             files[sample.name] = found
     if missing:
         raise EvaluationError(
-            f"{folder} has predictions of {len(files)} of {len(samples)} pictures; {_some(missing)} are missing: "
+            f"{folder} has predictions of {len(files)} of {len(samples)} pictures; {some(missing)} are missing: "
             "name each after its picture, in the same folders, or give --split with a list of those to score"
         )
 
@@ -123,7 +121,7 @@ def from_store(path: Path, samples: Sequence[Sample], modality: Modality) -> Pre
     missing = [sample.name for sample in samples if sample.name not in rows]
     if missing:
         raise EvaluationError(
-            f"{path} has {len(rows)} of {len(samples)} pictures; {_some(missing)} are missing (the last of its own "
+            f"{path} has {len(rows)} of {len(samples)} pictures; {some(missing)} are missing (the last of its own "
             f"is {seen or 'none: it has no pictures'}): label the set's folder whole, or give --split with a list of "
             "those to score"
         )
@@ -131,7 +129,7 @@ def from_store(path: Path, samples: Sequence[Sample], modality: Modality) -> Pre
     pending = [name for name, (source, row) in rows.items() if status[source][row] == PENDING]
     if pending:
         raise EvaluationError(
-            f"{path} is not finished: {_some(pending)} have no labels yet; run the same `depthmill label` again"
+            f"{path} is not finished: {some(pending)} have no labels yet; run the same `depthmill label` again"
         )
     reasons = {(failure.source_id, failure.frame): failure.reason for failure in store.failures()}
     sizes = {source: datasets[source]["size"].values for source in status}
@@ -147,7 +145,3 @@ def from_store(path: Path, samples: Sequence[Sample], modality: Modality) -> Pre
     checkpoint = store.identity.get("checkpoints", {}).get(modality, {}).get("name", "")
     packing = "uint16 in steps of 1/5120" if modality == "depth" else store.layout.normals_dtype
     return Predictions(read, checkpoint, {"store": str(path), "identity": store.identity, "packing": packing})
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -90,7 +90,7 @@ def read_truth(wanted: EvaluationSet, archive: Archive, sample: Sample) -> Truth
         if wanted.crop is not None:
             values = values[wanted.crop(*values.shape[:2])]
     except Exception as error:  # Pillow's and FFmpeg's decoders raise whatever they stumble over
-        raise UnscorableError(f"its ground truth cannot be read: {error or type(error).__name__}") from error
+        raise UnscorableError(f"its ground truth cannot be read: {str(error) or type(error).__name__}") from error
     H, W = values.shape[:2]
     if wanted.modality == "normals":
         values = values * np.array(axes_signs(wanted.axes), values.dtype)
@@ -136,6 +136,11 @@ def write_picture(wanted: EvaluationSet, data: bytes, path: Path) -> Path:
     return path
 
 
+def some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are: for messages."""
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
 def _samples(wanted: EvaluationSet, archive: Archive) -> list[Sample]:
     samples = []
     for name in archive.names:
@@ -176,8 +181,7 @@ def _read_split(path: Path) -> list[str]:
 
 def _refuse_missing(wanted: EvaluationSet, archive: Archive, missing: list[str]) -> None:
     if missing:
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise EvaluationError(
-            f"{archive.path} lacks {', '.join(sorted(missing)[:_SHOWN])}{more}, or their ground truth: get "
+            f"{archive.path} lacks {some(sorted(missing))}, or their ground truth: get "
             f"{wanted.archive} anew from {wanted.home}; or give --split with a list of what is there"
         )

@@ -117,6 +117,17 @@ def test_pictures_of_another_split_are_not_mixed_in(checkpoints, tmp_path):
     assert len(scores.rows) == 1
 
 
+def test_a_folder_of_somebody_elses_is_not_touched(checkpoints, tmp_path):
+    wanted, files, _ = layouts.nyuv2(np.random.default_rng(0))
+    data = layouts.write_tar(tmp_path / "nyu.tar", files)
+    mine = tmp_path / "out" / "pictures" / "holiday.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"dear")
+    with pytest.raises(EvaluationError, match="nothing was touched"):
+        evaluate(wanted, data, tmp_path / "out", config(wanted, checkpoints), overwrite=True, console=console())
+    assert mine.read_bytes() == b"dear"
+
+
 def test_nothing_is_labelled_where_files_are_missing(checkpoints, tmp_path):
     wanted, files, _ = layouts.nyuv2(np.random.default_rng(0))
     del files["./test/office_0005/rgb_0009.png"]
@@ -184,6 +195,8 @@ def test_the_command_on_a_folder_exits_with_1_where_pictures_are_skipped(tmp_pat
         (("nyuv2", "."), "no ground truth of nyuv2"),
         (("nyuv2", ".", "--store", "a", "--predictions", "b"), "one of them"),
         (("nyuv2", ".", "--store", "a", "--checkpoint", "b", "--batch-size", "2"), "--checkpoint, --batch-size"),
+        (("nyuv2", ".", "--predictions", "a", "--overwrite"), "--overwrite would label"),
+        (("nyuv2", "data", "--workers", "0"), "data: no such file or folder"),
         (("nyuv2", ".", "--batch-size", "0"), "batch_size"),
     ],
 )

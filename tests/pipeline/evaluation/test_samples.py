@@ -142,7 +142,7 @@ def test_depth_that_cannot_be_scored(tmp_path, nyu, steps, message):
 
 
 def test_an_eth3d_depth_of_another_size(tmp_path):
-    wanted, files, _ = layouts.eth3d(np.random.default_rng(0))
+    _, files, _ = layouts.eth3d(np.random.default_rng(0))
     with pytest.raises(UnscorableError, match=rf"expected {4 * 4032 * 6048}: 4032x6048"):
         truth_of(replace(SETS["eth3d"], count=2), files, tmp_path)
 

@@ -166,7 +166,7 @@ def test_nothing_to_score_is_an_error_and_no_figure(nyu):
     wanted, archive, samples, folder, _ = nyu
     for path in folder.rglob("*.npy"):
         path.write_bytes(b"no array")
-    with pytest.raises(EvaluationError, match="none of the 3 pictures of nyuv2.*cannot be read"):
+    with pytest.raises(EvaluationError, match=r"none of the 3 pictures of nyuv2.*cannot be read"):
         score(wanted, archive, samples, from_folder(folder, samples, "depth"))
 
 
