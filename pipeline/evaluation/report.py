@@ -22,7 +22,7 @@ from depthmill.pipeline.store import write_atomically
 _LABELS = {
     "depth": dict(zip(DEPTH_METRICS, ("AbsRel", "δ1", "δ2", "δ3", "RMSE, m", "log10", "SI-log × 100"), strict=True)),
     "normals": {
-        name: f"under {name.removeprefix('under_')}°, %" if name.startswith("under_") else f"{name}, °"
+        name: f"{name.replace('_', ' ')}°, %" if name.startswith("under_") else f"{name.replace('rmse', 'RMSE')}, °"
         for name in NORMALS_METRICS
     },
 }
@@ -31,17 +31,17 @@ _REASONS_SHOWN = 10
 # AbsRel, and mean angles in degrees, of the paper's models: README of E2E-FT's repository, section Metrics (the AbsRel
 # there is in per cent).
 _SOURCE = "E2E-FT, README, section Metrics"
-_DEPTH_SETS = ("nyuv2", "kitti", "eth3d", "scannet", "diode")
-_NORMALS_SETS = ("nyuv2-normals", "scannet-normals", "ibims", "sintel")
-_PAPER: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
-    "stable-diffusion-e2e-ft-depth": (
-        "Stable Diffusion + E2E FT",
-        _DEPTH_SETS,
-        (0.054, 0.096, 0.064, 0.058, 0.303),
-    ),
-    "marigold-e2e-ft-depth": ("Marigold + E2E FT", _DEPTH_SETS, (0.052, 0.096, 0.062, 0.058, 0.302)),
-    "stable-diffusion-e2e-ft-normals": ("Stable Diffusion + E2E FT", _NORMALS_SETS, (16.5, 15.3, 16.1, 33.5)),
-    "marigold-e2e-ft-normals": ("Marigold + E2E FT", _NORMALS_SETS, (16.2, 14.7, 15.8, 33.5)),
+_SETS = {
+    "depth": ("nyuv2", "kitti", "eth3d", "scannet", "diode"),
+    "normals": ("nyuv2-normals", "scannet-normals", "ibims", "sintel"),
+}
+_PAPER: dict[tuple[str, str], tuple[str, tuple[float, ...]]] = {
+    ("stable-diffusion-e2e-ft-depth", "depth"): ("Stable Diffusion + E2E FT", (0.054, 0.096, 0.064, 0.058, 0.303)),
+    ("marigold-e2e-ft-depth", "depth"): ("Marigold + E2E FT", (0.052, 0.096, 0.062, 0.058, 0.302)),
+    ("geowizard-e2e-ft", "depth"): ("GeoWizard + E2E FT", (0.056, 0.098, 0.063, 0.059, 0.306)),
+    ("stable-diffusion-e2e-ft-normals", "normals"): ("Stable Diffusion + E2E FT", (16.5, 15.3, 16.1, 33.5)),
+    ("marigold-e2e-ft-normals", "normals"): ("Marigold + E2E FT", (16.2, 14.7, 15.8, 33.5)),
+    ("geowizard-e2e-ft", "normals"): ("GeoWizard + E2E FT", (16.1, 14.7, 16.2, 33.4)),
 }
 
 
@@ -55,13 +55,12 @@ def paper_figures(wanted: EvaluationSet, checkpoint: str) -> tuple[str, dict[str
     Returns:
         Whose figures, and the figures; none if the paper has none of this set.
     """
-    known = Path(checkpoint).name
-    name = known if known in _PAPER else f"marigold-e2e-ft-{wanted.modality}"
-    model, sets, figures = _PAPER[name]
-    if wanted.name not in sets:
+    modality = wanted.modality
+    stand_in = (f"marigold-e2e-ft-{modality}", modality)
+    model, figures = _PAPER.get((Path(checkpoint).name, modality), _PAPER[stand_in])
+    if wanted.name not in _SETS[modality]:
         return model, {}
-    metric = "abs_rel" if wanted.modality == "depth" else "mean"
-    return model, {metric: figures[sets.index(wanted.name)]}
+    return model, {"abs_rel" if modality == "depth" else "mean": figures[_SETS[modality].index(wanted.name)]}
 
 
 def write_report(

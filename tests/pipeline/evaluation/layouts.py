@@ -250,3 +250,20 @@ def write_folder(path, files):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data)
     return path
+
+
+def guesses(written, wanted, rng):
+    """Something like a prediction of each picture: float32, affine-invariant depth, or vectors in the set's axes."""
+    for one in written:
+        if wanted.modality == "depth":
+            truth = np.where(one.valid, one.truth, 1)
+            yield (0.02 * truth + 0.1 + rng.normal(0, 0.03, truth.shape)).astype(np.float32)
+        else:
+            yield (one.truth + rng.normal(0, 0.2, one.truth.shape)).astype(np.float32)
+
+
+def write_predictions(folder, names, predictions):
+    for name, prediction in zip(names, predictions, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{name}.npy", prediction)
+    return folder

@@ -18,23 +18,6 @@ DEPTH_SETS = [name for name, wanted in SETS.items() if wanted.modality == "depth
 NORMALS_SETS = [name for name, wanted in SETS.items() if wanted.modality == "normals"]
 
 
-def guess(written, wanted, rng):
-    """Something like a prediction of each picture: float32, affine-invariant depth, or vectors in the set's axes."""
-    for one in written:
-        if wanted.modality == "depth":
-            truth = np.where(one.valid, one.truth, 1)
-            yield (0.02 * truth + 0.1 + rng.normal(0, 0.03, truth.shape)).astype(np.float32)
-        else:
-            yield (one.truth + rng.normal(0, 0.2, one.truth.shape)).astype(np.float32)
-
-
-def save(folder, names, predictions):
-    for name, prediction in zip(names, predictions, strict=True):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        np.save(folder / f"{name}.npy", prediction)
-    return folder
-
-
 def expected_depth(one, prediction, low, high, columns=None):
     """Marigold's evaluation of a picture, by the definitions."""
     t, p = one.truth.astype(np.float64), prediction.astype(np.float64)
@@ -64,9 +47,9 @@ RANGES = {"nyuv2": (1e-3, 10), "kitti": (1e-5, 80), "eth3d": (1e-5, np.inf), "sc
 def test_depth_by_the_definitions(name, tmp_path):
     rng = np.random.default_rng(1)
     wanted, files, written = layouts.LAYOUTS[name](rng)
-    predictions = list(guess(written, wanted, rng))
+    predictions = list(layouts.guesses(written, wanted, rng))
     archive, samples = open_samples(wanted, layouts.write_tar(tmp_path / "data.tar", files))
-    folder = save(tmp_path / "npy", [one.name for one in written], predictions)
+    folder = layouts.write_predictions(tmp_path / "npy", [one.name for one in written], predictions)
     scores = score(wanted, archive, samples, from_folder(folder, samples, "depth"))
     archive.close()
     columns = (np.arange(1024) * 2063 / 1024).astype(int) if name == "eth3d" else None
@@ -82,10 +65,10 @@ def test_depth_by_the_definitions(name, tmp_path):
 def test_normals_by_the_definitions(name, tmp_path):
     rng = np.random.default_rng(1)
     wanted, files, written = layouts.LAYOUTS[name](rng)
-    predictions = list(guess(written, wanted, rng))
+    predictions = list(layouts.guesses(written, wanted, rng))
     archive, samples = open_samples(wanted, layouts.write_folder(tmp_path / "data", files))
     ours = [p * np.array([-1, 1, 1], np.float32) for p in predictions]
-    folder = save(tmp_path / "npy", [one.name for one in written], ours)
+    folder = layouts.write_predictions(tmp_path / "npy", [one.name for one in written], ours)
     scores = score(wanted, archive, samples, from_folder(folder, samples, "normals"))
     angles = []
     for one, prediction in zip(written, predictions, strict=True):
@@ -99,7 +82,7 @@ def test_normals_by_the_definitions(name, tmp_path):
     expected |= {f"under_{bound:g}": 100 * (every < bound).mean() for bound in (5, 7.5, 11.25, 22.5, 30)}
     assert scores.metrics == pytest.approx(expected, abs=6e-4)
     # The same predictions in the axes of the ground truth, and said to be.
-    save(folder, [one.name for one in written], predictions)
+    layouts.write_predictions(folder, [one.name for one in written], predictions)
     as_given = from_folder(folder, samples, "normals", "left-up-towards")
     assert score(wanted, archive, samples, as_given).metrics == scores.metrics
     wrong = from_folder(folder, samples, "normals", "right-up-towards")
@@ -111,8 +94,8 @@ def nyu(tmp_path):
     rng = np.random.default_rng(2)
     wanted, files, written = layouts.nyuv2(rng)
     archive, samples = open_samples(wanted, layouts.write_folder(tmp_path / "data", files))
-    predictions = list(guess(written, wanted, rng))
-    folder = save(tmp_path / "npy", [one.name for one in written], predictions)
+    predictions = list(layouts.guesses(written, wanted, rng))
+    folder = layouts.write_predictions(tmp_path / "npy", [one.name for one in written], predictions)
     return wanted, archive, samples, folder, predictions
 
 
@@ -174,7 +157,7 @@ def test_normals_of_another_shape_are_skipped(tmp_path):
     wanted, files, written = layouts.ibims(np.random.default_rng(0))
     archive, samples = open_samples(wanted, layouts.write_folder(tmp_path / "data", files))
     shapes = [written[0].truth, written[1].truth.transpose(2, 0, 1)]
-    folder = save(tmp_path / "npy", [one.name for one in written], shapes)
+    folder = layouts.write_predictions(tmp_path / "npy", [one.name for one in written], shapes)
     scores = score(wanted, archive, samples, from_folder(folder, samples, "normals", "left-up-towards"))
     assert scores.metrics["mean"] < 1e-3
     assert "expected (H, W, 3)" in scores.skipped[0].reason
@@ -186,6 +169,9 @@ def test_normals_of_another_shape_are_skipped(tmp_path):
         ("nyuv2", "GonzaloMG/marigold-e2e-ft-depth", "Marigold + E2E FT", {"abs_rel": 0.052}),
         ("diode", "GonzaloMG/stable-diffusion-e2e-ft-depth", "Stable Diffusion + E2E FT", {"abs_rel": 0.303}),
         ("scannet-normals", "/models/marigold-e2e-ft-normals", "Marigold + E2E FT", {"mean": 14.7}),
+        ("kitti", "GonzaloMG/geowizard-e2e-ft", "GeoWizard + E2E FT", {"abs_rel": 0.098}),
+        ("sintel", "GonzaloMG/geowizard-e2e-ft", "GeoWizard + E2E FT", {"mean": 33.4}),
+        ("nyuv2", "GonzaloMG/marigold-e2e-ft-normals", "Marigold + E2E FT", {"abs_rel": 0.052}),
         ("sintel", "runs/mine", "Marigold + E2E FT", {"mean": 33.5}),
         ("ibims", "", "Marigold + E2E FT", {"mean": 15.8}),
     ],
