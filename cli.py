@@ -159,3 +159,85 @@ def train(
     logging.getLogger("depthmill").setLevel(logging.INFO)
     settings = load_config(TrainConfig, config, {})
     typer.echo(run(settings, out or Path("runs") / Path(config).stem, overwrite=overwrite, device=device))
+
+
+@app.command()
+def evaluate(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="SET",
+            help="Depth: nyuv2, kitti, eth3d, scannet, diode. Normals: nyuv2-normals, scannet-normals, ibims, sintel.",
+        ),
+    ],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="The set's tar, or its folder.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="What to evaluate: demo, a directory in diffusers layout, or a hub id.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="Score this labelled store instead.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Score this folder of .npy instead, named after the pictures.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; by default evaluations/ and SET.")] = None,
+    split: Annotated[Path | None, typer.Option(help="Text file of the pictures to use; by default all.")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file of labelling options; those below win over it.")] = None,
+    normals_axes: Annotated[
+        str | None, typer.Option(help="Where x, y and z of the checkpoint's, or the folder's, normals point.")
+    ] = None,
+    processing_resolution: Annotated[
+        int | None,
+        typer.Option(help="Longer side in pixels at which the model sees a picture; by default the paper's."),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures a forward pass.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the network.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers; 0 labels in this process.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.")] = None,
+    address: Annotated[str | None, typer.Option(help="An existing Ray cluster: auto, or ray://host:10001.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Label anew, whatever the folder holds.")] = False,
+) -> None:
+    """Measure a checkpoint, a labelled store or a folder of predictions on a public set.
+
+    Exit status: 0 all pictures scored, 1 some skipped, 2 nothing could start, 130 stopped; a rerun resumes.
+    """
+    from depthmill.pipeline.config import LabelConfig, load_config
+    from depthmill.pipeline.errors import ConfigError
+    from depthmill.pipeline.evaluation.datasets import find_set
+    from depthmill.pipeline.geometry import STORED_AXES
+    from depthmill.workers.evaluate import Folder, LabelledStore, label_options
+    from depthmill.workers.evaluate import evaluate as run
+    from depthmill.workers.progress import quiet_libraries
+
+    options = {
+        "checkpoint": checkpoint,
+        "normals_axes": normals_axes,
+        "processing_resolution": processing_resolution,
+        "batch_size": batch_size,
+        "device": device,
+        "dtype": dtype,
+        "workers": workers,
+        "threads": threads,
+        "address": address,
+    }
+    wanted = find_set(name)
+    given = {key: value for key, value in {**options, "config": config}.items() if value is not None}
+    if overwrite:
+        given["overwrite"] = True
+    if store is not None and predictions is not None:
+        raise ConfigError("--store and --predictions are both given: expected one of them")
+    if predictions is not None:
+        given.pop("normals_axes", None)
+    if given and (store or predictions) is not None:
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in given)
+        raise ConfigError(
+            f"{flags} would label pictures, but --store or --predictions are labels already: leave out one"
+        )
+    if predictions is not None:
+        what: Folder | LabelledStore | LabelConfig = Folder(predictions, normals_axes or STORED_AXES)
+    elif store is not None:
+        what = LabelledStore(store)
+    else:
+        what = load_config(LabelConfig, config, label_options(wanted, options))
+    quiet_libraries()
+    if run(wanted, data, out or Path("evaluations") / name, what, split=split, overwrite=overwrite).skipped:
+        raise typer.Exit(SOME_FAILED)

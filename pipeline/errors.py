@@ -36,5 +36,13 @@ class SampleError(TrainingError):
     """One picture of a training set that cannot be used; the others can."""
 
 
+class EvaluationError(DepthmillError):
+    """An evaluation that cannot start, or has nothing to say."""
+
+
+class UnscorableError(EvaluationError):
+    """One picture of an evaluation that cannot be scored; the others can."""
+
+
 class RunStoppedError(DepthmillError):
     """A run was stopped from outside, or can make no progress; what was committed stays."""

@@ -24,7 +24,7 @@ def clip(tmp_path_factory):
 
 def test_version_and_help():
     assert depthmill_cli("--version").stdout.strip() == depthmill.__version__
-    for command in ("label", "preview", "train"):
+    for command in ("label", "preview", "train", "evaluate"):
         assert command in depthmill_cli("--help").stdout
         assert depthmill_cli(command, "--help").returncode == 0
 

@@ -1,0 +1,147 @@
+"""Where predictions come from: a labelled store, or a folder of `.npy`. Both are checked whole before any is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from depthmill.pipeline.errors import EvaluationError, UnscorableError
+from depthmill.pipeline.evaluation.decode import Floats
+from depthmill.pipeline.evaluation.samples import Sample, some
+from depthmill.pipeline.geometry import STORED_AXES, axes_signs
+from depthmill.pipeline.store import open_datasets, open_store
+from depthmill.pipeline.types import FAILED, PENDING, Modality
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What is scored.
+
+    Attributes:
+        read: Gives a sample's (H, W) depth or (H, W, 3) normals (x right, y up, z towards the viewer); raises
+            UnscorableError if there is none. Threads may call it at once.
+        checkpoint: Name of the checkpoint that made them; "" if that is not known.
+        origin: What is known of where they come from, as JSON.
+    """
+
+    read: Callable[[Sample], Floats]
+    checkpoint: str = ""
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+def from_folder(
+    folder: Path, samples: Sequence[Sample], modality: Modality, normals_axes: str = STORED_AXES
+) -> Predictions:
+    """Predictions as `.npy` files, each at its sample's name: `test/kitchen_0004/rgb_0001.npy`.
+
+    The names that Marigold's own `infer.py` gives are found too: `test/kitchen_0004/pred_0001.npy`.
+
+    Args:
+        folder: Where they lie.
+        samples: Whose predictions are wanted.
+        modality: What they are.
+        normals_axes: Where the x, y and z of normals point.
+
+    Raises:
+        EvaluationError: If any is missing; names the first.
+        ConfigError: If `normals_axes` names no axes.
+    """
+    signs = np.array(axes_signs(normals_axes), np.float32)
+    files: dict[str, Path] = {}
+    missing = []
+    for sample in samples:
+        path = folder / f"{sample.name}.npy"
+        candidates = (path, path.with_name(f"pred_{path.name.removeprefix('rgb_')}"))
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
+            missing.append(f"{sample.name}.npy")
+        else:
+            files[sample.name] = found
+    if missing:
+        raise EvaluationError(
+            f"{folder} has predictions of {len(files)} of {len(samples)} pictures; {some(missing)} are missing: "
+            "name each after its picture, in the same folders, or give --split with a list of those to score"
+        )
+
+    def read(sample: Sample) -> Floats:
+        path = files[sample.name]
+        try:
+            values = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UnscorableError(f"its prediction cannot be read: {error}") from error
+        if values.dtype.kind not in "fiu":
+            raise UnscorableError(f"its prediction is an array of {values.dtype}; expected numbers")
+        plane: Floats = values.squeeze()
+        if modality == "depth":
+            return plane
+        if plane.ndim != 3 or plane.shape[2] != 3:
+            raise UnscorableError(f"its prediction is of shape {values.shape}; expected (H, W, 3)")
+        return plane * signs
+
+    origin: dict[str, Any] = {"predictions": str(folder)}
+    if modality == "normals":
+        origin["normals_axes"] = normals_axes
+    return Predictions(read, origin=origin)
+
+
+def from_store(path: Path, samples: Sequence[Sample], modality: Modality) -> Predictions:
+    """Predictions of a labelled store. A row is a sample's if the path of its picture ends in the sample's name.
+
+    Raises:
+        EvaluationError: If the store has other labels, is not finished, or lacks a sample.
+        StoreError: If there is no such store.
+    """
+    store = open_store(path)
+    if modality not in store.layout.labels:
+        raise EvaluationError(f"{path} holds {', '.join(store.layout.labels)}; the set asks for {modality}")
+    datasets = open_datasets(path)
+    depths = {len(PurePosixPath(sample.name).parts) for sample in samples}
+    wanted = {sample.name for sample in samples}
+    rows: dict[str, tuple[str, int]] = {}
+    seen = ""
+    for source in store.sources():
+        attributes = store.attributes(source)
+        if attributes["kind"] != "images":
+            continue
+        folder = PurePosixPath(Path(attributes["uri"]).as_posix())
+        keys = [str(key) for key in datasets[source]["key"].values]
+        if keys == [folder.name]:
+            folder = folder.parent  # a source that is one picture
+        for row, key in enumerate(keys):
+            parts = (folder / key).with_suffix("").parts
+            seen = key
+            for name in wanted & {"/".join(parts[-depth:]) for depth in depths}:
+                if name in rows:
+                    raise EvaluationError(f"{path} has two rows for {name}: in {rows[name][0]} and {source}")
+                rows[name] = (source, row)
+    missing = [sample.name for sample in samples if sample.name not in rows]
+    if missing:
+        raise EvaluationError(
+            f"{path} has {len(rows)} of {len(samples)} pictures; {some(missing)} are missing (the last of its own "
+            f"is {seen or 'none: it has no pictures'}): label the set's folder whole, or give --split with a list of "
+            "those to score"
+        )
+    status = {source: store.status(source) for source in {source for source, _ in rows.values()}}
+    pending = [name for name, (source, row) in rows.items() if status[source][row] == PENDING]
+    if pending:
+        raise EvaluationError(
+            f"{path} is not finished: {some(pending)} have no labels yet; run the same `depthmill label` again"
+        )
+    reasons = {(failure.source_id, failure.frame): failure.reason for failure in store.failures()}
+    sizes = {source: datasets[source]["size"].values for source in status}
+
+    def read(sample: Sample) -> Floats:
+        source, row = rows[sample.name]
+        if status[source][row] == FAILED:
+            raise UnscorableError(f"it has no labels: {reasons[source, row]}")
+        H, W = (int(side) for side in sizes[source][row])
+        values: Floats = datasets[source][modality][row, :H, :W].values
+        return values
+
+    checkpoint = store.identity.get("checkpoints", {}).get(modality, {}).get("name", "")
+    packing = "uint16 in steps of 1/5120" if modality == "depth" else store.layout.normals_dtype
+    return Predictions(read, checkpoint, {"store": str(path), "identity": store.identity, "packing": packing})

@@ -1,0 +1,153 @@
+"""Predictions against ground truth: each picture's figures, and the set's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from depthmill.pipeline.errors import EvaluationError, UnscorableError
+from depthmill.pipeline.evaluation.archive import Archive
+from depthmill.pipeline.evaluation.datasets import EvaluationSet
+from depthmill.pipeline.evaluation.decode import Floats
+from depthmill.pipeline.evaluation.metrics import (
+    DEPTH_METRICS,
+    AnglePool,
+    angles_deg,
+    depth_metrics,
+    fit_affine,
+    normals_metrics,
+    thin_columns,
+)
+from depthmill.pipeline.evaluation.predictions import Predictions
+from depthmill.pipeline.evaluation.samples import Sample, Truth, read_truth
+
+_THREADS = 4  # ETH3D takes about a gigabyte in each
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture that was scored.
+
+    Attributes:
+        name: Of the sample.
+        metrics: Its figures.
+        pixels: How many were scored.
+        nan_pixels: How many the ground truth has as NaN or infinite; none of them was scored.
+        scale: Of the alignment; NaN for normals.
+        shift: Of the alignment, metres; NaN for normals.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    pixels: int
+    nan_pixels: int
+    scale: float = np.nan
+    shift: float = np.nan
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One picture that could not be scored, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Outcome of an evaluation.
+
+    Attributes:
+        metrics: The set's figures. Depth: means over pictures, as Marigold. Normals: pooled over pixels, as DSINE.
+        rows: Pictures that were scored, in the order of their names.
+        skipped: Those that were not.
+    """
+
+    metrics: dict[str, float]
+    rows: tuple[Row, ...]
+    skipped: tuple[Skip, ...]
+
+
+def score(
+    wanted: EvaluationSet,
+    archive: Archive,
+    samples: Sequence[Sample],
+    predictions: Predictions,
+    *,
+    advance: Callable[[], object] = lambda: None,
+) -> Scores:
+    """Score a set.
+
+    Args:
+        wanted: The set.
+        archive: Where its ground truth is.
+        samples: Pictures to score.
+        predictions: What to score.
+        advance: Called after each picture.
+
+    Raises:
+        EvaluationError: If not one picture can be scored.
+    """
+    pool = AnglePool()
+    rows: list[Row] = []
+    skipped: list[Skip] = []
+
+    def one(sample: Sample) -> tuple[Row, npt.NDArray[np.float32] | None] | Skip:
+        try:
+            return _score_one(wanted, sample, read_truth(wanted, archive, sample), predictions.read(sample))
+        except UnscorableError as error:
+            return Skip(sample.name, str(error))
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "depthmill-score") as threads:
+        for outcome in threads.map(one, samples):  # in order, so that sums round alike in every run
+            if isinstance(outcome, Skip):
+                skipped.append(outcome)
+            else:
+                row, angles = outcome
+                rows.append(row)
+                if angles is not None:
+                    pool.add(angles)
+            advance()
+    if not rows:
+        raise EvaluationError(
+            f"none of the {len(skipped)} pictures of {wanted.name} can be scored; {skipped[0].name}: "
+            f"{skipped[0].reason}"
+        )
+    if wanted.modality == "normals":
+        metrics = pool.metrics()
+    else:
+        metrics = {name: float(np.mean([row.metrics[name] for row in rows])) for name in DEPTH_METRICS}
+    return Scores(metrics, tuple(rows), tuple(skipped))
+
+
+def _score_one(
+    wanted: EvaluationSet, sample: Sample, truth: Truth, prediction: Floats
+) -> tuple[Row, npt.NDArray[np.float32] | None]:
+    if prediction.shape != truth.values.shape:
+        raise UnscorableError(
+            f"its prediction is of shape {prediction.shape}, its ground truth of {truth.values.shape}"
+            + (" (after the set's crop)" if wanted.crop else "")
+        )
+    p, t = prediction[truth.mask], truth.values[truth.mask]
+    bad = int((~np.isfinite(p)).reshape(len(p), -1).any(1).sum())
+    if bad:
+        raise UnscorableError(f"its prediction is NaN or infinite at {bad} of {len(p)} valid pixels")
+    if wanted.modality == "normals":
+        angles = angles_deg(p, t)
+        return Row(sample.name, normals_metrics(angles), len(p), truth.nan_pixels), angles.astype(np.float32)
+    fit_mask, fit_prediction, fit_truth = truth.mask, prediction, truth.values
+    if wanted.fit_columns is not None:
+        columns = thin_columns(truth.mask.shape[1], wanted.fit_columns)
+        fit_mask, fit_prediction, fit_truth = fit_mask[:, columns], prediction[:, columns], truth.values[:, columns]
+        if not fit_mask.any():
+            raise UnscorableError(
+                f"none of its {len(p)} valid pixels is in the columns that the alignment is fitted on"
+            )
+    scale, shift = fit_affine(fit_prediction[fit_mask], fit_truth[fit_mask])
+    metrics = depth_metrics(p, t, scale, shift, wanted.valid_range)
+    return Row(sample.name, metrics, len(p), truth.nan_pixels, scale, shift), None

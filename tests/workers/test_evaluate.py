@@ -1,0 +1,206 @@
+"""`depthmill evaluate`, whole: in this process, with networks of random weights."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from depthmill.cli import app
+from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.errors import ConfigError, DepthmillError, EvaluationError
+from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
+from depthmill.tests import runs
+from depthmill.tests.pipeline.evaluation import layouts
+from depthmill.workers.evaluate import Folder, LabelledStore, evaluate, label_options
+from depthmill.workers.label import label
+
+
+def console():
+    return Console(file=io.StringIO(), width=160, highlight=False)
+
+
+def config(wanted, checkpoints, **options):
+    given = {"checkpoint": str(checkpoints / wanted.modality), "device": "cpu", "workers": 0, "threads": 1}
+    return LabelConfig(**label_options(wanted, given | options))
+
+
+@pytest.mark.parametrize("name", ["kitti", "ibims"])
+def test_a_checkpoint_is_labelled_and_scored_as_its_own_predictions_are(name, checkpoints, tmp_path, monkeypatch):
+    wanted, files, written = layouts.LAYOUTS[name](np.random.default_rng(0))
+    data = layouts.write_folder(tmp_path / "data", files)
+    what = config(wanted, checkpoints)
+    out = tmp_path / "out"
+    shown = console()
+    scores = evaluate(wanted, data, out, what, console=shown)
+    assert not scores.skipped
+    assert "Marigold + E2E FT" in shown.file.getvalue()
+
+    labeler = Labeler(open_checkpoints(what), device="cpu")
+    for one in written:
+        labels = labeler(one.rgb[None])
+        path = tmp_path / "npy" / f"{one.name}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, (labels.depth if wanted.modality == "depth" else labels.normals)[0])
+    exact = evaluate(wanted, data, tmp_path / "exact", Folder(tmp_path / "npy"), console=console())
+    for key, value in exact.metrics.items():  # random weights answer in a narrow range: packing is felt
+        assert scores.metrics[key] == pytest.approx(value, rel=0.02, abs=0.02)
+
+    document = json.loads((out / "metrics.json").read_text())
+    assert document["checkpoint"] == what.checkpoints[wanted.modality]
+    assert len(document["predictions"]["identity"]["checkpoints"][wanted.modality]["sha256"]) == 64
+    assert document["config"]["labels"] == [wanted.modality]
+
+    before = runs.contents(out)
+    monkeypatch.setattr(Labeler, "label", lambda *_: pytest.fail("labelled again"))
+    assert evaluate(wanted, data, out, what, console=console()) == scores
+    assert runs.contents(out).keys() == before.keys()
+
+
+def test_a_finished_store_is_scored(checkpoints, tmp_path):
+    """Labelled by hand from a folder further up, with pictures of no concern in it."""
+    wanted, files, _ = layouts.nyuv2(np.random.default_rng(0))
+    data = layouts.write_folder(tmp_path / "nyu", {k: v for k, v in files.items() if "train" not in k})
+    what = config(wanted, checkpoints)
+    label([str(tmp_path / "nyu")], tmp_path / "labels.zarr", what, console=console())
+    stored = evaluate(wanted, data, tmp_path / "stored", LabelledStore(tmp_path / "labels.zarr"), console=console())
+    prepared = evaluate(wanted, data, tmp_path / "out", what, console=console())
+    assert stored.metrics == pytest.approx(prepared.metrics, rel=1e-4)  # other batches round otherwise
+
+    ibims, more, _ = layouts.ibims(np.random.default_rng(0))
+    layouts.write_folder(tmp_path / "ibims", more)
+    with pytest.raises(EvaluationError, match="holds depth; the set asks for normals"):
+        evaluate(ibims, tmp_path / "ibims", tmp_path / "x", LabelledStore(tmp_path / "labels.zarr"), console=console())
+
+
+def test_a_store_of_other_pictures_says_so(checkpoints, tmp_path):
+    wanted, files, _ = layouts.nyuv2(np.random.default_rng(0))
+    data = layouts.write_folder(tmp_path / "nyu", files)
+    what = config(wanted, checkpoints)
+    store = tmp_path / "labels.zarr"
+    label([str(data / "test" / "kitchen_0004")], store, what, console=console())
+    message = r"has 2 of 3 pictures; test/office_0005/rgb_0009 are missing \(the last of its own is rgb_0002\.png\)"
+    with pytest.raises(EvaluationError, match=message):
+        evaluate(wanted, data, tmp_path / "x", LabelledStore(store), console=console())
+    label([str(data / "test")], store, what, console=console())
+    with pytest.raises(EvaluationError, match="two rows"):
+        evaluate(wanted, data, tmp_path / "x", LabelledStore(store), console=console())
+
+
+def test_a_damaged_picture_is_a_counted_skip(checkpoints, tmp_path):
+    wanted, files, _ = layouts.nyuv2(np.random.default_rng(0))
+    files["./test/kitchen_0004/rgb_0002.png"] = b"no picture"
+    files["./test/office_0005/depth_0009.png"] = layouts.png(np.zeros((480, 640), np.uint16))
+    shown = console()
+    data = layouts.write_tar(tmp_path / "nyu.tar", files)
+    scores = evaluate(wanted, data, tmp_path / "out", config(wanted, checkpoints), console=shown)
+    assert [row.name for row in scores.rows] == ["test/kitchen_0004/rgb_0001"]
+    assert "has no labels: 10 bytes that are no picture" in scores.skipped[0].reason
+    assert scores.skipped[1].reason == "its ground truth has no valid pixel"
+    assert "2 skipped" in shown.file.getvalue()
+
+
+def test_pictures_of_another_split_are_not_mixed_in(checkpoints, tmp_path):
+    wanted, files, _ = layouts.nyuv2(np.random.default_rng(0))
+    data = layouts.write_tar(tmp_path / "nyu.tar", files)
+    split = tmp_path / "split.txt"
+    split.write_text("test/kitchen_0004/rgb_0001.png\n")
+    what = config(wanted, checkpoints)
+    evaluate(wanted, data, tmp_path / "out", what, console=console())
+    with pytest.raises(EvaluationError, match="--overwrite"):
+        evaluate(wanted, data, tmp_path / "out", what, split=split, console=console())
+    scores = evaluate(wanted, data, tmp_path / "out", what, split=split, overwrite=True, console=console())
+    assert len(scores.rows) == 1
+
+
+def test_a_folder_of_somebody_elses_is_not_touched(checkpoints, tmp_path):
+    wanted, files, _ = layouts.nyuv2(np.random.default_rng(0))
+    data = layouts.write_tar(tmp_path / "nyu.tar", files)
+    mine = tmp_path / "out" / "pictures" / "holiday.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"dear")
+    with pytest.raises(EvaluationError, match="nothing was touched"):
+        evaluate(wanted, data, tmp_path / "out", config(wanted, checkpoints), overwrite=True, console=console())
+    assert mine.read_bytes() == b"dear"
+
+
+def test_nothing_is_labelled_where_files_are_missing(checkpoints, tmp_path):
+    wanted, files, _ = layouts.nyuv2(np.random.default_rng(0))
+    del files["./test/office_0005/rgb_0009.png"]
+    data = layouts.write_tar(tmp_path / "nyu.tar", files)
+    with pytest.raises(EvaluationError, match="rgb_0009"):
+        evaluate(wanted, data, tmp_path / "out", config(wanted, checkpoints), console=console())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_for_other_labels_is_refused(tmp_path):
+    wanted, files, _ = layouts.nyuv2(np.random.default_rng(0))
+    data = layouts.write_folder(tmp_path / "nyu", files)
+    with pytest.raises(ConfigError, match="asks for depth alone"):
+        evaluate(wanted, data, tmp_path / "out", LabelConfig(), console=console())
+
+
+def test_a_checkpoint_for_768_pixels_sees_what_the_papers_models_saw(tmp_path, monkeypatch):
+    from depthmill.pipeline.model import scratch
+    from depthmill.workers.evaluate import _configure
+
+    architecture = scratch.Architecture(vae_channels=(8, 16), unet_channels=(16, 32), head_channels=8)
+    wanted, _, _ = layouts.kitti(np.random.default_rng(0))
+    for resolution, expected in ((768, 1216), (48, None)):
+        path = tmp_path / str(resolution)
+        scratch.create(path / "depth", architecture, "depth", seed=0, processing_resolution=resolution)
+        assert _configure(wanted, config(wanted, path)).processing_resolution == expected
+        assert _configure(wanted, config(wanted, path, processing_resolution=64)).processing_resolution == 64
+
+
+def test_the_command(checkpoints, tmp_path):
+    _, files, _ = layouts.ibims(np.random.default_rng(0))
+    data = layouts.write_folder(tmp_path / "ibims", files)
+    split = tmp_path / "split.txt"
+    split.write_text("ibims/corridor_01_img.png\nibims/lab_02_img.png\n")
+    code = "from depthmill.cli import main; main()"
+    options = ["--checkpoint", checkpoints / "normals", "--workers", 0, "--device", "cpu", "--threads", 1]
+    command = [sys.executable, "-c", code, "evaluate", "ibims", data, "--split", split, *options]
+    process = subprocess.run(map(str, command), capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "15.8" in process.stdout
+    document = json.loads((tmp_path / "evaluations" / "ibims" / "metrics.json").read_text())
+    assert document["pictures"] == 2
+    assert f"{document['metrics']['mean']:.2f}" in process.stdout
+    assert document["predictions"]["packing"] == "int16"
+
+
+def test_the_command_on_a_folder_exits_with_1_where_pictures_are_skipped(tmp_path):
+    _, files, _ = layouts.ibims(np.random.default_rng(0))
+    data = layouts.write_folder(tmp_path / "ibims", files)
+    split = tmp_path / "split.txt"
+    split.write_text("ibims/corridor_01_img.png\nibims/lab_02_img.png\n")
+    (tmp_path / "npy" / "ibims").mkdir(parents=True)
+    np.save(tmp_path / "npy" / "ibims" / "corridor_01_img.npy", np.full((480, 640, 3), (0, 0, 1), np.float32))
+    np.save(tmp_path / "npy" / "ibims" / "lab_02_img.npy", np.zeros((2, 2, 3)))
+    options = ["--predictions", str(tmp_path / "npy"), "--out", str(tmp_path / "out"), "--split", str(split)]
+    result = CliRunner().invoke(app, ["evaluate", "ibims", str(data), *options])
+    assert result.exit_code == 1, result.output
+    assert "1 skipped: its prediction is of shape (2, 2, 3)" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nyu", "."), "nyuv2"),
+        (("nyuv2", "."), "no ground truth of nyuv2"),
+        (("nyuv2", ".", "--store", "a", "--predictions", "b"), "one of them"),
+        (("nyuv2", ".", "--store", "a", "--checkpoint", "b", "--batch-size", "2"), "--checkpoint, --batch-size"),
+        (("nyuv2", ".", "--predictions", "a", "--overwrite"), "--overwrite would label"),
+        (("nyuv2", "data", "--workers", "0"), "data: no such file or folder"),
+        (("nyuv2", ".", "--batch-size", "0"), "batch_size"),
+    ],
+)
+def test_what_cannot_start_says_why(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DepthmillError, match=message):
+        app(["evaluate", *arguments], standalone_mode=False)

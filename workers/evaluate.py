@@ -1,0 +1,162 @@
+"""`depthmill evaluate`, whole: a set's pictures, their labels from the same workers as any other run, their figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.errors import ConfigError, EvaluationError
+from depthmill.pipeline.evaluation.archive import Archive
+from depthmill.pipeline.evaluation.datasets import EvaluationSet, find_set
+from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, from_store
+from depthmill.pipeline.evaluation.report import reasons, table, write_report
+from depthmill.pipeline.evaluation.samples import Sample, open_samples, write_picture
+from depthmill.pipeline.evaluation.score import Scores, score
+from depthmill.pipeline.geometry import STORED_AXES
+from depthmill.pipeline.model.checkpoint import DEFAULT_RESOLUTION
+from depthmill.pipeline.model.labeler import open_checkpoints
+from depthmill.pipeline.store import write_atomically
+from depthmill.workers.label import label
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Predictions that are there already, as `.npy` files.
+
+    Attributes:
+        path: Where they lie.
+        normals_axes: Where the x, y and z of normals point.
+    """
+
+    path: Path
+    normals_axes: str = STORED_AXES
+
+
+@dataclass(frozen=True)
+class LabelledStore:
+    """Predictions that are there already, in a store of `depthmill label`."""
+
+    path: Path
+
+
+def evaluate(
+    name: str | EvaluationSet,
+    data: Path,
+    out: Path,
+    what: LabelConfig | LabelledStore | Folder,
+    *,
+    split: Path | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Scores:
+    """Evaluate on a set: label its pictures, unless they are labelled, score them, and write a report.
+
+    Args:
+        name: Of the set, or a set.
+        data: Its tar or folder (`samples.open_samples`).
+        out: Folder for `metrics.json` and `per_image.csv`; a labelling run also leaves `pictures/` and `labels.zarr`
+            there, and goes on with what an earlier run left.
+        what: How to label, or what was labelled. Of a configuration the labels are the set's, and a resolution that is
+            left open is the paper's for this set, if the checkpoint is one for 768 pixels, else the checkpoint's own.
+        split: A list of the pictures to use instead of all.
+        overwrite: Label anew, whatever `out` holds.
+        console: Where progress and the table are shown; by default standard output.
+
+    Raises:
+        EvaluationError: If files are missing, or not one picture can be scored.
+        DepthmillError: Also whatever labelling raises.
+    """
+    console = console or Console(highlight=False)
+    wanted = find_set(name) if isinstance(name, str) else name
+    archive, samples = open_samples(wanted, data, split)
+    with closing(archive):
+        config: LabelConfig | None = None
+        if isinstance(what, Folder):
+            predictions = from_folder(what.path, samples, wanted.modality, what.normals_axes)
+        elif isinstance(what, LabelledStore):
+            predictions = from_store(what.path, samples, wanted.modality)
+        else:
+            config = _configure(wanted, what)
+            predictions = _label(wanted, archive, samples, out, config, overwrite, console)
+        with _progress(console) as progress:
+            task = progress.add_task("scoring", total=len(samples))
+            scores = score(wanted, archive, samples, predictions, advance=lambda: progress.advance(task))
+    write_report(out, wanted, scores, predictions, None if config is None else config.model_dump(mode="json"))
+    console.print(table(wanted, scores, predictions.checkpoint))
+    for line in reasons(scores):
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
+    console.print(f"written: {out / 'metrics.json'}, {out / 'per_image.csv'}", markup=False, soft_wrap=True)
+    return scores
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(console=console, disable=not console.is_terminal, transient=True)
+
+
+def label_options(wanted: EvaluationSet, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a labelling run for a set: `checkpoint` means the one of the set's modality."""
+    changed = {**options, "labels": (wanted.modality,)}
+    if wanted.modality == "normals":
+        changed["normals_checkpoint"] = changed.pop("checkpoint")
+        changed["normals_dtype"] = "int16"  # int8 is off by as much as good models differ
+    return changed
+
+
+def _configure(wanted: EvaluationSet, config: LabelConfig) -> LabelConfig:
+    if config.labels != (wanted.modality,):
+        raise ConfigError(f"labels is {list(config.labels)}; {wanted.name} asks for {wanted.modality} alone")
+    (checkpoint,) = open_checkpoints(config)
+    if config.processing_resolution is None and checkpoint.processing_resolution == DEFAULT_RESOLUTION:
+        return config.model_copy(update={"processing_resolution": wanted.resolution})
+    return config
+
+
+def _label(
+    wanted: EvaluationSet,
+    archive: Archive,
+    samples: Sequence[Sample],
+    out: Path,
+    config: LabelConfig,
+    overwrite: bool,
+    console: Console,
+) -> Predictions:
+    _claim(wanted, samples, out, overwrite)
+    pictures = out / "pictures"
+    if overwrite:
+        shutil.rmtree(pictures, ignore_errors=True)
+    files = [file for file in pictures.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    there = {file.relative_to(pictures).with_suffix("").as_posix() for file in files}
+    with _progress(console) as progress:
+        for sample in progress.track(samples, description="preparing"):
+            if sample.name not in there:
+                try:
+                    data = archive.read(sample.picture)
+                except OSError as error:
+                    raise EvaluationError(f"{sample.picture} of {archive.path} cannot be read: {error}") from error
+                write_picture(wanted, data, pictures / sample.picture)
+    store = out / "labels.zarr"
+    label([str(pictures)], store, config, overwrite=overwrite, console=console)
+    return from_store(store, samples, wanted.modality)
+
+
+def _claim(wanted: EvaluationSet, samples: Sequence[Sample], out: Path, overwrite: bool) -> None:
+    """Mark `out` as this evaluation's, so that `overwrite` never removes what no evaluation wrote."""
+    marker = out / "evaluation.json"
+    text = json.dumps({"set": wanted.name, "pictures": [sample.name for sample in samples]}, indent=1) + "\n"
+    if marker.is_file():
+        if not overwrite and marker.read_text(encoding="utf-8") != text:
+            raise EvaluationError(f"{out} was made of another set or split: give another --out, or --overwrite")
+    elif out.exists() and {entry.name for entry in out.iterdir()} - {"metrics.json", "per_image.csv"}:
+        raise EvaluationError(
+            f"{out} has files in it that no evaluation wrote: give another --out; nothing was touched"
+        )
+    write_atomically(marker, text.encode())
