@@ -121,7 +121,7 @@ def _schedule(head: Head, sampling: Sampling) -> DDIMScheduler:
             return scheduler
     raise ConfigError(
         f"steps is {sampling.steps}, {sampling.timestep_spacing}, of a schedule whose last time step is {last}; "
-        f"expected at most {last}: a tenth of that is already more than helps"
+        f"expected at most {last}: ask for fewer (--steps)"
     )
 
 
