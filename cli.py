@@ -87,6 +87,13 @@ def label(
     address: Annotated[str | None, typer.Option(help="An existing Ray cluster: auto, or ray://host:10001.")] = None,
     attempts: Annotated[int | None, typer.Option(help="Tries of a segment before its frames count as failed.")] = None,
     max_pixels: Annotated[int | None, typer.Option(help="Larger pictures count as failed.")] = None,
+    steps: Annotated[int | None, typer.Option(help="UNet calls for a label; 1 is what E2E-FT models need.")] = None,
+    ensemble: Annotated[int | None, typer.Option(help="Members drawn of each frame and made one.")] = None,
+    noise: Annotated[str | None, typer.Option(help="zeros, gaussian or pyramid: what labels are drawn from.")] = None,
+    timestep_spacing: Annotated[
+        str | None, typer.Option(help="trailing, or leading: the flaw, to compare with.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an existing store first.")] = False,
 ) -> None:
     """Label videos and images: depth and normals of every frame, into a Zarr store.
@@ -111,6 +118,11 @@ def label(
         "address": address,
         "attempts": attempts,
         "max_pixels": max_pixels,
+        "steps": steps,
+        "ensemble": ensemble,
+        "noise": noise,
+        "timestep_spacing": timestep_spacing,
+        "seed": seed,
     }
     from depthmill.pipeline.config import LabelConfig, load_config
 

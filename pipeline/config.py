@@ -6,9 +6,10 @@ Reference of every key, and the defaults: `LabelConfig`. Command-line flags carr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +18,60 @@ from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.types import Domain, Modality
 
 DEMO = "demo"  # the name of the checkpoint inside the package
+
+Noise = Literal["zeros", "gaussian", "pyramid"]
+TimestepSpacing = Literal["trailing", "leading"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How labels are drawn from a checkpoint (`pipeline/model/sampling.py`); the defaults are the paper's one step.
+
+    Attributes:
+        steps: UNet calls, by DDIM.
+        ensemble: Members drawn of each frame and made one; 1, or 3 and more.
+        noise: What the noisy latent starts from.
+        timestep_spacing: Which of the schedule's time steps are asked: `trailing` ends them at the last one, `leading`
+            starts them at the first, the flaw that the paper found: its only step is asked as if there were no noise.
+        seed: Of the noise, together with each frame's own name.
+
+    Raises:
+        ConfigError: If a value is not allowed, or an ensemble would be one member over and over.
+    """
+
+    steps: int = 1
+    ensemble: int = 1
+    noise: Noise = "zeros"
+    timestep_spacing: TimestepSpacing = "trailing"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("noise", get_args(Noise)), ("timestep_spacing", get_args(TimestepSpacing))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        for name in ("steps", "ensemble"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.ensemble == 2:
+            raise ConfigError(
+                "ensemble is 2; expected 1, or 3 and more: of two members neither is the middle one, nor nearer to "
+                "their mean"
+            )
+        if self.ensemble > 1 and self.noise == "zeros":
+            raise ConfigError(
+                f"ensemble is {self.ensemble} with noise zeros, from which every member comes out the same; "
+                "set noise to gaussian or pyramid (--noise gaussian), or leave the ensemble at 1"
+            )
+
+    @property
+    def is_single_step(self) -> bool:
+        """Whether this is the deterministic single step of `pipeline/model/single_step.py`."""
+        return (self.steps, self.ensemble, self.noise, self.timestep_spacing) == (1, 1, "zeros", "trailing")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a store remembers of it: what decides the labels, so no seed where nothing is random."""
+        return {key: value for key, value in asdict(self).items() if key != "seed" or self.noise != "zeros"}
 
 
 class LabelConfig(BaseModel):
@@ -43,6 +98,11 @@ class LabelConfig(BaseModel):
         address: An existing Ray cluster (`auto`, `ray://host:10001`); left out, one is started for the run.
         attempts: How often a segment is tried before its frames are marked as failed.
         max_pixels: Pictures larger than this are marked as failed instead of read.
+        steps: UNet calls for a label; this and the next four are `Sampling`'s, where each is explained.
+        ensemble: Members drawn of each frame and made one.
+        noise: `zeros`, `gaussian` or `pyramid`: what the labels are drawn from.
+        timestep_spacing: `trailing`, or `leading`, the flaw that the paper repairs.
+        seed: Of the noise.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,6 +124,11 @@ class LabelConfig(BaseModel):
     address: str | None = None
     attempts: int = Field(default=3, ge=1)
     max_pixels: int = Field(default=1 << 27, ge=1)
+    steps: int = Field(default=1, ge=1)
+    ensemble: int = Field(default=1, ge=1)
+    noise: Noise = "zeros"
+    timestep_spacing: TimestepSpacing = "trailing"
+    seed: int = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -74,7 +139,16 @@ class LabelConfig(BaseModel):
                 f"segment_frames is {self.segment_frames}, no multiple of shard_frames ({self.shard_frames}): "
                 "two segments would share a file"
             )
+        try:
+            _ = self.sampling
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         return self
+
+    @property
+    def sampling(self) -> Sampling:
+        """How labels are drawn."""
+        return Sampling(self.steps, self.ensemble, self.noise, self.timestep_spacing, self.seed)
 
     @property
     def checkpoints(self) -> dict[Modality, str]:

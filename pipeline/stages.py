@@ -80,11 +80,13 @@ def label_segment(
     def flush(size: tuple[int, int]) -> None:
         nonlocal labelled
         batch = buckets.pop(size)
-        for (index, _), labels in zip(batch, labeler.label([image for _, image in batch]), strict=True):
+        keys = [f"{segment.source_id}/{index}" for index, _ in batch]
+        for (index, _), labels in zip(batch, labeler.label([image for _, image in batch], keys), strict=True):
             writer.put(
                 index,
                 None if labels.depth is None else labels.depth[0],
                 None if labels.normals is None else labels.normals[0],
+                None if labels.uncertainty is None else labels.uncertainty[0],
             )
         labelled += len(batch)
         on_frames(labelled + failed)

@@ -86,10 +86,13 @@ class Labels:
         depth: (B, H, W) float32 in [0, 1], affine-invariant, 0 near and 1 far; None if not asked for.
         normals: (B, H, W, 3) float32 unit vectors in the camera's frame, x right, y up, z towards the viewer;
             None if not asked for.
+        uncertainty: (B, H, W) float32, in units of depth, 0 where all agree: the median absolute deviation of an
+            ensemble's members from `depth`; None without an ensemble.
     """
 
     depth: npt.NDArray[np.float32] | None
     normals: npt.NDArray[np.float32] | None
+    uncertainty: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,7 @@ def _layout(config: LabelConfig) -> Layout:
         shard_frames=config.shard_frames,
         segment_frames=config.segment_frames,
         normals_dtype=config.normals_dtype,
+        uncertainty=config.ensemble > 1 and "depth" in config.labels,
     )
 
 
@@ -176,10 +177,12 @@ def _identity(config: LabelConfig, checkpoints: Sequence[Checkpoint]) -> dict[st
 
     Batch size, threads and the kind of device are not in it: they change float rounding alone.
     """
+    sampling = config.sampling
     return {
         "checkpoints": {checkpoint.modality: checkpoint.identity for checkpoint in checkpoints},
         "processing_resolution": config.processing_resolution or checkpoints[0].processing_resolution,
         "dtype": config.dtype,
+        **({} if sampling.is_single_step else {"sampling": sampling.identity}),
     }
 
 

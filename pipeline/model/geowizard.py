@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from transformers import CLIPVisionModelWithProjection
 
-from depthmill.pipeline.errors import CheckpointError
+from depthmill.pipeline.config import Sampling
+from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.model.checkpoint import (
     Checkpoint,
     load_part,
@@ -34,17 +35,23 @@ from depthmill.pipeline.types import Domain, Modality
 SWITCH_WIDTH = 10  # sine and cosine of 2 modalities and 3 domains
 
 
-def check_joint(checkpoints: Sequence[Checkpoint]) -> bool:
+def check_joint(checkpoints: Sequence[Checkpoint], sampling: Sampling) -> bool:
     """Whether these checkpoints are one joint one, opened for each thing that it is to answer.
 
     Raises:
         CheckpointError: If a joint checkpoint is mixed with another.
+        ConfigError: If it is to be sampled otherwise than in its single step.
     """
     joint = [checkpoint.name for checkpoint in checkpoints if checkpoint.domain is not None]
     if joint and len({checkpoint.directory for checkpoint in checkpoints}) > 1:
         raise CheckpointError(
             f"checkpoint {joint[0]} answers depth and normals together, and was given beside another; expected it "
             "alone: leave --normals-checkpoint out, or label depth and normals in two runs (--labels)"
+        )
+    if joint and not sampling.is_single_step:
+        raise ConfigError(
+            f"checkpoint {joint[0]} answers depth and normals together, in one step from zero noise alone: "
+            "leave out steps, ensemble, noise and timestep_spacing"
         )
     return bool(joint)
 

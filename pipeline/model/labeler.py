@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from depthmill.pipeline.config import DEMO, LabelConfig, validated
+from depthmill.pipeline.config import DEMO, LabelConfig, Noise, Sampling, TimestepSpacing, validated
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.geometry import from_network, processed_size, to_network
 from depthmill.pipeline.model.checkpoint import Checkpoint, is_joint, open_checkpoint
 from depthmill.pipeline.model.geowizard import GeoWizard, check_joint
+from depthmill.pipeline.model.sampling import Sampler
 from depthmill.pipeline.model.single_step import SingleStep, unit
 from depthmill.pipeline.types import Domain, Labels, Modality
 
@@ -31,6 +32,7 @@ class Labeler:
         batch_size: Most frames in one forward pass; halved, and kept so, when the GPU runs out of memory.
         device: Where the network is.
         dtype: Of the network.
+        sampling: How labels are drawn.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Labeler:
         batch_size: int = 8,
         device: str = "auto",
         dtype: str = "auto",
+        sampling: Sampling | None = None,
     ):
         """Load the network.
 
@@ -50,21 +53,26 @@ class Labeler:
             batch_size: Most frames in one forward pass.
             device: `auto` (CUDA where there is one), or a torch device.
             dtype: `auto`, `float32`, `bfloat16` or `float16`.
+            sampling: How labels are drawn; left out, in the one deterministic step.
 
         Raises:
-            CheckpointError: If a checkpoint cannot be loaded.
-            ConfigError: If there is no such device.
+            CheckpointError: If a checkpoint cannot be loaded, or not sampled so.
+            ConfigError: If there is no such device, or too many steps are asked for.
         """
         self.checkpoints = tuple(checkpoints)
         self.processing_resolution = processing_resolution or checkpoints[0].processing_resolution
         self.batch_size = batch_size
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
+        self.sampling = sampling or Sampling()
         self._network: SingleStep | GeoWizard
-        if check_joint(checkpoints):
+        self._sampler: Sampler | None = None
+        if check_joint(checkpoints, self.sampling):
             self._network = GeoWizard(list(checkpoints), self.device, self.dtype)
         else:
             self._network = SingleStep(list(checkpoints), self.device, self.dtype)
+            if not self.sampling.is_single_step:
+                self._sampler = Sampler(self._network, self.sampling)
 
     @classmethod
     def from_pretrained(
@@ -79,6 +87,11 @@ class Labeler:
         batch_size: int = 8,
         device: str = "auto",
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        steps: int = 1,
+        ensemble: int = 1,
+        noise: Noise = "zeros",
+        timestep_spacing: TimestepSpacing = "trailing",
+        seed: int = 0,
     ) -> Self:
         """Open and load checkpoints by name.
 
@@ -92,6 +105,11 @@ class Labeler:
             batch_size: Most frames in one forward pass.
             device: `auto` (CUDA where there is one), or a torch device.
             dtype: `auto`: bfloat16 on CUDA, float32 on the CPU.
+            steps: UNet calls for a label. This and the rest are for diffusion estimators: `config.Sampling`.
+            ensemble: Members drawn of each frame and made one.
+            noise: `zeros`, `gaussian` or `pyramid`.
+            timestep_spacing: `trailing` or `leading`.
+            seed: Of the noise.
 
         Raises:
             ConfigError: If the options do not go together.
@@ -110,6 +128,11 @@ class Labeler:
             "batch_size": batch_size,
             "device": device,
             "dtype": dtype,
+            "steps": steps,
+            "ensemble": ensemble,
+            "noise": noise,
+            "timestep_spacing": timestep_spacing,
+            "seed": seed,
         }
         config = validated(LabelConfig, options, where="the labeler's options")
         return cls.from_config(config, open_checkpoints(config))
@@ -123,17 +146,19 @@ class Labeler:
             batch_size=config.batch_size,
             device=config.device,
             dtype=config.dtype,
+            sampling=config.sampling,
         )
 
-    def __call__(self, frames: npt.NDArray[np.uint8]) -> Labels:
+    def __call__(self, frames: npt.NDArray[np.uint8], keys: Sequence[str] | None = None) -> Labels:
         """Label a batch of frames of one size.
 
         Args:
             frames: (B, H, W, 3) uint8, sRGB.
+            keys: As for `label`.
 
         Returns:
             Labels at the frames' own size: depth (B, H, W) float32 in [0, 1], 0 near; normals (B, H, W, 3) float32
-            unit, x right, y up, z towards the viewer.
+            unit, x right, y up, z towards the viewer; uncertainty (B, H, W) float32 of ensembles' depth.
 
         Raises:
             ValueError: If the frames have another shape or dtype.
@@ -146,35 +171,49 @@ class Labeler:
         if not len(frames):
             shape = frames.shape[:3]
             wanted = {checkpoint.modality for checkpoint in self.checkpoints}
+            spread = "depth" in wanted and self.sampling.ensemble > 1
             return Labels(
                 depth=np.zeros(shape, np.float32) if "depth" in wanted else None,
                 normals=np.zeros((*shape, 3), np.float32) if "normals" in wanted else None,
+                uncertainty=np.zeros(shape, np.float32) if spread else None,
             )
-        labels = self.label(list(frames))
+        labels = self.label(list(frames), keys)
         depths = [one.depth for one in labels if one.depth is not None]
         normals = [one.normals for one in labels if one.normals is not None]
+        uncertainties = [one.uncertainty for one in labels if one.uncertainty is not None]
         return Labels(
-            depth=np.concatenate(depths) if depths else None, normals=np.concatenate(normals) if normals else None
+            depth=np.concatenate(depths) if depths else None,
+            normals=np.concatenate(normals) if normals else None,
+            uncertainty=np.concatenate(uncertainties) if uncertainties else None,
         )
 
     def processed_size(self, height: int, width: int) -> tuple[int, int]:
         """Size at which the network sees a frame: frames of one such size can share a batch."""
         return processed_size(height, width, self.processing_resolution)
 
-    def label(self, frames: Sequence[npt.NDArray[np.uint8]]) -> list[Labels]:
+    def label(self, frames: Sequence[npt.NDArray[np.uint8]], keys: Sequence[str] | None = None) -> list[Labels]:
         """Label frames that share a processed size, though their own may differ.
 
         Args:
             frames: Each (H, W, 3) uint8; all of one `processed_size`.
+            keys: A name for each frame, of which, with the seed, its noise is drawn, so that it has the same labels in
+                any company; left out, its position.
 
         Returns:
             One `Labels` a frame, B = 1, at that frame's size.
+
+        Raises:
+            ValueError: If there are not as many keys as frames.
         """
+        keys = [str(position) for position in range(len(frames))] if keys is None else keys
+        if len(keys) != len(frames):
+            raise ValueError(f"{len(keys)} keys are given for {len(frames)} frames; expected one for each")
         done: list[Labels] = []
         while len(done) < len(frames):
-            batch = frames[len(done) : len(done) + self.batch_size]
+            part = slice(len(done), len(done) + self.batch_size)
+            batch = frames[part]
             try:
-                done += self._forward(batch)
+                done += self._forward(batch, keys[part])
             except torch.cuda.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
@@ -183,23 +222,30 @@ class Labeler:
                 log.warning("out of GPU memory: going on with batches of %d frames", self.batch_size)
         return done
 
-    def _forward(self, frames: Sequence[npt.NDArray[np.uint8]]) -> list[Labels]:
+    def _forward(self, frames: Sequence[npt.NDArray[np.uint8]], keys: Sequence[str]) -> list[Labels]:
         size = self.processed_size(*frames[0].shape[:2])
         pictures = torch.stack(
             [to_network(_tensor(frame).to(self.device), size, self._network.factor) for frame in frames]
         )  # (B, 3, h', w')
-        joint = isinstance(self._network, GeoWizard)
-        answers = self._network(pictures, size) if joint else self._network(pictures)
+        uncertainties = None
+        if self._sampler is not None:
+            answers, uncertainties = self._sampler(pictures, size, keys, self.batch_size)
+        elif isinstance(self._network, GeoWizard):
+            answers = self._network(pictures, size)
+        else:
+            answers = self._network(pictures)
         labels = []
         for i, frame in enumerate(frames):
             original = (frame.shape[0], frame.shape[1])
-            depth = normals = None
+            depth = normals = uncertainty = None
             if "depth" in answers:
                 depth = from_network(answers["depth"][i], size, original).cpu().numpy()  # (1, H, W)
             if "normals" in answers:
                 resized = unit(from_network(answers["normals"][i], size, original))
                 normals = resized.permute(1, 2, 0)[None].cpu().numpy()  # (1, H, W, 3)
-            labels.append(Labels(depth=depth, normals=normals))
+            if uncertainties is not None:
+                uncertainty = from_network(uncertainties[i], size, original).cpu().numpy()  # (1, H, W)
+            labels.append(Labels(depth=depth, normals=normals, uncertainty=uncertainty))
         return labels
 
 
@@ -230,7 +276,7 @@ def open_checkpoints(config: LabelConfig) -> list[Checkpoint]:
         )
         for modality, name in config.checkpoints.items()
     ]
-    check_joint(checkpoints)
+    check_joint(checkpoints, config.sampling)
     return checkpoints
 
 

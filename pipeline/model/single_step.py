@@ -85,10 +85,16 @@ class Head:
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     prompt: torch.Tensor  # (1, tokens, width)
+    scheduler: DDIMScheduler
     timestep: int
     x0_factor: float
     x0_clip: float | None
     description: Description
+
+    @property
+    def takes_noise(self) -> bool:
+        """Whether the UNet is given [picture, noisy label], not the picture's latent alone."""
+        return bool(self.unet.config.in_channels == 2 * self.unet.config.out_channels)
 
 
 class SingleStep(torch.nn.Module):
@@ -134,30 +140,32 @@ class SingleStep(torch.nn.Module):
         Returns:
             For each modality (B, C, h, w) float32: depth C = 1 in [0, 1]; normals C = 3, unit, in the stored axes.
         """
+        latents = self.encode(pictures)
+        return {head.modality: self.decode(head, self._x0(head, latents[head.modality])) for head in self.heads}
+
+    def encode(self, pictures: torch.Tensor) -> dict[Modality, torch.Tensor]:
+        """Pictures (B, 3, h, w) to each head's scaled latents (B, latent, h/factor, w/factor); each VAE runs once."""
         pictures = pictures.to(self.dtype, memory_format=self.layout)
-        latents = {id(vae): self._encode(vae, pictures) for vae in self.encoders}
-        return {head.modality: self._label(head, latents[id(head.vae)]) for head in self.heads}
+        latents = {
+            id(vae): vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor for vae in self.encoders
+        }
+        return {head.modality: latents[id(head.vae)] for head in self.heads}
 
     @staticmethod
-    def _encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-        # (B, 3, h, w) -> (B, latent, h/factor, w/factor)
-        latent: torch.Tensor = vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor
-        return latent
+    def decode(head: Head, x0: torch.Tensor) -> torch.Tensor:
+        """A head's scaled latents (B, latent, h/factor, w/factor) to its labels (B, C, h, w), as `forward` has them."""
+        decoded = head.vae.decode(x0 / head.vae.config.scaling_factor).sample.float()  # (B, 3, h, w)
+        return decode_depth(decoded) if head.modality == "depth" else decode_normals(decoded, head.description)
 
     @staticmethod
-    def _label(head: Head, latent: torch.Tensor) -> torch.Tensor:
-        noisy = latent.new_zeros(latent.shape)
-        takes_both = head.unet.config.in_channels == 2 * latent.shape[1]
+    def _x0(head: Head, latent: torch.Tensor) -> torch.Tensor:
         out = head.unet(
-            torch.cat([latent, noisy], dim=1) if takes_both else latent,
+            torch.cat([latent, latent.new_zeros(latent.shape)], dim=1) if head.takes_noise else latent,
             head.timestep,
             encoder_hidden_states=head.prompt.expand(len(latent), -1, -1),
         ).sample
-        x0 = out * head.x0_factor
-        if head.x0_clip is not None:
-            x0 = x0.clip(-head.x0_clip, head.x0_clip)
-        decoded = head.vae.decode(x0 / head.vae.config.scaling_factor).sample.float()  # (B, 3, h, w)
-        return decode_depth(decoded) if head.modality == "depth" else decode_normals(decoded, head.description)
+        x0: torch.Tensor = out * head.x0_factor
+        return x0 if head.x0_clip is None else x0.clip(-head.x0_clip, head.x0_clip)
 
     @staticmethod
     def _load(checkpoint: Checkpoint) -> Head:
@@ -178,6 +186,7 @@ class SingleStep(torch.nn.Module):
             vae=vae,
             unet=unet,
             prompt=prompt,
+            scheduler=scheduler,
             timestep=scheduler.config.num_train_timesteps - 1,
             x0_factor=x0_factor(scheduler),
             x0_clip=scheduler.config.clip_sample_range if scheduler.config.clip_sample else None,

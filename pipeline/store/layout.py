@@ -51,12 +51,14 @@ class Layout:
             compression; very large pictures are stored with fewer.
         segment_frames: Frames committed at once; a multiple of `shard_frames`.
         normals_dtype: int8 is off by at most 0.4 degrees, int16 and float16 by far less, in 5 to 7 times the space.
+        uncertainty: Whether the spread of depth ensembles is stored, packed as depth is.
     """
 
     labels: tuple[Modality, ...] = ("depth", "normals")
     shard_frames: int = 16
     segment_frames: int = 64
     normals_dtype: Literal["int8", "int16", "float16"] = "int8"
+    uncertainty: bool = False
 
     def __post_init__(self) -> None:
         known = get_args(Modality)
@@ -71,10 +73,18 @@ class Layout:
             )
         if self.normals_dtype not in NORMALS_FULL_SCALE:
             raise ConfigError(f"normals_dtype is {self.normals_dtype!r}: give one of {list(NORMALS_FULL_SCALE)}")
+        if self.uncertainty and "depth" not in self.labels:
+            raise ConfigError(f"uncertainty is depth's, and labels is {list(self.labels)}: add depth, or leave it out")
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that hold labels: one row a frame, written in shards."""
+        return (*self.labels, "uncertainty") if self.uncertainty else self.labels
 
     def document(self) -> Document:
-        """The layout as JSON."""
-        return {**asdict(self), "labels": list(self.labels)}
+        """The layout as JSON; without `uncertainty` where there is none, as in stores that never knew of it."""
+        document = {**asdict(self), "labels": list(self.labels)}
+        return document if self.uncertainty else {key: document[key] for key in document if key != "uncertainty"}
 
     @classmethod
     def from_document(cls, document: Document) -> Layout:
@@ -83,7 +93,7 @@ class Layout:
 
     def frames_per_shard(self, height: int, width: int) -> int:
         """Frames in one shard of a source of this canvas: `shard_frames`, halved until a shard is small enough."""
-        bytes_per_frame = height * width * (2 * ("depth" in self.labels) + self._bytes_per_normal)
+        bytes_per_frame = height * width * (2 * (("depth" in self.labels) + self.uncertainty) + self._bytes_per_normal)
         frames = self.shard_frames
         while frames > 1 and frames * bytes_per_frame > MAX_SHARD_BYTES:
             frames //= 2
@@ -99,7 +109,7 @@ class Layout:
 
 
 def pack_depth(depth: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Pack depth.
+    """Pack depth, or its uncertainty.
 
     Args:
         depth: (H, W) float32 in [0, 1], clipped to it; NaN where invalid.
@@ -173,15 +183,19 @@ def source_arrays(source: Source, layout: Layout) -> dict[str, Document]:
     coordinate = "time" if source.time_s is not None else "key"
     along = {"coordinates": coordinate}
     arrays: dict[str, Document] = {}
-    if "depth" in layout.labels:
-        arrays["depth"] = _sharded(
+    depths = {
+        "depth": "affine-invariant depth, 0 near, 1 far",
+        "uncertainty": "median absolute deviation of the ensemble's depths from depth",
+    }
+    for name in (name for name in depths if name in layout.arrays):
+        arrays[name] = _sharded(
             shape=(F, H, W),
             shard_frames=shard,
             dtype="uint16",
             fill=DEPTH_INVALID,
             dimensions=("frame", "y", "x"),
             attributes={
-                "long_name": "affine-invariant depth, 0 near, 1 far",
+                "long_name": depths[name],
                 "units": "1",
                 "scale_factor": DEPTH_STEP,
                 "_FillValue": DEPTH_INVALID,

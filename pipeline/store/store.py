@@ -108,8 +108,9 @@ def open_datasets(path: Path | str) -> dict[str, xarray.Dataset]:
 
     Returns:
         Source id -> dataset with `depth` (frame, y, x) float32 in [0, 1], NaN where invalid; `normals`
-        (frame, y, x, axis) float32, unit to the precision of the packing, (0, 0, 0) where invalid; `status` and
-        `reason` (frame,); the coordinate `time` in seconds (video) or `key` (images, which also have `size`).
+        (frame, y, x, axis) float32, unit to the precision of the packing, (0, 0, 0) where invalid; `uncertainty`
+        (frame, y, x) float32 of ensembles' depth; `status` and `reason` (frame,); the coordinate `time` in seconds
+        (video) or `key` (images, which also have `size`).
     """
     import xarray
 
@@ -118,7 +119,7 @@ def open_datasets(path: Path | str) -> dict[str, xarray.Dataset]:
     datasets = {}
     for source_id in store.sources():
         dataset = groups[f"/{source_id}"]
-        for name in store.layout.labels:
+        for name in store.layout.arrays:
             attributes = dataset[name].attrs
             if "scale_factor" in attributes:
                 # JSON has float64 only, in which xarray would then decode: twice the memory, for 13 bits of depth.
@@ -214,7 +215,7 @@ class Store:
         H, W = self.attributes(segment.source_id)["size"]
         arrays = {
             name: self.array(segment.source_id, name)
-            for name in ("depth", "normals", "size", "reason", "status")
+            for name in (*self.layout.arrays, "size", "reason", "status")
             if f"{segment.source_id}/{name}" in self._members
         }
         return SegmentWriter(segment, H, W, self.layout, arrays)

@@ -45,26 +45,35 @@ class SegmentWriter:
             for file in _chunk_files(array, segment):
                 remove_partial(file)
 
-    def put(self, index: int, depth: npt.NDArray[np.float32] | None, normals: npt.NDArray[np.float32] | None) -> None:
+    def put(
+        self,
+        index: int,
+        depth: npt.NDArray[np.float32] | None,
+        normals: npt.NDArray[np.float32] | None,
+        uncertainty: npt.NDArray[np.float32] | None = None,
+    ) -> None:
         """Give one frame's labels: exactly those that the store's layout names.
 
         Args:
             index: The frame's index in its source.
             depth: (H, W) float32 in [0, 1], NaN where invalid.
             normals: (H, W, 3) float32 unit vectors, (0, 0, 0) where invalid.
+            uncertainty: (H, W) float32 in units of depth, NaN where invalid.
         """
         row = self._free_row(index)
         labels: dict[str, npt.NDArray[Any]] = {}
-        for name, label in (("depth", depth), ("normals", normals)):
-            if (label is not None) != (name in self._layout.labels):
+        for name, label in (("depth", depth), ("normals", normals), ("uncertainty", uncertainty)):
+            if (label is not None) != (name in self._layout.arrays):
                 given = "no " if label is None else ""
                 raise StoreError(f"frame {index} of {self._segment} has {given}{name}, but {self._expected()}")
             if label is not None:
                 self._check_shape(index, name, label)
-                labels[name] = pack_depth(label) if name == "depth" else pack_normals(label, self._layout.normals_dtype)
+                labels[name] = (
+                    pack_normals(label, self._layout.normals_dtype) if name == "normals" else pack_depth(label)
+                )
         sizes = {label.shape[:2] for label in labels.values()}
         if len(sizes) > 1:
-            raise StoreError(f"frame {index} of {self._segment} has depth and normals of different sizes: {sizes}")
+            raise StoreError(f"frame {index} of {self._segment} has labels of different sizes: {sizes}")
         self._size[row] = sizes.pop()
         self._rows[row] = labels
         self._finish_row(row, LABELLED)
@@ -110,7 +119,7 @@ class SegmentWriter:
             raise StoreError(f"{name} of frame {index} of {self._segment} is {label.shape}, not {bound}{expected}")
 
     def _expected(self) -> str:
-        return f"the store's labels are {list(self._layout.labels)}"
+        return f"the store's labels are {list(self._layout.arrays)}"
 
     def _finish_row(self, row: int, status: int) -> None:
         self._status[row] = status
@@ -129,9 +138,9 @@ class SegmentWriter:
             self._writing = None
 
     def _write_shard(self, start: int, rows: list[dict[str, npt.NDArray[Any]]]) -> None:
-        for name in self._layout.labels:
+        for name in self._layout.arrays:
             array = self._arrays[name]
-            fill = DEPTH_INVALID if name == "depth" else 0
+            fill = 0 if name == "normals" else DEPTH_INVALID
             shard = np.full((len(rows), *array.shape[1:]), fill, array.dtype)
             for canvas, labels in zip(shard, rows, strict=True):
                 if name in labels:

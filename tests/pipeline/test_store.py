@@ -129,6 +129,25 @@ class TestRoundTrip:
         assert np.isnan(depth[:, 24:]).all()
         assert (dataset["normals"][4, 20:].values == 0).all()
 
+    def test_uncertainty_is_packed_as_depth_and_kept_with_it(self, tmp_path):
+        with pytest.raises(ConfigError, match="add depth"):
+            Layout(labels=("normals",), uncertainty=True)
+        store = stores.create(tmp_path / "s", Layout(labels=("depth",), uncertainty=True), {})
+        assert stores.open_store(store.path).layout == store.layout
+        store.add(VIDEO)
+        (segment,) = store.segments("video")
+        with pytest.raises(StoreError, match=r"has no uncertainty.*\['depth', 'uncertainty'\]"):
+            store.writer(segment).put(0, labels(0)[0], None)
+        writer = store.writer(segment)
+        for index in range(17):
+            writer.put(index, labels(index)[0], None, labels(index + 1)[0] / 10)
+        writer.fail(17, "no picture")
+        writer.commit()
+        uncertainty = depthmill.open(store.path)["video"].uncertainty
+        assert uncertainty.dtype == np.float32
+        assert np.abs(uncertainty[3].values - labels(4)[0] / 10).max() <= DEPTH_STEP / 2 + 1e-7
+        assert np.isnan(uncertainty[17]).all()
+
     def test_one_kind_of_label_alone(self, tmp_path):
         store = stores.create(tmp_path / "s", Layout(labels=("depth",)), {})
         store.add(VIDEO)

@@ -14,6 +14,7 @@ from depthmill.pipeline.errors import RunStoppedError, SourceError, StoreMismatc
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.stages import Worker
+from depthmill.pipeline.store import open_datasets, open_store
 from depthmill.tests import media, runs
 from depthmill.workers.label import label
 
@@ -112,6 +113,8 @@ def test_batches_and_other_inputs_may_change_between_runs(video, tmp_path, confi
         ({"labels": ("depth",)}, "labels"),
         ({"segment_frames": 4}, "segment_frames"),
         ({"normals_axes": "left-up-towards"}, "left-up-towards"),
+        ({"steps": 4}, "sampling: absent there.*steps"),
+        ({"noise": "gaussian", "ensemble": 3}, "layout.uncertainty: absent there, true now"),
     ],
 )
 def test_another_configuration_is_not_mixed_in(video, tmp_path, config, change, named):
@@ -135,7 +138,9 @@ def test_pictures_of_many_sizes_fill_their_batches(tmp_path, config, monkeypatch
     sizes = [(30, 40), (40, 30), (60, 80), (80, 60)]
     media.write_image_folder(tmp_path / "photos", count=24, sizes=sizes)
     batches, original = [], Labeler.label
-    monkeypatch.setattr(Labeler, "label", lambda self, frames: batches.append(len(frames)) or original(self, frames))
+    monkeypatch.setattr(
+        Labeler, "label", lambda self, frames, keys: batches.append(len(frames)) or original(self, frames, keys)
+    )
     options = {"segment_frames": 24}
     run([tmp_path / "photos"], tmp_path / "out.zarr", config.model_copy(update=options))
     assert batches == [4] * 6
@@ -235,12 +240,64 @@ def test_an_attempt_that_fails_once_leaves_no_trace(video, tmp_path, config, mon
     run([video], tmp_path / "whole.zarr", config)
     original, tries = Labeler.label, []
 
-    def fail_once(self, frames):
+    def fail_once(self, frames, keys):
         tries.append(frames)
         if len(tries) == 2:
             raise RuntimeError("once")
-        return original(self, frames)
+        return original(self, frames, keys)
 
     monkeypatch.setattr(Labeler, "label", fail_once)
     assert run([video], tmp_path / "out.zarr", config).labelled == 19
     assert runs.contents(tmp_path / "out.zarr") == runs.contents(tmp_path / "whole.zarr")
+
+
+SAMPLED = {"steps": 2, "noise": "gaussian", "ensemble": 3}
+
+
+def test_an_ensemble_s_uncertainty_is_stored_and_opens(video, tmp_path, config, checkpoints):
+    run([video], tmp_path / "out.zarr", config.model_copy(update=SAMPLED))
+    source = only_source(tmp_path / "out.zarr")
+    assert source.uncertainty.dims == ("frame", "y", "x")
+    frames = np.stack([frame.image for frame in open_source(video).read(0, 19)])
+    keys = [f"{depthmill_id(tmp_path / 'out.zarr')}/{index}" for index in range(19)]
+    labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=7, **SAMPLED)
+    labels = labeler(frames, keys)
+    assert labels.uncertainty.mean() > 1e-3
+    assert np.abs(source.uncertainty.values - labels.uncertainty).max() <= 1.5e-4  # packing, and other batches
+    assert np.abs(source.depth.values - labels.depth).max() <= 1.5e-4
+    opened = open_datasets(tmp_path / "out.zarr")[depthmill_id(tmp_path / "out.zarr")]
+    assert opened.uncertainty.dtype == np.float32
+
+
+def depthmill_id(store):
+    (source,) = open_store(store).sources()
+    return source
+
+
+def test_sampled_labels_do_not_depend_on_segments_or_batches(video, tmp_path, config):
+    stores = []
+    for name, cut in (("a", {}), ("b", {"segment_frames": 4, "batch_size": 3}), ("c", {"segment_frames": 20})):
+        stores.append(tmp_path / name)
+        run([video], stores[-1], config.model_copy(update=SAMPLED | cut))
+    one, *others = [only_source(store) for store in stores]
+    for other in others:
+        assert np.abs(one.depth.values - other.depth.values).max() <= 4.1e-4  # two packing steps: rounding
+        assert np.abs(one.uncertainty.values - other.uncertainty.values).max() <= 4.1e-4
+        assert (np.abs(one.normals.values - other.normals.values).max(axis=-1) < 0.02).mean() > 0.99
+
+
+def test_a_seed_where_nothing_is_random_changes_no_store(video, tmp_path, config):
+    run([video], tmp_path / "out.zarr", config)
+    assert run([video], tmp_path / "out.zarr", config.model_copy(update={"seed": 1})).committed == 0
+    gaussian = config.model_copy(update={"noise": "gaussian"})
+    run([video], tmp_path / "noisy.zarr", gaussian)
+    with pytest.raises(StoreMismatchError, match="seed: 0 there, 1 now"):
+        run([video], tmp_path / "noisy.zarr", gaussian.model_copy(update={"seed": 1}))
+
+
+def test_the_default_store_does_not_know_of_sampling(video, tmp_path, config):
+    run([video], tmp_path / "out.zarr", config)
+    header = json.loads((tmp_path / "out.zarr" / "zarr.json").read_text())["attributes"]["depthmill"]
+    assert set(header["layout"]) == {"labels", "shard_frames", "segment_frames", "normals_dtype"}
+    assert set(header["identity"]) == {"checkpoints", "processing_resolution", "dtype"}
+    assert "uncertainty" not in only_source(tmp_path / "out.zarr")

@@ -267,6 +267,11 @@ def test_it_is_not_mixed_with_another(geowizard, checkpoints):
         open_checkpoints(config)
 
 
+def test_it_is_sampled_in_one_step_alone(geowizard):
+    with pytest.raises(ConfigError, match="in one step from zero noise alone"):
+        open_checkpoints(LabelConfig(checkpoint=str(geowizard), steps=4, noise="gaussian"))
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "scheduler", "feature_extractor"])
 def test_a_missing_part_is_named(copy, part):
     shutil.rmtree(copy / part)

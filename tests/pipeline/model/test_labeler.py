@@ -140,11 +140,11 @@ def test_out_of_memory_halves_the_batch_and_remembers(checkpoints, monkeypatch):
     labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=8)
     forward, batches = labeler._forward, []
 
-    def small_gpu(frames):
+    def small_gpu(frames, keys):
         if len(frames) > 3:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         batches.append(len(frames))
-        return forward(frames)
+        return forward(frames, keys)
 
     monkeypatch.setattr(labeler, "_forward", small_gpu)
     frames = noise(7, 16, 24, 3)
@@ -156,7 +156,7 @@ def test_out_of_memory_halves_the_batch_and_remembers(checkpoints, monkeypatch):
 def test_a_frame_too_large_for_the_gpu_is_an_error(checkpoints, monkeypatch):
     labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=2)
 
-    def no_memory(frames):
+    def no_memory(frames, keys):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(labeler, "_forward", no_memory)
