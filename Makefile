@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all check format clean
+.PHONY: setup demo paper test test-all check format clean
 
 setup: $(READY)
 
@@ -16,6 +16,9 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/depthmill label demo/pedestrians.mp4 demo/labels.zarr --config configs/demo.yaml
 	$(BIN)/depthmill preview demo/labels.zarr --out demo
+
+paper: setup
+	$(BIN)/python benchmarks/paper/paper.py
 
 test: setup
 	$(BIN)/pytest

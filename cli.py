@@ -153,20 +153,32 @@ def preview(
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/train-demo.yaml.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, as configs/train-marigold-depth.yaml.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; by default runs/ and the name of CONFIG.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to train; a GPU if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu keeps off a GPU.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever the folder holds.")] = False,
 ) -> None:
-    """Train a checkpoint; the same command goes on where it was stopped."""
+    """Train a checkpoint; the same command goes on where it was stopped.
+
+    On several GPUs or machines: accelerate launch --module depthmill.cli train CONFIG.
+    """
     import logging
 
     from depthmill.pipeline.config import load_config
+    from depthmill.pipeline.errors import ConfigError
     from depthmill.pipeline.training.config import TrainConfig
-    from depthmill.pipeline.training.train import train as run
 
+    try:
+        from depthmill.pipeline.training.train import train as run
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"training needs {error.name}, which is not installed: pip install 'depthmill[train]'"
+        ) from error
+    from depthmill.workers.progress import quiet_libraries
+
+    quiet_libraries()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("depthmill").setLevel(logging.INFO)
     settings = load_config(TrainConfig, config, {})
@@ -196,6 +208,9 @@ def evaluate(
     normals_axes: Annotated[
         str | None, typer.Option(help="Where x, y and z of the checkpoint's, or the folder's, normals point.")
     ] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="indoor, outdoor or object, for GeoWizard checkpoints; Sintel's is outdoor.")
+    ] = None,
     processing_resolution: Annotated[
         int | None,
         typer.Option(help="Longer side in pixels at which the model sees a picture; by default the paper's."),
@@ -223,6 +238,7 @@ def evaluate(
     options = {
         "checkpoint": checkpoint,
         "normals_axes": normals_axes,
+        "domain": domain,
         "processing_resolution": processing_resolution,
         "batch_size": batch_size,
         "device": device,
@@ -253,3 +269,7 @@ def evaluate(
     quiet_libraries()
     if run(wanted, data, out or Path("evaluations") / name, what, split=split, overwrite=overwrite).skipped:
         raise typer.Exit(SOME_FAILED)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from depthmill.pipeline.model.labeler import Labeler
-from depthmill.pipeline.training import data, losses, scenes
+from depthmill.pipeline.training import losses, scenes
+from depthmill.pipeline.training.from_scratch.train import HELD_OUT_SEED
 from depthmill.pipeline.training.raycast import Views
-from depthmill.pipeline.training.train import HELD_OUT_SEED
 
 HEIGHT, WIDTH = 96, 128
 # Not those that pictures during training were drawn of, with which its course was judged.
@@ -37,7 +37,7 @@ def guess(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     depth, normals = torch.zeros(1, HEIGHT, WIDTH), torch.zeros(1, 3, HEIGHT, WIDTH)
     for start in range(0, count, _BATCH):
         views = scenes.view(range(start, start + _BATCH), HEIGHT, WIDTH)
-        depth += data.normalised_depth(views.depth, views.mask).sum(0)
+        depth += losses.normalised_depth(views.depth, views.mask).sum(0)
         normals += views.normals.sum(0)
     return depth / count, torch.nn.functional.normalize(normals, dim=1)
 

@@ -208,17 +208,22 @@ def load_scheduler(checkpoint: Checkpoint) -> DDIMScheduler:
 _DDIM_FIELDS = frozenset(DDIMScheduler().config) - {"_class_name", "_diffusers_version"}
 
 
+def load_text(checkpoint: Checkpoint) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The tokenizer, and the text encoder, float32, on the CPU, frozen."""
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(checkpoint.directory / "tokenizer", local_files_only=True)
+    except Exception as error:
+        raise _unloadable(checkpoint, "tokenizer", error) from error
+    return tokenizer, load_part(checkpoint, CLIPTextModel, "text_encoder", dtype=torch.float32)
+
+
 def empty_prompt(checkpoint: Checkpoint) -> torch.Tensor:
     """Embed the empty prompt, once; the text encoder is not kept.
 
     Returns:
         (1, tokens, width) float32: 2 tokens (begin, end), or 77 where the checkpoint's description says so.
     """
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(checkpoint.directory / "tokenizer", local_files_only=True)
-    except Exception as error:
-        raise _unloadable(checkpoint, "tokenizer", error) from error
-    encoder = load_part(checkpoint, CLIPTextModel, "text_encoder", dtype=torch.float32)
+    tokenizer, encoder = load_text(checkpoint)
     tokens = tokenizer(
         "",
         padding=checkpoint.description.prompt_padding,
@@ -287,9 +292,7 @@ def _files(name: str, directory: Path) -> list[Path]:
         )
     for part in parts:
         if part not in _WITHOUT_WEIGHTS and not any((directory / part).glob("*.safetensors")):
-            pickles = sorted(
-                path.name for path in (directory / part).iterdir() if path.suffix in (".bin", ".pt", ".ckpt")
-            )
+            pickles = sorted(path.name for path in (directory / part).iterdir() if path.suffix in _PICKLES)
             found = f"only {', '.join(pickles)}, a pickle, which can run code when opened" if pickles else "no weights"
             raise CheckpointError(
                 f"checkpoint {name}: {part}/ holds {found}; expected .safetensors: "

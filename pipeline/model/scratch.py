@@ -18,6 +18,7 @@ from diffusers import (
     DDIMScheduler,
     MarigoldDepthPipeline,
     MarigoldNormalsPipeline,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -209,10 +210,11 @@ def _build_tokenizer() -> CLIPTokenizer:
 def save(
     parts: Parts,
     directory: Path,
-    modality: Modality,
+    modality: Modality | None,
     *,
     processing_resolution: int,
     dtype: torch.dtype = torch.float32,
+    normals_axes: str = STORED_AXES,
     clip_normals: bool = True,
 ) -> None:
     """Write a checkpoint: `unet/ vae/ scheduler/ tokenizer/ text_encoder/ model_index.json`, safetensors.
@@ -220,9 +222,10 @@ def save(
     Args:
         parts: Modules; left as they are, whatever `dtype` is.
         directory: Made if it does not exist; files of the same names are replaced.
-        modality: What the checkpoint answers.
+        modality: What the checkpoint answers; None makes a Stable Diffusion one, which answers nothing yet.
         processing_resolution: Longer side, in pixels, that pictures are resized to unless the user says otherwise.
         dtype: Of the weights on disk.
+        normals_axes: Part of the description (`model/checkpoint.py`): where the normals' axes point.
         clip_normals: Part of the description (`model/checkpoint.py`); False for a loss that leaves their length free.
     """
     modules: dict[str, Any] = {
@@ -232,21 +235,27 @@ def save(
         "text_encoder": deepcopy(parts.text_encoder).to(dtype),
         "scheduler": parts.scheduler,
         "tokenizer": parts.tokenizer,
+    }
+    extra = {
         "default_denoising_steps": 1,
         "default_processing_resolution": processing_resolution,
         "prediction_type": modality,
     }
     if modality == "depth":
-        pipeline = MarigoldDepthPipeline(**modules, scale_invariant=True, shift_invariant=True)
+        pipeline = MarigoldDepthPipeline(**modules, **extra, scale_invariant=True, shift_invariant=True)
+    elif modality == "normals":
+        pipeline = MarigoldNormalsPipeline(**modules, **extra, use_full_z_range=True)
     else:
-        pipeline = MarigoldNormalsPipeline(**modules, use_full_z_range=True)
+        pipeline = StableDiffusionPipeline(
+            **modules, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     directory.mkdir(parents=True, exist_ok=True)
     pipeline.save_pretrained(directory, safe_serialization=True)
     # Transformers 5 writes `tokenizer.json` alone; older versions want the two files that it is made from.
     (directory / "tokenizer" / "vocab.json").write_text(json.dumps(_VOCABULARY) + "\n")
     (directory / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     if modality == "normals":
-        description = {"normals_axes": STORED_AXES, "clip_normals": clip_normals}
+        description = {"normals_axes": normals_axes, "clip_normals": clip_normals}
         (directory / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
 

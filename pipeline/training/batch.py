@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,10 +33,50 @@ class Batch:
         """Some of the pictures."""
         return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory."""
+        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
 
 def concatenate(parts: Sequence[Batch]) -> Batch:
     """Put batches of one picture size together."""
     return Batch(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Batch)))
+
+
+def flip(batch: Batch) -> Batch:
+    """Mirror left to right; a normal's x changes its sign with it."""
+    target = batch.target.flip(3)
+    if target.shape[1] == 3:
+        target = target * torch.tensor([-1.0, 1.0, 1.0]).view(1, 3, 1, 1)
+    return Batch(batch.rgb.flip(3), target, batch.mask.flip(2))
+
+
+def cut(batch: Batch, height: int, width: int, share: float, rng: np.random.Generator) -> Batch:
+    """Cut a piece out of the pictures, anywhere, and resize it.
+
+    Colours are averaged down; truth is taken at the nearest pixel, since a mean across an edge is true of neither side.
+    A cut is a camera of longer focal length (off its axis), so normals and depth stay what they are.
+
+    Args:
+        batch: Pictures.
+        height: Rows wanted.
+        width: Columns wanted.
+        share: Of the largest piece that has the wanted aspect ratio, in (0, 1].
+        rng: Draws the place.
+    """
+    H, W = batch.mask.shape[1:]
+    scale = share * min(H / height, W / width)
+    h, w = max(round(height * scale), 1), max(round(width * scale), 1)
+    top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
+    rows = top + ((torch.arange(height) + 0.5) * h / height).long()[:, None]
+    columns = left + ((torch.arange(width) + 0.5) * w / width).long()
+    piece = batch.rgb[:, :, top : top + h, left : left + w]
+    rgb = torch.nn.functional.interpolate(piece, (height, width), mode="bilinear", antialias=True)
+    return Batch(rgb, batch.target[:, :, rows, columns], batch.mask[:, rows, columns])
 
 
 class TrainingSet(Protocol):

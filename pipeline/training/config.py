@@ -1,114 +1,118 @@
-"""What a training run is told: one YAML file, checked before anything is rendered or trained."""
+"""What `depthmill train` is told: one YAML file, checked before anything is read or trained."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from depthmill.pipeline.config import Noise
 from depthmill.pipeline.model.scratch import Architecture
-from depthmill.pipeline.training.pool import SHARD
+from depthmill.pipeline.training.sets import SetConfig
+from depthmill.pipeline.types import Modality
+
+Objective = Literal["autoencoder", "generative", "diffusion", "end_to_end"]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Data(_Strict):
-    """Where training scenes come from.
+class Augment(_Strict):
+    """How a picture is changed before it is trained on.
 
     Attributes:
-        pool: Folder that rendered scenes are kept in and reused from.
-        height: Rows of a rendered scene.
-        width: Columns of a rendered scene.
-        render_processes: How many processes render what the pool lacks, each on one core.
+        flip: Mirror every other picture left to right; a normal's x changes its sign with it.
+        height: Rows of the piece that is cut out and resized; left out, pictures stay whole and at their own size.
+        width: Its columns.
+        smallest_cut: Least share of a picture's width that is cut out.
+        degrade: Blur, noise, compression and colour casts of cheap cameras (`degrade.py`), for clean renderings.
     """
 
-    pool: Path = Path(".cache/scenes")
-    height: int = Field(default=144, gt=0)
-    width: int = Field(default=192, gt=0)
-    render_processes: int = Field(default=2, ge=1)
-
-
-class Stage(_Strict):
-    """One part of a run, with its own objective, picture size and learning-rate schedule.
-
-    Attributes:
-        name: For log lines and the loss table.
-        objective: `autoencoder`: the VAE alone learns to give back pictures, depth and normals. `end_to_end`: VAE and
-            both UNets learn from the decoded answer of one step at the last time step with zero noise.
-        scenes: How many scenes of the pool, from the first.
-        steps: Optimizer steps.
-        batch_size: Pictures a step.
-        height: Rows of a training picture, which is cut from a scene at a random scale and place.
-        width: Columns of a training picture.
-        smallest_cut: Least share of a scene's width that is cut out; 1 always shows the whole.
-        learning_rate: Peak; AdamW.
-        warmup_steps: Steps over which the learning rate rises from 0.
-        final_learning_rate: Share of the peak that it decays to, exponentially, over the stage.
-        anchor: Weight, beside the paper's affine-invariant loss, of the plain difference to depth normalised as
-            Marigold does it (near -1, far +1): a network from scratch has to be told which way depth runs.
-        slopes: Weight of the difference of slopes to that same target: for edges, sooner.
-        relative: Weight of the paper's affine-invariant loss once more, each pixel's part divided by its metric depth:
-            what is near counts as much as what is far.
-    """
-
-    name: str
-    objective: Literal["autoencoder", "end_to_end"]
-    scenes: int = Field(gt=0, multiple_of=SHARD)
-    steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
+    flip: bool = True
+    height: int | None = Field(default=None, gt=0)
+    width: int | None = Field(default=None, gt=0)
     smallest_cut: float = Field(default=1.0, gt=0, le=1)
-    learning_rate: float = Field(gt=0)
-    warmup_steps: int = Field(default=100, ge=1)
-    final_learning_rate: float = Field(default=0.01, gt=0, le=1)
-    anchor: float = Field(default=1.0, ge=0)
-    slopes: float = Field(default=0.0, ge=0)
-    relative: float = Field(default=0.0, ge=0)
+    degrade: bool = False
 
 
 class TrainConfig(_Strict):
-    """A training run.
+    """A training run; the defaults are those of the paper's fine-tuning (Martin Garcia et al., WACV 2025, section 5).
 
     Attributes:
-        seed: Of the initial weights and of everything drawn in training.
-        architecture: Of the network to make from nothing.
-        processing_resolution: What the checkpoint will say that it wants its pictures' longer side to be.
-        data: Where scenes come from.
-        stages: One after the other.
-        save_steps: A resumable state and a checkpoint are written every so many steps.
-        picture_steps: Held-out scenes are drawn every so many steps.
+        objective: What is learnt. `end_to_end`: the decoded answer of one step at the last time step, by the task's own
+            loss (the paper, section 4). `diffusion`: the denoising of depth or normals latents given the picture's
+            (Ke et al., CVPR 2024, section 3.2). `generative`: the denoising of pictures' latents, given nothing.
+            `autoencoder`: the VAE, from pictures, depth and normals.
+        modality: What the estimator answers.
+        start: Checkpoint to start from: a directory in diffusers layout or a hub id. Its UNet takes 4 channels (Stable
+            Diffusion) or 8 (an estimator); the former is widened where the objective needs both latents.
+        architecture: Of a network to make from nothing, in place of `start`.
+        sets: Training sets, and the share of steps that each has.
+        held_out: Where the pictures come from that are drawn and scored every `picture_steps`, which must not be
+            trained on; left out, none are.
+        held_out_pictures: How many of them.
+        noise: What stands in the noisy latent's place in `end_to_end`, as it will in labelling.
+        noise_discount: Strength of the multi-resolution noise of `diffusion`, annealed to none at t = 0; 0 is gaussian.
+        anchor: Weight of the plain difference to depth normalised to [-1, 1], beside the paper's affine-invariant loss,
+            which does not mind depth running backwards; for starts that never saw depth.
+        slopes: Weight of the difference of slopes to that same target: for edges, sooner.
+        relative: Weight of the affine-invariant loss once more, each pixel's part divided by its depth.
+        steps: Optimizer steps.
+        batch_size: Pictures in a micro-batch, on each process.
+        accumulation: Micro-batches to an optimizer step, on each process.
+        learning_rate: Peak; AdamW.
+        warmup_steps: Steps over which the learning rate rises from 0.
+        final_learning_rate: Share of the peak that it decays to, exponentially.
+        weight_decay: AdamW's.
         gradient_clip: Largest norm of a step's gradient.
-        cpu_threads: On a CPU, into how many parts a batch is split, each on one core; at most the batch size.
+        gradient_checkpointing: Trade a third more time for a fraction of the memory.
+        mixed_precision: Of the networks; weights, losses and the optimizer stay in float32.
+        ema: Decay of an exponential moving average of the weights, which is then what is saved; left out, none.
+        augment: How pictures are changed before they are trained on.
+        processing_resolution: What the checkpoint will say that it wants a picture's longer side to be.
+        save_dtype: Of the saved weights.
+        save_steps: A state to resume from is written every so many steps, and the one before it removed.
+        picture_steps: Held-out pictures are drawn and scored every so many steps, and at the end.
+        loader_workers: Processes that read pictures ahead; 0 reads between the steps.
+        seed: Of everything that is drawn.
     """
 
-    seed: int = 0
-    architecture: Architecture
-    processing_resolution: int = Field(gt=0)
-    data: Data = Field(default_factory=Data)
-    stages: tuple[Stage, ...] = Field(min_length=1)
-    save_steps: int = Field(default=500, gt=0)
-    picture_steps: int = Field(default=500, gt=0)
+    objective: Objective = "end_to_end"
+    modality: Modality = "depth"
+    start: str | None = None
+    architecture: Architecture | None = None
+    sets: tuple[SetConfig, ...] = Field(min_length=1)
+    held_out: SetConfig | None = None
+    held_out_pictures: int = Field(default=16, gt=0)
+    noise: Noise = "zeros"
+    noise_discount: float = Field(default=0.9, ge=0, le=1)
+    anchor: float = Field(default=0.0, ge=0)
+    slopes: float = Field(default=0.0, ge=0)
+    relative: float = Field(default=0.0, ge=0)
+    steps: int = Field(default=20_000, gt=0)
+    batch_size: int = Field(default=2, gt=0)
+    accumulation: int = Field(default=16, gt=0)
+    learning_rate: float = Field(default=3e-5, gt=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    final_learning_rate: float = Field(default=0.01, gt=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0)
     gradient_clip: float = Field(default=1.0, gt=0)
-    cpu_threads: int = Field(default=1, ge=1)
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    augment: Augment = Field(default_factory=Augment)
+    processing_resolution: int = Field(default=768, ge=16)
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    save_steps: int = Field(default=1000, gt=0)
+    picture_steps: int = Field(default=1000, gt=0)
+    loader_workers: int = Field(default=4, ge=0)
+    seed: int = 0
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> TrainConfig:
-        if len({stage.name for stage in self.stages}) < len(self.stages):
-            raise ValueError("two stages have the same name: the loss table tells stages apart by their names")
-        factor = self.architecture.vae_factor
-        for stage in self.stages:
-            if stage.height % factor or stage.width % factor:
-                raise ValueError(
-                    f"stage {stage.name!r}: {stage.height} x {stage.width} is not divisible by {factor}, "
-                    "which is how many times smaller than a picture this architecture's latents are"
-                )
-            if stage.height * self.data.width != stage.width * self.data.height:
-                raise ValueError(
-                    f"stage {stage.name!r}: {stage.height} x {stage.width} has another aspect ratio than the scenes, "
-                    f"{self.data.height} x {self.data.width}"
-                )
+    def _consistent(self) -> Self:
+        if (self.start is None) == (self.architecture is None):
+            raise ValueError("give either start (a checkpoint to go on from) or architecture (to begin from nothing)")
+        if (self.augment.height is None) != (self.augment.width is None):
+            raise ValueError("augment: give both height and width of the piece to cut out, or neither")
         return self

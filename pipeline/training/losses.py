@@ -59,6 +59,22 @@ def clip_depth(depth: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return clipped, (high - low) > _FLAT * high.clamp(min=1e-9)
 
 
+def normalised_depth(depth: Tensor, mask: Tensor) -> Tensor:
+    """Depth as Marigold shows it to its VAE: the 2nd percentile at -1, the 98th at +1, clipped; sky is far, +1.
+
+    Args:
+        depth: (B, H, W) metres.
+        mask: (B, H, W) bool, False where there is sky.
+
+    Returns:
+        (B, H, W) float32 in [-1, 1]; all +1 in a picture without depth.
+    """
+    clipped, _ = clip_depth(depth, mask)
+    low, high = clipped.amin((1, 2), keepdim=True), clipped.amax((1, 2), keepdim=True)
+    spread = high - low
+    return torch.where(spread > 0, 2 * (clipped - low) / spread.clamp(min=1e-9) - 1, 1.0)
+
+
 def fit_affine(prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Least-squares scale and shift of predictions to targets, picture by picture.
 

@@ -31,7 +31,7 @@ _PIXEL = np.dtype([("rgb", np.uint8, 3), ("depth", np.float16), ("normals", np.i
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Open shards; scene i has the seed i.
+    """Open shards, in the order of their seeds.
 
     Attributes:
         shards: Each (SHARD, H, W) of `_PIXEL`, mapped from its file.
@@ -56,8 +56,8 @@ class Pool:
         )
 
 
-def open_pool(directory: Path, count: int, height: int, width: int, *, processes: int) -> Pool:
-    """Open the scenes of the seeds [0, count), rendering those that are missing.
+def open_pool(directory: Path, count: int, height: int, width: int, *, processes: int, first: int = 0) -> Pool:
+    """Open the scenes of the seeds [first, first + count), rendering those that are missing.
 
     Args:
         directory: Of the pool; made if missing.
@@ -65,11 +65,13 @@ def open_pool(directory: Path, count: int, height: int, width: int, *, processes
         height: Rows.
         width: Columns.
         processes: How many processes render, each on one core.
+        first: Seed of the first scene; a multiple of `SHARD`.
     """
     folder = directory / f"{height}x{width}"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{start:07d}.npy" for start in range(0, count, SHARD)]
-    missing = [(path, i * SHARD, height, width) for i, path in enumerate(paths) if not path.exists()]
+    starts = range(first, first + count, SHARD)
+    paths = [folder / f"{start:07d}.npy" for start in starts]
+    missing = [(path, start, height, width) for path, start in zip(paths, starts, strict=True) if not path.exists()]
     if missing:
         started = time.monotonic()
         # Spawned, since a forked child of a process that has used OpenMP may hang.

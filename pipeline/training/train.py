@@ -1,7 +1,8 @@
-"""The training loop: stages of steps, each step's batch and learning rate functions of its number alone.
+"""The training loop, on accelerate: one process, many GPUs, many nodes.
 
-So a run that was stopped goes on from its last saved state, by the same call, to the same losses as if it had never
-been stopped: weights and the optimizer's moments are all there is to remember.
+What a step is trained on, and every random draw of it, is a function of the step's number. So a run that was stopped
+goes on from its last saved state, by the same call, to the same losses as if it had never been stopped: weights, their
+average and the optimizer's moments are all there is to remember.
 """
 
 from __future__ import annotations
@@ -9,45 +10,36 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import shutil
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from PIL import Image
-from torch import Tensor
 
 from depthmill.pipeline.errors import TrainingError
-from depthmill.pipeline.sources.prefetch import prefetch
-from depthmill.pipeline.training import data, losses, network, scenes
-from depthmill.pipeline.training.config import Stage, TrainConfig
-from depthmill.pipeline.training.network import Network
-from depthmill.pipeline.training.pool import open_pool
-from depthmill.pipeline.training.raycast import Views
+from depthmill.pipeline.training import losses, start
+from depthmill.pipeline.training.batch import Batch, concatenate
+from depthmill.pipeline.training.config import TrainConfig
+from depthmill.pipeline.training.loader import load
+from depthmill.pipeline.training.mixing import read_usable
+from depthmill.pipeline.training.objectives import Objective
+from depthmill.pipeline.training.sets import open_set
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-# Scenes from this seed on are never trained on: pools count up from 0.
-HELD_OUT_SEED = 1_000_000_000
-_HELD_OUT = 16
 _LOG_STEPS = 50
-_BATCHES_AHEAD = 2
-_COLUMNS = (
-    "stage",
-    "step",
-    "learning_rate",
-    "loss",
-    "depth",
-    "anchor",
-    "slopes",
-    "normals",
-    "reconstruction",
-    "gradient_norm",
-    "relative",
-)
+_SCALE_BATCHES = 8
+# What may change when a run goes on: how long it takes, not what comes out.
+_FREE = ("save_steps", "picture_steps", "loader_workers", "held_out", "held_out_pictures", "save_dtype")
 
 
 def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device: str | None = None) -> Path:
@@ -55,227 +47,261 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
 
     Args:
         config: The run.
-        output: Folder for the run: `checkpoint/depth` and `checkpoint/normals` (half precision, what `depthmill label`
-            takes), `state.pt` (to resume), `losses.csv`, `pictures/` of held-out scenes, `config.json`.
+        output: Folder for the run: `checkpoint/` at the end, `states/` to resume from, `losses.csv`, `tensorboard/`,
+            `pictures/` of held-out pictures, `config.json`.
         overwrite: Start over, whatever `output` holds.
-        device: Where to train; a GPU if there is one.
+        device: `cpu` keeps off a GPU; left out, accelerate picks.
 
     Returns:
-        The folder of the checkpoints.
+        The folder of the checkpoint.
 
     Raises:
-        TrainingError: If `output` holds a run of another configuration, or the loss is no longer a number.
+        CheckpointError: If the start cannot be loaded.
+        TrainingError: If `output` holds a run of another configuration, a training set lacks files, or the loss is no
+            longer a number.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    output.mkdir(parents=True, exist_ok=True)
-    net = network.build(config.architecture, config.seed, where)
-    begin, first, moments = 0, 0, {}
-    if (output / "state.pt").exists() and not overwrite:
-        saved = torch.load(output / "state.pt", map_location=where, weights_only=True)
-        begin, first, moments = saved["stage"], saved["step"], saved["optimizer"]
-        _refuse_another_run(config, output, begin + (first > 0))
-        net.modules.load_state_dict(saved["modules"])
-    (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
-    rows = _rows_before(output / "losses.csv", config, begin, first)
-    held_out = _held_out(config)
-    with (output / "losses.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerows([_COLUMNS, *rows])
-        for index in range(begin, len(config.stages)):
-            optimizer = torch.optim.AdamW(_trained(net, config.stages[index]), fused=True)
-            if index == begin and first:
-                optimizer.load_state_dict(moments)
-            steps = _stage(net, optimizer, config, index, first if index == begin else 0)
-            for done, row in steps:
-                stage = config.stages[index]
-                last = done == stage.steps
-                table.writerow([stage.name, done - 1, *row.values()])
-                if stage.objective == "end_to_end" and (last or done % config.picture_steps == 0):
-                    figures = draw(net, held_out, output / "pictures" / f"{index}-{stage.name}-{done:06d}.png")
-                    logger.info("%s %d/%d  held out: %s", stage.name, done, stage.steps, figures)
-                if last or done % config.save_steps == 0:
-                    file.flush()
-                    _save(net, optimizer, (index + 1, 0) if last else (index, done), config, output)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.accumulation,
+        mixed_precision=config.mixed_precision,
+        log_with="tensorboard",
+        project_dir=output / "tensorboard",
+        cpu=device == "cpu",
+    )
+    begun = start.load(config)
+    objective = Objective(begun, config).train()
+    optimizer = torch.optim.AdamW(
+        objective.trained.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    average = None
+    if config.ema is not None:
+        average = EMAModel(objective.trained.parameters(), decay=config.ema)
+        average.to(accelerator.device)
+        accelerator.register_for_checkpointing(average)
+    first = _resume(accelerator, config, output, overwrite=overwrite)
+    if accelerator.is_main_process:
+        (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+    accelerator.init_trackers("train")
+    held_out = _held_out(config) if accelerator.is_main_process else None
+    with _Table(output / "losses.csv", first, write=accelerator.is_main_process) as table:
+        for done, row in _steps(accelerator, wrapped, optimizer, config, first):
+            if average is not None:
+                average.step(objective.trained.parameters())
+            table.write(done, row)
+            accelerator.log(row, step=done)
+            last = done == config.steps
+            if last or done % config.picture_steps == 0:
+                with _averaged(average, objective):
+                    if held_out is not None:
+                        path = output / "pictures" / f"{done:06d}.png"
+                        scores = score(objective, held_out.to(accelerator.device), path)
+                        log.info("step %d, held out: %s", done, scores)
+                        accelerator.log({f"held_out/{name}": value for name, value in scores.items()}, step=done)
+            if last or done % config.save_steps == 0:
+                _save_state(accelerator, output / "states", done)
+    with _averaged(average, objective):
+        if accelerator.is_main_process:
+            if config.objective == "autoencoder":
+                _scale_latents(objective, config, accelerator.device)
+            start.save(begun, output / "checkpoint", config)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return output / "checkpoint"
 
 
-def _stage(
-    net: Network, optimizer: torch.optim.Optimizer, config: TrainConfig, index: int, first: int
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of step `step` from 0: linear warm-up, then exponential decay to a share of the peak at the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    past = (step - config.warmup_steps) / max(config.steps - config.warmup_steps - 1, 1)
+    return float(config.learning_rate * config.final_learning_rate**past)
+
+
+def _steps(
+    accelerator: Accelerator, wrapped: torch.nn.Module, optimizer: Any, config: TrainConfig, first: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Train through one stage from step `first`; after each step, yield how many are done and the table's row."""
-    stage, d = config.stages[index], config.data
-    pool = open_pool(d.pool, stage.scenes, d.height, d.width, processes=d.render_processes)
-    logger.info("stage %s: %d steps from step %d, %d scenes", stage.name, stage.steps, first, len(pool))
-    batches = (data.batch(pool, stage, config.seed * 1000 + index, step) for step in range(first, stage.steps))
-    started, begun = time.monotonic(), first
-    for step, views in enumerate(prefetch(batches, _BATCHES_AHEAD), first):
-        row = _step(net, optimizer, views, stage, config, step)
+    """Train from step `first`; after each step, yield how many are done and the table's row."""
+    trained = accelerator.unwrap_model(wrapped).trained
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    every = config.accumulation * processes  # micro-batches of a step
+    numbers = range(first * every + rank, config.steps * every, processes)
+    stream = zip(numbers, load(config, numbers, pin=accelerator.device.type == "cuda"), strict=True)
+    started, skipped = time.monotonic(), 0
+    for step in range(first, config.steps):
+        rate = learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        sums: dict[str, torch.Tensor] = {}
+        for _ in range(config.accumulation):
+            number, loaded = next(stream)
+            for reason in loaded.skipped:
+                log.warning("left out: %s", reason)
+            skipped += len(loaded.skipped)
+            with accelerator.accumulate(wrapped):
+                terms = wrapped(loaded.batch.to(accelerator.device), _draws(config.seed, number))
+                accelerator.backward(terms["loss"])
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(trained.parameters(), config.gradient_clip)
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach() / config.accumulation
+        row = {name: float(accelerator.reduce(value, "mean")) for name, value in sums.items()}
+        if not isfinite(row["loss"]):
+            raise TrainingError(
+                f"step {step}: the loss is {row['loss']}; expected a number: lower learning_rate, or train in more "
+                "precision (mixed_precision), then run again to go on from the last saved state"
+            )
         done = step + 1
-        if done % _LOG_STEPS == 0 or done == stage.steps:
-            pace = (done - begun) * stage.batch_size / (time.monotonic() - started)
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if isfinite(value))
-            logger.info("%s %d/%d  %s  %.1f pictures/s", stage.name, done, stage.steps, shown, pace)
-        yield done, row
-        if done % _LOG_STEPS == 0:
-            started, begun = time.monotonic(), done
+        if done % _LOG_STEPS == 0 or done == config.steps:
+            pace = (done - first) / (time.monotonic() - started)
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items())
+            left = timedelta(seconds=round((config.steps - done) / pace))
+            pictures = pace * every * config.batch_size
+            log.info("step %d/%d  %s  %.1f pictures/s  %s left", done, config.steps, shown, pictures, left)
+        yield done, {"learning_rate": rate, **row, "gradient_norm": float(norm), "skipped": float(skipped)}
 
 
-def _step(
-    net: Network,
-    optimizer: torch.optim.Optimizer,
-    views: Views,
-    stage: Stage,
-    config: TrainConfig,
-    step: int,
-) -> dict[str, float]:
-    """One optimizer step; the row of the loss table, less the stage's name and the step."""
-    rate = learning_rate(stage, step)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    views = Views(*(getattr(views, name).to(net.prompt.device) for name in ("rgb", "depth", "normals", "mask")))
-    terms = _gradients(net, views, stage, config.cpu_threads)
-    norm = torch.nn.utils.clip_grad_norm_(_trained(net, stage), config.gradient_clip)
-    if not bool(torch.isfinite(norm)):
-        raise TrainingError(
-            f"stage {stage.name!r}, step {step}: the loss is {terms['loss']}, "
-            f"its gradient's norm {float(norm)}; "
-            "lower learning_rate, then run again to go on from the last saved state"
-        )
-    optimizer.step()
-    values = {"learning_rate": rate, **terms, "gradient_norm": float(norm)}
-    return {name: values.get(name, float("nan")) for name in _COLUMNS[2:]}
-
-
-def _gradients(net: Network, views: Views, stage: Stage, threads: int) -> dict[str, float]:
-    """Leave the batch's mean gradient in the parameters; the losses, by name.
-
-    On a CPU the batch is split among threads that meet once a step. OpenMP's own threads meet in every operation, which
-    on a busy machine leaves most of them waiting most of the time.
-    """
-    parameters = _trained(net, stage)
-
-    def part(piece: Views) -> tuple[dict[str, float], Sequence[Tensor | None]]:
-        terms = _autoencoder(net, piece) if stage.objective == "autoencoder" else _end_to_end(net, piece, stage)
-        # Not backward(): the threads would add to the same gradients at once.
-        gradients = torch.autograd.grad(terms["loss"], parameters, allow_unused=True)
-        return {name: float(term.detach()) for name, term in terms.items()}, gradients
-
-    if net.prompt.device.type != "cpu":
-        threads = 1
-    pieces = [views[slice(i * len(views.rgb) // threads, (i + 1) * len(views.rgb) // threads)] for i in range(threads)]
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-        results = list(executor.map(part, pieces)) if threads > 1 else [part(views)]
-    for i, parameter in enumerate(parameters):
-        shares = [gradients[i] for _, gradients in results]
-        parameter.grad = None if shares[0] is None else torch.stack([s for s in shares if s is not None]).mean(0)
-    return {name: sum(terms[name] for terms, _ in results) / threads for name in results[0][0]}
-
-
-def learning_rate(stage: Stage, step: int) -> float:
-    """Linear warm-up, then exponential decay to a share of the peak at the stage's last step."""
-    decay: float = stage.final_learning_rate ** (step / max(stage.steps - 1, 1))
-    return stage.learning_rate * min((step + 1) / stage.warmup_steps, 1.0) * decay
-
-
-def _trained(net: Network, stage: Stage) -> list[torch.nn.Parameter]:
-    # The paper freezes the VAE, which it was given; one trained for minutes has to go on learning with the UNets.
-    modules = net.modules["vae"] if stage.objective == "autoencoder" else net.modules
-    return list(modules.parameters())
-
-
-def _autoencoder(net: Network, views: Views) -> dict[str, Tensor]:
-    """The VAE gives back a third of the scenes as pictures, a third as depth, a third as normals.
-
-    Latents are held, weakly, to unit size for the UNet's sake.
-    """
-    depth = data.normalised_depth(views.depth, views.mask)[:, None].expand_as(views.normals)
-    pictures = torch.cat([views.rgb[0::3] * 2 - 1, depth[1::3], views.normals[2::3]])
-    latent = net.encode(pictures)
-    reconstruction = (net.decode(latent) - pictures).abs().mean()
-    size = latent.square().mean()
-    return {"loss": reconstruction + 1e-2 * (size - 1).clamp(min=0), "reconstruction": reconstruction}
-
-
-def _end_to_end(net: Network, views: Views, stage: Stage) -> dict[str, Tensor]:
-    """The paper's losses on the decoded single step, and the anchor."""
-    depth, normals = net.predict(views.rgb)
-    target = data.normalised_depth(views.depth, views.mask)
-    # The affine-invariant loss is proportional to its target's unit. Metres would weigh a street a hundred times a
-    # table top, so each scene is measured in its own range of depth: two units wide, as the anchor's is.
-    affine = losses.depth_loss(depth, target, views.mask)
-    anchor = (depth - target).abs().mean()
-    angle = losses.normals_loss(normals, views.normals, views.mask)
-    slopes = losses.slope_loss(depth, target)
-    relative = losses.depth_loss(depth, views.depth, views.mask, relative=True)
-    loss = affine + stage.anchor * anchor + stage.slopes * slopes + stage.relative * relative + angle
-    terms = {"depth": affine, "anchor": anchor, "slopes": slopes, "relative": relative, "normals": angle}
-    return {"loss": loss, **terms}
-
-
-def _held_out(config: TrainConfig) -> Views:
-    d = config.data
-    width = config.processing_resolution
-    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + _HELD_OUT)
-    return scenes.view(seeds, width * d.height // d.width, width)
+def _draws(seed: int, number: int) -> torch.Generator:
+    """Random numbers of one micro-batch."""
+    state = int(np.random.SeedSequence((seed, 1, number)).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(state)
 
 
 @torch.no_grad()
-def draw(net: Network, views: Views, path: Path) -> str:
-    """Draw what the network makes of scenes; the figures to be read beside it.
+def _scale_latents(objective: Objective, config: TrainConfig, device: torch.device) -> None:
+    """Make the VAE's scaling factor one over the standard deviation of pictures' latents, as Stable Diffusion's is.
 
-    A column a scene: the picture; depth, true then predicted, near bright; normals, true then predicted.
+    Diffusion adds noise of unit variance, and takes it that latents are of the same size (Rombach et al., CVPR 2022,
+    appendix G).
     """
-    net.modules.eval()
-    depth, normals = (part.cpu() for part in net.predict(views.rgb.to(net.prompt.device)))
-    net.modules.train()
-    relative = losses.abs_rel(depth, views.depth, views.mask).nanmean()
-    angle = losses.angles_deg(normals, views.normals)[views.mask].mean()
-    truth = data.normalised_depth(views.depth, views.mask)
-    unit = torch.nn.functional.normalize(normals, dim=1)
-    rows = [
-        views.rgb,
-        *(((1 - values.clamp(-1, 1)) / 2)[:, None].expand_as(views.rgb) for values in (truth, depth)),
-        *((values + 1) / 2 for values in (views.normals, unit)),
-    ]
+    sample = load(config.model_copy(update={"loader_workers": 0}), range(_SCALE_BATCHES), pin=False)
+    latents = torch.cat([objective.encode(each.batch.to(device).rgb * 2 - 1).float() for each in sample])
+    vae = objective.vae
+    vae.register_to_config(scaling_factor=vae.config.scaling_factor / float(latents.std()))
+
+
+@torch.no_grad()
+def score(objective: Objective, batch: Batch, path: Path) -> dict[str, float]:
+    """Draw what the network makes of pictures, and score it against the truth.
+
+    A column a picture: the picture; the truth, near bright; the answer. Depth and normals are the single step's,
+    whatever is trained; an autoencoder's answer is the truth as it gives it back.
+
+    Returns:
+        Figures by name: AbsRel after alignment, or the mean angle in degrees, or the mean absolute difference.
+    """
+    objective.eval()
+    truth = objective.drawn(batch)
+    autoencoder = objective.config.objective == "autoencoder"
+    answer = objective.decode(objective.encode(truth)) if autoencoder else objective.answer(batch.rgb, _draws(0, 0))
+    objective.train()
+    if autoencoder:
+        scores = {"reconstruction": float((answer - truth).abs().mean())}
+    elif objective.config.modality == "depth":
+        answer = answer.mean(dim=1, keepdim=True).clip(-1, 1).expand_as(truth)
+        scores = {"AbsRel": float(losses.abs_rel(answer[:, 0], batch.target[:, 0], batch.mask).nanmean())}
+    else:
+        scores = {"mean angle": float(losses.angles_deg(answer, truth)[batch.mask].mean())}
+        answer = torch.nn.functional.normalize(answer, dim=1)
+    sign = -1 if objective.config.modality == "depth" else 1
+    rows = [batch.rgb, *((sign * picture.clip(-1, 1) + 1) / 2 for picture in (truth, answer))]
     sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(path)
-    return f"AbsRel {relative:.3f}, normals {angle:.1f} deg over {len(views.rgb)} scenes, drawn in {path}"
+    Image.fromarray((sheet * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()).save(path)
+    return scores
 
 
-def _save(
-    net: Network, optimizer: torch.optim.Optimizer, position: tuple[int, int], config: TrainConfig, output: Path
-) -> None:
-    """Write the checkpoints, then the state to resume from, whose `position` is the next stage and step."""
-    net.save(output / "checkpoint", processing_resolution=config.processing_resolution, dtype=torch.float16)
-    state = {"stage": position[0], "step": position[1], "modules": net.modules.state_dict()}
-    partial = output / "state.pt.partial"
-    torch.save({**state, "optimizer": optimizer.state_dict()}, partial)
-    partial.replace(output / "state.pt")
+class _Table:
+    """`losses.csv`: a row a step. Rows of steps that will be done again are dropped."""
+
+    def __init__(self, path: Path, first: int, *, write: bool):
+        self._path, self._first, self._write = path, first, write
+
+    def __enter__(self) -> _Table:
+        kept: list[dict[str, str]] = []
+        if self._first and self._path.exists():
+            with self._path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= self._first]
+        self._file = self._path.open("w", newline="") if self._write else None
+        self._rows: csv.DictWriter[str] | None = None
+        for row in kept:
+            self._put(row)
+        return self
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        self._put({"step": step, **row})
+
+    def _put(self, row: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        if self._rows is None:
+            self._rows = csv.DictWriter(self._file, list(row))
+            self._rows.writeheader()
+        self._rows.writerow(row)
+        self._file.flush()
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
-def _refuse_another_run(config: TrainConfig, output: Path, stages: int) -> None:
-    """Between two calls only paths, intervals and stages after the first `stages`, which have begun, may change."""
+@contextmanager
+def _averaged(average: EMAModel | None, objective: Objective) -> Iterator[None]:
+    """Put the average of the weights in their place for a while, if one is kept."""
+    if average is None:
+        yield
+        return
+    parameters = list(objective.trained.parameters())
+    average.store(parameters)
+    average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        average.restore(parameters)
 
-    def begun(run: dict[str, Any]) -> dict[str, Any]:
-        size = run["data"]["height"], run["data"]["width"]
-        kept = {name: run[name] for name in ("seed", "architecture", "gradient_clip")}
-        return json.loads(json.dumps({**kept, "size": size, "stages": run["stages"][:stages]}))  # type: ignore[no-any-return]
 
-    path = output / "config.json"
-    old, new = begun(json.loads(path.read_text())), begun(config.model_dump(mode="json"))
-    if different := [name for name in new if new[name] != old[name]]:
+def _held_out(config: TrainConfig) -> Batch | None:
+    if config.held_out is None or config.objective == "generative":
+        return None
+    pictures = open_set(config.held_out, config.modality)
+    spread = np.linspace(0, len(pictures) - 1, min(config.held_out_pictures, len(pictures))).round().astype(int)
+    parts = [read_usable(pictures, int(index))[0] for index in spread]
+    # One sheet, one size: that of the first picture.
+    return concatenate([part for part in parts if part.rgb.shape == parts[0].rgb.shape])
+
+
+def _save_state(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Write what the run resumes from; the state before it goes once this one is whole."""
+    partial = folder / f"{step:06d}.partial"
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        older = [path for path in folder.iterdir() if path != partial]
+        shutil.rmtree(folder / f"{step:06d}", ignore_errors=True)
+        partial.rename(folder / f"{step:06d}")
+        for path in older:
+            shutil.rmtree(path, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _resume(accelerator: Accelerator, config: TrainConfig, output: Path, *, overwrite: bool) -> int:
+    """Load the last whole state, if there is one; the number of steps that are done."""
+    states = sorted(path for path in (output / "states").glob("*") if path.name.isdigit())
+    accelerator.wait_for_everyone()
+    if overwrite and accelerator.is_main_process:
+        for name in ("states", "tensorboard", "pictures", "checkpoint"):
+            shutil.rmtree(output / name, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    if overwrite or not states:
+        return 0
+    old = json.loads((output / "config.json").read_text())
+    new = config.model_dump(mode="json")
+    if different := [name for name in new if new[name] != old.get(name) and name not in _FREE]:
         raise TrainingError(
-            f"{output} holds a run with another {', '.join(different)} (see {path}): train into another folder, or "
-            "start over with overwrite"
+            f"{output} holds a run with another {', '.join(different)} (see {output / 'config.json'}): train into "
+            "another folder, or start over with --overwrite"
         )
-
-
-def _rows_before(path: Path, config: TrainConfig, stage: int, step: int) -> list[list[str]]:
-    """Rows of the loss table up to where the run resumes: those of later steps will be written again."""
-    if not path.exists():
-        return []
-    names = [stage.name for stage in config.stages]
-    with path.open(newline="") as file:
-        rows = [row for row in list(csv.reader(file))[1:] if row[0] in names]
-    return [row for row in rows if (names.index(row[0]), int(row[1])) < (stage, step)]
+    accelerator.load_state(str(states[-1]))
+    return int(states[-1].name)

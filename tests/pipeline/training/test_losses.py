@@ -175,3 +175,15 @@ def test_abs_rel() -> None:
     # A constant prediction is fitted to the mean, 7 / 3.
     expected = (4 / 3 / 1 + 1 / 3 / 2 + 5 / 3 / 4) / 3
     assert losses.abs_rel(torch.ones(1, 2, 2), depth, mask)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_normalised_depth_is_near_at_minus_one_and_sky_at_one() -> None:
+    depth = torch.linspace(2, 10, 100).view(1, 10, 10).clone()
+    mask = torch.ones(1, 10, 10, dtype=torch.bool)
+    depth[0, 0], mask[0, 0] = torch.inf, False
+    unit = losses.normalised_depth(depth, mask)
+    assert (unit[0, 0] == 1).all()
+    assert unit[0, 1, 0] == -1
+    assert unit[0, -1, -1] == 1
+    assert (unit[0, 1:].flatten().diff() >= 0).all()
+    assert (losses.normalised_depth(depth, torch.zeros_like(mask)) == 1).all()

@@ -1,173 +1,186 @@
-from __future__ import annotations
+"""The trainer: what it learns, that it resumes exactly, and that what it leaves loads everywhere."""
 
 import csv
-from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from depthmill.pipeline.config import load_config
-from depthmill.pipeline.errors import TrainingError
-from depthmill.pipeline.training import network
+from depthmill.pipeline.config import validated
+from depthmill.pipeline.errors import ConfigError, TrainingError
+from depthmill.pipeline.model.labeler import Labeler
+from depthmill.pipeline.training import start
 from depthmill.pipeline.training import train as train_module
-from depthmill.pipeline.training.config import Stage, TrainConfig
-from depthmill.pipeline.training.pool import open_pool
+from depthmill.pipeline.training.config import TrainConfig
+from depthmill.pipeline.training.sets import open_set
 from depthmill.pipeline.training.train import learning_rate, train
 
-ROOT = Path(__file__).parents[3]
+ARCHITECTURE = {"vae_channels": (8, 16), "unet_channels": (16, 32), "head_channels": 8, "norm_groups": 4}
 
 
-def config(scene_pool: Path, *, small_steps: int = 4, **changes: object) -> TrainConfig:
-    stage = {"scenes": 100, "batch_size": 3, "height": 24, "width": 32, "learning_rate": 1e-3, "warmup_steps": 2}
+def config(pool, **changes):
+    scenes = {"kind": "scenes", "path": pool, "count": 100, "height": 24, "width": 32}
     base = {
-        "architecture": {"vae_channels": (8, 16, 16), "unet_channels": (16, 32), "norm_groups": 4},
-        "processing_resolution": 32,
-        "data": {"pool": scene_pool, "height": 24, "width": 32},
+        "architecture": None if "start" in changes else ARCHITECTURE,
+        "sets": [scenes],
+        "steps": 4,
+        "batch_size": 2,
+        "accumulation": 1,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
         "save_steps": 2,
         "picture_steps": 100,
-        "stages": [
-            {**stage, "name": "vae", "objective": "autoencoder", "steps": 2},
-            {**stage, "name": "both", "objective": "end_to_end", "steps": small_steps},
-        ],
+        "loader_workers": 0,
+        "processing_resolution": 32,
     }
-    return TrainConfig.model_validate(base | changes)
+    return validated(TrainConfig, base | changes, where="the test")
 
 
-def losses(run: Path) -> list[list[str]]:
+def table(run):
     with (run / "losses.csv").open(newline="") as file:
-        return list(csv.reader(file))
+        return list(csv.DictReader(file))
 
 
-class KilledError(Exception):
-    """Stands in for the death of the process."""
+def weights(run, part="unet"):
+    return load_file(run / "checkpoint" / part / "diffusion_pytorch_model.safetensors")
 
 
-@pytest.mark.parametrize("killed_after", [3, 5])
-def test_a_resumed_run_has_the_losses_of_an_unbroken_one(
-    scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
-) -> None:
-    train(config(scene_pool), tmp_path / "unbroken")
+def stop_after(monkeypatch, step):
+    """Let the run be stopped just after its state of `step` is saved."""
+    save = train_module._save_state
 
-    step, calls = train_module._step, 0
+    def stop(accelerator, folder, done):
+        save(accelerator, folder, done)
+        if done == step:
+            raise KeyboardInterrupt
 
-    def dying(*args: object) -> dict[str, float]:
-        nonlocal calls
-        if calls == killed_after:
-            raise KilledError
-        calls += 1
-        return step(*args)  # type: ignore[arg-type]
+    monkeypatch.setattr(train_module, "_save_state", stop)
 
+
+@pytest.mark.parametrize("changes", [{}, {"objective": "diffusion", "ema": 0.9, "modality": "normals"}], ids=str)
+def test_a_resumed_run_equals_an_unbroken_one(scene_pool, tmp_path, monkeypatch, changes):
+    settings = config(scene_pool, steps=6, accumulation=2, noise="gaussian", **changes)
+    train(settings, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_step", dying)
-        with pytest.raises(KilledError):
-            train(config(scene_pool), tmp_path / "broken")
-    train(config(scene_pool), tmp_path / "broken")
-
-    assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
-    assert len(losses(tmp_path / "broken")) == 1 + 2 + 4
-    name = "checkpoint/depth/unet/diffusion_pytorch_model.safetensors"
-    weights = [load_file(tmp_path / run / name) for run in ("broken", "unbroken")]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+        stop_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path / "broken")
+    assert len(table(tmp_path / "broken")) == 4
+    train(settings, tmp_path / "broken")
+    assert table(tmp_path / "broken") == table(tmp_path / "whole")
+    whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
-def test_what_a_run_leaves_behind(scene_pool: Path, tmp_path: Path) -> None:
-    checkpoints = train(config(scene_pool), tmp_path)
-    vae, other = (
-        load_file(checkpoints / m / "vae" / "diffusion_pytorch_model.safetensors") for m in ("depth", "normals")
+def test_the_papers_whole_way(scene_pool, tmp_path):
+    """VAE, generative model, estimator, fine-tuning: each starts from the one before, and the last one labels."""
+    settings = {"objective": "autoencoder"}
+    runs = []
+    for name, objective in (("a", "autoencoder"), ("b", "generative"), ("c", "diffusion"), ("d", "end_to_end")):
+        settings = {"start": str(runs[-1])} if runs else {}
+        runs.append(train(config(scene_pool, objective=objective, modality="normals", **settings), tmp_path / name))
+    vaes = [weights(tmp_path / name, "vae") for name in "abcd"]
+    assert all(torch.equal(vaes[0][key], other[key]) for other in vaes[1:] for key in vaes[0]), "the VAE is frozen"
+    assert [weights(tmp_path / name)["conv_in.weight"].shape[1] for name in "abcd"] == [4, 4, 8, 8]
+    vae = diffusers.AutoencoderKL.from_pretrained(runs[0] / "vae")
+    pictures = open_set(config(scene_pool).sets[0], "depth")
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(pictures.read(i).rgb * 2 - 1).latent_dist.mean for i in range(20)])
+    assert vae.config.scaling_factor * latents.std() == pytest.approx(1, abs=0.1)
+
+    frames = np.random.default_rng(0).integers(0, 256, (2, 24, 32, 3), np.uint8)
+    labels = Labeler.from_pretrained(runs[-1], runs[-1], labels=("normals",), device="cpu")(frames)
+    pipe = diffusers.MarigoldNormalsPipeline.from_pretrained(runs[-1])
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.scheduler.config.timestep_spacing == "trailing"
+    theirs = pipe(
+        torch.from_numpy(frames).permute(0, 3, 1, 2),
+        num_inference_steps=1,
+        latents=torch.zeros(2, 4, 12, 16),
+        output_type="np",
+    ).prediction
+    cosine = (labels.normals * theirs).sum(-1)
+    assert np.median(cosine) > 0.999  # theirs clips before it normalises, and decodes `prev_sample`
+
+
+def test_end_to_end_learns(scene_pool, tmp_path):
+    held_out = {"kind": "scenes", "path": scene_pool, "count": 100, "height": 24, "width": 32}
+    settings = config(
+        scene_pool, modality="normals", steps=60, batch_size=8, held_out=held_out, held_out_pictures=2, save_steps=60
     )
-    assert all(torch.equal(vae[key], other[key]) for key in vae)
-    unet, other = (
-        load_file(checkpoints / m / "unet" / "diffusion_pytorch_model.safetensors") for m in ("depth", "normals")
+    train(settings, tmp_path)
+    loss = [float(row["loss"]) for row in table(tmp_path)]
+    assert np.mean(loss[-10:]) < 0.8 * np.mean(loss[:10])
+    assert (tmp_path / "pictures" / "000060.png").stat().st_size > 0
+    assert list((tmp_path / "tensorboard").rglob("events.*"))
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch(scene_pool, tmp_path):
+    common = {"steps": 2, "augment": {"flip": False}}
+    train(config(scene_pool, batch_size=4, accumulation=1, **common), tmp_path / "large")
+    train(config(scene_pool, batch_size=2, accumulation=2, **common), tmp_path / "small")
+    large, small = weights(tmp_path / "large"), weights(tmp_path / "small")
+    assert [float(row["loss"]) for row in table(tmp_path / "large")] == pytest.approx(
+        [float(row["loss"]) for row in table(tmp_path / "small")], rel=1e-4
     )
-    assert not torch.equal(unet["conv_in.weight"], other["conv_in.weight"])
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
-    # Nothing is left to do, so nothing is done, until a stage is added.
-    before = losses(tmp_path)
-    train(config(scene_pool), tmp_path)
-    assert losses(tmp_path) == before
-    longer = config(scene_pool).model_dump()
-    longer["stages"] += ({**longer["stages"][1], "name": "more", "steps": 1},)
-    train(TrainConfig.model_validate(longer), tmp_path)
-    assert losses(tmp_path)[:-1] == before
+    error = max(float((large[name] - small[name]).abs().max()) for name in large)
+    assert error < 1e-4
 
 
-def test_another_run_is_refused_but_for_stages_to_come(
-    scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = train_module._step
-
-    def dying(*args: object) -> dict[str, float]:
-        if any(isinstance(arg, Stage) and arg.name == "both" for arg in args):
-            raise KilledError
-        return step(*args)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_step", dying)
-        with pytest.raises(KilledError):
-            train(config(scene_pool, seed=1), tmp_path)
-    with pytest.raises(TrainingError, match="another seed"):
-        train(config(scene_pool, seed=2), tmp_path)
-    changed = config(scene_pool, seed=1).model_dump()
-    changed["stages"][0]["learning_rate"] = 5e-4
-    with pytest.raises(TrainingError, match="another stages"):
-        train(TrainConfig.model_validate(changed), tmp_path)
-    train(config(scene_pool, seed=2), tmp_path, overwrite=True)
-    assert len(losses(tmp_path)) == 1 + 2 + 4
+def test_the_average_is_what_is_saved(scene_pool, tmp_path):
+    settings = {"steps": 3, "save_steps": 1}
+    train(config(scene_pool, **settings), tmp_path / "raw")
+    train(config(scene_pool, ema=0.999, **settings), tmp_path / "average")
+    first = start.load(config(scene_pool)).parts.unet.state_dict()["conv_in.weight"]
+    raw, average = (weights(tmp_path / name)["conv_in.weight"] for name in ("raw", "average"))
+    assert 0 < (average - first).abs().max() < (raw - first).abs().max()
 
 
-def test_a_loss_that_is_no_number_stops_the_run(
-    scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = train_module._autoencoder
-    monkeypatch.setattr(
-        train_module,
-        "_autoencoder",
-        lambda net, views: {key: value * torch.nan for key, value in original(net, views).items()},
-    )
-    with pytest.raises(TrainingError, match=r"stage 'vae', step 0: the loss is nan"):
-        train(config(scene_pool), tmp_path)
+def test_gradient_checkpointing_changes_no_loss(scene_pool, tmp_path):
+    train(config(scene_pool, steps=2), tmp_path / "plain")
+    train(config(scene_pool, steps=2, gradient_checkpointing=True), tmp_path / "checkpointed")
+    plain, checkpointed = ([float(row["loss"]) for row in table(tmp_path / n)] for n in ("plain", "checkpointed"))
+    assert checkpointed == pytest.approx(plain, rel=1e-5)
 
 
-def test_threads_give_the_mean_of_their_parts_gradients(scene_pool: Path) -> None:
-    run = config(scene_pool)
-    net = network.build(run.architecture, 0, torch.device("cpu"))
-    views = open_pool(scene_pool, 100, 24, 32, processes=1).read(np.arange(6))
-    parameter = net.modules["normals"].conv_out.weight
-    stage = run.stages[1]
-    together = train_module._gradients(net, views, stage, threads=2)
-    gradient = parameter.grad.clone()
-    parts = []
-    for half in (views[:3], views[3:]):
-        terms = train_module._gradients(net, half, stage, threads=1)
-        parts.append((terms["loss"], parameter.grad.clone()))
-    assert together["loss"] == pytest.approx((parts[0][0] + parts[1][0]) / 2, rel=1e-5)
-    torch.testing.assert_close(gradient, (parts[0][1] + parts[1][1]) / 2, rtol=1e-4, atol=1e-6)
+def test_learning_rate(scene_pool):
+    settings = config(scene_pool, steps=100, warmup_steps=10, learning_rate=2.0, final_learning_rate=0.01)
+    rates = [learning_rate(settings, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == 2.0
+    assert rates[-1] == pytest.approx(0.02)
+    ratios = np.array(rates[11:]) / rates[10:-1]
+    assert np.ptp(ratios) < 1e-9  # exponential
 
 
-def test_training_lowers_the_loss(scene_pool: Path, tmp_path: Path) -> None:
-    train(config(scene_pool, small_steps=24), tmp_path)
-    rows = [float(row[3]) for row in losses(tmp_path)[1:] if row[0] == "both"]
-    assert sum(rows[-8:]) < 0.9 * sum(rows[:8])
+def test_widened_conv_in_answers_two_equal_latents_as_one_up_to_the_bias(scene_pool):
+    unet = start.load(config(scene_pool, objective="generative")).parts.unet
+    latent = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    narrow, bias = unet.conv_in(latent), unet.conv_in.bias[:, None, None]
+    start.widen(unet)
+    assert unet.config.in_channels == 8
+    torch.testing.assert_close(unet.conv_in(torch.cat([latent, latent], 1)), narrow - bias / 2)
 
 
-def test_learning_rate_warms_up_and_decays(scene_pool: Path) -> None:
-    stage = config(scene_pool, small_steps=101).stages[1]
-    assert learning_rate(stage, 0) == pytest.approx(0.5e-3)
-    assert learning_rate(stage, 100) == pytest.approx(1e-5)
-    assert learning_rate(stage, 50) == pytest.approx(1e-4)
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_state(scene_pool, tmp_path):
+    with pytest.raises(TrainingError, match="step 1: the loss is nan; expected a number: lower learning_rate"):
+        # Adam's first steps are as long as the learning rate, whatever the gradient.
+        train(config(scene_pool, learning_rate=1e30, warmup_steps=1, save_steps=1), tmp_path)
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["000001"]
 
 
-def test_the_demos_config_is_valid() -> None:
-    demo = load_config(TrainConfig, ROOT / "configs" / "train-demo.yaml", {})
-    assert demo.architecture.latent_channels == 4
+def test_a_run_of_another_configuration_is_refused(scene_pool, tmp_path):
+    train(config(scene_pool, steps=2), tmp_path)
+    with pytest.raises(TrainingError, match="another learning_rate, seed"):
+        train(config(scene_pool, steps=2, learning_rate=1e-4, seed=1), tmp_path)
+    train(config(scene_pool, steps=2, learning_rate=1e-4, seed=1), tmp_path, overwrite=True)
 
 
-def test_sizes_that_the_network_cannot_take_are_refused(scene_pool: Path) -> None:
-    for height, width, reason in ((22, 30, "not divisible"), (24, 24, "aspect")):
-        wrong = config(scene_pool).model_dump()
-        for stage in wrong["stages"]:
-            stage |= {"height": height, "width": width}
-        with pytest.raises(ValueError, match=reason):
-            TrainConfig.model_validate(wrong)
+def test_a_start_of_the_wrong_kind_is_refused(scene_pool, tmp_path):
+    made = train(config(scene_pool, steps=1), tmp_path)
+    with pytest.raises(TrainingError, match="takes 8 channels"):
+        start.load(config(scene_pool, start=str(made), objective="generative"))
+    with pytest.raises(ConfigError, match="either start"):
+        config(scene_pool, start=str(made), architecture=ARCHITECTURE)

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthmill.pipeline.training.config import Stage
 from depthmill.pipeline.training.degrade import degrade
-from depthmill.pipeline.training.losses import clip_depth
+from depthmill.pipeline.training.from_scratch.config import Stage
 from depthmill.pipeline.training.pool import Pool
 from depthmill.pipeline.training.raycast import Views
 
@@ -74,19 +73,3 @@ def flip(views: Views, rows: Tensor) -> Views:
     depth = torch.where(mirror[:, 0], views.depth.flip(2), views.depth)
     mask = torch.where(mirror[:, 0], views.mask.flip(2), views.mask)
     return Views(rgb, depth, normals, mask)
-
-
-def normalised_depth(depth: Tensor, mask: Tensor) -> Tensor:
-    """Depth as Marigold shows it to its VAE: the 2nd percentile at -1, the 98th at +1, clipped; sky is far, +1.
-
-    Args:
-        depth: (B, H, W) metres.
-        mask: (B, H, W) bool, False where there is sky.
-
-    Returns:
-        (B, H, W) float32 in [-1, 1]; all +1 in a picture without depth.
-    """
-    clipped, _ = clip_depth(depth, mask)
-    low, high = clipped.amin((1, 2), keepdim=True), clipped.amax((1, 2), keepdim=True)
-    spread = high - low
-    return torch.where(spread > 0, 2 * (clipped - low) / spread.clamp(min=1e-9) - 1, 1.0)

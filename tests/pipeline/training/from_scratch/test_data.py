@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from depthmill.pipeline.training import data, pool, scenes
-from depthmill.pipeline.training.config import Stage
+from depthmill.pipeline.training import pool, scenes
 from depthmill.pipeline.training.degrade import degrade
+from depthmill.pipeline.training.from_scratch import data
+from depthmill.pipeline.training.from_scratch.config import Stage
 
 H, W = 24, 32
 
@@ -104,18 +105,6 @@ def test_a_cut_takes_labels_from_where_it_takes_colours() -> None:
     labelled = type(views)(rgb, marked, views.normals, torch.ones_like(views.mask))
     piece = data.cut(labelled, 12, 16, np.array([0.75]), np.random.default_rng(4))
     torch.testing.assert_close(piece.rgb[0, 0] * W, piece.depth[0], rtol=0, atol=1.0)
-
-
-def test_normalised_depth_is_near_at_minus_one_and_sky_at_one() -> None:
-    depth = torch.linspace(2, 10, 100).view(1, 10, 10).clone()
-    mask = torch.ones(1, 10, 10, dtype=torch.bool)
-    depth[0, 0], mask[0, 0] = torch.inf, False
-    unit = data.normalised_depth(depth, mask)
-    assert (unit[0, 0] == 1).all()
-    assert unit[0, 1, 0] == -1
-    assert unit[0, -1, -1] == 1
-    assert (unit[0, 1:].flatten().diff() >= 0).all()
-    assert (data.normalised_depth(depth, torch.zeros_like(mask)) == 1).all()
 
 
 def test_degraded_pictures_differ_stay_in_range_and_follow_the_generator() -> None:

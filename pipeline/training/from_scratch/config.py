@@ -1,0 +1,114 @@
+"""What a training run is told: one YAML file, checked before anything is rendered or trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from depthmill.pipeline.model.scratch import Architecture
+from depthmill.pipeline.training.pool import SHARD
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(_Strict):
+    """Where training scenes come from.
+
+    Attributes:
+        pool: Folder that rendered scenes are kept in and reused from.
+        height: Rows of a rendered scene.
+        width: Columns of a rendered scene.
+        render_processes: How many processes render what the pool lacks, each on one core.
+    """
+
+    pool: Path = Path(".cache/scenes")
+    height: int = Field(default=144, gt=0)
+    width: int = Field(default=192, gt=0)
+    render_processes: int = Field(default=2, ge=1)
+
+
+class Stage(_Strict):
+    """One part of a run, with its own objective, picture size and learning-rate schedule.
+
+    Attributes:
+        name: For log lines and the loss table.
+        objective: `autoencoder`: the VAE alone learns to give back pictures, depth and normals. `end_to_end`: VAE and
+            both UNets learn from the decoded answer of one step at the last time step with zero noise.
+        scenes: How many scenes of the pool, from the first.
+        steps: Optimizer steps.
+        batch_size: Pictures a step.
+        height: Rows of a training picture, which is cut from a scene at a random scale and place.
+        width: Columns of a training picture.
+        smallest_cut: Least share of a scene's width that is cut out; 1 always shows the whole.
+        learning_rate: Peak; AdamW.
+        warmup_steps: Steps over which the learning rate rises from 0.
+        final_learning_rate: Share of the peak that it decays to, exponentially, over the stage.
+        anchor: Weight, beside the paper's affine-invariant loss, of the plain difference to depth normalised as
+            Marigold does it (near -1, far +1): a network from scratch has to be told which way depth runs.
+        slopes: Weight of the difference of slopes to that same target: for edges, sooner.
+        relative: Weight of the paper's affine-invariant loss once more, each pixel's part divided by its metric depth:
+            what is near counts as much as what is far.
+    """
+
+    name: str
+    objective: Literal["autoencoder", "end_to_end"]
+    scenes: int = Field(gt=0, multiple_of=SHARD)
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    smallest_cut: float = Field(default=1.0, gt=0, le=1)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(default=100, ge=1)
+    final_learning_rate: float = Field(default=0.01, gt=0, le=1)
+    anchor: float = Field(default=1.0, ge=0)
+    slopes: float = Field(default=0.0, ge=0)
+    relative: float = Field(default=0.0, ge=0)
+
+
+class TrainConfig(_Strict):
+    """A training run.
+
+    Attributes:
+        seed: Of the initial weights and of everything drawn in training.
+        architecture: Of the network to make from nothing.
+        processing_resolution: What the checkpoint will say that it wants its pictures' longer side to be.
+        data: Where scenes come from.
+        stages: One after the other.
+        save_steps: A resumable state and a checkpoint are written every so many steps.
+        picture_steps: Held-out scenes are drawn every so many steps.
+        gradient_clip: Largest norm of a step's gradient.
+        cpu_threads: On a CPU, into how many parts a batch is split, each on one core; at most the batch size.
+    """
+
+    seed: int = 0
+    architecture: Architecture
+    processing_resolution: int = Field(gt=0)
+    data: Data = Field(default_factory=Data)
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    save_steps: int = Field(default=500, gt=0)
+    picture_steps: int = Field(default=500, gt=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    cpu_threads: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> TrainConfig:
+        if len({stage.name for stage in self.stages}) < len(self.stages):
+            raise ValueError("two stages have the same name: the loss table tells stages apart by their names")
+        factor = self.architecture.vae_factor
+        for stage in self.stages:
+            if stage.height % factor or stage.width % factor:
+                raise ValueError(
+                    f"stage {stage.name!r}: {stage.height} x {stage.width} is not divisible by {factor}, "
+                    "which is how many times smaller than a picture this architecture's latents are"
+                )
+            if stage.height * self.data.width != stage.width * self.data.height:
+                raise ValueError(
+                    f"stage {stage.name!r}: {stage.height} x {stage.width} has another aspect ratio than the scenes, "
+                    f"{self.data.height} x {self.data.width}"
+                )
+        return self

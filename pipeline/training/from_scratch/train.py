@@ -1,0 +1,282 @@
+"""The training loop: stages of steps, each step's batch and learning rate functions of its number alone.
+
+So a run that was stopped goes on from its last saved state, by the same call, to the same losses as if it had never
+been stopped: weights and the optimizer's moments are all there is to remember.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from depthmill.pipeline.errors import TrainingError
+from depthmill.pipeline.sources.prefetch import prefetch
+from depthmill.pipeline.training import losses, scenes
+from depthmill.pipeline.training.from_scratch import data, network
+from depthmill.pipeline.training.from_scratch.config import Stage, TrainConfig
+from depthmill.pipeline.training.from_scratch.network import Network
+from depthmill.pipeline.training.pool import open_pool
+from depthmill.pipeline.training.raycast import Views
+
+logger = logging.getLogger(__name__)
+
+# Scenes from this seed on are never trained on: pools count up from 0.
+HELD_OUT_SEED = 1_000_000_000
+_HELD_OUT = 16
+_LOG_STEPS = 50
+_BATCHES_AHEAD = 2
+_COLUMNS = (
+    "stage",
+    "step",
+    "learning_rate",
+    "loss",
+    "depth",
+    "anchor",
+    "slopes",
+    "normals",
+    "reconstruction",
+    "gradient_norm",
+    "relative",
+)
+
+
+def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device: str | None = None) -> Path:
+    """Train, or go on where the same call was stopped.
+
+    Args:
+        config: The run.
+        output: Folder for the run: `checkpoint/depth` and `checkpoint/normals` (half precision, what `depthmill label`
+            takes), `state.pt` (to resume), `losses.csv`, `pictures/` of held-out scenes, `config.json`.
+        overwrite: Start over, whatever `output` holds.
+        device: Where to train; a GPU if there is one.
+
+    Returns:
+        The folder of the checkpoints.
+
+    Raises:
+        TrainingError: If `output` holds a run of another configuration, or the loss is no longer a number.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    output.mkdir(parents=True, exist_ok=True)
+    net = network.build(config.architecture, config.seed, where)
+    begin, first, moments = 0, 0, {}
+    if (output / "state.pt").exists() and not overwrite:
+        saved = torch.load(output / "state.pt", map_location=where, weights_only=True)
+        begin, first, moments = saved["stage"], saved["step"], saved["optimizer"]
+        _refuse_another_run(config, output, begin + (first > 0))
+        net.modules.load_state_dict(saved["modules"])
+    (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+    rows = _rows_before(output / "losses.csv", config, begin, first)
+    held_out = _held_out(config)
+    with (output / "losses.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerows([_COLUMNS, *rows])
+        for index in range(begin, len(config.stages)):
+            optimizer = torch.optim.AdamW(_trained(net, config.stages[index]), fused=True)
+            if index == begin and first:
+                optimizer.load_state_dict(moments)
+            steps = _stage(net, optimizer, config, index, first if index == begin else 0)
+            for done, row in steps:
+                stage = config.stages[index]
+                last = done == stage.steps
+                table.writerow([stage.name, done - 1, *row.values()])
+                if stage.objective == "end_to_end" and (last or done % config.picture_steps == 0):
+                    figures = draw(net, held_out, output / "pictures" / f"{index}-{stage.name}-{done:06d}.png")
+                    logger.info("%s %d/%d  held out: %s", stage.name, done, stage.steps, figures)
+                if last or done % config.save_steps == 0:
+                    file.flush()
+                    _save(net, optimizer, (index + 1, 0) if last else (index, done), config, output)
+    return output / "checkpoint"
+
+
+def _stage(
+    net: Network, optimizer: torch.optim.Optimizer, config: TrainConfig, index: int, first: int
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Train through one stage from step `first`; after each step, yield how many are done and the table's row."""
+    stage, d = config.stages[index], config.data
+    pool = open_pool(d.pool, stage.scenes, d.height, d.width, processes=d.render_processes)
+    logger.info("stage %s: %d steps from step %d, %d scenes", stage.name, stage.steps, first, len(pool))
+    batches = (data.batch(pool, stage, config.seed * 1000 + index, step) for step in range(first, stage.steps))
+    started, begun = time.monotonic(), first
+    for step, views in enumerate(prefetch(batches, _BATCHES_AHEAD), first):
+        row = _step(net, optimizer, views, stage, config, step)
+        done = step + 1
+        if done % _LOG_STEPS == 0 or done == stage.steps:
+            pace = (done - begun) * stage.batch_size / (time.monotonic() - started)
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if isfinite(value))
+            logger.info("%s %d/%d  %s  %.1f pictures/s", stage.name, done, stage.steps, shown, pace)
+        yield done, row
+        if done % _LOG_STEPS == 0:
+            started, begun = time.monotonic(), done
+
+
+def _step(
+    net: Network,
+    optimizer: torch.optim.Optimizer,
+    views: Views,
+    stage: Stage,
+    config: TrainConfig,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer step; the row of the loss table, less the stage's name and the step."""
+    rate = learning_rate(stage, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    views = Views(*(getattr(views, name).to(net.prompt.device) for name in ("rgb", "depth", "normals", "mask")))
+    terms = _gradients(net, views, stage, config.cpu_threads)
+    norm = torch.nn.utils.clip_grad_norm_(_trained(net, stage), config.gradient_clip)
+    if not bool(torch.isfinite(norm)):
+        raise TrainingError(
+            f"stage {stage.name!r}, step {step}: the loss is {terms['loss']}, "
+            f"its gradient's norm {float(norm)}; "
+            "lower learning_rate, then run again to go on from the last saved state"
+        )
+    optimizer.step()
+    values = {"learning_rate": rate, **terms, "gradient_norm": float(norm)}
+    return {name: values.get(name, float("nan")) for name in _COLUMNS[2:]}
+
+
+def _gradients(net: Network, views: Views, stage: Stage, threads: int) -> dict[str, float]:
+    """Leave the batch's mean gradient in the parameters; the losses, by name.
+
+    On a CPU the batch is split among threads that meet once a step. OpenMP's own threads meet in every operation, which
+    on a busy machine leaves most of them waiting most of the time.
+    """
+    parameters = _trained(net, stage)
+
+    def part(piece: Views) -> tuple[dict[str, float], Sequence[Tensor | None]]:
+        terms = _autoencoder(net, piece) if stage.objective == "autoencoder" else _end_to_end(net, piece, stage)
+        # Not backward(): the threads would add to the same gradients at once.
+        gradients = torch.autograd.grad(terms["loss"], parameters, allow_unused=True)
+        return {name: float(term.detach()) for name, term in terms.items()}, gradients
+
+    if net.prompt.device.type != "cpu":
+        threads = 1
+    pieces = [views[slice(i * len(views.rgb) // threads, (i + 1) * len(views.rgb) // threads)] for i in range(threads)]
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        results = list(executor.map(part, pieces)) if threads > 1 else [part(views)]
+    for i, parameter in enumerate(parameters):
+        shares = [gradients[i] for _, gradients in results]
+        parameter.grad = None if shares[0] is None else torch.stack([s for s in shares if s is not None]).mean(0)
+    return {name: sum(terms[name] for terms, _ in results) / threads for name in results[0][0]}
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Linear warm-up, then exponential decay to a share of the peak at the stage's last step."""
+    decay: float = stage.final_learning_rate ** (step / max(stage.steps - 1, 1))
+    return stage.learning_rate * min((step + 1) / stage.warmup_steps, 1.0) * decay
+
+
+def _trained(net: Network, stage: Stage) -> list[torch.nn.Parameter]:
+    # The paper freezes the VAE, which it was given; one trained for minutes has to go on learning with the UNets.
+    modules = net.modules["vae"] if stage.objective == "autoencoder" else net.modules
+    return list(modules.parameters())
+
+
+def _autoencoder(net: Network, views: Views) -> dict[str, Tensor]:
+    """The VAE gives back a third of the scenes as pictures, a third as depth, a third as normals.
+
+    Latents are held, weakly, to unit size for the UNet's sake.
+    """
+    depth = losses.normalised_depth(views.depth, views.mask)[:, None].expand_as(views.normals)
+    pictures = torch.cat([views.rgb[0::3] * 2 - 1, depth[1::3], views.normals[2::3]])
+    latent = net.encode(pictures)
+    reconstruction = (net.decode(latent) - pictures).abs().mean()
+    size = latent.square().mean()
+    return {"loss": reconstruction + 1e-2 * (size - 1).clamp(min=0), "reconstruction": reconstruction}
+
+
+def _end_to_end(net: Network, views: Views, stage: Stage) -> dict[str, Tensor]:
+    """The paper's losses on the decoded single step, and the anchor."""
+    depth, normals = net.predict(views.rgb)
+    target = losses.normalised_depth(views.depth, views.mask)
+    # The affine-invariant loss is proportional to its target's unit. Metres would weigh a street a hundred times a
+    # table top, so each scene is measured in its own range of depth: two units wide, as the anchor's is.
+    affine = losses.depth_loss(depth, target, views.mask)
+    anchor = (depth - target).abs().mean()
+    angle = losses.normals_loss(normals, views.normals, views.mask)
+    slopes = losses.slope_loss(depth, target)
+    relative = losses.depth_loss(depth, views.depth, views.mask, relative=True)
+    loss = affine + stage.anchor * anchor + stage.slopes * slopes + stage.relative * relative + angle
+    terms = {"depth": affine, "anchor": anchor, "slopes": slopes, "relative": relative, "normals": angle}
+    return {"loss": loss, **terms}
+
+
+def _held_out(config: TrainConfig) -> Views:
+    d = config.data
+    width = config.processing_resolution
+    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + _HELD_OUT)
+    return scenes.view(seeds, width * d.height // d.width, width)
+
+
+@torch.no_grad()
+def draw(net: Network, views: Views, path: Path) -> str:
+    """Draw what the network makes of scenes; the figures to be read beside it.
+
+    A column a scene: the picture; depth, true then predicted, near bright; normals, true then predicted.
+    """
+    net.modules.eval()
+    depth, normals = (part.cpu() for part in net.predict(views.rgb.to(net.prompt.device)))
+    net.modules.train()
+    relative = losses.abs_rel(depth, views.depth, views.mask).nanmean()
+    angle = losses.angles_deg(normals, views.normals)[views.mask].mean()
+    truth = losses.normalised_depth(views.depth, views.mask)
+    unit = torch.nn.functional.normalize(normals, dim=1)
+    rows = [
+        views.rgb,
+        *(((1 - values.clamp(-1, 1)) / 2)[:, None].expand_as(views.rgb) for values in (truth, depth)),
+        *((values + 1) / 2 for values in (views.normals, unit)),
+    ]
+    sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(path)
+    return f"AbsRel {relative:.3f}, normals {angle:.1f} deg over {len(views.rgb)} scenes, drawn in {path}"
+
+
+def _save(
+    net: Network, optimizer: torch.optim.Optimizer, position: tuple[int, int], config: TrainConfig, output: Path
+) -> None:
+    """Write the checkpoints, then the state to resume from, whose `position` is the next stage and step."""
+    net.save(output / "checkpoint", processing_resolution=config.processing_resolution, dtype=torch.float16)
+    state = {"stage": position[0], "step": position[1], "modules": net.modules.state_dict()}
+    partial = output / "state.pt.partial"
+    torch.save({**state, "optimizer": optimizer.state_dict()}, partial)
+    partial.replace(output / "state.pt")
+
+
+def _refuse_another_run(config: TrainConfig, output: Path, stages: int) -> None:
+    """Between two calls only paths, intervals and stages after the first `stages`, which have begun, may change."""
+
+    def begun(run: dict[str, Any]) -> dict[str, Any]:
+        size = run["data"]["height"], run["data"]["width"]
+        kept = {name: run[name] for name in ("seed", "architecture", "gradient_clip")}
+        return json.loads(json.dumps({**kept, "size": size, "stages": run["stages"][:stages]}))  # type: ignore[no-any-return]
+
+    path = output / "config.json"
+    old, new = begun(json.loads(path.read_text())), begun(config.model_dump(mode="json"))
+    if different := [name for name in new if new[name] != old[name]]:
+        raise TrainingError(
+            f"{output} holds a run with another {', '.join(different)} (see {path}): train into another folder, or "
+            "start over with overwrite"
+        )
+
+
+def _rows_before(path: Path, config: TrainConfig, stage: int, step: int) -> list[list[str]]:
+    """Rows of the loss table up to where the run resumes: those of later steps will be written again."""
+    if not path.exists():
+        return []
+    names = [stage.name for stage in config.stages]
+    with path.open(newline="") as file:
+        rows = [row for row in list(csv.reader(file))[1:] if row[0] in names]
+    return [row for row in rows if (names.index(row[0]), int(row[1])) < (stage, step)]

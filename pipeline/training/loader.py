@@ -1,0 +1,98 @@
+"""Micro-batches, each a function of its number alone: read, cut, flipped, degraded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from depthmill.pipeline.training.batch import Batch, TrainingSet, concatenate, cut, flip
+from depthmill.pipeline.training.config import Augment, TrainConfig
+from depthmill.pipeline.training.degrade import degrade
+from depthmill.pipeline.training.mixing import plan, read_usable
+from depthmill.pipeline.training.sets import open_set
+from depthmill.pipeline.types import Modality
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A micro-batch as it comes out of the loader.
+
+    Attributes:
+        batch: Pictures and truth.
+        skipped: Why pictures were passed over for others; empty if none was.
+    """
+
+    batch: Batch
+    skipped: tuple[str, ...]
+
+    def pin_memory(self) -> Loaded:
+        """The same in page-locked memory."""
+        return Loaded(self.batch.pin_memory(), self.skipped)
+
+
+class MicroBatches(Dataset[Loaded]):
+    """Item n is micro-batch number n, of however many are asked for, in whatever process."""
+
+    def __init__(self, config: TrainConfig):
+        """Open the sets.
+
+        Raises:
+            TrainingError: If one of them lacks files.
+        """
+        # The autoencoder has to draw both; whatever estimates, one.
+        modalities: Sequence[Modality] = (
+            ("depth", "normals") if config.objective == "autoencoder" else (config.modality,)
+        )
+        self.sets: list[TrainingSet] = [open_set(each, modality) for each in config.sets for modality in modalities]
+        self.ratios = [each.ratio for each in config.sets for _ in modalities]
+        self.config = config
+
+    def __getitem__(self, number: int) -> Loaded:
+        """Read micro-batch `number`."""
+        config = self.config
+        which, indices = plan([len(each) for each in self.sets], self.ratios, config.batch_size, config.seed, number)
+        rng = np.random.default_rng((config.seed, number))
+        parts, skipped = [], []
+        for index in indices:
+            part, reasons = read_usable(self.sets[which], index)
+            parts.append(augmented(part, config.augment, rng))
+            skipped += reasons
+        return Loaded(concatenate(parts), tuple(skipped))
+
+
+def augmented(batch: Batch, augment: Augment, rng: np.random.Generator) -> Batch:
+    """Cut, flip and degrade one picture as the configuration says."""
+    if augment.height is not None and augment.width is not None:
+        batch = cut(batch, augment.height, augment.width, float(rng.uniform(augment.smallest_cut, 1)), rng)
+    if augment.flip and rng.random() < 0.5:
+        batch = flip(batch)
+    return Batch(degrade(batch.rgb, rng), batch.target, batch.mask) if augment.degrade else batch
+
+
+def load(config: TrainConfig, numbers: Iterable[int], *, pin: bool) -> Iterable[Loaded]:
+    """Read the micro-batches with these numbers, in this order, ahead of whoever takes them.
+
+    Args:
+        config: The run's.
+        numbers: Which.
+        pin: Put them into page-locked memory, for a GPU.
+    """
+    workers = config.loader_workers
+    return DataLoader(
+        MicroBatches(config),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        # Spawned: a forked child of a process that has used OpenMP or CUDA may hang.
+        multiprocessing_context="spawn" if workers else None,
+        pin_memory=pin,
+        worker_init_fn=_one_thread if workers else None,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

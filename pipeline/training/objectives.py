@@ -1,0 +1,170 @@
+"""What is learnt, as the loss of one batch: four objectives over the same modules.
+
+With ᾱ the scheduler's cumulative product, z a latent and n noise, z_t = sqrt(ᾱ_t) z + sqrt(1 - ᾱ_t) n. The network runs
+in whatever precision it is told to; losses are taken in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from depthmill.pipeline.geometry import axes_signs
+from depthmill.pipeline.model.sampling import draw_noise, pyramid_noise
+from depthmill.pipeline.training import losses
+from depthmill.pipeline.training.batch import Batch
+from depthmill.pipeline.training.config import TrainConfig
+from depthmill.pipeline.training.start import Start
+
+
+class Objective(torch.nn.Module):
+    """The modules and the loss, in one module, so that data-parallel wrappers see one forward pass.
+
+    Args:
+        start: What is trained.
+        config: Says what is learnt.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    prompt: Tensor
+    signs: Tensor
+    alphas: Tensor
+
+    def __init__(self, start: Start, config: TrainConfig):
+        super().__init__()
+        self.unet, self.vae, self.scheduler = start.parts.unet, start.parts.vae, start.parts.scheduler
+        self.config = config
+        self.register_buffer("prompt", start.prompt, persistent=False)
+        signs = torch.tensor(axes_signs(start.normals_axes)).view(1, 3, 1, 1)
+        self.register_buffer("signs", signs, persistent=False)
+        self.register_buffer("alphas", self.scheduler.alphas_cumprod, persistent=False)
+        self.requires_grad_(False)
+        self.trained.requires_grad_(True)
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+            self.vae.enable_gradient_checkpointing()
+
+    @property
+    def trained(self) -> torch.nn.Module:
+        """The part that learns; the rest is frozen."""
+        trained: torch.nn.Module = self.vae if self.config.objective == "autoencoder" else self.unet
+        return trained
+
+    def forward(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        """Terms of the loss, each () float32; `loss` is what to descend.
+
+        Args:
+            batch: Pictures and truth, on the modules' device.
+            rng: Draws time steps and noise, on the CPU whatever the device.
+        """
+        loss = getattr(self, f"_{self.config.objective}")
+        terms: dict[str, Tensor] = loss(batch, rng)
+        return terms
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Latents (B, C, h, w), scaled, of pictures (B, 3, H, W) in [-1, 1]: the mean, not a sample."""
+        latent: Tensor = self.vae.encode(pictures).latent_dist.mean * self.vae.config.scaling_factor
+        return latent
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Inverse of `encode`, float32, not clipped."""
+        picture: Tensor = self.vae.decode(latent / self.vae.config.scaling_factor).sample.float()
+        return picture
+
+    def drawn(self, batch: Batch) -> Tensor:
+        """The truth as a picture (B, 3, H, W) in [-1, 1]: depth from its 2nd to its 98th percentile; normals."""
+        if batch.target.shape[1] == 3:
+            return batch.target * self.signs
+        return losses.normalised_depth(batch.target[:, 0], batch.mask)[:, None].expand(-1, 3, -1, -1)
+
+    def _autoencoder(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        """Half of the batch as pictures, half as truth, given back; latents held, weakly, to unit size."""
+        pictures = torch.cat([batch.rgb[0::2] * 2 - 1, self.drawn(batch)[1::2]])
+        latent = self.encode(pictures).float()
+        reconstruction = (self.decode(latent) - pictures).abs().mean()
+        return {
+            "loss": reconstruction + 1e-2 * (latent.square().mean() - 1).clamp(min=0),
+            "reconstruction": reconstruction,
+        }
+
+    def _generative(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        with torch.no_grad():
+            latent = self.encode(batch.rgb * 2 - 1)
+        return {"loss": self._denoising(latent, None, torch.ones_like(batch.mask), rng)}
+
+    def _diffusion(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        with torch.no_grad():
+            picture, truth = self.encode(torch.cat([batch.rgb * 2 - 1, self.drawn(batch)])).chunk(2)
+        return {"loss": self._denoising(truth, picture, batch.mask, rng)}
+
+    def _denoising(self, latent: Tensor, given: Tensor | None, mask: Tensor, rng: torch.Generator) -> Tensor:
+        """Mean squared error of the network's answer to noisy latents, at a random time for each.
+
+        Ho et al. 2020, eq. 14, for epsilon; Salimans & Ho 2022, section 4, for v. Cells of the latent that see a pixel
+        without truth do not count, as in Marigold.
+        """
+        last = self.scheduler.config.num_train_timesteps
+        times = torch.randint(last, (len(latent),), generator=rng)
+        discounts = (self.config.noise_discount * times / last).tolist()
+        shape = (latent.shape[1], latent.shape[2], latent.shape[3])
+        noise = torch.stack([pyramid_noise(shape, rng, discount) for discount in discounts]).to(latent)
+        t = times.to(latent.device)
+        noisy = self.scheduler.add_noise(latent, noise, t)
+        answer = self.unet(
+            noisy if given is None else torch.cat([given, noisy], dim=1), t, self.prompt.expand(len(latent), -1, -1)
+        ).sample
+        match self.scheduler.config.prediction_type:
+            case "v_prediction":
+                wanted = self.scheduler.get_velocity(latent, noise, t)
+            case "epsilon":
+                wanted = noise
+            case _:
+                wanted = latent
+        seen = F.adaptive_max_pool2d((~mask)[:, None].float(), latent.shape[2:]) == 0  # (B, 1, h, w)
+        error = (answer.float() - wanted.float()).square() * seen
+        mean: Tensor = error.sum() / (seen.sum() * latent.shape[1]).clamp(min=1)
+        return mean
+
+    def answer(self, rgb: Tensor, rng: torch.Generator) -> Tensor:
+        """The decoded single step (the paper, section 4): (B, 3, H, W) float32, depth or normals as a picture."""
+        with torch.no_grad():
+            picture = self.encode(rgb * 2 - 1)
+        shape = (picture.shape[1], picture.shape[2], picture.shape[3])
+        noise = torch.stack([draw_noise(self.config.noise, shape, rng) for _ in rgb]).to(picture)
+        last = self.scheduler.config.num_train_timesteps - 1
+        prompt = self.prompt.expand(len(rgb), -1, -1)
+        out = self.unet(torch.cat([picture, noise], dim=1), last, prompt).sample
+        alpha = self.alphas[last]
+        match self.scheduler.config.prediction_type:
+            case "v_prediction":
+                x0 = alpha.sqrt() * noise - (1 - alpha).sqrt() * out
+            case "epsilon":
+                x0 = (noise - (1 - alpha).sqrt() * out) / alpha.sqrt()
+            case _:
+                x0 = out
+        return self.decode(x0)
+
+    def _end_to_end(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        decoded = self.answer(batch.rgb, rng)
+        with torch.autocast(decoded.device.type, enabled=False):
+            if self.config.modality == "normals":
+                return {"loss": losses.normals_loss(decoded * self.signs, batch.target, batch.mask)}
+            return self._depth_loss(decoded.mean(dim=1).clip(-1, 1), batch)
+
+    def _depth_loss(self, depth: Tensor, batch: Batch) -> dict[str, Tensor]:
+        # (B, H, W) each
+        truth, mask, config = batch.target[:, 0], batch.mask, self.config
+        terms = {"affine": losses.depth_loss(depth, truth, mask)}
+        loss = terms["affine"]
+        if config.relative:
+            terms["relative"] = losses.depth_loss(depth, truth, mask, relative=True)
+            loss = loss + config.relative * terms["relative"]
+        if config.anchor or config.slopes:
+            target = losses.normalised_depth(truth, mask)
+            terms["anchor"] = (depth - target).abs().mean()
+            terms["slopes"] = losses.slope_loss(depth, target)
+            loss = loss + config.anchor * terms["anchor"] + config.slopes * terms["slopes"]
+        return {"loss": loss, **terms}

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from depthmill.pipeline.config import load_config
+from depthmill.pipeline.errors import TrainingError
+from depthmill.pipeline.training.from_scratch import network
+from depthmill.pipeline.training.from_scratch import train as train_module
+from depthmill.pipeline.training.from_scratch.config import Stage, TrainConfig
+from depthmill.pipeline.training.from_scratch.train import learning_rate, train
+from depthmill.pipeline.training.pool import open_pool
+
+ROOT = Path(__file__).parents[4]
+
+
+def config(scene_pool: Path, *, small_steps: int = 4, **changes: object) -> TrainConfig:
+    stage = {"scenes": 100, "batch_size": 3, "height": 24, "width": 32, "learning_rate": 1e-3, "warmup_steps": 2}
+    base = {
+        "architecture": {"vae_channels": (8, 16, 16), "unet_channels": (16, 32), "norm_groups": 4},
+        "processing_resolution": 32,
+        "data": {"pool": scene_pool, "height": 24, "width": 32},
+        "save_steps": 2,
+        "picture_steps": 100,
+        "stages": [
+            {**stage, "name": "vae", "objective": "autoencoder", "steps": 2},
+            {**stage, "name": "both", "objective": "end_to_end", "steps": small_steps},
+        ],
+    }
+    return TrainConfig.model_validate(base | changes)
+
+
+def losses(run: Path) -> list[list[str]]:
+    with (run / "losses.csv").open(newline="") as file:
+        return list(csv.reader(file))
+
+
+class KilledError(Exception):
+    """Stands in for the death of the process."""
+
+
+@pytest.mark.parametrize("killed_after", [3, 5])
+def test_a_resumed_run_has_the_losses_of_an_unbroken_one(
+    scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
+) -> None:
+    train(config(scene_pool), tmp_path / "unbroken")
+
+    step, calls = train_module._step, 0
+
+    def dying(*args: object) -> dict[str, float]:
+        nonlocal calls
+        if calls == killed_after:
+            raise KilledError
+        calls += 1
+        return step(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_step", dying)
+        with pytest.raises(KilledError):
+            train(config(scene_pool), tmp_path / "broken")
+    train(config(scene_pool), tmp_path / "broken")
+
+    assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
+    assert len(losses(tmp_path / "broken")) == 1 + 2 + 4
+    name = "checkpoint/depth/unet/diffusion_pytorch_model.safetensors"
+    weights = [load_file(tmp_path / run / name) for run in ("broken", "unbroken")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_what_a_run_leaves_behind(scene_pool: Path, tmp_path: Path) -> None:
+    checkpoints = train(config(scene_pool), tmp_path)
+    vae, other = (
+        load_file(checkpoints / m / "vae" / "diffusion_pytorch_model.safetensors") for m in ("depth", "normals")
+    )
+    assert all(torch.equal(vae[key], other[key]) for key in vae)
+    unet, other = (
+        load_file(checkpoints / m / "unet" / "diffusion_pytorch_model.safetensors") for m in ("depth", "normals")
+    )
+    assert not torch.equal(unet["conv_in.weight"], other["conv_in.weight"])
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+    # Nothing is left to do, so nothing is done, until a stage is added.
+    before = losses(tmp_path)
+    train(config(scene_pool), tmp_path)
+    assert losses(tmp_path) == before
+    longer = config(scene_pool).model_dump()
+    longer["stages"] += ({**longer["stages"][1], "name": "more", "steps": 1},)
+    train(TrainConfig.model_validate(longer), tmp_path)
+    assert losses(tmp_path)[:-1] == before
+
+
+def test_another_run_is_refused_but_for_stages_to_come(
+    scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = train_module._step
+
+    def dying(*args: object) -> dict[str, float]:
+        if any(isinstance(arg, Stage) and arg.name == "both" for arg in args):
+            raise KilledError
+        return step(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_step", dying)
+        with pytest.raises(KilledError):
+            train(config(scene_pool, seed=1), tmp_path)
+    with pytest.raises(TrainingError, match="another seed"):
+        train(config(scene_pool, seed=2), tmp_path)
+    changed = config(scene_pool, seed=1).model_dump()
+    changed["stages"][0]["learning_rate"] = 5e-4
+    with pytest.raises(TrainingError, match="another stages"):
+        train(TrainConfig.model_validate(changed), tmp_path)
+    train(config(scene_pool, seed=2), tmp_path, overwrite=True)
+    assert len(losses(tmp_path)) == 1 + 2 + 4
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = train_module._autoencoder
+    monkeypatch.setattr(
+        train_module,
+        "_autoencoder",
+        lambda net, views: {key: value * torch.nan for key, value in original(net, views).items()},
+    )
+    with pytest.raises(TrainingError, match=r"stage 'vae', step 0: the loss is nan"):
+        train(config(scene_pool), tmp_path)
+
+
+def test_threads_give_the_mean_of_their_parts_gradients(scene_pool: Path) -> None:
+    run = config(scene_pool)
+    net = network.build(run.architecture, 0, torch.device("cpu"))
+    views = open_pool(scene_pool, 100, 24, 32, processes=1).read(np.arange(6))
+    parameter = net.modules["normals"].conv_out.weight
+    stage = run.stages[1]
+    together = train_module._gradients(net, views, stage, threads=2)
+    gradient = parameter.grad.clone()
+    parts = []
+    for half in (views[:3], views[3:]):
+        terms = train_module._gradients(net, half, stage, threads=1)
+        parts.append((terms["loss"], parameter.grad.clone()))
+    assert together["loss"] == pytest.approx((parts[0][0] + parts[1][0]) / 2, rel=1e-5)
+    torch.testing.assert_close(gradient, (parts[0][1] + parts[1][1]) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_training_lowers_the_loss(scene_pool: Path, tmp_path: Path) -> None:
+    train(config(scene_pool, small_steps=24), tmp_path)
+    rows = [float(row[3]) for row in losses(tmp_path)[1:] if row[0] == "both"]
+    assert sum(rows[-8:]) < 0.9 * sum(rows[:8])
+
+
+def test_learning_rate_warms_up_and_decays(scene_pool: Path) -> None:
+    stage = config(scene_pool, small_steps=101).stages[1]
+    assert learning_rate(stage, 0) == pytest.approx(0.5e-3)
+    assert learning_rate(stage, 100) == pytest.approx(1e-5)
+    assert learning_rate(stage, 50) == pytest.approx(1e-4)
+
+
+def test_the_demos_config_is_valid() -> None:
+    demo = load_config(TrainConfig, ROOT / "configs" / "train-demo.yaml", {})
+    assert demo.architecture.latent_channels == 4
+
+
+def test_sizes_that_the_network_cannot_take_are_refused(scene_pool: Path) -> None:
+    for height, width, reason in ((22, 30, "not divisible"), (24, 24, "aspect")):
+        wrong = config(scene_pool).model_dump()
+        for stage in wrong["stages"]:
+            stage |= {"height": height, "width": width}
+        with pytest.raises(ValueError, match=reason):
+            TrainConfig.model_validate(wrong)
