@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from depthmill.pipeline.model.labeler import Labeler
-from depthmill.pipeline.training import data, losses, scenes
-from depthmill.pipeline.training.train import HELD_OUT_SEED
+from depthmill.pipeline.training import losses, scenes
+from depthmill.pipeline.training.from_scratch.train import HELD_OUT_SEED
 
 DEMO = Path(__file__).parents[3] / "pipeline" / "model" / "demo"
 HEIGHT, WIDTH = 96, 128
@@ -43,15 +43,15 @@ def held_out() -> tuple[scenes.Views, torch.Tensor, torch.Tensor]:
 def test_it_beats_the_best_guess_without_looking(
     held_out: tuple[scenes.Views, torch.Tensor, torch.Tensor],
 ) -> None:
-    """Bounds a little above what it reached, which `benchmarks/demo_checkpoint.md` has in full."""
+    """The goals of `benchmarks/demo_checkpoint.md`, on other scenes and with a little room for their small number."""
     views, depth, normals = held_out
     # The mean of these very scenes: a better guess than the benchmark's, whose mean is of training scenes.
-    guess = data.normalised_depth(views.depth, views.mask).mean(0, keepdim=True).expand_as(depth)
+    guess = losses.normalised_depth(views.depth, views.mask).mean(0, keepdim=True).expand_as(depth)
     error, guessed = (losses.abs_rel(p, views.depth, views.mask).nanmean() for p in (depth, guess))
-    assert error <= 0.8 * guessed
+    assert error <= 0.65 * guessed
     mean = views.normals.mean(0, keepdim=True).expand_as(normals)
     model, guessed = (losses.angles_deg(p, views.normals)[views.mask].mean() for p in (normals, mean))
-    assert model <= 0.8 * guessed
+    assert model <= min(25, 0.65 * guessed)
 
 
 def test_depth_runs_from_near_to_far(held_out: tuple[scenes.Views, torch.Tensor, torch.Tensor]) -> None:
