@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/depthmill label demo/pedestrians.mp4 demo/labels.zarr --config configs/demo.yaml
+	$(BIN)/depthmill label demo/pedestrians.mp4 demo/labels.zarr --config configs/demo.yaml --overwrite
 	$(BIN)/depthmill preview demo/labels.zarr --out demo
 
 paper: setup

@@ -166,7 +166,20 @@ def train(
     """
     import logging
 
-    from depthmill.pipeline.config import load_config
+    from depthmill.pipeline.config import load_config, load_yaml
+    from depthmill.workers.progress import quiet_libraries
+
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("depthmill").setLevel(logging.INFO)
+    quiet_libraries()
+    folder = out or Path("runs") / Path(config).stem
+    if "stages" in load_yaml(config):
+        from depthmill.pipeline.training.from_scratch.config import StagedConfig
+        from depthmill.pipeline.training.from_scratch.train import train as run_stages
+
+        staged = load_config(StagedConfig, config, {})
+        typer.echo(run_stages(staged, folder, overwrite=overwrite, device=device))
+        return
     from depthmill.pipeline.errors import ConfigError
     from depthmill.pipeline.training.config import TrainConfig
 
@@ -176,13 +189,7 @@ def train(
         raise ConfigError(
             f"training needs {error.name}, which is not installed: pip install 'depthmill[train]'"
         ) from error
-    from depthmill.workers.progress import quiet_libraries
-
-    quiet_libraries()
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("depthmill").setLevel(logging.INFO)
-    settings = load_config(TrainConfig, config, {})
-    typer.echo(run(settings, out or Path("runs") / Path(config).stem, overwrite=overwrite, device=device))
+    typer.echo(run(load_config(TrainConfig, config, {}), folder, overwrite=overwrite, device=device))
 
 
 @app.command()

@@ -171,18 +171,25 @@ def load_config(model: type[Model], path: str | Path | None, overrides: Mapping[
     Raises:
         ConfigError: If the file cannot be read, or a key or value is not allowed; names each of them.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        text = _read(Path(path))
-        try:
-            loaded = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is no YAML: {error}") from error
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"{path} holds a {type(loaded).__name__}; expected `key: value` lines")
-        values = loaded
+    values = {} if path is None else load_yaml(path)
     values |= {key: value for key, value in overrides.items() if value is not None}
     return validated(model, values, where="the options" if path is None else f"{path} with the command line's options")
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file, or the one of that name that ships with depthmill, without looking at what it says.
+
+    Raises:
+        ConfigError: If it cannot be read, or holds something else than keys and values.
+    """
+    text = _read(Path(path))
+    try:
+        loaded = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} holds a {type(loaded).__name__}; expected `key: value` lines")
+    return loaded
 
 
 def validated(model: type[Model], values: Mapping[str, Any], *, where: str) -> Model:

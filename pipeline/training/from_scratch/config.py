@@ -70,7 +70,7 @@ class Stage(_Strict):
     relative: float = Field(default=0.0, ge=0)
 
 
-class TrainConfig(_Strict):
+class StagedConfig(_Strict):
     """A training run.
 
     Attributes:
@@ -96,7 +96,7 @@ class TrainConfig(_Strict):
     cpu_threads: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> TrainConfig:
+    def _stages_fit(self) -> StagedConfig:
         if len({stage.name for stage in self.stages}) < len(self.stages):
             raise ValueError("two stages have the same name: the loss table tells stages apart by their names")
         factor = self.architecture.vae_factor

@@ -24,7 +24,7 @@ from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.sources.prefetch import prefetch
 from depthmill.pipeline.training import losses, scenes
 from depthmill.pipeline.training.from_scratch import data, network
-from depthmill.pipeline.training.from_scratch.config import Stage, TrainConfig
+from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
 from depthmill.pipeline.training.from_scratch.network import Network
 from depthmill.pipeline.training.pool import open_pool
 from depthmill.pipeline.training.raycast import Views
@@ -51,7 +51,7 @@ _COLUMNS = (
 )
 
 
-def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device: str | None = None) -> Path:
+def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device: str | None = None) -> Path:
     """Train, or go on where the same call was stopped.
 
     Args:
@@ -101,7 +101,7 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
 
 
 def _stage(
-    net: Network, optimizer: torch.optim.Optimizer, config: TrainConfig, index: int, first: int
+    net: Network, optimizer: torch.optim.Optimizer, config: StagedConfig, index: int, first: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Train through one stage from step `first`; after each step, yield how many are done and the table's row."""
     stage, d = config.stages[index], config.data
@@ -126,7 +126,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     views: Views,
     stage: Stage,
-    config: TrainConfig,
+    config: StagedConfig,
     step: int,
 ) -> dict[str, float]:
     """One optimizer step; the row of the loss table, less the stage's name and the step."""
@@ -213,7 +213,7 @@ def _end_to_end(net: Network, views: Views, stage: Stage) -> dict[str, Tensor]:
     return {"loss": loss, **terms}
 
 
-def _held_out(config: TrainConfig) -> Views:
+def _held_out(config: StagedConfig) -> Views:
     d = config.data
     width = config.processing_resolution
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + _HELD_OUT)
@@ -245,7 +245,7 @@ def draw(net: Network, views: Views, path: Path) -> str:
 
 
 def _save(
-    net: Network, optimizer: torch.optim.Optimizer, position: tuple[int, int], config: TrainConfig, output: Path
+    net: Network, optimizer: torch.optim.Optimizer, position: tuple[int, int], config: StagedConfig, output: Path
 ) -> None:
     """Write the checkpoints, then the state to resume from, whose `position` is the next stage and step."""
     net.save(output / "checkpoint", processing_resolution=config.processing_resolution, dtype=torch.float16)
@@ -255,7 +255,7 @@ def _save(
     partial.replace(output / "state.pt")
 
 
-def _refuse_another_run(config: TrainConfig, output: Path, stages: int) -> None:
+def _refuse_another_run(config: StagedConfig, output: Path, stages: int) -> None:
     """Between two calls only paths, intervals and stages after the first `stages`, which have begun, may change."""
 
     def begun(run: dict[str, Any]) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def _refuse_another_run(config: TrainConfig, output: Path, stages: int) -> None:
         )
 
 
-def _rows_before(path: Path, config: TrainConfig, stage: int, step: int) -> list[list[str]]:
+def _rows_before(path: Path, config: StagedConfig, stage: int, step: int) -> list[list[str]]:
     """Rows of the loss table up to where the run resumes: those of later steps will be written again."""
     if not path.exists():
         return []

@@ -12,14 +12,14 @@ from depthmill.pipeline.config import load_config
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.training.from_scratch import network
 from depthmill.pipeline.training.from_scratch import train as train_module
-from depthmill.pipeline.training.from_scratch.config import Stage, TrainConfig
+from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
 from depthmill.pipeline.training.from_scratch.train import learning_rate, train
 from depthmill.pipeline.training.pool import open_pool
 
 ROOT = Path(__file__).parents[4]
 
 
-def config(scene_pool: Path, *, small_steps: int = 4, **changes: object) -> TrainConfig:
+def config(scene_pool: Path, *, small_steps: int = 4, **changes: object) -> StagedConfig:
     stage = {"scenes": 100, "batch_size": 3, "height": 24, "width": 32, "learning_rate": 1e-3, "warmup_steps": 2}
     base = {
         "architecture": {"vae_channels": (8, 16, 16), "unet_channels": (16, 32), "norm_groups": 4},
@@ -32,7 +32,7 @@ def config(scene_pool: Path, *, small_steps: int = 4, **changes: object) -> Trai
             {**stage, "name": "both", "objective": "end_to_end", "steps": small_steps},
         ],
     }
-    return TrainConfig.model_validate(base | changes)
+    return StagedConfig.model_validate(base | changes)
 
 
 def losses(run: Path) -> list[list[str]]:
@@ -89,7 +89,7 @@ def test_what_a_run_leaves_behind(scene_pool: Path, tmp_path: Path) -> None:
     assert losses(tmp_path) == before
     longer = config(scene_pool).model_dump()
     longer["stages"] += ({**longer["stages"][1], "name": "more", "steps": 1},)
-    train(TrainConfig.model_validate(longer), tmp_path)
+    train(StagedConfig.model_validate(longer), tmp_path)
     assert losses(tmp_path)[:-1] == before
 
 
@@ -112,7 +112,7 @@ def test_another_run_is_refused_but_for_stages_to_come(
     changed = config(scene_pool, seed=1).model_dump()
     changed["stages"][0]["learning_rate"] = 5e-4
     with pytest.raises(TrainingError, match="another stages"):
-        train(TrainConfig.model_validate(changed), tmp_path)
+        train(StagedConfig.model_validate(changed), tmp_path)
     train(config(scene_pool, seed=2), tmp_path, overwrite=True)
     assert len(losses(tmp_path)) == 1 + 2 + 4
 
@@ -160,7 +160,7 @@ def test_learning_rate_warms_up_and_decays(scene_pool: Path) -> None:
 
 
 def test_the_demos_config_is_valid() -> None:
-    demo = load_config(TrainConfig, ROOT / "configs" / "train-demo.yaml", {})
+    demo = load_config(StagedConfig, ROOT / "configs" / "train-demo.yaml", {})
     assert demo.architecture.latent_channels == 4
 
 
@@ -170,4 +170,4 @@ def test_sizes_that_the_network_cannot_take_are_refused(scene_pool: Path) -> Non
         for stage in wrong["stages"]:
             stage |= {"height": height, "width": width}
         with pytest.raises(ValueError, match=reason):
-            TrainConfig.model_validate(wrong)
+            StagedConfig.model_validate(wrong)
