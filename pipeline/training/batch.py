@@ -47,12 +47,17 @@ def concatenate(parts: Sequence[Batch]) -> Batch:
     return Batch(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Batch)))
 
 
-def flip(batch: Batch) -> Batch:
-    """Mirror left to right; a normal's x changes its sign with it."""
+def flip(batch: Batch, rows: Tensor) -> Batch:
+    """Mirror those pictures left to right where `rows` (B,) bool is True; a normal's x changes its sign with it."""
+    mirror = rows.to(batch.mask.device).view(-1, 1, 1, 1)
     target = batch.target.flip(3)
     if target.shape[1] == 3:
-        target = target * torch.tensor([-1.0, 1.0, 1.0]).view(1, 3, 1, 1)
-    return Batch(batch.rgb.flip(3), target, batch.mask.flip(2))
+        target = target * target.new_tensor([-1, 1, 1]).view(1, 3, 1, 1)
+    return Batch(
+        rgb=torch.where(mirror, batch.rgb.flip(3), batch.rgb),
+        target=torch.where(mirror, target, batch.target),
+        mask=torch.where(mirror[:, 0], batch.mask.flip(2), batch.mask),
+    )
 
 
 def cut(batch: Batch, height: int, width: int, share: float, rng: np.random.Generator) -> Batch:

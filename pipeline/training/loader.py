@@ -23,11 +23,11 @@ class Loaded:
 
     Attributes:
         batch: Pictures and truth.
-        skipped: Why pictures were passed over for others; empty if none was.
+        skipped: Set and index of the pictures that were newly found unusable, and passed over for others.
     """
 
     batch: Batch
-    skipped: tuple[str, ...]
+    skipped: tuple[tuple[int, int], ...]
 
     def pin_memory(self) -> Loaded:
         """The same in page-locked memory."""
@@ -50,18 +50,18 @@ class MicroBatches(Dataset[Loaded]):
         self.sets: list[TrainingSet] = [open_set(each, modality) for each in config.sets for modality in modalities]
         self.ratios = [each.ratio for each in config.sets for _ in modalities]
         self.config = config
+        self._skipped: list[dict[int, str]] = [{} for _ in self.sets]
 
     def __getitem__(self, number: int) -> Loaded:
         """Read micro-batch `number`."""
         config = self.config
         which, indices = plan([len(each) for each in self.sets], self.ratios, config.batch_size, config.seed, number)
         rng = np.random.default_rng((config.seed, number))
-        parts, skipped = [], []
-        for index in indices:
-            part, reasons = read_usable(self.sets[which], index)
-            parts.append(augmented(part, config.augment, rng))
-            skipped += reasons
-        return Loaded(concatenate(parts), tuple(skipped))
+        unusable = self._skipped[which]
+        known = set(unusable)
+        parts = [read_usable(self.sets[which], index, unusable) for index in indices]
+        batch = concatenate([augmented(part, config.augment, rng) for part in parts])
+        return Loaded(batch, tuple((which, index) for index in unusable.keys() - known))
 
 
 def augmented(batch: Batch, augment: Augment, rng: np.random.Generator) -> Batch:
@@ -69,7 +69,7 @@ def augmented(batch: Batch, augment: Augment, rng: np.random.Generator) -> Batch
     if augment.height is not None and augment.width is not None:
         batch = cut(batch, augment.height, augment.width, float(rng.uniform(augment.smallest_cut, 1)), rng)
     if augment.flip and rng.random() < 0.5:
-        batch = flip(batch)
+        batch = flip(batch, torch.tensor([True]))
     return Batch(degrade(batch.rgb, rng), batch.target, batch.mask) if augment.degrade else batch
 
 

@@ -1,8 +1,10 @@
-"""Which pictures a micro-batch is made of: a function of its number alone, so that no run has a sampler to remember."""
+"""Which pictures a training run sees, and when: a function of numbers alone, so that resuming needs no state."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -11,73 +13,74 @@ import numpy.typing as npt
 from depthmill.pipeline.errors import SampleError, TrainingError
 from depthmill.pipeline.training.batch import Batch, TrainingSet
 
-_PERIOD = 100  # micro-batches in which every set has had its share, to a hundredth
+logger = logging.getLogger(__name__)
+
+_REASONS = 3  # of pictures that cannot be used, named in an error
 
 
-def plan(
-    sizes: Sequence[int], ratios: Sequence[float], batch_size: int, seed: int, number: int
-) -> tuple[int, list[int]]:
-    """Which set micro-batch `number` comes from, and which of its pictures.
+def plan(sizes: Sequence[int], ratios: Sequence[float], batch_size: int, seed: int, n: int) -> tuple[int, list[int]]:
+    """What the micro-batch number `n` is made of.
 
-    Sets come in turn within a period, in an order that is drawn anew for each, every one as often as its ratio says.
-    Every picture of a set is shown once before any is shown again, in an order that is drawn anew each time.
+    A batch comes from one set, since pictures of several sets differ in size. The sets take turns as evenly as their
+    ratios allow: after any number of batches each of two has had its share to within one batch. Of a set,
+    every picture is shown once before any is shown again, in an order drawn anew each time.
 
     Args:
-        sizes: Pictures of each set.
-        ratios: Share of each set, relative to the others'.
-        batch_size: Pictures in a micro-batch, all from one set: sets differ in size.
-        seed: Of the run.
-        number: From 0.
+        sizes: Number of pictures of each set.
+        ratios: Share of the batches that each set is to have, in any unit.
+        batch_size: Pictures in a batch.
+        seed: Of the orders.
+        n: From 0.
 
     Returns:
-        The set's number, and `batch_size` indices into it.
+        The set's number, and the indices of its pictures.
     """
-    period, place = divmod(number, _PERIOD)
-    turns = _turns(ratios)
-    order = np.random.default_rng((seed, 2, period)).permutation(turns)
-    which = int(order[place])
-    before = period * int((turns == which).sum()) + int((order[:place] == which).sum())  # its micro-batches so far
-    first = before * batch_size
-    return which, [_shuffled(sizes[which], seed, which, first + i) for i in range(batch_size)]
+    chosen, before = _turn(tuple(Fraction(ratio) for ratio in ratios), n)
+    size = sizes[chosen]
+    positions = range(before * batch_size, (before + 1) * batch_size)
+    return chosen, [int(_order(seed, chosen, position // size, size)[position % size]) for position in positions]
 
 
-def _turns(ratios: Sequence[float]) -> npt.NDArray[np.int64]:
-    """The set of each turn of a period: shares of `_PERIOD`, by largest remainder, at least one each."""
-    exact = np.asarray(ratios, float) / sum(ratios) * _PERIOD
-    counts = np.maximum(np.floor(exact).astype(int), 1)
-    for i in np.argsort(counts - exact, kind="stable")[: max(_PERIOD - int(counts.sum()), 0)]:
-        counts[i] += 1
-    while counts.sum() > _PERIOD:
-        counts[counts.argmax()] -= 1
-    return np.repeat(np.arange(len(ratios)), counts)
+def _turn(ratios: tuple[Fraction, ...], n: int) -> tuple[int, int]:
+    """The set whose turn it is at `n`, and how many turns it had before.
 
-
-def _shuffled(size: int, seed: int, which: int, position: int) -> int:
-    epoch, place = divmod(position, size)
-    return int(_permutation(size, seed, which, epoch)[place])
+    The first k + 1 sets share m turns of which the first k get floor(m * their share): so the counts after n turns
+    follow from the last set to the first, and a turn goes to the first set at which the count of n + 1 turns is higher.
+    """
+    before, after = n, n + 1
+    for k in range(len(ratios) - 1, 0, -1):
+        share = sum(ratios[:k]) / sum(ratios[: k + 1])
+        earlier_before, earlier_after = int(before * share), int(after * share)
+        if earlier_after == earlier_before:
+            return k, before - earlier_before
+        before, after = earlier_before, earlier_after
+    return 0, before
 
 
 @lru_cache(maxsize=16)
-def _permutation(size: int, seed: int, which: int, epoch: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng((seed, 3, which, epoch)).permutation(size)
+def _order(seed: int, chosen: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng((seed, chosen, epoch)).permutation(size)
 
 
-def read_usable(pictures: TrainingSet, index: int) -> tuple[Batch, list[str]]:
-    """Read a picture, or the next that can be used.
+def read_usable(pictures: TrainingSet, index: int, skipped: dict[int, str]) -> Batch:
+    """Read a picture, or the next one of its set that can be used.
 
-    Returns:
-        The picture, B = 1, and why others were passed over; empty if none was.
+    Args:
+        pictures: The set.
+        index: Of the picture wanted.
+        skipped: Pictures of this set that cannot be used, and why: kept by the caller from call to call, and added to.
+            Each is logged once and not read again.
 
     Raises:
-        TrainingError: If no picture of the set can be used.
+        TrainingError: If not one picture of the set can be used.
     """
-    reasons: list[str] = []
-    for offset in range(len(pictures)):
+    for candidate in ((index + i) % len(pictures) for i in range(len(pictures))):
+        if candidate in skipped:
+            continue
         try:
-            return pictures.read((index + offset) % len(pictures)), reasons
+            return pictures.read(candidate)
         except SampleError as error:
-            reasons.append(str(error))
-    raise TrainingError(
-        f"none of the {len(reasons)} pictures of a training set can be used: {'; '.join(reasons[:3])}"
-        f"{'; …' if len(reasons) > 3 else ''}"
-    )
+            skipped[candidate] = str(error)
+            logger.warning("left out, and the next one taken: %s", error)
+    reasons = "\n".join(f"  {skipped[i]}" for i in sorted(skipped)[:_REASONS])
+    raise TrainingError(f"not one of the {len(pictures)} pictures can be used, for reasons such as\n{reasons}")

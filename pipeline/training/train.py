@@ -126,7 +126,8 @@ def _steps(
     every = config.accumulation * processes  # micro-batches of a step
     numbers = range(first * every + rank, config.steps * every, processes)
     stream = zip(numbers, load(config, numbers, pin=accelerator.device.type == "cuda"), strict=True)
-    started, skipped = time.monotonic(), 0
+    started = time.monotonic()
+    skipped: set[tuple[int, int]] = set()
     for step in range(first, config.steps):
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
@@ -134,9 +135,7 @@ def _steps(
         sums: dict[str, torch.Tensor] = {}
         for _ in range(config.accumulation):
             number, loaded = next(stream)
-            for reason in loaded.skipped:
-                log.warning("left out: %s", reason)
-            skipped += len(loaded.skipped)
+            skipped.update(loaded.skipped)
             with accelerator.accumulate(wrapped):
                 terms = wrapped(loaded.batch.to(accelerator.device), _draws(config.seed, number))
                 accelerator.backward(terms["loss"])
@@ -159,7 +158,7 @@ def _steps(
             left = timedelta(seconds=round((config.steps - done) / pace))
             pictures = pace * every * config.batch_size
             log.info("step %d/%d  %s  %.1f pictures/s  %s left", done, config.steps, shown, pictures, left)
-        yield done, {"learning_rate": rate, **row, "gradient_norm": float(norm), "skipped": float(skipped)}
+        yield done, {"learning_rate": rate, **row, "gradient_norm": float(norm), "skipped": float(len(skipped))}
 
 
 def _draws(seed: int, number: int) -> torch.Generator:
@@ -266,7 +265,8 @@ def _held_out(config: TrainConfig) -> Batch | None:
         return None
     pictures = open_set(config.held_out, config.modality)
     spread = np.linspace(0, len(pictures) - 1, min(config.held_out_pictures, len(pictures))).round().astype(int)
-    parts = [read_usable(pictures, int(index))[0] for index in spread]
+    unusable: dict[int, str] = {}
+    parts = [read_usable(pictures, int(index), unusable) for index in spread]
     # One sheet, one size: that of the first picture.
     return concatenate([part for part in parts if part.rgb.shape == parts[0].rgb.shape])
 

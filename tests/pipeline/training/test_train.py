@@ -21,7 +21,7 @@ ARCHITECTURE = {"vae_channels": (8, 16), "unet_channels": (16, 32), "head_channe
 
 
 def config(pool, **changes):
-    scenes = {"kind": "scenes", "path": pool, "count": 100, "height": 24, "width": 32}
+    scenes = {"kind": "scenes", "path": pool, "scenes": 100, "height": 24, "width": 32}
     base = {
         "architecture": None if "start" in changes else ARCHITECTURE,
         "sets": [scenes],
@@ -106,7 +106,7 @@ def test_the_papers_whole_way(scene_pool, tmp_path):
 
 
 def test_end_to_end_learns(scene_pool, tmp_path):
-    held_out = {"kind": "scenes", "path": scene_pool, "count": 100, "height": 24, "width": 32}
+    held_out = {"kind": "scenes", "path": scene_pool, "scenes": 100, "height": 24, "width": 32}
     settings = config(
         scene_pool, modality="normals", steps=60, batch_size=8, held_out=held_out, held_out_pictures=2, save_steps=60
     )

@@ -1,0 +1,153 @@
+"""A depthmill store as a training set: its labels are the truth ("pseudo-labels"), its sources the pictures."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from depthmill.pipeline.errors import SampleError, SourceError, StoreError, TrainingError
+from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.store import open_datasets, open_store
+from depthmill.pipeline.training.batch import Batch
+from depthmill.pipeline.training.sets.samples import SetOptions, sample
+from depthmill.pipeline.types import LABELLED, FrameSource, Modality
+
+if TYPE_CHECKING:
+    import xarray
+
+logger = logging.getLogger(__name__)
+
+_OPEN_SOURCES = 8  # kept open by a process; frames come in any order
+
+
+class StoreOptions(SetOptions):
+    """Labels of a store, made by `depthmill label`.
+
+    Attributes:
+        path: The store. The files that were labelled must be where they were, unchanged.
+        height: Rows of a training picture: the middle of a frame, of this aspect ratio, is resized to it.
+        width: Columns.
+    """
+
+    kind: Literal["store"] = "store"
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+
+
+class StoredLabels:
+    """The labelled frames of all sources of a store; pending and failed ones are left out.
+
+    Stored depth is affine-invariant, in [0, 1]. It is given as 1 + depth, in [1, 2]: to a loss that fits scale and
+    shift the same, and greater than 0, as losses relative to depth ask for. Normals are what the model said, which
+    seldom, at grazing angles, faces away from the camera.
+
+    A frame of a video is decoded from the keyframe before it: videos of few keyframes are slow to train from.
+    """
+
+    def __init__(self, options: StoreOptions, modality: Modality) -> None:
+        """List the labelled frames, and see that every source is there and unchanged.
+
+        Raises:
+            TrainingError: If there is no store, it lacks this modality or any labelled frame, or a source is missing or
+                has changed.
+        """
+        self.modality: Modality = modality
+        self._options = options
+        self._sources: dict[str, tuple[str, str]] = {}  # id -> uri and fingerprint
+        self._frames: list[tuple[str, int]] = []
+        self._opened: dict[int, _Opened] = {}  # by process
+        try:
+            store = open_store(options.path)
+        except StoreError as error:
+            raise TrainingError(str(error)) from error
+        if modality not in store.layout.labels:
+            stored = ", ".join(store.layout.labels)
+            raise TrainingError(f"{options.path} has labels of {stored}; expected {modality}: label with it")
+        frames = 0
+        for source_id in store.sources():
+            attributes = store.attributes(source_id)
+            labelled = np.flatnonzero(store.status(source_id) == LABELLED).tolist()
+            frames += attributes["frames"]
+            if labelled:
+                self._frames += [(source_id, frame) for frame in labelled]
+                self._sources[source_id] = attributes["uri"], attributes["fingerprint"]
+                _open(options.path, *self._sources[source_id]).close()
+        if not self._frames:
+            raise TrainingError(f"{options.path} has no labelled frame: run `depthmill label` to its end")
+        if lost := frames - len(self._frames):
+            logger.warning("%s: %d of %d frames have no labels and are left out", options.path, lost, frames)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is open."""
+        return {**self.__dict__, "_opened": {}}
+
+    def __len__(self) -> int:
+        """Number of labelled frames."""
+        return len(self._frames)
+
+    def read(self, index: int) -> Batch:
+        """One frame; see `TrainingSet.read`."""
+        source_id, number = self._frames[index]
+        # Decoders have threads, which do not survive a fork: a process leaves those of its parent alone.
+        opened = self._opened.setdefault(os.getpid(), _Opened(self._options.path))
+        uri, fingerprint = self._sources[source_id]
+        (frame,) = opened.source(uri, fingerprint).read(number, number + 1)
+        where = f"{uri}, frame {number}"
+        if frame.image is None:
+            raise SampleError(f"{where}: {frame.error}")
+        dataset = opened.dataset(source_id)
+        labels = dataset[self.modality][number].values
+        if "size" in dataset:
+            height, width = dataset["size"][number].values
+            labels = labels[:height, :width]
+        if self.modality == "depth":
+            target, mask = 1 + labels, ~np.isnan(labels)
+        else:
+            length = np.linalg.norm(labels, axis=-1)
+            mask = length != 0
+            target = labels / np.where(mask, length, 1)[..., None]
+        return sample(where, frame.image, target, mask, (self._options.height, self._options.width))
+
+
+class _Opened:
+    """What one process has open: the store, and the sources it has read last."""
+
+    def __init__(self, store: Path) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._datasets: dict[str, xarray.Dataset] = {}
+        self._sources: OrderedDict[str, FrameSource] = OrderedDict()
+
+    def dataset(self, source_id: str) -> xarray.Dataset:
+        with self._lock:
+            self._datasets = self._datasets or open_datasets(self._store)
+            return self._datasets[source_id]
+
+    def source(self, uri: str, fingerprint: str) -> FrameSource:
+        with self._lock:
+            if uri not in self._sources:
+                self._sources[uri] = _open(self._store, uri, fingerprint)
+            self._sources.move_to_end(uri)
+            if len(self._sources) > _OPEN_SOURCES:
+                self._sources.popitem(last=False)[1].close()  # a read in another thread ends all the same
+            return self._sources[uri]
+
+
+def _open(store: Path, uri: str, fingerprint: str) -> FrameSource:
+    """Open a source as it was labelled; one thread, since every worker of a data loader has its own."""
+    try:
+        source = open_source(uri, threads=1)
+        found = source.probe().fingerprint
+    except SourceError as error:
+        raise TrainingError(f"{store} has labels of {uri}, which cannot be opened ({error}): put it back") from error
+    if found != fingerprint:
+        source.close()
+        raise TrainingError(f"{uri} is not the file that was labelled into {store}: put it back, or label it anew")
+    return source

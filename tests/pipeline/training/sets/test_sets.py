@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from depthmill.pipeline.errors import SampleError
+from depthmill.pipeline.training.sets import SetConfig
+from depthmill.pipeline.training.sets.samples import sample
+
+
+class Run(BaseModel):
+    sets: tuple[SetConfig, ...]
+
+
+def test_entries_of_a_configuration() -> None:
+    entries = [
+        {"kind": "hypersim", "path": "data/hypersim", "ratio": 9},
+        {"kind": "vkitti2", "path": "data/vkitti2", "conditions": ["clone"]},
+        {"kind": "scenes", "scenes": 200},
+        {"kind": "store", "path": "labels.zarr", "height": 480, "width": 640},
+    ]
+    run = Run.model_validate({"sets": entries})
+    assert [config.kind for config in run.sets] == ["hypersim", "vkitti2", "scenes", "store"]
+    assert [config.ratio for config in run.sets] == [9, 1, 1, 1]
+    assert Run.model_validate_json(run.model_dump_json()) == run
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ({"kind": "nyu", "path": "x"}, "'hypersim', 'vkitti2', 'scenes', 'store'"),
+        ({"path": "x"}, "Unable to extract tag"),
+        ({"kind": "hypersim"}, r"hypersim.path\n.*required"),
+        ({"kind": "hypersim", "path": "x", "conditions": ["fog"]}, "Extra inputs"),
+        ({"kind": "hypersim", "path": "x", "ratio": 0}, "greater than 0"),
+        ({"kind": "hypersim", "path": "x", "ratio": float("inf")}, "finite"),
+        ({"kind": "vkitti2", "path": "x", "conditions": ["snow"]}, "'clone'"),
+        ({"kind": "scenes", "scenes": 150}, "multiple of 100"),
+        ({"kind": "store", "path": "x"}, "height"),
+    ],
+)
+def test_entries_that_cannot_be_used(entry: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        Run.model_validate({"sets": [entry]})
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3)])
+def test_nan_is_an_error_only_where_truth_is_claimed(shape: tuple[int, ...]) -> None:
+    rgb, target, mask = np.zeros((4, 6, 3), np.uint8), np.full(shape, 0.5, np.float32), np.ones((4, 6), bool)
+    target[1, 2] = np.nan
+    with pytest.raises(SampleError, match=r"here: the truth of 1 pixels is NaN or infinite"):
+        sample("here", rgb, target, mask)
+    mask[1, 2] = False
+    batch = sample("here", rgb, target, mask)
+    assert batch.mask.sum() == 23
+    assert (batch.target[0, :, 1, 2] == 0).all()
+    with pytest.raises(SampleError, match="not one pixel"):
+        sample("here", rgb, target, np.zeros_like(mask))
+
+
+def test_resizing_keeps_picture_and_truth_in_step() -> None:
+    depth = (1 + 3 * np.arange(32) + 2 * np.arange(24)[:, None]).astype(np.float32)
+    rgb = np.repeat(depth.astype(np.uint8)[..., None], 3, axis=2)
+    for size in ((12, 16), (6, 8), (48, 64), (24, 20), (10, 32)):
+        batch = sample("here", rgb, depth, depth > 0, size)
+        assert batch.rgb.shape[2:] == batch.mask.shape[1:] == size
+        off = (batch.rgb[0, 0] * 255 - batch.target[0, 0])[1:-1, 1:-1]
+        assert off.abs().max() <= 3  # half a pixel each way, and the rounding of colours
+    assert batch.target[0, 0, :, 0].tolist() == [15 + 2 * row for row in range(10)], "the middle rows, of 24 the 7th on"
