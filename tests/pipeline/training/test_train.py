@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from depthmill.pipeline.config import validated
+from depthmill.pipeline.config import load_config, validated
 from depthmill.pipeline.errors import ConfigError, TrainingError
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.training import start
@@ -136,6 +136,16 @@ def test_the_average_is_what_is_saved(scene_pool, tmp_path):
     first = start.load(config(scene_pool)).parts.unet.state_dict()["conv_in.weight"]
     raw, average = (weights(tmp_path / name)["conv_in.weight"] for name in ("raw", "average"))
     assert 0 < (average - first).abs().max() < (raw - first).abs().max()
+
+
+@pytest.mark.parametrize("start", ["marigold", "stable-diffusion"])
+@pytest.mark.parametrize("modality", ["depth", "normals"])
+def test_the_papers_runs_are_configured_as_the_paper_has_them(start, modality):
+    shipped = load_config(TrainConfig, f"train-{start}-{modality}", {})
+    assert (shipped.objective, shipped.modality, shipped.noise) == ("end_to_end", modality, "zeros")
+    assert [(each.kind, each.ratio) for each in shipped.sets] == [("hypersim", 9), ("vkitti2", 1)]
+    assert (shipped.steps, shipped.batch_size, shipped.accumulation) == (20_000, 2, 16)
+    assert (shipped.learning_rate, shipped.warmup_steps, shipped.final_learning_rate) == (3e-5, 100, 0.01)
 
 
 def test_gradient_checkpointing_changes_no_loss(scene_pool, tmp_path):
