@@ -1,11 +1,15 @@
 """The trainer: what it learns, that it resumes exactly, and that what it leaves loads everywhere."""
 
 import csv
+import subprocess
+import sys
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from depthmill.pipeline.config import load_config, validated
@@ -18,6 +22,12 @@ from depthmill.pipeline.training.sets import open_set
 from depthmill.pipeline.training.train import learning_rate, train
 
 ARCHITECTURE = {"vae_channels": (8, 16), "unet_channels": (16, 32), "head_channels": 8, "norm_groups": 4}
+
+
+@pytest.fixture(autouse=True)
+def _new_accelerate():
+    """Let each run of a test choose its device and precision: accelerate settles them once a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def config(pool, **changes):
@@ -155,6 +165,20 @@ def test_gradient_checkpointing_changes_no_loss(scene_pool, tmp_path):
     assert checkpointed == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param(None, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("modality", ["depth", "normals"])
+def test_half_precision_is_near_to_single(scene_pool, tmp_path, modality, device):
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        settings = config(scene_pool, modality=modality, mixed_precision=precision, gradient_checkpointing=True)
+        train(settings, tmp_path / precision, device=device)
+    single, half = ([float(row["loss"]) for row in table(tmp_path / name)] for name in ("no", "bf16"))
+    assert half != single
+    assert half[0] == pytest.approx(single[0], rel=0.01)
+    assert half == pytest.approx(single, rel=0.2)  # they part company, a little with every step
+    assert next(iter(weights(tmp_path / "bf16").values())).dtype == torch.float32
+
+
 def test_learning_rate(scene_pool):
     settings = config(scene_pool, steps=100, warmup_steps=10, learning_rate=2.0, final_learning_rate=0.01)
     rates = [learning_rate(settings, step) for step in range(100)]
@@ -194,3 +218,18 @@ def test_a_start_of_the_wrong_kind_is_refused(scene_pool, tmp_path):
         start.load(config(scene_pool, start=str(made), objective="generative"))
     with pytest.raises(ConfigError, match="either start"):
         config(scene_pool, start=str(made), architecture=ARCHITECTURE)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_with_twice_the_accumulation(scene_pool, tmp_path):
+    train(config(scene_pool, accumulation=2), tmp_path / "one")
+    settings = config(scene_pool, accumulation=1).model_dump(mode="json", exclude_none=True)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    train_it = ["-m", "depthmill.cli", "train", tmp_path / "two.yaml", "--out", tmp_path / "two", "--device", "cpu"]
+    done = subprocess.run([*launch, *train_it], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = ([float(row["loss"]) for row in table(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4)
+    whole, shared = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max(float((whole[name] - shared[name]).abs().max()) for name in whole) < 1e-4
