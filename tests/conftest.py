@@ -1,6 +1,7 @@
 """Fixtures that many tests share."""
 
 import os
+import sys
 
 import pytest
 
@@ -9,6 +10,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # The networks here are tiny: on busy cores, threads that wait for each other cost ten times what they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Undo what a run inside this process sets: the threads of all that comes after it."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
