@@ -3,17 +3,42 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import depthmill
+from depthmill.cli import main
 from depthmill.tests import media, runs
 
 
 def depthmill_cli(*arguments):
+    """The command line as a process of its own."""
     code = "from depthmill.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """The command line inside this process, which has imported everything already."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["depthmill", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=end.value.code or 0, stdout=said.out, stderr=said.err)
+
+    return call
+
+
+@pytest.fixture
+def label(cli, checkpoints):
+    """`depthmill label` inside this process, with random weights."""
+    return lambda inputs, store, *options: cli(
+        *runs.command(inputs, store, checkpoints, "--workers", "0", *options)[3:]
     )
 
 
@@ -50,42 +75,42 @@ def test_every_option_of_the_config_has_a_flag():
         (["--address", "127.0.0.1:1", "--workers", "1"], "127.0.0.1:1"),
     ],
 )
-def test_what_cannot_start_exits_with_2_and_says_why(clip, tmp_path, arguments, message):
-    done = depthmill_cli("label", clip, tmp_path / "out.zarr", "--workers", "0", *arguments)
+def test_what_cannot_start_exits_with_2_and_says_why(cli, clip, tmp_path, arguments, message):
+    done = cli("label", clip, tmp_path / "out.zarr", "--workers", "0", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out.zarr").exists()
 
 
-def test_exit_statuses_of_runs(clip, tmp_path, checkpoints):
+def test_exit_statuses_of_runs(label, clip, tmp_path):
     store = tmp_path / "out.zarr"
-    assert runs.run([clip], store, checkpoints, "--workers", "0").returncode == 0
-    some = runs.run([clip, tmp_path / "missing.mp4"], store, checkpoints, "--workers", "0")
+    assert label([clip], store).returncode == 0
+    some = label([clip, tmp_path / "missing.mp4"], store)
     assert some.returncode == 1
     assert "missing.mp4" in some.stdout
-    assert runs.run([tmp_path / "missing.mp4"], store, checkpoints, "--workers", "0").returncode == 2
+    assert label([tmp_path / "missing.mp4"], store).returncode == 2
 
 
-def test_the_store_argument_that_was_forgotten(clip, checkpoints):
-    done = runs.run([clip], clip, checkpoints, "--workers", "0")
+def test_the_store_argument_that_was_forgotten(label, clip):
+    done = label([clip], clip)
     assert done.returncode == 2
     assert clip.stat().st_size > 0
 
 
-def test_flags_win_over_the_file(clip, tmp_path, checkpoints):
+def test_flags_win_over_the_file(label, clip, tmp_path):
     config = tmp_path / "a.yaml"
     config.write_text("labels: [depth, normals]\nbatch_size: 7\nattempts: 5\n")
     store = tmp_path / "out.zarr"
-    done = runs.run([clip], store, checkpoints, "--workers", "0", "--config", str(config), "--labels", "depth")
+    done = label([clip], store, "--config", str(config), "--labels", "depth")
     assert done.returncode == 0, done.stderr
     used = json.loads((store / "run.json").read_text())["config"]
     assert (used["labels"], used["batch_size"], used["attempts"]) == (["depth"], 2, 5)
 
 
-def test_preview_names_what_it_drew(clip, tmp_path, checkpoints):
+def test_preview_names_what_it_drew(cli, label, clip, tmp_path):
     store = tmp_path / "out.zarr"
-    runs.run([clip], store, checkpoints, "--workers", "0")
-    done = depthmill_cli("preview", store, "--out", tmp_path / "pictures")
+    label([clip], store)
+    done = cli("preview", store, "--out", tmp_path / "pictures")
     assert done.returncode == 0, done.stderr
     assert sorted(line.rsplit(".", 1)[1] for line in done.stdout.splitlines()) == ["mp4", "png"]
