@@ -67,6 +67,7 @@ def test_killed_at_random_moments_and_run_again(undisturbed, tmp_path, checkpoin
     assert int(committed) == FRAMES - 2 * kept, "what was committed is not done again"
 
 
+@pytest.mark.slow  # the test above kills workers too
 def test_a_killed_worker_is_replaced_within_the_run(undisturbed, tmp_path, checkpoints):
     inputs, expected = undisturbed
     store = tmp_path / "labels.zarr"

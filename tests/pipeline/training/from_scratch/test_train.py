@@ -44,7 +44,7 @@ class KilledError(Exception):
     """Stands in for the death of the process."""
 
 
-@pytest.mark.parametrize("killed_after", [3, 5])
+@pytest.mark.parametrize("killed_after", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_losses_of_an_unbroken_one(
     scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
 ) -> None:
