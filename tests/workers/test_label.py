@@ -200,6 +200,7 @@ def test_bad_inputs_stop_nothing_and_are_all_listed(tmp_path, config):
     assert again.failures == summary.failures
 
 
+@pytest.mark.slow
 def test_a_50_megapixel_picture_among_small_ones(tmp_path, config):
     Image.new("RGB", (8192, 6144), (90, 120, 150)).save(tmp_path / "photos-large.png", compress_level=1)
     photos = tmp_path / "photos"

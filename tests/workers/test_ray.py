@@ -79,7 +79,9 @@ def test_a_killed_worker_is_replaced_within_the_run(undisturbed, tmp_path, check
     assert runs.contents(store) == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["ctrl-c", "sigterm"]
+)
 def test_a_stop_keeps_what_is_committed_and_says_how_to_go_on(undisturbed, tmp_path, checkpoints, number):
     inputs, expected = undisturbed
     store = tmp_path / "labels.zarr"
@@ -100,6 +102,7 @@ def test_a_stop_keeps_what_is_committed_and_says_how_to_go_on(undisturbed, tmp_p
     assert runs.contents(store) == expected
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_ends_the_run_with_its_reason(undisturbed, tmp_path, checkpoints):
     bad = shutil.copytree(checkpoints, tmp_path / "bad")
     weights = bad / "depth" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -110,6 +113,7 @@ def test_a_checkpoint_that_does_not_fit_ends_the_run_with_its_reason(undisturbed
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_existing_cluster_is_used_and_left_running(undisturbed, tmp_path, checkpoints, monkeypatch):
     # With its tokens on, Ray lets no second driver into a cluster that `ray.init` started.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
