@@ -1,7 +1,5 @@
 """Ensembling against diffusers' own, on members that are given to both."""
 
-import time
-
 import diffusers
 import pytest
 import torch
@@ -157,15 +155,3 @@ def test_normals_equal_diffusers(count):
     ours = ensemble_normals(members)
     assert torch.equal(ours, reference[0])
     assert len({int(i) for i in (members == ours).all(dim=1).float().argmax(dim=0).unique()}) == count
-
-
-@pytest.mark.slow
-def test_aligning_is_quicker_than_with_a_general_solver():
-    members = depth_members(10, 0.02, height=576, width=768)
-    seconds = []
-    for solve in (ensemble_depth, theirs):
-        start = time.perf_counter()
-        solve(members)
-        seconds.append(time.perf_counter() - start)
-    print(f"10 members of 576 x 768: {seconds[0]:.2f} s, diffusers {seconds[1]:.2f} s")
-    assert seconds[0] < seconds[1]
