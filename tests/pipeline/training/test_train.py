@@ -86,7 +86,6 @@ def test_a_resumed_run_equals_an_unbroken_one(scene_pool, tmp_path, monkeypatch,
 
 def test_the_papers_whole_way(scene_pool, tmp_path):
     """VAE, generative model, estimator, fine-tuning: each starts from the one before, and the last one labels."""
-    settings = {"objective": "autoencoder"}
     runs = []
     for name, objective in (("a", "autoencoder"), ("b", "generative"), ("c", "diffusion"), ("d", "end_to_end")):
         settings = {"start": str(runs[-1])} if runs else {}
