@@ -59,8 +59,11 @@ def _options(
 
 @app.command()
 def label(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Videos, folders of images, globs.")],
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="Zarr store for the labels; an existing one resumes.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Videos, images, folders, WebDataset or Parquet shards, globs."),
+    ],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="Zarr store for the labels; an existing one resumes.")],
     config: Annotated[str | None, typer.Option(help="YAML file; the options below win over it.")] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Depth checkpoint: demo, a directory in diffusers layout, or a hub id.")
@@ -82,11 +85,24 @@ def label(
     normals_dtype: Annotated[str | None, typer.Option(help="int8, int16 or float16, of stored normals.")] = None,
     shard_frames: Annotated[int | None, typer.Option(help="Frames in a shard file.")] = None,
     segment_frames: Annotated[int | None, typer.Option(help="Frames in a unit of work and commit.")] = None,
+    round_aspect: Annotated[
+        bool | None,
+        typer.Option(
+            "--round-aspect/--exact-aspect",
+            help="Show the model pictures at few aspect ratios, so that batches fill; left out, those of a corpus.",
+        ),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Ray workers; 0 labels in this process.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.")] = None,
     address: Annotated[str | None, typer.Option(help="An existing Ray cluster: auto, or ray://host:10001.")] = None,
-    attempts: Annotated[int | None, typer.Option(help="Tries of a segment before its frames count as failed.")] = None,
+    attempts: Annotated[
+        int | None, typer.Option(help="Tries of a segment, and then of a frame that makes it fail.")
+    ] = None,
+    frame_limit_s: Annotated[
+        float | None, typer.Option(help="Seconds that a frame may take, before it is given up.")
+    ] = None,
     max_pixels: Annotated[int | None, typer.Option(help="Larger pictures count as failed.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Inputs with more frames are refused.")] = None,
     steps: Annotated[int | None, typer.Option(help="UNet calls for a label; 1 is what E2E-FT models need.")] = None,
     ensemble: Annotated[int | None, typer.Option(help="Members drawn of each frame and made one.")] = None,
     noise: Annotated[str | None, typer.Option(help="zeros, gaussian or pyramid: what labels are drawn from.")] = None,
@@ -94,6 +110,9 @@ def label(
         str | None, typer.Option(help="trailing, or leading: the flaw, to compare with.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Label again what failed in earlier runs, and only that.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an existing store first.")] = False,
 ) -> None:
     """Label videos and images: depth and normals of every frame, into a Zarr store.
@@ -113,11 +132,14 @@ def label(
         "normals_dtype": normals_dtype,
         "shard_frames": shard_frames,
         "segment_frames": segment_frames,
+        "round_aspect": round_aspect,
         "workers": workers,
         "threads": threads,
         "address": address,
         "attempts": attempts,
+        "frame_limit_s": frame_limit_s,
         "max_pixels": max_pixels,
+        "max_frames": max_frames,
         "steps": steps,
         "ensemble": ensemble,
         "noise": noise,
@@ -131,7 +153,7 @@ def label(
     from depthmill.workers.progress import print_summary, quiet_libraries
 
     quiet_libraries()
-    summary = run(inputs, store, settings, overwrite=overwrite)
+    summary = run(inputs, store, settings, overwrite=overwrite, retry_failed=retry_failed)
     print_summary(summary)
     if summary.failures:
         raise typer.Exit(SOME_FAILED)
@@ -139,16 +161,69 @@ def label(
 
 @app.command()
 def preview(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A labelled store.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default where the store is.")] = None,
+    store: Annotated[str, typer.Argument(metavar="STORE", help="A labelled store.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures; by default where the store is, if it is a directory.")
+    ] = None,
     source: Annotated[str | None, typer.Option(help="Id of one source; by default all.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames on the contact sheet.")] = 6,
 ) -> None:
     """Draw a contact sheet (PNG) and a side-by-side video (MP4) of frames, depth and normals."""
     from depthmill.pipeline.preview import preview as draw
 
-    for path in draw(store, out or store.resolve().parent, source_id=source, frames=frames):
+    folder = out or (Path() if "://" in store else Path(store).resolve().parent)
+    for path in draw(store, folder, source_id=source, frames=frames):
         typer.echo(path)
+
+
+@app.command()
+def verify(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="A store: a directory, s3:// or gs://.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Un-commit damaged segments, so that the next label run does them again.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read.")] = 8,
+) -> None:
+    """Check that every committed file of a store is there, decodes, and has the bytes that were written.
+
+    Exit status: 0 all sound, 1 damage found, repaired or not, 2 not a store.
+    """
+    from depthmill.pipeline.store import open_store
+    from depthmill.pipeline.store.verify import verify as check
+
+    found = check(open_store(store), repair=repair, workers=workers)
+    for one in found.damage:
+        done = "; repaired" if one.repaired else "; --repair cannot mend it" if repair else ""
+        typer.echo(f"{one.file} (frames {one.start} to {one.stop} of {one.source_id}) {one.reason}{done}")
+    typer.echo(
+        f"{found.segments:,} committed segments of {found.sources:,} sources, {found.files:,} files, {found.bytes:,} "
+        f"bytes: {len(found.damage):,} damaged"
+    )
+    if found.unchecked:
+        typer.echo(f"{found.unchecked:,} segments have no checksums: that their files decode is all that is known")
+    if found.damage:
+        if repair:
+            typer.echo("run the same `depthmill label` again to label what was un-committed")
+        raise typer.Exit(SOME_FAILED)
+
+
+@app.command()
+def inspect(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="A store: a directory, s3:// or gs://.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, of every source, as JSON.")] = False,
+) -> None:
+    """Say what is in a store: sources, frames, sizes, checkpoint, rate, failures by reason."""
+    from depthmill.pipeline.store import open_store
+    from depthmill.pipeline.store.inspect import as_text
+    from depthmill.pipeline.store.inspect import inspect as look
+
+    found = look(open_store(store))
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found.document(), indent=2, ensure_ascii=False))
+    else:
+        typer.echo(as_text(found))
 
 
 @app.command()
@@ -205,7 +280,7 @@ def evaluate(
     checkpoint: Annotated[
         str | None, typer.Option(help="What to evaluate: demo, a directory in diffusers layout, or a hub id.")
     ] = None,
-    store: Annotated[Path | None, typer.Option(help="Score this labelled store instead.")] = None,
+    store: Annotated[str | None, typer.Option(help="Score this labelled store instead.")] = None,
     predictions: Annotated[
         Path | None, typer.Option(help="Score this folder of .npy instead, named after the pictures.")
     ] = None,

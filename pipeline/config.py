@@ -91,13 +91,24 @@ class LabelConfig(BaseModel):
         dtype: Of the network; `auto` is bfloat16 on CUDA (float16 where it has none) and float32 on the CPU.
         normals_dtype: Of the stored normals; int8 is good to 0.4°.
         shard_frames: Frames in one shard file.
-        segment_frames: Frames in one unit of work and commit, a multiple of `shard_frames`.
+        segment_frames: Frames in one unit of work and commit, a multiple of `shard_frames`; left out, about 64, and of
+            a corpus about 2048, which fill the batches. A corpus is tars, Parquet files, and folders of 1024 pictures.
+        round_aspect: Whether pictures (never videos) are resized for the model to aspect ratios rounded to few, from
+            which their labels come back at their own: only frames of one processed shape share a batch. The shorter
+            side becomes a twelfth of the longer, or several (thinner than 1:2, 24ths, and so on): no picture is
+            stretched by more than 8 %, most of a camera's (1:1, 4:3, 3:2, 2:1) not at all. Left out, it holds for
+            corpora. Without it, pictures are seen as Marigold sees them. What either does to labels and batches:
+            `benchmarks/batches.md`.
         workers: Ray workers; 0 labels in this process; left out, one for each GPU, or one on a machine without.
         threads: CPU threads of each worker's network; left out, the cores of this machine, at most 8. It does not
             depend on the number of workers, since rounding depends on it: that way any number writes the same bytes.
         address: An existing Ray cluster (`auto`, `ray://host:10001`); left out, one is started for the run.
-        attempts: How often a segment is tried before its frames are marked as failed.
+        attempts: How often a segment is tried before the frames that make it fail are searched for, and how often one
+            of those is tried before it is marked as failed.
+        frame_limit_s: Most seconds that a frame may take. A segment that takes longer than all its frames may is ended
+            with its worker; less is granted, but a second a frame at least, once the run has measured its own pace.
         max_pixels: Pictures larger than this are marked as failed instead of read.
+        max_frames: An input with more frames is refused.
         steps: UNet calls for a label; this and the next four are `Sampling`'s, where each is explained.
         ensemble: Members drawn of each frame and made one.
         noise: `zeros`, `gaussian` or `pyramid`: what the labels are drawn from.
@@ -118,12 +129,15 @@ class LabelConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     normals_dtype: Literal["int8", "int16", "float16"] = "int8"
     shard_frames: int = Field(default=16, ge=1)
-    segment_frames: int = Field(default=64, ge=1)
+    segment_frames: int | None = Field(default=None, ge=1)
+    round_aspect: bool | None = None
     workers: int | None = Field(default=None, ge=0)
     threads: int | None = Field(default=None, ge=1)
     address: str | None = None
     attempts: int = Field(default=3, ge=1)
+    frame_limit_s: float = Field(default=60.0, gt=0)
     max_pixels: int = Field(default=1 << 27, ge=1)
+    max_frames: int = Field(default=10_000_000, ge=1)
     steps: int = Field(default=1, ge=1)
     ensemble: int = Field(default=1, ge=1)
     noise: Noise = "zeros"
@@ -134,7 +148,7 @@ class LabelConfig(BaseModel):
     def _consistent(self) -> Self:
         if not self.labels or len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels is {list(self.labels)}; expected depth, normals or both, each once")
-        if self.segment_frames % self.shard_frames:
+        if self.segment_frames is not None and self.segment_frames % self.shard_frames:
             raise ValueError(
                 f"segment_frames is {self.segment_frames}, no multiple of shard_frames ({self.shard_frames}): "
                 "two segments would share a file"
@@ -149,6 +163,14 @@ class LabelConfig(BaseModel):
     def sampling(self) -> Sampling:
         """How labels are drawn."""
         return Sampling(self.steps, self.ensemble, self.noise, self.timestep_spacing, self.seed)
+
+    @property
+    def segment_lengths(self) -> tuple[int, int | None]:
+        """Frames in a segment, and in a corpus's, if that differs."""
+        if self.segment_frames is not None:
+            return self.segment_frames, None
+        usual, corpus = (-(-frames // self.shard_frames) * self.shard_frames for frames in (64, 2048))
+        return usual, corpus
 
     @property
     def checkpoints(self) -> dict[Modality, str]:

@@ -28,6 +28,10 @@ class StoreMismatchError(StoreError):
     """A store that was made by another configuration, checkpoint or version of an input."""
 
 
+class StoreFullError(StoreError):
+    """No space is left for a store; what is committed in it stays."""
+
+
 class TrainingError(DepthmillError):
     """A training run that cannot start or go on."""
 

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 
 from depthmill.pipeline.errors import ConfigError
 
+# Of the longer side: at 768 pixels in steps of 64, by which Stable Diffusion's VAE and UNet together divide a side.
+_STEPS = 12
+
 STORED_AXES = "right-up-towards"
 _SIGNS = ({"right": 1.0, "left": -1.0}, {"up": 1.0, "down": -1.0}, {"towards": 1.0, "away": -1.0})
 
@@ -22,12 +25,36 @@ def processed_size(height: int, width: int, resolution: int) -> tuple[int, int]:
     return max(1, height * resolution // longer), max(1, width * resolution // longer)
 
 
+def rounded_size(height: int, width: int, resolution: int, multiple: int) -> tuple[int, int]:
+    """Height and width at which the network sees a picture whose aspect ratio is rounded, so that few shapes occur.
+
+    The longer side becomes `resolution`; the other the nearest twelfth of it (thinner than 1:2, the nearest 24th; than
+    1:4, 48th; and so on), then the nearest multiple of `multiple`. So 1:1, 3:4, 2:3 and 1:2 stay as they are, no
+    picture is stretched by more than 1 in 12 and the rounding to `multiple`, and nothing is padded where that divides
+    `resolution`. Pictures so thin that the steps were less than `multiple` have their `processed_size`.
+    """
+    shorter, longer = min(height, width), max(height, width)
+    parts = _STEPS
+    while 2 * parts * shorter < _STEPS * longer:
+        parts *= 2
+    if parts * multiple > resolution:
+        return processed_size(height, width, resolution)
+    part = round(parts * shorter / longer)
+    side = resolution if part == parts else min(resolution, round(part * resolution / (parts * multiple)) * multiple)
+    return (side, resolution) if height <= width else (resolution, side)
+
+
+def padded_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Height and width with the padding of `to_network`: each the next multiple."""
+    return size[0] + -size[0] % multiple, size[1] + -size[1] % multiple
+
+
 def to_network(frame: torch.Tensor, size: tuple[int, int], multiple: int) -> torch.Tensor:
     """Resize and pad one frame for the network.
 
     Args:
         frame: (H, W, 3) uint8.
-        size: (h, w) from `processed_size`.
+        size: (h, w) from `processed_size` or `rounded_size`.
         multiple: What both padded sides must divide by: the VAE's factor.
 
     Returns:
@@ -35,8 +62,8 @@ def to_network(frame: torch.Tensor, size: tuple[int, int], multiple: int) -> tor
     """
     image = frame.permute(2, 0, 1)[None].float() / 255.0 * 2.0 - 1.0  # (1, 3, H, W)
     image = F.interpolate(image, size, mode="bilinear", antialias=True)
-    padding = (0, -size[1] % multiple, 0, -size[0] % multiple)
-    return F.pad(image, padding, mode="replicate")[0]
+    height, width = padded_size(size, multiple)
+    return F.pad(image, (0, width - size[1], 0, height - size[0]), mode="replicate")[0]
 
 
 def from_network(labels: torch.Tensor, size: tuple[int, int], original: tuple[int, int]) -> torch.Tensor:

@@ -1,14 +1,17 @@
-"""The plan: every input probed, cut into shard-aligned segments, minus what the store has committed."""
+"""The plan: inputs probed one by one, each cut into shard-aligned segments, minus what the store has committed.
+
+Probing is work for workers: it may be slow, and a broken file may take its process along. What comes back to the driver
+of a source is small, however many frames it has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources import expand_inputs, open_source
-from depthmill.pipeline.store import Store
-from depthmill.pipeline.types import Failure, Segment, Source
+from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.store import Store, open_store
+from depthmill.pipeline.types import Segment
 
 
 @dataclass(frozen=True)
@@ -16,42 +19,130 @@ class Task:
     """A segment to be labelled, and what a worker needs to find it.
 
     Attributes:
-        uri: Of the source.
+        uri: Of the source, as it was given: it is opened by this name.
         fingerprint: Of the source; a worker that finds another refuses the segment.
         segment: Which frames.
+        only: Frames of a committed segment that are to be labelled again, its others staying as they are; empty for all
+            of a segment that is not committed.
+        skip: (frame, reason) of those that are not to be read, since they take the worker along.
+        searched: Whether it has been searched for such frames.
         attempts: How many have failed.
+        losses: How many ended with the worker's whole machine, for which it is not to blame at first.
     """
 
     uri: str
     fingerprint: str
     segment: Segment
+    only: tuple[int, ...] = ()
+    skip: tuple[tuple[int, str], ...] = ()
+    searched: bool = False
     attempts: int = 0
+    losses: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Number of frames to label."""
+        return len(self.only) or self.segment.frames
+
+    def __str__(self) -> str:
+        return str(self.segment)
 
 
-def probe_inputs(inputs: Sequence[str], max_pixels: int) -> tuple[list[Source], list[Failure]]:
-    """Expand and probe the inputs, in order.
+@dataclass(frozen=True)
+class Planned:
+    """A source that has been probed and is in the store.
 
-    Args:
-        inputs: Files, folders, globs.
-        max_pixels: Pictures with more are failed frames.
-
-    Returns:
-        Those that can be opened, and for each other one why not.
+    Attributes:
+        uri: As it was given.
+        id: Of its group in the store.
+        fingerprint: What workers must find.
+        frames: Number of frames.
+        segment_frames: Frames in each segment but the last.
+        labelled: Frames with labels in committed segments.
+        failed: Frames without, there.
+        pending: Half-open runs of numbers of segments that are not committed, in order.
+        redo: Committed segments to be mended: their number, and the frames.
     """
-    sources: list[Source] = []
-    failures: list[Failure] = []
-    for uri in expand_inputs(inputs):
+
+    uri: str
+    id: str
+    fingerprint: str
+    frames: int
+    segment_frames: int
+    labelled: int
+    failed: int
+    pending: tuple[tuple[int, int], ...]
+    redo: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    @property
+    def segments(self) -> int:
+        """Number of segments to work on."""
+        return sum(stop - start for start, stop in self.pending) + len(self.redo)
+
+    @property
+    def frames_left(self) -> int:
+        """Number of frames to label."""
+        return self.frames - self.labelled - self.failed + sum(len(frames) for _, frames in self.redo)
+
+    def task(self, number: int) -> Task:
+        """The task of segment `number`, from 0."""
+        start = number * self.segment_frames
+        segment = Segment(self.id, start, min(start + self.segment_frames, self.frames))
+        return Task(self.uri, self.fingerprint, segment)
+
+    def mending(self) -> Iterator[Task]:
+        """The tasks of `redo`."""
+        for number, frames in self.redo:
+            task = self.task(number)
+            yield Task(task.uri, task.fingerprint, task.segment, only=frames)
+
+
+class Prober:
+    """Probes sources and puts them into the store. In-process, or as a Ray actor (`workers/actors.py`)."""
+
+    def __init__(self, store: str, max_pixels: int, max_frames: int, retry_failed: bool) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            store: Where the store is, which exists.
+            max_pixels: Pictures with more are failed frames.
+            max_frames: Sources with more are refused.
+            retry_failed: Whether failed frames of earlier runs are to be labelled again.
+        """
+        self._uri = store
+        self._limits = (max_pixels, max_frames)
+        self._retry_failed = retry_failed
+
+    def load(self) -> str:
+        """Open the store."""
+        self._store: Store = open_store(self._uri)
+        return ""
+
+    def probe(self, uri: str) -> Planned:
+        """Probe one input, add it to the store, and say what is to be done of it.
+
+        Raises:
+            SourceError: If it cannot be opened, or has nothing in it.
+            StoreError: If the store cannot take it, or has it with other contents (StoreMismatchError).
+        """
+        max_pixels, max_frames = self._limits
+        opened = open_source(uri, max_pixels=max_pixels, max_frames=max_frames)
         try:
-            source = open_source(uri, max_pixels=max_pixels)
-            try:
-                sources.append(source.probe())
-            finally:
-                source.close()
-        except SourceError as error:
-            failures.append(Failure(uri=uri, source_id=None, frame=None, reason=str(error)))
-    return sources, failures
-
-
-def pending_tasks(store: Store, sources: Sequence[Source]) -> list[Task]:
-    """What is left to do: the segments of `sources` that `store`, which has been told of them, has not committed."""
-    return [Task(source.uri, source.fingerprint, segment) for source in sources for segment in store.pending(source.id)]
+            source = opened.probe()
+        finally:
+            opened.close()
+        self._store.add_source(source)
+        progress = self._store.progress(source.id)
+        redo = self._store.failed_segments(source.id) if self._retry_failed and progress.failed else []
+        length = self._store.segment_frames(source.id)
+        return Planned(
+            uri=uri,
+            id=source.id,
+            fingerprint=source.fingerprint,
+            frames=source.frames,
+            segment_frames=length,
+            labelled=progress.labelled,
+            failed=progress.failed,
+            pending=progress.pending,
+            redo=tuple((segment.start // length, frames) for segment, frames in redo),
+        )

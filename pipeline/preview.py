@@ -78,7 +78,7 @@ class _View:
 
 
 def preview(
-    store_path: Path, out_dir: Path, *, source_id: str | None = None, frames: int = 6, max_width: int = 1920
+    store_path: str | Path, out_dir: Path, *, source_id: str | None = None, frames: int = 6, max_width: int = 1920
 ) -> list[Path]:
     """Draw a store: for each source a contact sheet (PNG), and for each video a side-by-side MP4.
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from depthmill.pipeline.batches import in_batches
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import CheckpointError, SourceError
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
-from depthmill.pipeline.sources import open_source, prefetch
+from depthmill.pipeline.plan import Task
+from depthmill.pipeline.sources import open_source, prefetch, shown
 from depthmill.pipeline.store import Store, open_store
-from depthmill.pipeline.types import FrameSource, Segment
+from depthmill.pipeline.types import Frame, FrameSource, Labels, Segment
 
 _OPEN_SOURCES = 2  # kept open by a worker, so that its next segment of the same video goes on where the last ended
 
@@ -30,12 +30,22 @@ class Report:
         labelled: Frames with labels.
         failed: Frames without; their reasons are in the store.
         seconds: Wall time from the first read to the commit.
+        batches: Forward passes.
+        slots: Frames that those had room for.
+        label_s: Seconds spent labelling.
+        bytes: Written.
+        reasons: Failed frames by reason.
     """
 
     segment: Segment
     labelled: int
     failed: int
     seconds: float
+    batches: int = 0
+    slots: int = 0
+    label_s: float = 0.0
+    bytes: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,11 +69,15 @@ def label_segment(
     labeler: Labeler,
     store: Store,
     on_frames: Callable[[int], None] = lambda frames: None,
+    *,
+    skip: Mapping[int, str] = {},
+    only: Sequence[int] | None = None,
 ) -> Report:
     """Read, label, write and commit one segment.
 
-    Frames that share a processed size are labelled in full batches, in the order in which those fill: which frames meet
-    in a batch depends on the segment alone. Frames that cannot be read are marked as failed with their reason.
+    Frames that share a padded shape are labelled in full batches, in the order in which those fill, in bounded memory
+    (`pipeline/batches.py`): which frames meet in a batch depends on the segment alone. Frames that cannot be read are
+    marked as failed with their reason.
 
     Args:
         source: Open, the segment's.
@@ -71,64 +85,112 @@ def label_segment(
         labeler: Predicts.
         store: Takes the labels; nothing of the segment is visible in it before the commit at the end.
         on_frames: Told how many frames are done, after each batch.
+        skip: Frames that are not to be read -> why they fail.
+        only: Frames of a committed segment to label again; its others stay as they are.
     """
     started = time.perf_counter()
-    writer = store.writer(segment)
-    buckets: dict[tuple[int, int], list[tuple[int, npt.NDArray[np.uint8]]]] = {}
-    labelled = failed = 0
+    writer = store.writer(segment, redo=only)
+    labelled = failed = batches = 0
+    label_s = 0.0
+    reasons: Counter[str] = Counter()
 
-    def flush(size: tuple[int, int]) -> None:
-        nonlocal labelled
-        batch = buckets.pop(size)
-        keys = [f"{segment.source_id}/{index}" for index, _ in batch]
-        for (index, _), labels in zip(batch, labeler.label([image for _, image in batch], keys), strict=True):
+    def pictures() -> Iterator[Frame]:
+        nonlocal failed
+        wanted = only or range(segment.start, segment.stop)
+        for frame in prefetch(_read(source, wanted, skip), 2 * labeler.batch_size):
+            if frame.image is not None:
+                yield frame
+                continue
+            writer.fail(frame.index, frame.error)
+            failed += 1
+            reasons[frame.error] += 1
+
+    rounded = labeler.rounds(source.probe())
+    for batch in _batches(pictures(), labeler, rounded, lambda: writer.waiting_bytes):
+        began = time.perf_counter()
+        predicted = _label(batch, segment, labeler, rounded)
+        label_s += time.perf_counter() - began
+        batches += 1
+        for frame, labels in zip(batch, predicted, strict=True):
             writer.put(
-                index,
+                frame.index,
                 None if labels.depth is None else labels.depth[0],
                 None if labels.normals is None else labels.normals[0],
                 None if labels.uncertainty is None else labels.uncertainty[0],
             )
         labelled += len(batch)
         on_frames(labelled + failed)
+    written = writer.commit()
+    seconds = time.perf_counter() - started
+    return Report(segment, labelled, failed, seconds, batches, batches * labeler.batch_size, label_s, written, reasons)
 
-    batch_size = labeler.batch_size
-    for frame in prefetch(source.read(segment.start, segment.stop), 2 * batch_size):
-        if frame.image is None:
-            writer.fail(frame.index, frame.error)
-            failed += 1
+
+def _read(source: FrameSource, wanted: Sequence[int], skip: Mapping[int, str]) -> Iterator[Frame]:
+    """The wanted frames, in order; those to be skipped come with their reason, without being read."""
+    at = 0
+    while at < len(wanted):
+        first = wanted[at]
+        if first in skip:
+            yield Frame(first, None, skip[first])
+            at += 1
             continue
-        size = labeler.processed_size(*frame.image.shape[:2])
-        buckets.setdefault(size, []).append((frame.index, frame.image))
-        if len(buckets[size]) == batch_size:
-            flush(size)
-    for size in list(buckets):
-        flush(size)
-    writer.commit()
-    return Report(segment, labelled, failed, time.perf_counter() - started)
+        stop = at + 1
+        while stop < len(wanted) and wanted[stop] == wanted[stop - 1] + 1 and wanted[stop] not in skip:
+            stop += 1
+        yield from source.read(first, wanted[stop - 1] + 1)
+        at = stop
 
 
-def fail_segment(segment: Segment, store: Store, reason: str) -> Report:
-    """Commit a segment with every frame marked as failed, when all attempts at it are spent."""
-    writer = store.writer(segment)
-    for index in range(segment.start, segment.stop):
-        writer.fail(index, reason)
-    writer.commit()
-    return Report(segment, labelled=0, failed=segment.frames, seconds=0.0)
+def try_segment(source: FrameSource, segment: Segment, labeler: Labeler) -> None:
+    """Read and label a segment without writing anything, to see whether it can be done."""
+    rounded = labeler.rounds(source.probe())
+    frames = (frame for frame in source.read(segment.start, segment.stop) if frame.image is not None)
+    for batch in _batches(frames, labeler, rounded):
+        _label(batch, segment, labeler, rounded)
+
+
+def _batches(
+    frames: Iterable[Frame], labeler: Labeler, rounded: bool, waiting_bytes: Callable[[], int] = lambda: 0
+) -> Iterator[list[Frame]]:
+    def shape(frame: Frame) -> tuple[int, int]:
+        assert frame.image is not None
+        return labeler.batch_shape(*frame.image.shape[:2], rounded=rounded)
+
+    return in_batches(frames, shape, labeler.batch_size, waiting_bytes)
+
+
+def _label(batch: Sequence[Frame], segment: Segment, labeler: Labeler, rounded: bool) -> list[Labels]:
+    keys = [f"{segment.source_id}/{frame.index}" for frame in batch]
+    return labeler.label([frame.image for frame in batch if frame.image is not None], keys, rounded=rounded)
+
+
+def fail_task(task: Task, reason: str, store: Store) -> Report:
+    """Commit a segment with its frames marked as failed, when all attempts at it are spent.
+
+    Frames of a committed segment that were to be labelled again stay as they are.
+    """
+    reasons = Counter(dict(task.skip).get(index, reason) for index in range(task.segment.start, task.segment.stop))
+    if not task.only:
+        writer, skip = store.writer(task.segment), dict(task.skip)
+        for index in range(task.segment.start, task.segment.stop):
+            writer.fail(index, skip.get(index, reason))
+        writer.commit()
+    return Report(task.segment, labelled=0, failed=task.frames, seconds=0.0, reasons=reasons)
 
 
 class Worker:
     """A loaded labeler and the store it writes to. In-process, or as a Ray actor (`workers/actors.py`)."""
 
-    def __init__(self, config: LabelConfig, store: Path, digests: tuple[str, ...]):
+    def __init__(self, config: LabelConfig, store: str, digests: tuple[str, ...]):
         """Nothing is loaded yet.
 
         Args:
             config: The run's, with `device`, `dtype` and `threads` settled.
-            store: Path of the store, which exists.
+            store: Where the store is, which exists.
             digests: sha256 of the run's checkpoints: on another machine the same name could mean other files.
         """
         self._config = config
-        self._store_path = store
+        self._store_uri = store
         self._digests = digests
         self._state = WorkerState("starting")
         self.on_state: Callable[[WorkerState], None] = lambda state: None  # told of each change, in-process
@@ -151,25 +213,38 @@ class Worker:
                     "the run was started; expected the same files on every machine: copy them"
                 )
         self._labeler = Labeler.from_config(self._config, checkpoints)
-        self._store = open_store(self._store_path)
+        self._store = open_store(self._store_uri)
         self._now(WorkerState("idle"))
         return f"{self._labeler.device}, {str(self._labeler.dtype).removeprefix('torch.')}"
 
-    def label(self, uri: str, fingerprint: str, segment: Segment) -> Report:
-        """Label and commit a segment of the source at `uri`.
+    def label(self, task: Task) -> Report:
+        """Label and commit a segment.
 
         Raises:
             SourceError: If the source is not, or is no longer, what the run was planned with.
+            StoreError: If the labels cannot be written.
         """
 
         def on_frames(frames: int) -> None:
-            self._now(WorkerState(str(segment), frames, segment.frames))
+            self._now(WorkerState(str(task.segment), frames, task.frames))
 
         on_frames(0)
         try:
-            return label_segment(self._open(uri, fingerprint), segment, self._labeler, self._store, on_frames)
+            return label_segment(
+                self._open(task.uri, task.fingerprint),
+                task.segment,
+                self._labeler,
+                self._store,
+                on_frames,
+                skip=dict(task.skip),
+                only=task.only or None,
+            )
         finally:
             self._state = WorkerState("idle")
+
+    def try_task(self, task: Task) -> None:
+        """Read and label frames without writing anything, to see whether it can be done."""
+        try_segment(self._open(task.uri, task.fingerprint), task.segment, self._labeler)
 
     def state(self) -> WorkerState:
         """What it is doing now; may be called from another thread."""
@@ -190,12 +265,12 @@ class Worker:
             return self._sources[uri]
         while len(self._sources) >= _OPEN_SOURCES:
             self._sources.pop(next(iter(self._sources))).close()
-        source = open_source(uri, max_pixels=self._config.max_pixels)
+        source = open_source(uri, max_pixels=self._config.max_pixels, max_frames=self._config.max_frames)
         if source.probe().fingerprint != fingerprint:
             source.close()
             raise SourceError(
-                f"{uri} is not the file that the run was planned with; expected it unchanged, and the same on every "
-                "machine: put it back, or label it into another store"
+                f"{shown(uri)} is not the file that the run was planned with; expected it unchanged, and the same on "
+                "every machine: put it back, or label it into another store"
             )
         self._sources[uri] = source
         return source

@@ -11,7 +11,10 @@ import numpy.typing as npt
 
 Modality = Literal["depth", "normals"]
 Domain = Literal["indoor", "outdoor", "object"]
-SourceKind = Literal["video", "images"]
+SourceKind = Literal["video", "images", "webdataset", "parquet"]
+
+# Pictures in a folder from which on it is a corpus.
+CORPUS_PICTURES = 1024
 
 # Codes of the store's `status` array.
 PENDING, LABELLED, FAILED = 0, 1, 2
@@ -25,12 +28,13 @@ class Source:
         id: Name of its group in the store; derived from `uri` alone, so that a rerun finds it again.
         uri: Absolute path of the file or folder.
         kind: What reads it.
-        frames: True number of frames: counted from the packets (video) or the files (images).
-        height: Rows in pixels, upright; for images, the tallest picture.
-        width: Columns in pixels, upright; for images, the widest picture.
-        fps: Mean frames per second, or None for images.
+        frames: True number of frames: counted from the packets (video), the files (images), the samples with a
+            picture (webdataset) or the rows (parquet).
+        height: Rows in pixels, upright; of pictures, the tallest that can be read.
+        width: Columns in pixels, upright; of pictures, the widest that can be read.
+        fps: Mean frames per second, or None for pictures.
         fingerprint: Hash of what must not change between two runs into one store.
-        time_s: (frames,) float64, seconds since the first frame; None for images.
+        time_s: (frames,) float64, seconds since the first frame; None for pictures.
         keys: One name for each frame, unique in the source; None for video.
     """
 
@@ -44,6 +48,15 @@ class Source:
     fingerprint: str
     time_s: npt.NDArray[np.float64] | None = field(default=None, repr=False)
     keys: tuple[str, ...] | None = field(default=None, repr=False)
+
+
+def is_corpus(kind: SourceKind, frames: int) -> bool:
+    """Whether a source is so many pictures that full batches are worth rounded aspect ratios and long segments.
+
+    Shards are, whatever their number of pictures: they are a corpus's way of being stored. A folder is from
+    `CORPUS_PICTURES` on.
+    """
+    return kind in ("webdataset", "parquet") or (kind == "images" and frames >= CORPUS_PICTURES)
 
 
 @dataclass(frozen=True, order=True)

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import uuid
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,3 +44,28 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(scope="session")
+def _s3_server():
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(_s3_server, monkeypatch):
+    """A fresh bucket of a server on loopback, which this process and its children reach."""
+    import fsspec
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", _s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "theaccesskey")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "thesecretkey")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    fsspec.filesystem("s3", use_listings_cache=False).mkdir(bucket)
+    return SimpleNamespace(url=f"s3://{bucket}", endpoint=_s3_server)

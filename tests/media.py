@@ -6,7 +6,11 @@ survive any codec: `read_index` finds it again without help from the reader unde
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
 import os
+import tarfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -167,6 +171,39 @@ def write_image_folder(
     ]
 
 
+def encode(index: int, suffix: str = ".png", *, height: int = HEIGHT, width: int = WIDTH) -> bytes:
+    """The painted picture `index` as the bytes of a file with this suffix."""
+    file = io.BytesIO()
+    Image.fromarray(paint(index, height, width)).save(file, Image.registered_extensions()[suffix])
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: Sequence[tuple[str | tarfile.TarInfo, bytes]]) -> Path:
+    """Write an archive of these members, with gzip if the name of `path` says so, the same each time."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for member, data in members:
+            info = tarfile.TarInfo(member) if isinstance(member, str) else member
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    packed = path.suffix in (".gz", ".tgz")
+    path.write_bytes(gzip.compress(file.getvalue(), mtime=0) if packed else file.getvalue())
+    return path
+
+
+def samples(count: int, *, suffixes: Sequence[str] = (".jpg", ".png", ".webp")) -> list[tuple[str, bytes]]:
+    """The members that img2dataset would write of `count` painted pictures: picture, caption and metadata of each."""
+    return [
+        member
+        for index in range(count)
+        for member in (
+            (f"{index:05d}{suffixes[index % len(suffixes)]}", encode(index, suffixes[index % len(suffixes)])),
+            (f"{index:05d}.json", b'{"width": 64}'),
+            (f"{index:05d}.txt", b"a caption"),
+        )
+    ]
+
+
 def _encoder_options(codec: str) -> dict[str, str]:
     return {
         "libx264": {"preset": "veryfast", "crf": "12"},
@@ -194,3 +231,15 @@ def _encodable(picture: Picture, pix_fmt: str, tags: dict[str, int]) -> av.Video
     for name, value in tags.items():
         setattr(converted, name, value)
     return converted
+
+
+def write_parquet(path: Path, columns: dict[str, Any], *, rows_in_group: int = 10, metadata: Any = None) -> Path:
+    """Write columns (values, or a pyarrow array) to a Parquet file; `metadata` is Hugging Face's, as a dict."""
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table(columns)
+    if metadata is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    parquet.write_table(table, path, row_group_size=rows_in_group, write_page_checksum=True)
+    return path

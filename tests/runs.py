@@ -75,9 +75,17 @@ def family(process):
 def is_worker(process):
     """Whether it is one of our Ray actors (Ray names the process after the class)."""
     try:
-        return any("ray::Worker" in word for word in process.cmdline())
+        return any("ray::LabelWorker" in word for word in process.cmdline())
     except psutil.Error:
         return False
+
+
+def memory(process):
+    """Bytes that it has in memory; 0 if it is gone."""
+    try:
+        return process.memory_info().rss
+    except psutil.Error:
+        return 0
 
 
 def kill(processes):

@@ -114,3 +114,23 @@ def test_preview_names_what_it_drew(cli, label, clip, tmp_path):
     done = cli("preview", store, "--out", tmp_path / "pictures")
     assert done.returncode == 0, done.stderr
     assert sorted(line.rsplit(".", 1)[1] for line in done.stdout.splitlines()) == ["mp4", "png"]
+
+
+def test_verify_and_inspect(cli, label, clip, tmp_path):
+    store = tmp_path / "out.zarr"
+    label([clip], store)
+    shown = json.loads(cli("inspect", store, "--json").stdout)
+    assert shown["labelled"] == shown["frames"] > 0
+    assert shown["identity"]["checkpoints"]["depth"]["sha256"] in cli("inspect", store).stdout
+    assert cli("verify", store).returncode == 0
+    shard = next(store.glob("*/depth/c/0/0/0"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    done = cli("verify", store, "--repair")
+    assert done.returncode == 1
+    assert "depth/c/0/0/0 (frames 0 to" in done.stdout
+    assert "; repaired" in done.stdout
+    assert cli("verify", store).returncode == 0
+    assert json.loads(cli("inspect", store, "--json").stdout)["pending"] > 0
+    assert label([clip], store).returncode == 0
+    assert json.loads(cli("inspect", store, "--json").stdout)["pending"] == 0
+    assert cli("verify", tmp_path / "nothing").returncode == 2

@@ -1,24 +1,150 @@
-"""Ray actors: a `stages.Worker` each."""
+"""Workers on Ray: actors, each a `stages.Worker` or a `plan.Prober`."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.stages import Worker
+from depthmill.pipeline.plan import Prober
+from depthmill.pipeline.stages import Worker, WorkerState
+from depthmill.workers.pool import Event, Kind
+
+_ASK_CAPACITY_EVERY_S = 2.0
 
 
-def start_worker(config: LabelConfig, store: Path, digests: tuple[str, ...]) -> Any:
-    """Ask the cluster for a worker; returns the actor's handle at once, before there is one.
+class LabelWorker(Worker):
+    """A worker that can say where it is."""
 
-    Ray must not restart it by itself: the driver counts the attempts at a segment, and replaces dead workers. A second
-    thread answers `state` while the first labels.
+    def node(self) -> str:
+        """Id of its machine."""
+        return str(ray.get_runtime_context().get_node_id())
+
+
+class RayPool:
+    """Workers on a Ray cluster that is connected.
+
+    Ray must not restart an actor by itself: the driver counts the attempts at a segment, and replaces dead workers. An
+    actor that there is no room for yet is what makes an autoscaling cluster grow; one starts wherever room appears.
     """
-    gpu = config.device.startswith("cuda")
-    actor = ray.remote(Worker).options(
-        num_cpus=1, num_gpus=1 if gpu else 0, max_restarts=0, max_task_retries=0, max_concurrency=2
-    )
-    return actor.remote(config, store, digests)
+
+    def __init__(self, config: LabelConfig, store: str, digests: tuple[str, ...], retry_failed: bool) -> None:
+        """Nothing is started yet.
+
+        Args:
+            config: The run's, `device`, `dtype` and `threads` settled.
+            store: Where the store is.
+            digests: sha256 of the run's checkpoints.
+            retry_failed: Whether frames that failed in earlier runs are planned again.
+        """
+        gpu = config.device.startswith("cuda")
+        self._gpu = gpu
+        # A second thread of an actor answers `state` while the first labels.
+        labeler = ray.remote(LabelWorker).options(
+            num_cpus=1, num_gpus=1 if gpu else 0, max_restarts=0, max_task_retries=0, max_concurrency=2
+        )
+        prober = ray.remote(Prober).options(
+            num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
+        )
+        limits = (config.max_pixels, config.max_frames, retry_failed)
+        self._make: dict[Kind, Callable[[], Any]] = {
+            "labeler": lambda: labeler.remote(config, store, digests),
+            "prober": lambda: prober.remote(store, *limits),
+        }
+        self._actors: dict[int, Any] = {}
+        self._calls: dict[int, Any] = {}  # a call's reference is held until it has ended
+        self._ended: queue.SimpleQueue[tuple[int, Future[Any]]] = queue.SimpleQueue()
+        self._states: dict[int, WorkerState] = {}
+        self._asked: dict[int, Any] = {}
+        self._nodes: dict[int, str] = {}
+        self._started = 0
+        self._capacity, self._capacity_s = 0, float("-inf")
+
+    def capacity(self) -> int:
+        """The cluster's GPUs; without, its machines."""
+        if self.now() - self._capacity_s > _ASK_CAPACITY_EVERY_S:
+            self._capacity_s = self.now()
+            self._capacity = int(ray.cluster_resources().get("GPU", 0)) if self._gpu else len(_alive())
+        return self._capacity
+
+    def start(self, kind: Kind) -> int:
+        """Ask the cluster for an actor; returns at once, before there is one."""
+        worker = self._started
+        self._started += 1
+        self._actors[worker] = self._make[kind]()
+        self.call(worker, "load")
+        if kind == "labeler":
+            self._ask(worker, "node", self._nodes)
+        return worker
+
+    def call(self, worker: int, method: str, *arguments: Any) -> None:
+        """Call an actor's method."""
+        self._calls[worker] = getattr(self._actors[worker], method).remote(*arguments)
+        self._calls[worker].future().add_done_callback(lambda future: self._ended.put((worker, future)))
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        """What has ended; callbacks fill a queue, so this costs the same however many workers there are."""
+        ended = []
+        try:
+            ended.append(self._ended.get(timeout=timeout_s))
+            while True:
+                ended.append(self._ended.get_nowait())
+        except queue.Empty:
+            pass
+        return [self._event(worker, future) for worker, future in ended if worker in self._actors]
+
+    def state(self, worker: int) -> WorkerState:
+        """The last answer; it is asked again, and nobody waits for that."""
+        if worker in self._actors:
+            self._ask(worker, "state", self._states)
+        return self._states.get(worker, WorkerState("starting"))
+
+    def stop(self, worker: int) -> None:
+        """Kill an actor."""
+        actor = self._actors.pop(worker, None)
+        for known in (self._calls, self._states, self._asked, self._nodes):
+            known.pop(worker, None)
+        if actor is not None:
+            ray.kill(actor)
+
+    def now(self) -> float:
+        """A clock that only goes forward."""
+        return time.perf_counter()
+
+    def close(self) -> None:
+        """Kill all actors."""
+        for worker in list(self._actors):
+            self.stop(worker)
+
+    def _event(self, worker: int, future: Future[Any]) -> Event:
+        self._calls.pop(worker, None)
+        error = future.exception()
+        if not isinstance(error, RayActorError):
+            return Event(worker, error=error) if error else Event(worker, future.result())
+        lost = worker in self._nodes and self._nodes[worker] not in _alive()
+        self.stop(worker)  # one that is out of reach may be alive
+        return Event(worker, error=error, died=True, lost=lost)
+
+    def _ask(self, worker: int, method: str, answers: dict[int, Any]) -> None:
+        """Ask something whose answer is put into `answers` when it comes; nothing while one is awaited."""
+        if worker in self._asked:
+            return
+
+        def answered(future: Future[Any]) -> None:
+            self._asked.pop(worker, None)
+            if future.exception() is None and worker in self._actors:
+                answers[worker] = future.result()
+
+        self._asked[worker] = getattr(self._actors[worker], method).remote()
+        self._asked[worker].future().add_done_callback(answered)
+
+
+def _alive() -> set[str]:
+    """Ids of the machines that are in the cluster now."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -1,239 +1,404 @@
-"""The driver: keeps the workers busy with segments until all are committed. It sends segments, never pixels."""
+"""The driver: keeps the workers busy until every segment is committed. It sends segments, never pixels.
+
+What it knows of workers is a `Pool`, so that the same code runs in one process, on Ray, and against simulated workers
+and a simulated clock (tests, `benchmarks/driver.py`).
+
+A segment that fails (an exception, a dead worker, one that takes too long) is tried again, by another worker if there
+is one. After `attempts` it is bisected: halves of it are read and labelled, without being written, down to the frames
+that do it. Those are quarantined, each only after `attempts` failures of its own; then the whole segment is labelled
+around them, in the batches that an unreadable frame would leave too, so that its bytes tell nothing of the search.
+A worker that went with its machine counts against no segment.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from types import FrameType
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import DepthmillError, RunStoppedError
-from depthmill.pipeline.plan import Task
-from depthmill.pipeline.stages import Report, Worker, WorkerState, fail_segment
-from depthmill.pipeline.store import Store
-from depthmill.workers.progress import Counts, Display, Rate
+from depthmill.pipeline.errors import DepthmillError, RunStoppedError, SourceError, StoreFullError, StoreMismatchError
+from depthmill.pipeline.plan import Planned, Task
+from depthmill.pipeline.sources import shown
+from depthmill.pipeline.stages import Report
+from depthmill.pipeline.types import Failure, Segment
+from depthmill.workers.backlog import Backlog
+from depthmill.workers.crew import Crew, Running
+from depthmill.workers.inquest import DIED, TOO_LONG, Inquest, Trial, hear, open_inquest
+from depthmill.workers.pool import Event, Pool
+from depthmill.workers.standing import Standing
 
 _POLL_S = 0.5
+_SHOW_EVERY_S = 0.2
+_WATCH_S = 60.0  # of nothing happening, until the run says what it waits for
+_SHOWN_WORKERS = 16
+
+# A segment of n frames may take (n + _START_FRAMES) times its limit a frame: opening a source takes a while too.
+_START_FRAMES = 16
+_PACES = 20.0  # times the measured pace is too long, but
+_LEAST_LIMIT_S = 1.0  # a frame is always granted this, or `frame_limit_s` if that is less
+_PROBE_FRAMES = 30.0  # frames' limits that probing may take
+_EXCUSED = 10  # losses of a machine with which something has nothing to do
+_STRAGGLES = 2.0  # times the time that a segment should take; then another worker may race it
 
 
-@dataclass
-class Run:
-    """A run under way.
+@dataclass(frozen=True)
+class Options:
+    """What of a run's configuration the driver goes by.
 
     Attributes:
-        config: Its options, `device` and `dtype` resolved.
-        store: Where the labels go.
-        digests: sha256 of its checkpoints.
-        todo: Segments that nobody works on.
-        counts: Where it stands.
-        display: Shows it.
-        rate: Frames per second.
-        device: Device and dtype in words, from the first worker that is loaded.
-        stopped: Whether somebody asked for it to end.
+        attempts: How often something is tried before it counts as failed.
+        frame_limit_s: Most seconds that a frame may take.
+        workers: Labelers to ask for; None for as many as there is room for, at any time.
+        probers: Sources probed at once.
     """
 
-    config: LabelConfig
-    store: Store
-    digests: tuple[str, ...]
-    todo: deque[Task]
-    counts: Counts
-    display: Display
-    rate: Rate
-    device: str = ""
-    stopped: bool = False
+    attempts: int
+    frame_limit_s: float
+    workers: int | None
+    probers: int
 
-    def more(self) -> bool:
-        """Whether there are segments that nobody works on.
+
+@dataclass(frozen=True)
+class Calls:
+    """What the driver has done by others.
+
+    Attributes:
+        publish: Names sources that are new in the store in its root.
+        fail: Commits a task's frames as failed, for a reason.
+        show: Shows where the run stands, and what the first few workers do.
+        say: Says a line to the user.
+    """
+
+    publish: Callable[[list[str]], None]
+    fail: Callable[[Task, str], Report]
+    show: Callable[[Standing], None]
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """An input to be probed."""
+
+    uri: str
+    attempts: int = 0
+    losses: int = 0
+    frames: int = 0
+
+    def __str__(self) -> str:
+        return f"probing {shown(self.uri)}"
+
+
+_Tried = TypeVar("_Tried", Task, _Probe)
+
+
+class Driver:
+    """One run. Make it, `run()` it, then look at the rest.
+
+    Attributes:
+        standing: Where the run stands.
+        failures: Inputs that could not be opened.
+        mismatch: The first of those that changed since they were added to the store.
+        stopped: Set it to end the run.
+    """
+
+    def __init__(self, pool: Pool, options: Options, calls: Calls, uris: Iterable[str], planned: Sequence[Planned]):
+        """Nothing is started yet.
+
+        Args:
+            pool: The workers.
+            options: How.
+            calls: What is done by others.
+            uris: Inputs to be probed; read as far ahead as probers need them.
+            planned: Sources that have been probed already.
+        """
+        self._crew = Crew(pool)
+        self._options = options
+        self._calls = calls
+        self.standing = Standing()
+        self.failures: list[Failure] = []
+        self.mismatch: StoreMismatchError | None = None
+        self.stopped = False
+        self._uris = iter(uris)
+        self._more = True  # whether there may be more of them
+        self._probes: deque[_Probe] = deque()
+        self._probing = 0
+        self._backlog = Backlog()
+        self._trials: deque[Trial] = deque()
+        self._open = 0  # segments that are planned and not committed
+        self._ids: set[str] = set()
+        self._at: dict[Segment, set[int]] = {}  # who labels a segment: two of them where one straggles
+        self._void: set[int] = set()  # workers whose answer no longer matters
+        self._unpublished: list[str] = []
+        self._published = 0
+        self._seconds = self._frames = 0.0  # of finished segments, for the pace
+        self._load_deaths = 0
+        self._shown_s = self._looked_s = float("-inf")
+        self._happened_s = self._crew.now_s
+        for source in planned:
+            self._plan(source)
+
+    def run(self) -> None:
+        """Label until nothing is left.
 
         Raises:
-            KeyboardInterrupt: If the run was asked to end.
+            KeyboardInterrupt: If `stopped` is set.
+            RunStoppedError: If workers cannot be kept alive, or the disk is full.
+            DepthmillError: If a worker cannot load for a reason of ours, such as a checkpoint that does not fit.
         """
-        if self.stopped:
-            raise KeyboardInterrupt
-        return bool(self.todo)
+        try:
+            self._fetch()
+            while self._open or self._more or self._probes or self._probing:
+                if self.stopped:
+                    raise KeyboardInterrupt
+                self._hire()
+                self._assign()
+                for event in self._crew.wait(_POLL_S):
+                    self._take(event)
+                self._look()
+            self._publish(everything=True)
+        except StoreFullError as error:
+            raise self._full(error) from error
+        finally:
+            self._show()
 
-    def loaded(self, device: str) -> None:
-        """A worker is ready."""
-        self.device = self.device or device
-        self.rate.start()
+    def _hire(self) -> None:
+        """Ask for the workers that there is work for: room comes with nodes, and work with sources."""
+        crew = self._crew
+        for _ in range(min(self._options.probers, len(self._probes) + self._probing) - len(crew.probers)):
+            crew.hire("prober")
+        work = len(self._backlog) + len(self._trials) - len(crew.idle) - len(crew.loading)
+        if work > 0:
+            for _ in range(min((self._options.workers or crew.room()) - len(crew.labelers), work)):
+                crew.hire("labeler")
 
-    def committed(self, report: Report) -> None:
-        """A segment is done."""
-        done = self.counts.done + report.labelled + report.failed
-        self.counts = replace(self.counts, done=done, failed=self.counts.failed + report.failed)
-
-    def not_committed(self, task: Task, reason: str) -> None:
-        """An attempt at a segment failed: it goes to the end of the queue, or, out of attempts, its frames fail."""
-        task = replace(task, attempts=task.attempts + 1)
-        if task.attempts < self.config.attempts:
-            self.todo.append(task)
-        else:
-            times = "once" if task.attempts == 1 else f"{task.attempts} times"
-            self.committed(fail_segment(task.segment, self.store, f"the segment was tried {times}: {reason}"))
-
-
-def run_in_process(run: Run) -> None:
-    """Label everything in this process, without Ray."""
-    worker = Worker(run.config, run.store.path, run.digests)
-    worker.on_state = lambda state: run.display.show(run.counts, {"this process": state})
-    run.loaded(worker.load())
-    try:
-        while run.more():
-            task = run.todo.popleft()
-            try:
-                report = worker.label(task.uri, task.fingerprint, task.segment)
-            except Exception as error:
-                run.not_committed(task, _reason(error))
+    def _fetch(self) -> None:
+        """Read inputs, a few more than are probed at once."""
+        while self._more and len(self._probes) < 4 * self._options.probers:
+            uri = next(self._uris, None)
+            if uri is None:
+                self._more = False
             else:
-                run.committed(report)
-            run.display.show(run.counts, {"this process": worker.state()})
-    finally:
-        worker.close()
+                self._probes.append(_Probe(uri))
+
+    def _assign(self) -> None:
+        """Give idle workers something to do."""
+        crew = self._crew
+        while crew.idle_probers and self._probes:
+            probe = self._probes.popleft()
+            self._probing += 1
+            crew.call(crew.idle_probers.pop(), probe, _PROBE_FRAMES * self._options.frame_limit_s, "probe", probe.uri)
+            self._fetch()
+        if not self._more and not self._probes and not self._probing:
+            crew.dismiss_idle_probers()
+        for worker in list(crew.idle):
+            if self._trials:
+                trial = self._trials.popleft()
+                crew.call(worker, trial, self._limit(trial.frames), "try_task", trial.task)
+                continue
+            task = self._backlog.take(worker, alone=crew.ready == 1) if self._backlog else self._straggler()
+            if task is not None:
+                self._at.setdefault(task.segment, set()).add(worker)
+                crew.call(worker, task, self._limit(task.frames), "label", task)
+            elif not self._backlog:
+                break
+
+    def _limit(self, frames: int) -> float:
+        """Seconds that so many frames may take."""
+        most = self._options.frame_limit_s
+        if self._frames:
+            most = min(most, max(_PACES * self._seconds / self._frames, _LEAST_LIMIT_S))
+        return (frames + _START_FRAMES) * most
+
+    def _straggler(self) -> Task | None:
+        """A segment that takes far longer than it should, to be tried by a second worker as well."""
+        if not self._frames or self._more or self._probes or self._probing or not self._open:
+            return None
+        pace = self._seconds / self._frames
+        late = [
+            ((self._crew.now_s - running.since_s) / (pace * (running.item.frames + 1)), worker, running.item)
+            for worker, running in self._crew.running.items()
+            if isinstance(running.item, Task) and len(self._at.get(running.item.segment, ())) == 1
+        ]
+        slowest = max(late, key=lambda one: one[0], default=None)
+        return slowest[2] if slowest is not None and slowest[0] > _STRAGGLES else None
+
+    def _take(self, event: Event) -> None:
+        """What follows from an event."""
+        worker = event.worker
+        running = self._crew.ended(event)
+        if event.died:
+            self._backlog.leave(worker)
+        if running is None or worker in self._void:
+            self._void.discard(worker)
+            return
+        self._happened_s = self._crew.now_s
+        cause = _ours(event.error)
+        if isinstance(cause, StoreFullError):
+            raise cause
+        match running.item:
+            case _Probe() as probe:
+                self._probing -= 1
+                self._probed(probe, event, cause)
+            case Trial() as trial:
+                self._tried(trial, event)
+            case Task() as task:
+                self._labelled(task, running, event, cause)
+            case None:
+                self._loaded(event, cause)
+
+    def _loaded(self, event: Event, cause: BaseException | None) -> None:
+        if event.error is None:
+            self.standing.device = self.standing.device or event.answer
+            self._load_deaths = 0
+            return
+        if not event.died:
+            raise cause or event.error
+        self._load_deaths += not event.lost
+        if self._load_deaths >= self._options.attempts * (self._options.workers or 1):
+            raise RunStoppedError(
+                f"workers died {self._load_deaths} times while loading the model ({reason(event.error)}); "
+                "is there memory for so many of them? Try fewer --workers"
+            ) from event.error
+
+    def _probed(self, probe: _Probe, event: Event, cause: BaseException | None) -> None:
+        if event.error is None:
+            self._plan(event.answer)
+            return
+        if isinstance(cause, DepthmillError):
+            if isinstance(cause, StoreMismatchError):
+                self.mismatch = self.mismatch or cause
+            elif not isinstance(cause, SourceError):
+                raise cause
+            why = str(cause)
+        else:
+            tried = _after(probe, event)
+            if tried.attempts < self._options.attempts:
+                self._probes.append(tried)
+                return
+            why = f"{shown(probe.uri)}: probing it failed {tried.attempts} times: {_why(event)}"
+        self.failures.append(Failure(uri=shown(probe.uri), source_id=None, frame=None, reason=why))
+        self.standing.count_reason(why, 1)
+        self._calls.say(f"left out: {why}")
+
+    def _plan(self, source: Planned) -> None:
+        if source.id in self._ids:  # one input, named twice in two ways
+            return
+        self._ids.add(source.id)
+        self._backlog.add(source)
+        self._open += source.segments
+        self.standing.planned(source)
+        self._unpublished.append(source.id)
+        self._publish()
+
+    def _publish(self, everything: bool = False) -> None:
+        """Write the store's root seldom enough that its size does not matter: when it has grown by half."""
+        if self._unpublished and (everything or len(self._unpublished) > self._published // 2):
+            self._calls.publish(self._unpublished)
+            self._published += len(self._unpublished)
+            self._unpublished = []
+
+    def _labelled(self, task: Task, running: Running, event: Event, cause: BaseException | None) -> None:
+        others = self._at.get(task.segment, set()) - {event.worker}
+        if event.error is not None and others:
+            self._at[task.segment] = others  # another worker is still at it
+            return
+        self._at.pop(task.segment, None)
+        if event.error is not None:
+            self._failed(task, event, cause)
+            return
+        self._void |= others  # what they write is the same
+        self._seconds += self._crew.now_s - running.since_s
+        self._frames += task.frames
+        self._committed(event.answer)
+
+    def _failed(self, task: Task, event: Event, cause: BaseException | None) -> None:
+        tried, why = _after(task, event), _why(event)
+        self.standing.retries += 1
+        if tried.attempts < self._options.attempts:
+            self._backlog.again(tried, event.worker)
+        elif task.searched or isinstance(cause, DepthmillError):  # a search would find every frame guilty
+            times = "once" if tried.attempts == 1 else f"{tried.attempts} times"
+            self._committed(self._calls.fail(task, f"the segment was tried {times}: {why}"))
+        else:
+            inquest, trials = open_inquest(task, why)
+            self._trials.extendleft(reversed(trials))
+            self._judge(inquest)
+
+    def _tried(self, trial: Trial, event: Event) -> None:
+        why = None if event.error is None else _why(event)
+        lost = event.lost and trial.losses < _EXCUSED
+        # The newest first: one culprit is found before the next is looked for, and few trials wait at any time.
+        self._trials.extendleft(reversed(hear(trial, why, lost, self._options.attempts)))
+        self._judge(trial.inquest)
+
+    def _judge(self, inquest: Inquest) -> None:
+        verdict = inquest.verdict
+        if verdict is not None:
+            self._backlog.again(verdict, None)
+
+    def _committed(self, report: Report) -> None:
+        self._open -= 1
+        self.standing.committed(report)
+
+    def _look(self) -> None:
+        """What is done from time to time, whatever happens."""
+        now_s = self._crew.now_s
+        if now_s - self._looked_s >= _POLL_S:
+            self._looked_s = now_s
+            for event in self._crew.end_overdue():
+                self._take(event)
+        if now_s - self._shown_s >= _SHOW_EVERY_S:
+            self._show()
+        if now_s - self._happened_s >= _WATCH_S:
+            self._happened_s = now_s
+            self._calls.say(f"waiting for: {self._crew.waited_for(_SHOWN_WORKERS)}")
+
+    def _show(self) -> None:
+        crew, standing = self._crew, self.standing
+        self._shown_s = crew.now_s
+        standing.ready, standing.starting, standing.ready_s = crew.ready, len(crew.loading), crew.ready_s
+        standing.deaths = crew.deaths
+        standing.unprobed, standing.more = len(self._probes) + self._probing, self._more
+        standing.queued, standing.running = len(self._backlog), len(self._at)
+        standing.workers = crew.states(_SHOWN_WORKERS)
+        self._calls.show(standing)
+
+    def _full(self, error: StoreFullError) -> RunStoppedError:
+        counts, bytes_written = self.standing.counts, self.standing.bytes
+        left, labelled = counts.total - counts.before - counts.done, counts.done - counts.failed
+        needed = "how much that takes is not known yet"
+        if labelled and bytes_written:
+            needed = f"which takes about {left * bytes_written / labelled / 2**30:.2f} GiB"
+        at_least = "at least " if self._more or self._probes or self._probing else ""
+        return RunStoppedError(
+            f"{error}\nThe run was stopped with {at_least}{left} frames left to label, {needed}. "
+            "What is committed stays: make room, then run the same command again to go on from there"
+        )
 
 
-@dataclass
-class _Slot:
-    """A place for a worker, and what that is doing.
-
-    Attributes:
-        name: For the display.
-        actor: Its handle.
-        call: Answers its loading, or `task`; None while it is idle.
-        task: What it labels.
-        ready: Whether it has loaded.
-        asked: Answers its state.
-        state: Its last known state.
-    """
-
-    name: str
-    actor: Any = None
-    call: Any = None
-    task: Task | None = None
-    ready: bool = False
-    asked: Any = None
-    state: WorkerState = field(default=WorkerState("starting"))
+def _after(item: _Tried, event: Event) -> _Tried:
+    """The same, tried once more in vain; machines that go count against nobody, unless they go again and again."""
+    if event.lost and item.losses < _EXCUSED:
+        return replace(item, losses=item.losses + 1)
+    return replace(item, attempts=item.attempts + 1)
 
 
-def run_on_ray(run: Run, workers: int) -> None:
-    """Label everything on Ray workers, one segment each at a time.
-
-    A worker that dies is replaced, and its segment tried again elsewhere.
-
-    Raises:
-        RunStoppedError: If workers die while they load: there is no point in going on.
-        DepthmillError: If a worker cannot load for a reason of ours, such as a checkpoint that does not fit.
-    """
-    import ray
-
-    slots = [_Slot(f"worker {i}") for i in range(workers)]
-    deaths = 0  # while loading
-    try:
-        for slot in slots:
-            _launch(run, slot)
-        while run.more() or any(slot.task for slot in slots):
-            for slot in slots:
-                if slot.ready and slot.call is None and run.todo:
-                    given = run.todo.popleft()
-                    slot.call = slot.actor.label.remote(given.uri, given.fingerprint, given.segment)
-                    slot.task = given
-            calls = {slot.call: slot for slot in slots if slot.call is not None}
-            for call in ray.wait(list(calls), num_returns=1, timeout=_POLL_S)[0]:
-                slot = calls[call]
-                task, slot.call, slot.task = slot.task, None, None
-                try:
-                    answer = ray.get(call)
-                except ray.exceptions.RayActorError as error:
-                    if task is not None:
-                        run.not_committed(task, f"its worker died ({_reason(error)})")
-                    elif (deaths := deaths + 1) >= run.config.attempts * workers:
-                        raise RunStoppedError(
-                            f"workers died {deaths} times while loading the model ({_reason(error)}); "
-                            f"is there memory for {workers} of them? Try fewer --workers"
-                        ) from error
-                    _launch(run, slot)
-                except Exception as error:
-                    if task is None:
-                        raise _ours(error) from error
-                    run.not_committed(task, _reason(error))
-                else:
-                    if task is None:
-                        run.loaded(answer)
-                        slot.ready = True
-                    else:
-                        run.committed(answer)
-            _ask_states(slots)
-            run.display.show(run.counts, {slot.name: _current(slot) for slot in slots})
-    finally:
-        for slot in slots:
-            with contextlib.suppress(Exception):  # it may be dead, or Ray gone
-                ray.kill(slot.actor)
+def _why(event: Event) -> str:
+    """What went wrong, in words that are the same each time it does: they are committed with the frame."""
+    if isinstance(event.error, TimeoutError) and event.died:
+        return TOO_LONG
+    return DIED if event.died else reason(event.error)
 
 
-def _launch(run: Run, slot: _Slot) -> None:
-    """Put a new worker, which starts to load, into a slot."""
-    from depthmill.workers.actors import start_worker
-
-    slot.actor = start_worker(run.config, run.store.path, run.digests)
-    slot.call = slot.actor.load.remote()
-    slot.task = slot.asked = None
-    slot.ready, slot.state = False, WorkerState("starting")
+def _ours(error: BaseException | None) -> BaseException | None:
+    """What a worker raised, out of Ray's wrapping."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
 
 
-def _current(slot: _Slot) -> WorkerState:
-    """The last answer, unless it is older than the slot's task: committed frames must not be counted twice."""
-    if slot.task is None:
-        return WorkerState("idle") if slot.ready else slot.state
-    segment = str(slot.task.segment)
-    return slot.state if slot.state.doing == segment else WorkerState(segment, 0, slot.task.segment.frames)
-
-
-def _ask_states(slots: list[_Slot]) -> None:
-    """Take the answers that have come, and ask again; nobody waits for one."""
-    import ray
-
-    for slot in slots:
-        if slot.asked is not None and ray.wait([slot.asked], timeout=0)[0]:
-            with contextlib.suppress(ray.exceptions.RayError):  # a dead worker is noticed by its call
-                slot.state = ray.get(slot.asked)
-            slot.asked = None
-        if slot.asked is None:
-            slot.asked = slot.actor.state.remote()
-
-
-def _ours(error: Exception) -> Exception:
-    """The exception that a worker raised, out of Ray's wrapping, if it is one of ours."""
-    cause = getattr(error, "cause", error)
-    return cause if isinstance(cause, DepthmillError) else error
-
-
-def _reason(error: BaseException) -> str:
-    cause = getattr(error, "cause", None) or error
+def reason(error: BaseException | None) -> str:
+    """An exception in one line."""
+    cause = _ours(error)
     text = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {text[0]}" if text else type(cause).__name__
-
-
-@contextlib.contextmanager
-def stoppable(run: Run) -> Iterator[None]:
-    """Let SIGINT (Ctrl-C) and SIGTERM end the run alike; a no-op outside the main thread, where no signal arrives.
-
-    Both raise KeyboardInterrupt, and leave a note in `run`: one raised inside a callback of Ray's is lost there.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        run.stopped = True
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -45,7 +45,7 @@ class Folder:
 class LabelledStore:
     """Predictions that are there already, in a store of `depthmill label`."""
 
-    path: Path
+    path: str | Path
 
 
 def evaluate(

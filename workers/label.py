@@ -5,29 +5,43 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
+import threading
 import time
-from collections import Counter, deque
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import RunStoppedError, SourceError
+from depthmill.pipeline.errors import RunStoppedError, SourceError, StoreMismatchError
 from depthmill.pipeline.model.checkpoint import Checkpoint
 from depthmill.pipeline.model.labeler import open_checkpoints, pick_device, pick_dtype
-from depthmill.pipeline.plan import pending_tasks, probe_inputs
-from depthmill.pipeline.store import Layout, create, write_atomically, write_failures
-from depthmill.pipeline.types import LABELLED, Failure
-from depthmill.workers.driver import Run, run_in_process, run_on_ray, stoppable
-from depthmill.workers.progress import Counts, Rate, open_display
+from depthmill.pipeline.plan import Planned, Prober
+from depthmill.pipeline.sources import expand_inputs, open_source, source_id
+from depthmill.pipeline.stages import Worker, fail_task
+from depthmill.pipeline.store import Layout, Store, create, remove_empty, write_failures
+from depthmill.pipeline.types import Failure
+from depthmill.workers.driver import Calls, Driver, Options
+from depthmill.workers.pool import InProcess, Pool
+from depthmill.workers.progress import Rate, open_display
+from depthmill.workers.standing import Standing
+
+if TYPE_CHECKING:
+    from depthmill.workers.metrics import Metrics
 
 _MOST_THREADS = 8
+_PROBERS = 4  # sources probed at once: each is mostly waiting for a disk or a network
+_PROBED_HERE = 16
 
 
 @dataclass(frozen=True)
@@ -35,19 +49,23 @@ class Summary:
     """How a run ended; `run.json` in the store holds the same.
 
     Attributes:
-        store: Path of the store.
+        store: Where the store is.
         sources: Inputs that could be opened.
         frames: Their frames.
         labelled: Frames with labels, earlier runs' included.
         committed: Frames that this run committed, with labels or as failed.
         failures: What has no labels, and why: frames, and inputs that could not be opened.
-        seconds: Of this run, from the start of the first worker.
+        seconds: Of this run, from the first input on.
         frames_per_s: Of this run, since the first worker had loaded.
         device: Where the model ran and in what dtype; empty if nothing was left to do.
-        workers: Ray workers; 0 in-process.
+        batch_fill: Mean share of a batch that was frames.
+        busy: Share of the loaded workers' time that they spent labelling.
+        bytes: Written.
+        deaths: Workers that died, or were ended for taking too long.
+        retries: Attempts at segments beyond the first.
     """
 
-    store: Path
+    store: str
     sources: int
     frames: int
     labelled: int
@@ -56,92 +74,162 @@ class Summary:
     seconds: float
     frames_per_s: float
     device: str
-    workers: int
+    batch_fill: float
+    busy: float
+    bytes: int
+    deaths: int
+    retries: int
 
 
 def label(
     inputs: Sequence[str],
-    store_path: Path,
+    store_uri: str | Path,
     config: LabelConfig,
     *,
     overwrite: bool = False,
+    retry_failed: bool = False,
     console: Console | None = None,
 ) -> Summary:
     """Label every frame of the inputs into the store; what an earlier run committed is kept and not done again.
 
     Args:
-        inputs: Videos, pictures, folders of pictures, globs.
-        store_path: Where the labels go; made if it does not exist.
+        inputs: Videos, pictures, shards, folders, patterns, lists of them.
+        store_uri: Where the labels go; made if it does not exist.
         config: Options of the run.
         overwrite: Remove an existing store first.
+        retry_failed: Label the frames again that an earlier run failed to, and only those of their segments.
         console: Where progress is shown; by default standard output.
 
     Raises:
         DepthmillError: If nothing can start: no input can be opened, the checkpoint or the store cannot be used.
-        RunStoppedError: On Ctrl-C or SIGTERM, and when workers cannot be kept alive.
+        RunStoppedError: On Ctrl-C or SIGTERM, when workers cannot be kept alive, and when the disk is full.
     """
     console = console or Console(highlight=False)
     started, rate = datetime.now(UTC), Rate()
     with ExitStack() as stack:
         gpus = None
         if config.address:  # its GPUs, not this machine's, decide the dtype that the store is made with
-            from depthmill.workers.cluster import connect
-
-            gpus = stack.enter_context(connect(config))
+            gpus = stack.enter_context(_cluster(config))
         config = _resolve(config, gpus)
         checkpoints = open_checkpoints(config)
-        sources, unopened = probe_inputs(inputs, config.max_pixels)
-        for failure in unopened:
-            console.print(f"left out: {failure.reason}", style="yellow", soft_wrap=True, markup=False)
-        if not sources:
-            raise SourceError(f"none of the {len(unopened)} inputs can be opened: nothing to label")
-        store = create(store_path, _layout(config), _identity(config, checkpoints), overwrite=overwrite)
-        store.add(*sources)
-        todo = pending_tasks(store, sources)
-        frames = sum(source.frames for source in sources)
-        counts = Counts(total=frames, before=frames - sum(task.segment.frames for task in todo))
-        workers = 0
-        device = ""
+        given: Iterable[str] = expand_inputs(inputs)
+        if overwrite:
+            given = _if_one_is_there(given)
+        store = create(store_uri, _layout(config), _identity(config, checkpoints), overwrite=overwrite)
+        prober = Prober(store.uri, config.max_pixels, config.max_frames, retry_failed)
+        uris, planned = _planned_here(given, store, prober)
         clock_s = time.perf_counter()
-        if todo:
-            if gpus is None and config.workers != 0:
-                from depthmill.workers.cluster import connect
-
-                gpus = stack.enter_context(connect(config))
+        with open_display(console, rate) as display:
             digests = tuple(checkpoint.sha256 for checkpoint in checkpoints)
-            with open_display(console, rate) as display:
-                run = Run(config, store, digests, deque(todo), counts, display, rate)
-                try:
-                    with stoppable(run):
-                        if gpus is None:
-                            run_in_process(run)
-                        else:
-                            workers = min(config.workers or gpus or 1, len(todo))
-                            run_on_ray(run, workers)
-                except KeyboardInterrupt:
-                    kept = run.counts.before + run.counts.done
-                    raise RunStoppedError(
-                        f"stopped: {kept} of {frames} frames are committed in {store_path} and stay; "
-                        "run the same command again to go on from there"
-                    ) from None
-            counts, device = run.counts, run.device
+            pool: Pool = InProcess(
+                {"labeler": lambda: Worker(config, store.uri, digests), "prober": lambda: prober},
+                lambda state: display.show(driver.standing.counts, {"this process": state}),
+            )
+            metrics: Metrics | None = None
+            if config.workers != 0 and (uris is not None or any(source.segments for source in planned)):
+                if gpus is None:
+                    stack.enter_context(_cluster(config))
+                from depthmill.workers.actors import RayPool
+                from depthmill.workers.metrics import Metrics
+
+                pool, metrics = RayPool(config, store.uri, digests, retry_failed), Metrics()
+            stack.callback(pool.close)
+
+            def show(standing: Standing) -> None:
+                if standing.device:
+                    rate.start()
+                display.show(standing.counts, standing.workers)
+                if metrics is not None:
+                    metrics.update(standing, rate(standing.counts.done))
+
+            def say(line: str) -> None:
+                console.print(line, style="yellow", soft_wrap=True, markup=False)
+
+            driver = Driver(
+                pool,
+                Options(config.attempts, config.frame_limit_s, config.workers, _PROBERS),
+                Calls(publish=store.publish, fail=partial(fail_task, store=store), show=show, say=say),
+                uris or (),
+                planned,
+            )
+            try:
+                with _stoppable(driver):
+                    driver.run()
+            except KeyboardInterrupt:
+                counts = driver.standing.counts
+                raise RunStoppedError(
+                    f"stopped: {counts.before + counts.done} of {counts.total} frames are committed in {store.uri} and "
+                    "stay; run the same command again to go on from there"
+                ) from None
         seconds = time.perf_counter() - clock_s
-    write_failures(store, unopened)
+    standing = driver.standing
+    if not standing.sources:
+        remove_empty(store)
+        raise driver.mismatch or SourceError(
+            f"none of the {len(driver.failures)} inputs can be opened: nothing to label"
+        )
+    write_failures(store, driver.failures)
     summary = Summary(
-        store=store_path,
-        sources=len(sources),
-        frames=frames,
-        labelled=sum(int((store.status(source.id) == LABELLED).sum()) for source in sources),
-        committed=counts.done,
-        failures=(*unopened, *store.failures()),
+        store=store.uri,
+        sources=standing.sources,
+        frames=standing.counts.total,
+        labelled=standing.labelled,
+        committed=standing.counts.done,
+        failures=(*driver.failures, *store.failures()),
         seconds=seconds,
-        frames_per_s=rate(counts.done),
-        device=device,
-        workers=workers,
+        frames_per_s=rate(standing.counts.done),
+        device=standing.device,
+        batch_fill=standing.fill,
+        busy=standing.busy,
+        bytes=standing.bytes,
+        deaths=standing.deaths,
+        retries=standing.retries,
     )
-    if todo or not (store_path / "run.json").exists():
-        _write_run(summary, config, checkpoints, started)
+    if standing.counts.done or store.read_file("run.json") is None:
+        _write_run(summary, store, config, checkpoints, started)
     return summary
+
+
+def _cluster(config: LabelConfig) -> AbstractContextManager[int]:
+    from depthmill.workers.cluster import connect
+
+    return connect(config)
+
+
+def _if_one_is_there(uris: Iterable[str]) -> Iterator[str]:
+    """Refuse inputs of which not one exists, before a store is removed for them.
+
+    Raises:
+        SourceError: If there is none.
+    """
+    known: list[str] = []
+    remaining = iter(uris)
+    for uri in remaining:
+        known.append(uri)
+        with suppress(SourceError):
+            open_source(uri).close()
+            return chain(known, remaining)
+    raise SourceError(f"none of the {len(known)} inputs can be opened: nothing to label; the store was left as it was")
+
+
+def _planned_here(uris: Iterable[str], store: Store, prober: Prober) -> tuple[Iterator[str] | None, list[Planned]]:
+    """Probe a few inputs in this process if all are in the store: to find a finished run finished needs no worker.
+
+    Workers probe all others, since a broken file may take its process along; these have been probed before.
+
+    Returns:
+        The inputs that are left to be probed, None if there are none, and those that have been.
+    """
+    remaining = iter(uris)
+    first = list(islice(remaining, _PROBED_HERE + 1))
+    there = set(store.sources())
+    if not there or len(first) > _PROBED_HERE or not all(source_id(uri) in there for uri in first):
+        return chain(first, remaining), []
+    prober.load()
+    try:
+        return None, [prober.probe(uri) for uri in first]
+    except (SourceError, StoreMismatchError):  # gone, or changed: that is the driver's to tell
+        return chain(first, remaining), []
 
 
 def _resolve(config: LabelConfig, gpus: int | None) -> LabelConfig:
@@ -163,10 +251,12 @@ def _resolve(config: LabelConfig, gpus: int | None) -> LabelConfig:
 
 
 def _layout(config: LabelConfig) -> Layout:
+    usual, corpus = config.segment_lengths
     return Layout(
         labels=config.labels,
         shard_frames=config.shard_frames,
-        segment_frames=config.segment_frames,
+        segment_frames=usual,
+        corpus_segment_frames=corpus,
         normals_dtype=config.normals_dtype,
         uncertainty=config.ensemble > 1 and "depth" in config.labels,
     )
@@ -183,19 +273,46 @@ def _identity(config: LabelConfig, checkpoints: Sequence[Checkpoint]) -> dict[st
         "processing_resolution": config.processing_resolution or checkpoints[0].processing_resolution,
         "dtype": config.dtype,
         **({} if sampling.is_single_step else {"sampling": sampling.identity}),
+        **({} if config.round_aspect is None else {"round_aspect": config.round_aspect}),
     }
 
 
-def _write_run(summary: Summary, config: LabelConfig, checkpoints: Sequence[Checkpoint], started: datetime) -> None:
-    reasons = Counter(failure.reason for failure in summary.failures)
+def _write_run(
+    summary: Summary,
+    store: Store,
+    config: LabelConfig,
+    checkpoints: Sequence[Checkpoint],
+    started: datetime,
+) -> None:
     values = asdict(summary) | {
-        "store": str(summary.store),
         "failures": len(summary.failures),
-        "failures_by_reason": dict(reasons.most_common()),
+        "failures_by_reason": dict(Counter(failure.reason for failure in summary.failures).most_common()),
         "started": started.isoformat(timespec="seconds"),
         "config": config.model_dump(mode="json"),
         "checkpoints": {checkpoint.modality: checkpoint.identity for checkpoint in checkpoints},
         "machine": {"host": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count()},
         "versions": {name: version(name) for name in ("depthmill", "torch", "diffusers", "ray", "av", "zarr")},
     }
-    write_atomically(summary.store / "run.json", (json.dumps(values, indent=2) + "\n").encode())
+    store.write_file("run.json", (json.dumps(values, indent=2) + "\n").encode())
+
+
+@contextmanager
+def _stoppable(driver: Driver) -> Iterator[None]:
+    """Let SIGINT (Ctrl-C) and SIGTERM end the run alike; a no-op outside the main thread, where no signal arrives.
+
+    Both raise KeyboardInterrupt, and leave a note in `driver`: one raised inside a callback of Ray's is lost there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        driver.stopped = True
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -17,29 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 from depthmill.pipeline.stages import WorkerState
+from depthmill.workers.standing import Counts
 
 if TYPE_CHECKING:
     from depthmill.workers.label import Summary
 
 _LINE_EVERY_S = 5.0
 _REASONS_SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Where a run stands, in frames.
-
-    Attributes:
-        total: All frames of all sources.
-        before: Those that earlier runs had committed.
-        done: Those that this run has committed, failed ones included.
-        failed: Those of `done` that have no labels.
-    """
-
-    total: int
-    before: int
-    done: int = 0
-    failed: int = 0
 
 
 @dataclass
@@ -179,7 +163,7 @@ def print_summary(summary: Summary) -> None:
         markup=False,
     )
     if summary.failures:
-        console.print(f"{len(summary.failures)} failures, listed in {summary.store / 'failures.jsonl'}:", markup=False)
+        console.print(f"{len(summary.failures)} failures, listed in {summary.store}/failures.jsonl:", markup=False)
         for reason, count in Counter(failure.reason for failure in summary.failures).most_common(_REASONS_SHOWN):
             console.print(f"  {count} x {reason}", markup=False)
 

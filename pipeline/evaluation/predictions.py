@@ -88,7 +88,7 @@ def from_folder(
     return Predictions(read, origin=origin)
 
 
-def from_store(path: Path, samples: Sequence[Sample], modality: Modality) -> Predictions:
+def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality) -> Predictions:
     """Predictions of a labelled store. A row is a sample's if the path of its picture ends in the sample's name.
 
     Raises:

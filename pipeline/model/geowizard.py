@@ -126,17 +126,18 @@ class GeoWizard(torch.nn.Module):
         self.dtype = dtype
 
     @torch.inference_mode()
-    def forward(self, pictures: torch.Tensor, size: tuple[int, int]) -> dict[Modality, torch.Tensor]:
+    def forward(self, pictures: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> dict[Modality, torch.Tensor]:
         """Label a batch.
 
         Args:
             pictures: (B, 3, h, w) float32 in [-1, 1], both sides multiples of `factor`.
-            size: Their height and width without the padding, which CLIP is not shown.
+            sizes: Height and width of each without the padding, which CLIP is not shown.
 
         Returns:
             For each modality (B, C, h, w) float32: depth C = 1 in [0, 1]; normals C = 3, unit, in the stored axes.
         """
-        prompt = self._embed(pictures[..., : size[0], : size[1]])  # (B, 1, width)
+        valid = [picture[:, : size[0], : size[1]] for picture, size in zip(pictures, sizes, strict=True)]
+        prompt = self._embed(valid)  # (B, 1, width)
         pictures = pictures.to(self.dtype, memory_format=self.layout)
         latent = self.vae.encode(pictures).latent_dist.mode() * self.vae.config.scaling_factor
         out = self.unet(
@@ -156,9 +157,11 @@ class GeoWizard(torch.nn.Module):
             labels["normals"] = decode_normals(self.vae.decode(normals).sample.float(), self.description)
         return labels
 
-    def _embed(self, pictures: torch.Tensor) -> torch.Tensor:
-        """CLIP's embedding of whole pictures (B, 3, h, w) in [-1, 1], squeezed to CLIP's size: (B, 1, width)."""
-        small = F.interpolate((pictures + 1) / 2, self.clip_size, mode="bicubic", antialias=True)
+    def _embed(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        """CLIP's embedding of whole pictures, each (3, h, w) in [-1, 1], squeezed to CLIP's size: (B, 1, width)."""
+        small = torch.cat(
+            [F.interpolate((one[None] + 1) / 2, self.clip_size, mode="bicubic", antialias=True) for one in pictures]
+        )
         normalised = ((small - self.clip_mean) / self.clip_std).to(self.dtype)
         embedding: torch.Tensor = self.image_encoder(normalised).image_embeds
         return embedding[:, None]

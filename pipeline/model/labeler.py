@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -13,12 +13,12 @@ import torch
 
 from depthmill.pipeline.config import DEMO, LabelConfig, Noise, Sampling, TimestepSpacing, validated
 from depthmill.pipeline.errors import ConfigError
-from depthmill.pipeline.geometry import from_network, processed_size, to_network
+from depthmill.pipeline.geometry import from_network, padded_size, processed_size, rounded_size, to_network
 from depthmill.pipeline.model.checkpoint import Checkpoint, is_joint, open_checkpoint
 from depthmill.pipeline.model.geowizard import GeoWizard, check_joint
 from depthmill.pipeline.model.sampling import Sampler
 from depthmill.pipeline.model.single_step import SingleStep, unit
-from depthmill.pipeline.types import Domain, Labels, Modality
+from depthmill.pipeline.types import Domain, Labels, Modality, Source, is_corpus
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ class Labeler:
     Attributes:
         checkpoints: What is loaded, one for each label.
         processing_resolution: Longer side in pixels at which the network sees a frame.
-        batch_size: Most frames in one forward pass; halved, and kept so, when the GPU runs out of memory.
+        batch_size: Most frames in one forward pass; fewer once the GPU has run out of memory.
+        round_aspect: Which sources are seen at rounded aspect ratios: `LabelConfig.round_aspect`.
         device: Where the network is.
         dtype: Of the network.
         sampling: How labels are drawn.
@@ -44,6 +45,7 @@ class Labeler:
         device: str = "auto",
         dtype: str = "auto",
         sampling: Sampling | None = None,
+        round_aspect: bool | None = None,
     ):
         """Load the network.
 
@@ -54,6 +56,7 @@ class Labeler:
             device: `auto` (CUDA where there is one), or a torch device.
             dtype: `auto`, `float32`, `bfloat16` or `float16`.
             sampling: How labels are drawn; left out, in the one deterministic step.
+            round_aspect: For `rounds`; frames given to the labeler itself are seen as `label` is told.
 
         Raises:
             CheckpointError: If a checkpoint cannot be loaded, or not sampled so.
@@ -65,6 +68,8 @@ class Labeler:
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.sampling = sampling or Sampling()
+        self.round_aspect = round_aspect
+        self._pixels_that_fit: int | None = None  # in one forward pass, padding included; None: any that were tried
         self._network: SingleStep | GeoWizard
         self._sampler: Sampler | None = None
         if check_joint(checkpoints, self.sampling):
@@ -147,6 +152,7 @@ class Labeler:
             device=config.device,
             dtype=config.dtype,
             sampling=config.sampling,
+            round_aspect=config.round_aspect,
         )
 
     def __call__(self, frames: npt.NDArray[np.uint8], keys: Sequence[str] | None = None) -> Labels:
@@ -187,17 +193,34 @@ class Labeler:
             uncertainty=np.concatenate(uncertainties) if uncertainties else None,
         )
 
-    def processed_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size at which the network sees a frame: frames of one such size can share a batch."""
+    def rounds(self, source: Source) -> bool:
+        """Whether the frames of a source are to be seen at rounded aspect ratios; a video's, of one size, never are."""
+        if self.round_aspect is None:
+            return is_corpus(source.kind, source.frames)
+        return self.round_aspect and source.kind != "video"
+
+    def processed_size(self, height: int, width: int, *, rounded: bool = False) -> tuple[int, int]:
+        """Size at which the network sees a frame, before padding; with `rounded`, at a rounded aspect ratio."""
+        if rounded:
+            return rounded_size(height, width, self.processing_resolution, self._network.factor)
         return processed_size(height, width, self.processing_resolution)
 
-    def label(self, frames: Sequence[npt.NDArray[np.uint8]], keys: Sequence[str] | None = None) -> list[Labels]:
-        """Label frames that share a processed size, though their own may differ.
+    def batch_shape(self, height: int, width: int, *, rounded: bool = False) -> tuple[int, int]:
+        """The same with its padding to the VAE's factor: frames of one such shape can share a batch."""
+        return padded_size(self.processed_size(height, width, rounded=rounded), self._network.factor)
+
+    def label(
+        self, frames: Sequence[npt.NDArray[np.uint8]], keys: Sequence[str] | None = None, *, rounded: bool = False
+    ) -> list[Labels]:
+        """Label frames that share a batch shape, though their own sizes may differ.
+
+        When the GPU runs out of memory, half as many are tried, and from then on no more pixels at once than those.
 
         Args:
-            frames: Each (H, W, 3) uint8; all of one `processed_size`.
+            frames: Each (H, W, 3) uint8; all of one `batch_shape`.
             keys: A name for each frame, of which, with the seed, its noise is drawn, so that it has the same labels in
                 any company; left out, its position.
+            rounded: Whether the network sees them at rounded aspect ratios (`geometry.rounded_size`).
 
         Returns:
             One `Labels` a frame, B = 1, at that frame's size.
@@ -210,32 +233,47 @@ class Labeler:
             raise ValueError(f"{len(keys)} keys are given for {len(frames)} frames; expected one for each")
         done: list[Labels] = []
         while len(done) < len(frames):
-            part = slice(len(done), len(done) + self.batch_size)
-            batch = frames[part]
+            height, width = self.batch_shape(*frames[0].shape[:2], rounded=rounded)
+            most = self._most(height * width)
+            part = slice(len(done), len(done) + most)
             try:
-                done += self._forward(batch, keys[part])
+                done += self._forward(frames[part], keys[part], most, rounded)
+                continue
             except torch.cuda.OutOfMemoryError:
-                if self.batch_size == 1:
+                tried = min(most, len(frames[part]) * self.sampling.ensemble)
+                if tried == 1:
                     raise
-                self.batch_size = max(1, min(self.batch_size, len(batch)) // 2)
-                torch.cuda.empty_cache()
-                log.warning("out of GPU memory: going on with batches of %d frames", self.batch_size)
+            # Not before the exception is gone: it holds what the pass had allocated.
+            torch.cuda.empty_cache()
+            self._pixels_that_fit = tried // 2 * height * width
+            log.warning("out of GPU memory: going on with batches of %d frames of %dx%d", tried // 2, width, height)
         return done
 
-    def _forward(self, frames: Sequence[npt.NDArray[np.uint8]], keys: Sequence[str]) -> list[Labels]:
-        size = self.processed_size(*frames[0].shape[:2])
+    def _most(self, pixels: int) -> int:
+        """Most frames of so many pixels in one forward pass."""
+        fit = self.batch_size if self._pixels_that_fit is None else self._pixels_that_fit // pixels
+        return max(1, min(self.batch_size, fit))
+
+    def _forward(
+        self, frames: Sequence[npt.NDArray[np.uint8]], keys: Sequence[str], most: int, rounded: bool
+    ) -> list[Labels]:
+        sizes = [self.processed_size(*frame.shape[:2], rounded=rounded) for frame in frames]
         pictures = torch.stack(
-            [to_network(_tensor(frame).to(self.device), size, self._network.factor) for frame in frames]
+            [
+                to_network(_tensor(frame).to(self.device), size, self._network.factor)
+                for frame, size in zip(frames, sizes, strict=True)
+            ]
         )  # (B, 3, h', w')
+        answers: Mapping[Modality, torch.Tensor | list[torch.Tensor]]
         uncertainties = None
         if self._sampler is not None:
-            answers, uncertainties = self._sampler(pictures, size, keys, self.batch_size)
+            answers, uncertainties = self._sampler(pictures, sizes, keys, most)
         elif isinstance(self._network, GeoWizard):
-            answers = self._network(pictures, size)
+            answers = self._network(pictures, sizes)
         else:
             answers = self._network(pictures)
         labels = []
-        for i, frame in enumerate(frames):
+        for i, (frame, size) in enumerate(zip(frames, sizes, strict=True)):
             original = (frame.shape[0], frame.shape[1])
             depth = normals = uncertainty = None
             if "depth" in answers:
@@ -296,10 +334,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The network's dtype for `name`; `auto` is bfloat16 on CUDA, float16 where that has none, float32 elsewhere."""
+    """The network's dtype for `name`; `auto` is bfloat16 on CUDA, float16 where that has none, float32 elsewhere.
+
+    On a machine without a GPU, from which a run on a cluster is started, that is bfloat16: all GPUs since 2020 have it.
+    """
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else torch.bfloat16

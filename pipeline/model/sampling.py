@@ -43,37 +43,37 @@ class Sampler:
 
     @torch.inference_mode()
     def __call__(
-        self, pictures: torch.Tensor, size: tuple[int, int], keys: Sequence[str], batch_size: int
-    ) -> tuple[dict[Modality, torch.Tensor], torch.Tensor | None]:
+        self, pictures: torch.Tensor, sizes: Sequence[tuple[int, int]], keys: Sequence[str], batch_size: int
+    ) -> tuple[dict[Modality, list[torch.Tensor]], list[torch.Tensor] | None]:
         """Label a batch. Each picture is encoded once, however many members its ensemble has.
 
         Args:
             pictures: (B, 3, h', w') float32 in [-1, 1], both sides multiples of the network's `factor`.
-            size: (h, w) of the pictures without their padding, on which ensembles are aligned.
+            sizes: (h, w) of each picture without its padding, on which ensembles are aligned.
             keys: One for each picture, of which its noise is drawn.
             batch_size: Most members, of whichever pictures, in one UNet call.
 
         Returns:
-            For each modality (B, C, h, w) float32: depth C = 1 in [0, 1]; normals C = 3, unit, in the stored axes. And
-            the uncertainty of depth, (B, 1, h, w) float32, if it was asked for and there is an ensemble.
+            For each modality B tensors (C, h, w) float32: depth C = 1 in [0, 1]; normals C = 3, unit, in the stored
+            axes. And the uncertainty of depth, B (1, h, w) float32, if it was asked for and there is an ensemble.
         """
         latents = self._network.encode(pictures)
-        answers: dict[Modality, torch.Tensor] = {}
+        answers: dict[Modality, list[torch.Tensor]] = {}
         uncertainty = None
         for head in self._network.heads:
-            members = self._draw(head, latents[head.modality], size, keys, batch_size)  # (B, E, C, h, w)
+            drawn = self._draw(head, latents[head.modality], keys, batch_size)  # (B, E, C, h', w')
+            members = [frame[..., : size[0], : size[1]] for frame, size in zip(drawn, sizes, strict=True)]
             if self._sampling.ensemble == 1:
-                answers[head.modality] = members[:, 0]
+                answers[head.modality] = [frame[0] for frame in members]
             elif head.modality == "normals":
-                answers["normals"] = torch.stack([ensemble_normals(frame) for frame in members])
+                answers["normals"] = [ensemble_normals(frame) for frame in members]
             else:
-                depths, spreads = zip(*(ensemble_depth(frame[:, 0]) for frame in members), strict=True)
-                answers["depth"], uncertainty = torch.stack(depths)[:, None], torch.stack(spreads)[:, None]
+                pairs = [ensemble_depth(frame[:, 0]) for frame in members]
+                answers["depth"] = [depth[None] for depth, _ in pairs]
+                uncertainty = [spread[None] for _, spread in pairs]
         return answers, uncertainty
 
-    def _draw(
-        self, head: Head, latent: torch.Tensor, size: tuple[int, int], keys: Sequence[str], batch_size: int
-    ) -> torch.Tensor:
+    def _draw(self, head: Head, latent: torch.Tensor, keys: Sequence[str], batch_size: int) -> torch.Tensor:
         sampling = self._sampling
         rows = [(frame, member) for frame in range(len(keys)) for member in range(sampling.ensemble)]
         drawn = []
@@ -88,7 +88,7 @@ class Sampler:
                 for frame, member in batch
             ]
             x0 = self._denoise(head, latent[[frame for frame, _ in batch]], torch.stack(noise).to(latent.device))
-            drawn.append(self._network.decode(head, x0)[..., : size[0], : size[1]])
+            drawn.append(self._network.decode(head, x0))
         members = torch.cat(drawn)
         return members.view(len(keys), sampling.ensemble, *members.shape[1:])
 

@@ -4,39 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.objects import is_url, shown, without_secrets
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES, ImageSource
 from depthmill.pipeline.sources.inputs import expand_inputs
+from depthmill.pipeline.sources.limits import MAX_FRAMES, MAX_PIXELS
 from depthmill.pipeline.sources.naming import source_id
+from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES, ParquetSource
 from depthmill.pipeline.sources.prefetch import prefetch
 from depthmill.pipeline.sources.video import VideoSource
+from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES, WebDatasetSource
 from depthmill.pipeline.types import FrameSource
 
-__all__ = ["MAX_PIXELS", "expand_inputs", "open_source", "prefetch", "source_id"]
+__all__ = ["MAX_FRAMES", "MAX_PIXELS", "expand_inputs", "open_source", "prefetch", "shown", "source_id"]
 
-MAX_PIXELS = 1 << 27  # 134 megapixels
-
-# The first kind whose test says yes opens the path; whatever is no other kind is for FFmpeg to recognise.
-_KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, int, int], FrameSource]], ...] = (
-    (lambda path: path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES, ImageSource),
-    (lambda path: True, lambda path, max_pixels, threads: VideoSource(path, threads)),
+# The first kind whose test says yes opens the input; whatever is no other kind is for FFmpeg to recognise.
+_KINDS: tuple[tuple[Callable[[str], bool], Callable[[str, int, int, int], FrameSource]], ...] = (
+    (lambda uri: _suffix(uri) in IMAGE_SUFFIXES or _is_folder(uri), ImageSource),
+    (lambda uri: _name(uri).endswith(TAR_SUFFIXES), WebDatasetSource),
+    (lambda uri: _suffix(uri) in PARQUET_SUFFIXES, ParquetSource),
+    (lambda uri: True, lambda uri, max_pixels, max_frames, threads: VideoSource(uri, max_frames, threads)),
 )
 
 
-def open_source(uri: str | Path, *, max_pixels: int = MAX_PIXELS, threads: int = 0) -> FrameSource:
-    """Open an input: a folder of pictures, a picture, or a video. Nothing is read yet, but the path must exist.
+def open_source(
+    uri: str | Path, *, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES, threads: int = 0
+) -> FrameSource:
+    """Open an input. Nothing is read yet, but a path must exist.
 
     Args:
-        uri: Path of the file or folder.
+        uri: Path or URL (`s3://`, `gs://`, `https://`) of a folder of pictures, a picture, a WebDataset tar, a Parquet
+            file, or a video. A URL whose name has no suffix is a folder's.
         max_pixels: Pictures with more come as failed frames.
+        max_frames: An input with more is refused when it is probed.
         threads: Threads that one read decodes with; 0 for one a core (video) or four (pictures).
 
     Raises:
-        SourceError: If there is no such file or folder.
+        SourceError: If there is no such file or folder, or a URL has a password in it.
     """
-    path = Path(uri)
-    if not path.exists():
-        raise SourceError(f"{path}: no such file or folder; expected a video, a picture or a folder: check the path")
-    opens = next(opens for accepts, opens in _KINDS if accepts(path))
-    return opens(path, max_pixels, threads)
+    uri = str(uri)
+    if is_url(uri):
+        if "@" in urlsplit(uri).netloc:
+            raise SourceError(
+                f"{shown(uri)} was given with credentials; expected them in the environment: leave them out"
+            )
+        uri = without_secrets(uri)
+    elif not Path(uri).exists():
+        raise SourceError(f"{uri}: no such file or folder; expected a video, a picture or a folder: check the path")
+    opens = next(opens for accepts, opens in _KINDS if accepts(uri))
+    return opens(uri, max_pixels, max_frames, threads)
+
+
+def _name(uri: str) -> str:
+    return (urlsplit(uri).path if is_url(uri) else uri).rpartition("/")[2].lower()
+
+
+def _suffix(uri: str) -> str:
+    return Path(_name(uri)).suffix
+
+
+def _is_folder(uri: str) -> bool:
+    return not _suffix(uri) if is_url(uri) else Path(uri).is_dir()

@@ -1,59 +1,157 @@
-"""From what the user names (files, folders, patterns) to the paths of sources."""
+"""From what the user names (files, folders, patterns, lists) to the paths of sources."""
 
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.objects import is_url
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES
-from depthmill.pipeline.sources.naming import absolute, natural_key
+from depthmill.pipeline.sources.naming import canonical_uri, natural_key
+from depthmill.pipeline.sources.opening import list_files
+from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES
 from depthmill.pipeline.sources.video import VIDEO_SUFFIXES
+from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES
+
+_FILE_SUFFIXES = (*VIDEO_SUFFIXES, *TAR_SUFFIXES, *PARQUET_SUFFIXES)  # of files that are a source each
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 
-def expand_inputs(inputs: Sequence[str]) -> list[str]:
-    """Turn files, folders and patterns into absolute paths of sources: each once, in the order given.
+def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
+    """Turn files, folders, patterns and lists into absolute paths of sources: each once, in the order given.
 
-    A folder that holds pictures, at any depth, is one source; each video in it is another. What a folder or a pattern
-    gives comes in natural order, and of the files only those with the suffix of a picture or a video. An input that
-    gives nothing stays as it is: opening it says what is wrong with it.
+    A folder that holds pictures, at any depth, is one source; each video and shard (tar, Parquet) in it is another.
+    What a folder or a glob gives comes in natural order, and of the files only those with the suffix of a source. An
+    input that gives nothing stays as it is: opening it says what is wrong with it.
 
     Args:
-        inputs: What the user named. `*`, `?`, `[…]` and `**` make a pattern, unless a file has that very name.
+        inputs: What the user named, unless a file has that very name: `shard-{00000..00099}.tar` and `{a,b}.mp4` are
+            all of them, whether they exist or not; `*`, `?`, `[…]` and `**` those that exist; `@list.txt` the lines of
+            a text file, relative to its folder, without empty ones and those that start with `#`.
+
+    Raises:
+        SourceError: If a list cannot be read, or names another list. Not before it is its turn.
     """
-    found: dict[str, None] = {}
+    seen: set[str] = set()
     for given in inputs:
-        path = Path(given).expanduser()
-        if path.is_dir():
-            sources = list(_in_folder(path))
-        elif not path.exists() and glob.has_magic(given):
-            sources = list(_matches(str(path)))
+        for named in _named(given):
+            for source in _sources(named):
+                name = canonical_uri(source)
+                if name not in seen:
+                    seen.add(name)
+                    yield str(source) if is_url(source) else name  # a URL with what signs it
+
+
+def _named(given: str) -> Iterator[str]:
+    """What a list or a pattern with braces names."""
+    if not given.startswith("@") or Path(given).exists():
+        yield from _braces(given)
+        return
+    path = Path(given[1:]).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"the list {path} cannot be read ({error}); expected a text file, one input a line"
+        ) from error
+    for line in (line.strip() for line in lines):
+        if line.startswith("@"):
+            raise SourceError(f"the list {path} names another list, {line}: give that one as an input of its own")
+        if line and not line.startswith("#"):
+            yield from _braces(line if is_url(line) else str(path.parent / Path(line).expanduser()))
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """Each choice of `{a,b}` and `{08..12}`, the last group's changing fastest; numbers as wide as they are written."""
+    groups = () if Path(pattern).exists() else re.finditer(r"\{([^{}]*)\}", pattern)
+    for group in groups:
+        numbers = _RANGE.fullmatch(group[1])
+        if numbers:
+            first, last = int(numbers[1]), int(numbers[2])
+            padded = any(re.match(r"-?0\d", end) for end in numbers.groups())
+            width = max(map(len, numbers.groups())) if padded else 0
+            step = 1 if first <= last else -1
+            choices = (f"{number:0{width}}" for number in range(first, last + step, step))
+        elif "," in group[1]:
+            choices = (choice for choice in group[1].split(","))
         else:
-            sources = [path]
-        found.update(dict.fromkeys(str(absolute(source)) for source in sources or [path]))
-    return list(found)
+            continue
+        for choice in choices:
+            yield from _braces(pattern[: group.start()] + choice + pattern[group.end() :])
+        return
+    yield pattern
+
+
+def _sources(given: str) -> Iterator[str | Path]:
+    """The sources of one name: a file, a folder or a glob."""
+    if is_url(given):
+        yield from _at_url(given)
+        return
+    path = Path(given).expanduser()
+    found: Iterator[Path] = iter(())
+    if path.is_dir():
+        found = _in_folder(path)
+    elif glob.has_magic(given) and not path.exists():
+        found = _matches(str(path))
+    empty = True
+    for source in found:
+        empty = False
+        yield source
+    if empty:
+        yield path
+
+
+def _at_url(given: str) -> Iterator[str]:
+    """As for paths: a file, a prefix or a glob. What cannot be listed stays as it is."""
+    name = urlsplit(given).path.lower()
+    known = (*IMAGE_SUFFIXES, *_FILE_SUFFIXES)
+    if glob.has_magic(name) or (not Path(name).suffix and not given.startswith("http")):
+        with suppress(SourceError):
+            found = list_files(given)
+            if glob.has_magic(name):
+                found = [url for url in found if url.lower().endswith(known)]
+            else:
+                pictures = any(url.lower().endswith(tuple(IMAGE_SUFFIXES)) for url in found)
+                found = [given] * pictures + [
+                    url
+                    for url in found
+                    if url.lower().endswith(_FILE_SUFFIXES)
+                    and not (url.endswith(".parquet") and f"{url.removesuffix('.parquet')}.tar" in found)
+                ]
+            if found:
+                yield from sorted(found, key=natural_key)
+                return
+    yield given
 
 
 def _in_folder(folder: Path) -> Iterator[Path]:
     files = [path for path in folder.rglob("*") if not _is_hidden(path.relative_to(folder)) and path.is_file()]
     if any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
         yield folder
-    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
-    yield from sorted(videos, key=lambda path: natural_key(path.as_posix()))
+    names = set(files)
+    for path in sorted(files, key=lambda path: natural_key(path.as_posix())):
+        # img2dataset writes a Parquet file of metadata beside each tar.
+        metadata = path.suffix.lower() in PARQUET_SUFFIXES and path.with_suffix(".tar") in names
+        if path.name.lower().endswith(_FILE_SUFFIXES) and not metadata:
+            yield path
 
 
 def _matches(pattern: str) -> Iterator[Path]:
     paths = [Path(match) for match in sorted(glob.glob(pattern, recursive=True), key=natural_key)]  # noqa: PTH207 (absolute patterns)
-    known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    files = [path for path in paths if path.is_file() and path.suffix.lower() in known]
+    known = (*IMAGE_SUFFIXES, *_FILE_SUFFIXES)
+    files = {path for path in paths if path.name.lower().endswith(known) and path.is_file()}
     # `**` matches a folder and what is in it: files count before their folder, an outer folder before inner ones.
     inner = {parent for path in files for parent in path.parents}
-    folders = [path for path in paths if path.is_dir() and path not in inner]
-    outer = [path for path in folders if not set(path.parents) & set(folders)]
+    folders = {path for path in paths if path not in files and path.is_dir() and path not in inner}
     for path in paths:
         if path in files:
             yield path
-        elif path in outer:
+        elif path in folders and not folders.intersection(path.parents):
             yield from _in_folder(path)
 
 

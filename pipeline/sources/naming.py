@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from depthmill.pipeline.objects import is_url, shown
 
 
 def absolute(path: str | Path) -> Path:
@@ -13,18 +17,43 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 (Path.absolute keeps "..")
 
 
+def canonical_uri(uri: str | Path) -> str:
+    """One name for one input: a URL without what is secret in it, the absolute path of a file."""
+    return shown(str(uri)) if is_url(uri) else str(absolute(uri))
+
+
+def readable(name: str) -> str:
+    """A file's name as text that can be stored: bytes of it that are no UTF-8 are escaped."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def unique_names(names: Iterable[str]) -> tuple[str, ...]:
+    """The names, all different: of several that are equal, those after the first get `~2`, `~3` … at their end."""
+    found: dict[str, None] = {}
+    counts: dict[str, int] = {}
+    for name in names:
+        unique = name
+        while unique in found:
+            counts[name] = counts.get(name, 1) + 1
+            unique = f"{name}~{counts[name]}"
+        found[unique] = None
+    return tuple(found)
+
+
 def source_id(uri: str | Path) -> str:
     """The name of a source's group in the store: readable, unique, and the same in every run.
 
     Args:
-        uri: Path of a file or folder; taken as absolute, but links are not followed.
+        uri: Path of a file or folder, taken as absolute, but links are not followed; or a URL: signing it anew changes
+            nothing.
 
     Returns:
-        A slug of the name and 8 hex digits of the absolute path's hash: "my-clip-1a2b3c4d".
+        A slug of the name and 12 hex digits of the absolute path's hash: "my-clip-1a2b3c4d5e6f".
     """
-    path = absolute(uri)
-    slug = re.sub(r"[^a-z0-9]+", "-", path.stem.lower())[:60].strip("-") or "source"
-    return f"{slug}-{hashlib.sha256(str(path).encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    name = canonical_uri(uri)
+    stem = Path(urlsplit(name).path if is_url(name) else name).stem
+    slug = re.sub(r"[^a-z0-9]+", "-", stem.lower())[:60].strip("-") or "source"
+    return f"{slug}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
 
 
 def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:

@@ -24,7 +24,7 @@ import av.video.frame
 from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources.naming import absolute, source_id
+from depthmill.pipeline.sources.naming import canonical_uri, source_id
 from depthmill.pipeline.sources.video_decode import DamageError, Decoder, LostPlaceError
 from depthmill.pipeline.sources.video_packets import Group, PacketTable, fingerprint, reason, scan
 from depthmill.pipeline.sources.video_pixels import to_rgb, upright_size
@@ -86,14 +86,16 @@ class _Verdict:
 class VideoSource:
     """A video file, read by PyAV. Several reads may run at once, each with a decoder of its own."""
 
-    def __init__(self, path: Path, threads: int = 0) -> None:
+    def __init__(self, uri: str | Path, max_frames: int, threads: int = 0) -> None:
         """Name a video, without opening it.
 
         Args:
-            path: The file.
+            uri: Path or URL of the file.
+            max_frames: A video with more packets is refused.
             threads: Threads of one decoder and of the conversion to RGB; 0 for one a core.
         """
-        self._path = absolute(path)
+        self._uri = canonical_uri(uri)
+        self._max_frames = max_frames
         self._threads = threads
         self._lock = threading.RLock()
         self._probed: tuple[Source, PacketTable, str] | None = None
@@ -106,7 +108,7 @@ class VideoSource:
         """Describe the video: its packets are read, one frame is decoded.
 
         Raises:
-            SourceError: If the file is no video, or holds no frame.
+            SourceError: If the file is no video, holds no frame, or too many.
         """
         return self._open()[0]
 
@@ -136,26 +138,26 @@ class VideoSource:
             return self._probed
 
     def _probe(self) -> tuple[Source, PacketTable, str]:
-        table = scan(self._path)
-        decoder = Decoder(self._path, table, self._threads, self._seeks)
+        table = scan(self._uri, self._max_frames)
+        decoder = Decoder(self._uri, table, self._threads, self._seeks)
         with closing(decoder):
             height, width, codec, rate = decoder.describe()
             first = next(decoder.decode(0, min(len(table.size), _MAX_PROBED_PACKETS) - 1, errors={}), None)
         if first is not None:
             height, width = upright_size(first[1])
         if not height or not width:
-            raise SourceError(f"{self._path}: no size in its header and no frame that decodes: leave it out")
+            raise SourceError(f"{self._uri}: no size in its header and no frame that decodes: leave it out")
         frames = len(table.order)
         duration_s = float(table.time_s[-1])
         source = Source(
-            id=source_id(self._path),
-            uri=str(self._path),
+            id=source_id(self._uri),
+            uri=self._uri,
             kind="video",
             frames=frames,
             height=height,
             width=width,
             fps=(frames - 1) / duration_s if duration_s > 0 else rate,
-            fingerprint=fingerprint(self._path, table),
+            fingerprint=fingerprint(self._uri, table),
             time_s=table.time_s,
         )
         return source, table, codec
@@ -192,7 +194,7 @@ class VideoSource:
     def _take(self, table: PacketTable) -> Decoder:
         with self._lock:
             parked, self._parked = self._parked, None
-        return parked or Decoder(self._path, table, self._threads, self._seeks)
+        return parked or Decoder(self._uri, table, self._threads, self._seeks)
 
     def _park(self, decoder: Decoder) -> None:
         with self._lock:
@@ -224,7 +226,7 @@ class VideoSource:
             except LostPlaceError:
                 if not self._seeks:
                     raise SourceError(
-                        f"{self._path}: its packets are others than when it was probed; expected a file that does not "
+                        f"{self._uri}: its packets are others than when it was probed; expected a file that does not "
                         "change while it is read: start again"
                     ) from None
                 self._seeks = decoder.seeks = False
@@ -246,7 +248,7 @@ class VideoSource:
         errors: dict[int, str] = {}
         whole: set[int] = set()
         flawed: set[int] = set()
-        with closing(Decoder(self._path, table, 1, self._seeks)) as decoder:
+        with closing(Decoder(self._uri, table, 1, self._seeks)) as decoder:
             for ordinal, frame in decoder.decode(first, group.last, errors):
                 (flawed if frame.is_corrupt else whole).add(ordinal)
         for ordinal in packets:
@@ -265,7 +267,7 @@ class VideoSource:
     ) -> Iterator[tuple[int, av.video.frame.VideoFrame | None]]:
         """Yield the frames [start, stop) of a damaged group: those before the damage, and None for the others."""
         waiting: dict[int, av.video.frame.VideoFrame] = {}
-        with closing(Decoder(self._path, table, 1, self._seeks)) as decoder:
+        with closing(Decoder(self._uri, table, 1, self._seeks)) as decoder:
             outputs = decoder.decode(verdict.first, group.last, errors={})
             for index in range(start, stop):
                 if table.order[index] < verdict.lost_from:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import av
@@ -33,8 +32,8 @@ class Decoder:
         seeks: Whether to seek at all; else packets are skipped from the start of the file.
     """
 
-    def __init__(self, path: Path, table: PacketTable, threads: int, seeks: bool) -> None:
-        self._path, self._table, self._threads = path, table, threads
+    def __init__(self, uri: str, table: PacketTable, threads: int, seeks: bool) -> None:
+        self._uri, self._table, self._threads = uri, table, threads
         self.position: int | None = None
         self.seeks = seeks
         self._outputs: Iterator[tuple[int, av.video.frame.VideoFrame]] = iter(())
@@ -186,7 +185,7 @@ class Decoder:
                 yield ordinal, packet
 
     def _open(self) -> None:
-        self._container, self._stream = open_container(self._path)
+        self._container, self._stream = open_container(self._uri)
         context = self._stream.codec_context
         context.thread_count = self._threads
         if context.name == "mjpeg":

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import av
@@ -21,6 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.objects import is_url
+from depthmill.pipeline.sources.limits import check_frames
+from depthmill.pipeline.sources.opening import open_binary, stat
 
 Int = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
@@ -105,17 +108,19 @@ class PacketTable:
         return (np.flatnonzero(shown >= group.start) + group.first).tolist()
 
 
-def open_container(path: Path) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
+def open_container(uri: str) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
     """Open a video file and pick its first video stream that is not a cover picture.
 
     Raises:
         SourceError: If the file is no video.
     """
     try:
-        container = av.open(str(path), options=_OPEN_OPTIONS, metadata_errors="ignore")
+        # A file that FFmpeg opens itself costs less than one that is read through Python.
+        file: Any = open_binary(uri) if is_url(uri) else uri
+        container = av.open(file, "r", options=_OPEN_OPTIONS, metadata_errors="ignore")
     except (av.FFmpegError, OSError) as error:
         raise SourceError(
-            f"{path}: cannot be opened as a video ({reason(error)}); expected a file that FFmpeg reads, whole up to "
+            f"{uri}: cannot be opened as a video ({reason(error)}); expected a file that FFmpeg reads, whole up to "
             "its index: check it with ffprobe, or leave it out"
         ) from error
     stream: Any  # its stub promises a codec context, which a codec without a decoder lacks
@@ -124,12 +129,12 @@ def open_container(path: Path) -> tuple[av.container.InputContainer, av.video.st
             if stream.codec_context is None:
                 container.close()
                 raise SourceError(
-                    f"{path}: no decoder for its video stream; expected a codec that PyAV's FFmpeg knows: re-encode it"
+                    f"{uri}: no decoder for its video stream; expected a codec that PyAV's FFmpeg knows: re-encode it"
                 )
             return container, stream
     kinds = ", ".join(stream.type for stream in container.streams) or "none"
     container.close()
-    raise SourceError(f"{path}: no video stream among its streams ({kinds}); expected one: leave this file out")
+    raise SourceError(f"{uri}: no video stream among its streams ({kinds}); expected one: leave this file out")
 
 
 def demux(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Iterator[av.Packet[Any]]:
@@ -146,34 +151,35 @@ def demux(container: av.container.InputContainer, stream: av.video.stream.VideoS
             errors += 1
 
 
-def scan(path: Path) -> PacketTable:
+def scan(uri: str, max_frames: int) -> PacketTable:
     """Read all packets of a video, decoding nothing unless their timestamps do not say in what order they are shown.
 
     Raises:
-        SourceError: If the file is no video or has no frames.
+        SourceError: If the file is no video, or has no frames, or more packets than `max_frames`.
     """
-    container, stream = open_container(path)
+    container, stream = open_container(uri)
     with container:
         hides = stream.codec_context.name in ("vp8", "libvpx")
-        rows = [_row(packet, hides) for packet in demux(container, stream)]
+        rows = [_row(packet, hides) for packet in islice(demux(container, stream), max_frames + 1)]
         # AVI has no presentation timestamps: where pictures are reordered, libav's are the order of the file.
         invented = "avi" in container.format.name.split(",") and stream.codec_context.has_b_frames
         time_base = float(stream.time_base or 0)
         rate = float(stream.average_rate or stream.guessed_rate or 25)
+    check_frames(uri, len(rows), max_frames)
     if not rows:
-        raise SourceError(f"{path}: its video stream holds no packets; expected at least one frame: leave it out")
+        raise SourceError(f"{uri}: its video stream holds no packets; expected at least one frame: leave it out")
     columns = [np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)]
     pts, dts, pos, size = columns[:4]
     key, corrupt, hidden = (column.astype(bool) for column in columns[4:])
     visible = pts[~hidden]
     if invented or (visible == NO_VALUE).any() or len(np.unique(visible)) < len(visible):
-        rank = _decoded_order(path, hidden)
+        rank = _decoded_order(uri, hidden)
     else:
         rank = np.argsort(np.argsort(pts, kind="stable"), kind="stable")
     ordinals = np.flatnonzero((rank >= 0) & ~hidden)
     order = ordinals[np.argsort(rank[ordinals], kind="stable")]
     if not len(order):
-        raise SourceError(f"{path}: none of its {len(rows)} packets can be decoded; expected one frame: leave it out")
+        raise SourceError(f"{uri}: none of its {len(rows)} packets can be decoded; expected one frame: leave it out")
     shown = np.full(len(rows), -1, dtype=np.int64)
     shown[order] = np.arange(len(order))
     group_start, group_first = _groups(rank, key, order)
@@ -181,16 +187,16 @@ def scan(path: Path) -> PacketTable:
     return PacketTable(pts, dts, pos, size, corrupt, shown, order, time_s, group_start, group_first)
 
 
-def fingerprint(path: Path, table: PacketTable) -> str:
+def fingerprint(uri: str, table: PacketTable) -> str:
     """Hash of a video's size, packet sizes and timestamps, and first and last 64 KiB.
 
     Any other encoding changes the packet table; touching the file, moving or copying it changes nothing.
     """
     digest = hashlib.sha256()
-    size = path.stat().st_size
+    size, _ = stat(uri)
     digest.update(f"{size} {len(table.size)}".encode())
     digest.update(table.size.astype("<i8").tobytes() + table.pts.astype("<i8").tobytes())
-    with path.open("rb") as file:
+    with open_binary(uri) as file:
         digest.update(file.read(1 << 16))
         file.seek(max(0, size - (1 << 16)))
         digest.update(file.read(1 << 16))
@@ -217,7 +223,7 @@ def _row(packet: av.Packet[Any], hides: bool) -> tuple[int, ...]:
     )
 
 
-def _decoded_order(path: Path, hidden: Bool) -> Int:
+def _decoded_order(uri: str, hidden: Bool) -> Int:
     """Decode the whole video, because its timestamps do not say in what order its packets are shown.
 
     Returns:
@@ -226,7 +232,7 @@ def _decoded_order(path: Path, hidden: Bool) -> Int:
     """
     ranks = np.full(len(hidden), -1, dtype=np.int64)
     rejected: list[int] = []
-    container, stream = open_container(path)
+    container, stream = open_container(uri)
     with container:
         stream.codec_context.thread_count = 1  # with more, an error does not say which packet it means
         count = 0

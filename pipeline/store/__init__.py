@@ -2,16 +2,19 @@
 
 from depthmill.pipeline.store.files import write_atomically
 from depthmill.pipeline.store.layout import Layout
-from depthmill.pipeline.store.store import Store, create, open_datasets, open_store, write_failures
+from depthmill.pipeline.store.opening import create, open_datasets, open_store, remove_empty
+from depthmill.pipeline.store.store import Progress, Store, write_failures
 from depthmill.pipeline.store.writer import SegmentWriter
 
 __all__ = [
     "Layout",
+    "Progress",
     "SegmentWriter",
     "Store",
     "create",
     "open_datasets",
     "open_store",
+    "remove_empty",
     "write_atomically",
     "write_failures",
 ]

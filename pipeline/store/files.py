@@ -1,28 +1,198 @@
-"""Files that are whole or absent, whenever the process is killed."""
+"""Where a store's files are: a local directory, or a prefix of an object store. A file is whole or absent.
+
+Keys are relative, with slashes. Everything that the store reads or writes goes through a `Directory`, Zarr's chunks
+included (`zarr_files.py`).
+"""
 
 from __future__ import annotations
 
-import asyncio
+import errno
 import glob
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore
+from depthmill.pipeline.errors import StoreError, StoreFullError
 
 _PARTIAL = "partial"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_GONE = (errno.ENOENT, errno.ESTALE)
+
+
+class Directory(Protocol):
+    """A tree of files that are whole or absent. Errors are of the `StoreError` kind, and hold no credentials."""
+
+    uri: str
+
+    def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes | None:
+        """Read a file, or its bytes [start, stop), from its end where `start` is negative; None if there is none."""
+        ...
+
+    def read_all(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """Read those of many files that exist."""
+        ...
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write one file atomically: from then on it survives.
+
+        Raises:
+            StoreFullError: If there is no space left.
+        """
+        ...
+
+    def write_all(self, files: Mapping[str, bytes]) -> None:
+        """Write many files, in any order."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove one file, if it is there."""
+        ...
+
+    def children(self, key: str = "") -> list[str]:
+        """What is directly in a directory: names, those of directories with a slash at their end; none if absent."""
+        ...
+
+    def sizes(self, key: str = "") -> dict[str, int]:
+        """Key -> bytes of every file at any depth below a directory."""
+        ...
+
+    def remove(self, key: str) -> None:
+        """Remove a directory with all that is in it, if it is there."""
+        ...
+
+    def clear_partial(self, key: str) -> None:
+        """Remove what killed writes of this one file left behind."""
+        ...
+
+
+def open_directory(uri: str | Path) -> Directory:
+    """The directory at a path or a URL: `s3://bucket/prefix`, `gs://bucket/prefix`. Nothing is read or made.
+
+    Raises:
+        StoreError: If the URL is of another kind, or what opens it is not installed.
+    """
+    if "://" in str(uri):
+        from depthmill.pipeline.store.objects import ObjectDirectory
+
+        return ObjectDirectory(str(uri))
+    return LocalDirectory(Path(uri))
+
+
+class LocalDirectory:
+    """A directory of this machine or of a mounted file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.uri = str(path)
+
+    def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes | None:
+        """See `Directory`."""
+        try:
+            with (self.path / key).open("rb") as file:
+                if start is not None and start < 0:
+                    file.seek(max(start, -os.fstat(file.fileno()).st_size), os.SEEK_END)
+                    return file.read()
+                file.seek(start or 0)
+                return file.read() if stop is None else file.read(max(0, stop - (start or 0)))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreError(f"{self.path / key} cannot be read: {error.strerror}; check it, and try again") from error
+
+    def read_all(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """See `Directory`."""
+        found = ((key, self.read(key)) for key in keys)
+        return {key: data for key, data in found if data is not None}
+
+    def write(self, key: str, data: bytes) -> None:
+        """See `Directory`."""
+        path = self.path / key
+        try:
+            write_atomically(path, data)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise StoreFullError(
+                    f"{path} cannot be written: {error.strerror}; it takes {len(data):,} bytes and {_free(path):,} are "
+                    "free there: make space, and run the same command again; what is committed stays"
+                ) from error
+            raise StoreError(
+                f"{path} cannot be written: {error.strerror}; check the disk and its permissions, then run the same "
+                "command again"
+            ) from error
+
+    def write_all(self, files: Mapping[str, bytes]) -> None:
+        """See `Directory`."""
+        for key, data in files.items():
+            self.write(key, data)
+
+    def delete(self, key: str) -> None:
+        """See `Directory`."""
+        try:
+            (self.path / key).unlink(missing_ok=True)
+        except NotADirectoryError:
+            pass
+        except OSError as error:
+            raise _cannot_remove(self.path / key, error) from error
+
+    def children(self, key: str = "") -> list[str]:
+        """See `Directory`; links count as files, so that nothing behind them is ever removed."""
+        path = self.path / key
+        try:
+            with os.scandir(path) as entries:
+                return sorted(
+                    entry.name + ("/" if entry.is_dir(follow_symlinks=False) else "")
+                    for entry in entries
+                    if not _is_partial(entry.name)
+                )
+        except FileNotFoundError:
+            return []
+        except NotADirectoryError:
+            raise StoreError(f"{path} is a file: a store is a directory; give another path") from None
+        except OSError as error:
+            raise StoreError(f"{path} cannot be listed: {error.strerror}; check its permissions") from error
+
+    def sizes(self, key: str = "") -> dict[str, int]:
+        """See `Directory`."""
+        sizes = {}
+        for folder, _, names in os.walk(self.path / key):
+            for file in (Path(folder) / name for name in names if not _is_partial(name)):
+                with suppress(FileNotFoundError):  # it may go while this looks
+                    sizes[file.relative_to(self.path).as_posix()] = file.stat().st_size
+        return sizes
+
+    def remove(self, key: str) -> None:
+        """See `Directory`."""
+        try:
+            shutil.rmtree(self.path / key)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _cannot_remove(self.path / key, error) from error
+
+    def clear_partial(self, key: str) -> None:
+        """See `Directory`."""
+        path = self.path / key
+        for partial in path.parent.glob(f".{glob.escape(path.name)}.*.{_PARTIAL}"):
+            partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that appears whole or not at all, and survives a power cut once this returns.
 
-    A killed write leaves `.<name>.<random>.partial` beside it, which `remove_partial` clears. The name is random
-    because a worker that was given up for dead may still be writing the same file as its successor.
+    A killed write leaves `.<name>.<random>.partial` beside it, which `Directory.clear_partial` clears. The name is
+    random because a worker that was given up for dead may still be writing the same file as its successor; and if the
+    successor cleared what this one was writing, it is written again.
     """
+    while not _written(path, data):
+        pass
+
+
+def _written(path: Path, data: bytes) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{_PARTIAL}")
     try:
@@ -31,43 +201,33 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
+        cleared = isinstance(error, OSError) and error.errno in _GONE and not partial.exists()
         partial.unlink(missing_ok=True)
-        raise
+        if not cleared:
+            raise
+        return False
+    return True
 
 
-def remove_partial(path: Path) -> None:
-    """Remove what killed writes of this one file left behind."""
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.{_PARTIAL}"):
-        partial.unlink(missing_ok=True)
+def json_bytes(document: Mapping[str, Any]) -> bytes:
+    """A JSON document as a file; the same document always gives the same bytes."""
+    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
 
 
-def is_partial(path: Path) -> bool:
+def _is_partial(name: str) -> bool:
     """Whether this is the leftover of a killed `write_atomically`."""
-    return path.name.startswith(".") and path.name.endswith(f".{_PARTIAL}")
+    return name.startswith(".") and name.endswith(f".{_PARTIAL}")
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a JSON document, atomically; the same document always gives the same bytes."""
-    write_atomically(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+def _free(path: Path) -> int:
+    """Bytes that an ordinary user can still write where a path is to be."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return shutil.disk_usage(folder).free
 
 
-class AtomicStore(LocalStore):
-    """Zarr's own directory store, but every write goes through `write_atomically`.
-
-    Zarr 3.1 happens to write through a temporary file too, but without fsync, under a name that only it could clean
-    up, and without promising it.
-    """
-
-    async def set(self, key: str, value: Buffer) -> None:
-        """Write one key."""
-        self._check_writable()
-        await asyncio.to_thread(write_atomically, self.root / key, value.to_bytes())
-
-    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """Write one key, unless there is one."""
-        if not await self.exists(key):
-            await self.set(key, value)
+def _cannot_remove(path: Path, error: OSError) -> StoreError:
+    return StoreError(f"{path} cannot be removed: {error.strerror}; check its permissions, then try again")
 
 
-__all__ = ["AtomicStore", "is_partial", "remove_partial", "write_atomically", "write_json"]
+__all__ = ["Directory", "LocalDirectory", "json_bytes", "open_directory", "write_atomically"]

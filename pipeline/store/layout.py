@@ -7,6 +7,8 @@ store of thousands of sources with one read, and skip the files that are no part
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -14,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from depthmill.pipeline.errors import ConfigError
-from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Modality, Source
+from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Modality, Segment, Source, is_corpus
 
 Document = dict[str, Any]  # one zarr.json
 
@@ -50,6 +52,7 @@ class Layout:
         shard_frames: Frames in one file of each label, as long as one file is at most `MAX_SHARD_BYTES` before
             compression; very large pictures are stored with fewer.
         segment_frames: Frames committed at once; a multiple of `shard_frames`.
+        corpus_segment_frames: The same of a corpus (`types.is_corpus`); None where it is no other.
         normals_dtype: int8 is off by at most 0.4 degrees, int16 and float16 by far less, in 5 to 7 times the space.
         uncertainty: Whether the spread of depth ensembles is stored, packed as depth is.
     """
@@ -59,6 +62,7 @@ class Layout:
     segment_frames: int = 64
     normals_dtype: Literal["int8", "int16", "float16"] = "int8"
     uncertainty: bool = False
+    corpus_segment_frames: int | None = None
 
     def __post_init__(self) -> None:
         known = get_args(Modality)
@@ -66,11 +70,13 @@ class Layout:
             raise ConfigError(f"labels is {list(self.labels)}: give one or more of {list(known)}, each once")
         if self.shard_frames < 1:
             raise ConfigError(f"shard_frames is {self.shard_frames}: give 1 or more")
-        if self.segment_frames < 1 or self.segment_frames % self.shard_frames:
-            raise ConfigError(
-                f"segment_frames is {self.segment_frames}: give a multiple of shard_frames ({self.shard_frames}),"
-                " so that no two segments share a file"
-            )
+        for name in ("segment_frames", "corpus_segment_frames"):
+            frames = getattr(self, name)
+            if frames is not None and (frames < 1 or frames % self.shard_frames):
+                raise ConfigError(
+                    f"{name} is {frames}: give a multiple of shard_frames ({self.shard_frames}),"
+                    " so that no two segments share a file"
+                )
         if self.normals_dtype not in NORMALS_FULL_SCALE:
             raise ConfigError(f"normals_dtype is {self.normals_dtype!r}: give one of {list(NORMALS_FULL_SCALE)}")
         if self.uncertainty and "depth" not in self.labels:
@@ -82,9 +88,10 @@ class Layout:
         return (*self.labels, "uncertainty") if self.uncertainty else self.labels
 
     def document(self) -> Document:
-        """The layout as JSON; without `uncertainty` where there is none, as in stores that never knew of it."""
+        """The layout as JSON; without what was added later where it is not used, as in stores that never knew of it."""
         document = {**asdict(self), "labels": list(self.labels)}
-        return document if self.uncertainty else {key: document[key] for key in document if key != "uncertainty"}
+        unused = {key for key in ("uncertainty", "corpus_segment_frames") if not document[key]}
+        return {key: document[key] for key in document if key not in unused}
 
     @classmethod
     def from_document(cls, document: Document) -> Layout:
@@ -99,9 +106,16 @@ class Layout:
             frames //= 2
         return frames
 
-    def frames_per_segment(self, height: int, width: int) -> int:
-        """Frames in one segment: as many shards as the layout's own segment has, so memory is bounded alike."""
-        return self.frames_per_shard(height, width) * (self.segment_frames // self.shard_frames)
+    def frames_per_segment(self, source: Document) -> int:
+        """Frames in one segment of a source; `source` are its group's attributes.
+
+        As many shards as the layout's own segment has, so that memory is bounded alike. Of a corpus, whose canvas one
+        huge picture can make, as many frames: there what waits in memory is bounded in bytes (`pipeline/batches.py`).
+        """
+        shard = self.frames_per_shard(*source["size"])
+        if self.corpus_segment_frames is not None and is_corpus(source["kind"], source["frames"]):
+            return shard * (self.corpus_segment_frames // shard)
+        return shard * (self.segment_frames // self.shard_frames)
 
     @property
     def _bytes_per_normal(self) -> int:
@@ -146,18 +160,6 @@ def pack_normals(normals: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[An
     return scaled.astype(dtype)
 
 
-def root_document(attributes: Document, members: dict[str, Document]) -> Document:
-    """The root group's zarr.json, carrying the metadata of all its members.
-
-    Args:
-        attributes: The root's attributes.
-        members: Path in the store -> zarr.json of that group or array.
-    """
-    metadata = {path: members[path] for path in sorted(members)}
-    consolidated = {"kind": "inline", "must_understand": False, "metadata": metadata}
-    return {**group_document(attributes), "consolidated_metadata": consolidated}
-
-
 def group_document(attributes: Document) -> Document:
     """A group's zarr.json."""
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
@@ -175,12 +177,13 @@ def source_attributes(source: Source) -> Document:
     return attributes if source.fps is None else {**attributes, "fps": source.fps}
 
 
-def source_arrays(source: Source, layout: Layout) -> dict[str, Document]:
-    """The zarr.json of each array in a source's group, by name."""
-    F, H, W = source.frames, source.height, source.width
+def source_arrays(source: Document, layout: Layout) -> dict[str, Document]:
+    """The zarr.json of each array in a source's group, by name; `source` are the group's attributes."""
+    F, (H, W) = source["frames"], source["size"]
     shard = layout.frames_per_shard(H, W)
-    segment = layout.frames_per_segment(H, W)
-    coordinate = "time" if source.time_s is not None else "key"
+    segment = layout.frames_per_segment(source)
+    is_video = source["kind"] == "video"
+    coordinate = "time" if is_video else "key"
     along = {"coordinates": coordinate}
     arrays: dict[str, Document] = {}
     depths = {
@@ -217,13 +220,13 @@ def source_arrays(source: Source, layout: Layout) -> dict[str, Document]:
                 **along,
             },
         )
-    if source.time_s is not None:
+    if is_video:
         # "s", not "seconds", which xarray would decode into timedeltas.
         attributes: Document = {"long_name": "time since the first frame", "units": "s"}
         arrays["time"] = _plain(
             shape=(F,), chunk_frames=F, dtype="float64", fill="NaN", dimensions=("frame",), attributes=attributes
         )
-    if source.keys is not None:
+    else:
         attributes = {"long_name": "name of the picture"}
         arrays["key"] = _plain(
             shape=(F,), chunk_frames=F, dtype="string", fill="", dimensions=("frame",), attributes=attributes
@@ -246,7 +249,54 @@ def source_arrays(source: Source, layout: Layout) -> dict[str, Document]:
     arrays["reason"] = _plain(
         shape=(F,), chunk_frames=segment, dtype="string", fill="", dimensions=("frame",), attributes=attributes
     )
+    files = len(layout.arrays) * (segment // shard) + (1 if is_video else 2)
+    attributes = {
+        "long_name": "bytes and CRC-32 of each file of a segment, as bytes << 32 | crc; 0 where there is none"
+    }
+    arrays["checksum"] = _plain(
+        shape=(-(-F // segment), files),
+        chunk_frames=1,
+        dtype="uint64",
+        fill=0,
+        dimensions=("segment", "file"),
+        attributes=attributes,
+    )
     return arrays
+
+
+def checksum(data: bytes) -> int:
+    """What the array `checksum` holds of a file: its length above the low 32 bits, its CRC-32 (zlib's) in them."""
+    return len(data) << 32 | zlib.crc32(data)
+
+
+def segment_files(segment: Segment, arrays: Mapping[str, Document]) -> dict[str, tuple[str, int, int]]:
+    """The files that hold a segment's labels, in the order of the columns of `checksum`.
+
+    Args:
+        segment: Which frames.
+        arrays: The zarr.json of each array in its source's group.
+
+    Returns:
+        Key in the store -> array, and the half-open run of frames in it. `checksum` and `status` are not among them.
+    """
+    files = {}
+    for name in ("depth", "normals", "uncertainty", "size", "reason"):
+        if name in arrays:
+            for start in range(segment.start, segment.stop, rows_per_file(arrays[name])):
+                stop = min(start + rows_per_file(arrays[name]), segment.stop)
+                files[file_key(segment.source_id, name, arrays[name], start)] = (name, start, stop)
+    return files
+
+
+def rows_per_file(array: Document) -> int:
+    """Rows of an array in one file: a shard where it has them."""
+    rows: int = array["chunk_grid"]["configuration"]["chunk_shape"][0]
+    return rows
+
+
+def file_key(source_id: str, name: str, array: Document, row: int) -> str:
+    """The key of the file that holds a row of an array."""
+    return f"{source_id}/{name}/c/{row // rows_per_file(array)}{'/0' * (len(array['shape']) - 1)}"
 
 
 def label_codecs(dtype: str, ndim: int) -> list[Document]:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.abc.store import Store as ZarrStore
 
 from depthmill.pipeline.errors import StoreError
-from depthmill.pipeline.store.files import AtomicStore, remove_partial
-from depthmill.pipeline.store.layout import DEPTH_INVALID, Layout, pack_depth, pack_normals
+from depthmill.pipeline.store.files import Directory
+from depthmill.pipeline.store.layout import (
+    DEPTH_INVALID,
+    Document,
+    Layout,
+    file_key,
+    pack_depth,
+    pack_normals,
+    segment_files,
+)
+from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
 
 
@@ -21,29 +30,56 @@ class SegmentWriter:
     """Takes the labels of one segment and commits them. Made by `Store.writer`.
 
     Rows are packed as they come and held until their shard is full; it is then compressed and written by a thread of
-    the writer's own, while the next one fills. So memory holds two shards where rows come in order, and never more than
-    the segment and a shard.
+    the writer's own, while the next one fills. So memory holds two shards where rows come in order, and `waiting_bytes`
+    and a shard where they do not.
+
+    Two writers of one segment, a worker given up for dead and its successor, do not hinder each other: both write the
+    same bytes, and whichever commits first has committed it.
     """
 
     def __init__(
-        self, segment: Segment, height: int, width: int, layout: Layout, arrays: Mapping[str, zarr.Array[Any]]
+        self,
+        segment: Segment,
+        size: tuple[int, int],
+        layout: Layout,
+        directory: Directory,
+        documents: Mapping[str, Document],
+        redo: Sequence[int] | None,
     ) -> None:
+        """See `Store.writer`.
+
+        Args:
+            segment: Which frames.
+            size: Height and width of the source's canvas.
+            layout: The store's.
+            directory: The store's.
+            documents: The zarr.json of the arrays of the source's group, by name.
+            redo: The frames of a committed segment that are given anew; None for a segment as a whole.
+        """
         self._segment = segment
-        self._height = height
-        self._width = width
+        self._height, self._width = size
         self._layout = layout
-        self._arrays = arrays
-        self._shard_frames = layout.frames_per_shard(height, width)
+        self._documents = documents
+        self._files = WholeFiles(directory)
+        self._arrays = self._open(self._files)
+        self._keys = list(segment_files(segment, documents))
+        self._shard_frames = layout.frames_per_shard(*size)
         self._status = np.full(segment.frames, PENDING, np.uint8)
         self._size = np.zeros((segment.frames, 2), np.int32)
         self._reasons = [""] * segment.frames
+        self._checksums = np.zeros(documents["checksum"]["shape"][1] if "checksum" in documents else 0, np.uint64)
+        self._number = segment.start // documents["status"]["chunk_grid"]["configuration"]["chunk_shape"][0]
+        self._kept: frozenset[int] = frozenset()  # rows that stay as they were committed
+        self._stored: dict[str, zarr.Array[Any]] = {}
+        if redo is not None:
+            self._keep(redo)
         # Row in the segment -> packed labels by name, until the row's shard is written.
         self._rows: dict[int, dict[str, npt.NDArray[Any]]] = {}
+        self._waiting_bytes = 0
         self._thread = ThreadPoolExecutor(1, "shard-writer")
         self._writing: Future[None] | None = None
-        for array in arrays.values():
-            for file in _chunk_files(array, segment):
-                remove_partial(file)
+        for key in (*self._keys, *self._last_keys()):
+            directory.clear_partial(key)
 
     def put(
         self,
@@ -76,19 +112,29 @@ class SegmentWriter:
             raise StoreError(f"frame {index} of {self._segment} has labels of different sizes: {sizes}")
         self._size[row] = sizes.pop()
         self._rows[row] = labels
+        self._waiting_bytes += sum(label.nbytes for label in labels.values())
         self._finish_row(row, LABELLED)
 
     def fail(self, index: int, reason: str) -> None:
         """Mark one frame as failed, with the reason."""
         row = self._free_row(index)
-        self._reasons[row] = reason
+        self._reasons[row] = reason or "no reason was given"  # a reason is what tells failed rows apart
         self._finish_row(row, FAILED)
 
-    def commit(self) -> None:
+    @property
+    def waiting_bytes(self) -> int:
+        """Of the packed labels that are held until their shard is full; it depends on the rows given, not on time."""
+        return self._waiting_bytes
+
+    def commit(self) -> int:
         """Publish the segment. Every frame must have been given.
 
+        Returns:
+            Bytes written.
+
         Raises:
-            StoreError: If some were not, or could not be written.
+            StoreFullError: If no space is left.
+            StoreError: If frames were not given, or could not be written.
         """
         missing = self._segment.start + np.flatnonzero(self._status == PENDING)
         if missing.size:
@@ -97,9 +143,49 @@ class SegmentWriter:
         self._thread.shutdown()
         rows = slice(self._segment.start, self._segment.stop)
         if "size" in self._arrays:
-            self._write("size", rows, self._size)
-        self._write("reason", rows, np.array(self._reasons, dtype=object))
-        self._write("status", rows, self._status)
+            self._arrays["size"][rows] = self._size
+        self._arrays["reason"][rows] = np.array(self._reasons, dtype=object)
+        if "checksum" in self._arrays:
+            for column, key in enumerate(self._keys):
+                if key in self._files.written:
+                    self._checksums[column] = self._files.written[key]
+            self._arrays["checksum"][self._number] = self._checksums
+        self._arrays["status"][rows] = self._status
+        return sum(value >> 32 for value in self._files.written.values())
+
+    def _open(self, files: ZarrStore) -> dict[str, zarr.Array[Any]]:
+        return {
+            name: open_array(files, f"{self._segment.source_id}/{name}", document)
+            for name, document in self._documents.items()
+        }
+
+    def _keep(self, redo: Sequence[int]) -> None:
+        """Take over what was committed of the rows that are not given anew."""
+        self._stored = self._open(ZarrFiles(self._files.directory))
+        start, stop = self._segment.start, self._segment.stop
+        status = np.asarray(self._stored["status"][start:stop], np.uint8)
+        if not redo or not set(redo) <= set(range(start, stop)) or (status == PENDING).any():
+            raise StoreError(f"frames {list(redo)} cannot be redone: expected some of {self._segment}, committed")
+        again = np.array(redo) - start
+        status[again] = PENDING
+        self._status = status
+        self._kept = frozenset(np.flatnonzero(status).tolist())
+        self._reasons = [str(reason) for reason in np.asarray(self._stored["reason"][start:stop])]
+        if "size" in self._stored:
+            self._size = np.array(self._stored["size"][start:stop], np.int32)
+        if "checksum" in self._stored:
+            self._checksums = np.array(self._stored["checksum"][self._number], np.uint64)
+        for row in again:
+            self._reasons[row], self._size[row] = "", 0
+
+    def _last_keys(self) -> list[str]:
+        """The files that are written after the labels."""
+        rows = {"checksum": self._number, "status": self._segment.start}
+        return [
+            file_key(self._segment.source_id, name, self._documents[name], row)
+            for name, row in rows.items()
+            if name in self._documents
+        ]
 
     def _free_row(self, index: int) -> int:
         if not self._segment.start <= index < self._segment.stop:
@@ -127,9 +213,10 @@ class SegmentWriter:
         stop = min(start + self._shard_frames, self._segment.frames)
         if (self._status[start:stop] == PENDING).any():
             return
-        rows = [self._rows.pop(i, {}) for i in range(start, stop)]
+        given = {row - start: self._rows.pop(row, {}) for row in range(start, stop) if row not in self._kept}
+        self._waiting_bytes -= sum(label.nbytes for labels in given.values() for label in labels.values())
         self._finish_writing()
-        self._writing = self._thread.submit(self._write_shard, self._segment.start + start, rows)
+        self._writing = self._thread.submit(self._write_shard, self._segment.start + start, stop - start, given)
 
     def _finish_writing(self) -> None:
         """Wait for the shard that is being written; raises what went wrong with it."""
@@ -137,31 +224,19 @@ class SegmentWriter:
             self._writing.result()
             self._writing = None
 
-    def _write_shard(self, start: int, rows: list[dict[str, npt.NDArray[Any]]]) -> None:
+    def _write_shard(self, start: int, frames: int, given: Mapping[int, Mapping[str, npt.NDArray[Any]]]) -> None:
+        """Write the shard whose first frame is `start`; `given` has the labels of its rows, but for those kept."""
         for name in self._layout.arrays:
             array = self._arrays[name]
             fill = 0 if name == "normals" else DEPTH_INVALID
-            shard = np.full((len(rows), *array.shape[1:]), fill, array.dtype)
-            for canvas, labels in zip(shard, rows, strict=True):
+            rows = slice(start, start + frames)
+            if len(given) < frames:
+                shard = np.array(self._stored[name][rows])
+                shard[list(given)] = fill
+            else:
+                shard = np.full((frames, *array.shape[1:]), fill, array.dtype)
+            for row, labels in given.items():
                 if name in labels:
                     height, width = labels[name].shape[:2]
-                    canvas[:height, :width] = labels[name]
-            self._write(name, slice(start, start + len(rows)), shard)
-
-    def _write(self, name: str, rows: slice, values: npt.NDArray[Any]) -> None:
-        try:
-            self._arrays[name][rows] = values
-        except OSError as error:
-            raise StoreError(
-                f"{name} of frames {rows.start} to {rows.stop} of {self._segment} cannot be written: {error}; check the"
-                " disk's space and permissions, then run the same command again"
-            ) from error
-
-
-def _chunk_files(array: zarr.Array[Any], segment: Segment) -> list[Path]:
-    """The files that hold this segment's rows of an array."""
-    assert isinstance(array.store, AtomicStore)
-    rows = (array.shards or array.chunks)[0]
-    zeros = "/0" * (array.ndim - 1)
-    first, last = segment.start // rows, (segment.stop - 1) // rows
-    return [array.store.root / array.path / f"c/{chunk}{zeros}" for chunk in range(first, last + 1)]
+                    shard[row, :height, :width] = labels[name]
+            array[rows] = shard

@@ -23,6 +23,20 @@ def test_options_win_over_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "lengths"),
+    [
+        ({}, (64, 2048)),
+        ({"shard_frames": 10}, (70, 2050)),
+        ({"shard_frames": 100}, (100, 2100)),
+        ({"segment_frames": 256}, (256, None)),
+    ],
+)
+def test_segments_left_out_are_long_for_a_corpus_and_of_whole_shards(options, lengths):
+    config = LabelConfig(**options)
+    assert config.segment_lengths == lengths
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("batchsize: 3", "batchsize"),

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from depthmill.pipeline.errors import ConfigError
-from depthmill.pipeline.geometry import axes_signs, from_network, processed_size, to_network
+from depthmill.pipeline.geometry import axes_signs, from_network, padded_size, processed_size, rounded_size, to_network
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,38 @@ from depthmill.pipeline.geometry import axes_signs, from_network, processed_size
 )
 def test_longer_side_takes_the_resolution_and_no_side_vanishes(height, width, expected):
     assert processed_size(height, width, 768) == expected
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (480, 640, (576, 768)),  # 3:4, 2:3, 1:1 and 1:2 stay as they are
+        (427, 640, (512, 768)),
+        (1000, 1000, (768, 768)),
+        (1000, 500, (768, 384)),
+        (1080, 1920, (448, 768)),  # 432
+        (640, 425, (768, 512)),  # 510
+        (100, 220, (352, 768)),  # thinner than 1:2, steps of 32
+        (100, 600, (128, 768)),  # thinner than 1:4, steps of 16
+        (1, 5000, (1, 768)),  # no step left: as it is
+        (50, 1, (768, 15)),
+    ],
+)
+def test_aspect_ratios_are_rounded_to_twelfths(height, width, expected):
+    assert rounded_size(height, width, 768, 8) == expected
+    assert rounded_size(width, height, 768, 8) == expected[::-1]
+
+
+@pytest.mark.parametrize(("resolution", "multiple"), [(768, 8), (128, 4), (500, 8)])
+def test_rounding_leaves_few_shapes_and_stretches_little(resolution, multiple):
+    sizes = [(side, 5000) for side in range(500, 5001)]
+    rounded = [rounded_size(*size, resolution, multiple) for size in sizes]
+    assert len({padded_size(shape, multiple) for shape in rounded}) <= 7 + 3 * 6
+    for size, shape in zip(sizes, rounded, strict=True):
+        exact = size[0] / size[1] * resolution
+        assert abs(shape[0] - exact) <= exact / 12 + multiple / 2 + 1e-9
+        if resolution == 768:
+            assert padded_size(shape, multiple) == shape
 
 
 def test_a_frame_is_padded_by_its_edge_and_comes_back_at_its_size():

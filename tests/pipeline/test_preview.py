@@ -77,7 +77,7 @@ def near(a: np.ndarray, b: tuple[int, int, int], tolerance: int = 14) -> bool:
 def test_a_video_gets_a_sheet_and_a_video_of_its_own_frames(video, tmp_path):
     store = labelled(video, tmp_path / "s", failed=(3,))
     (source_id,) = store.sources()
-    sheet_path, video_path = preview(store.path, tmp_path / "out", frames=4)
+    sheet_path, video_path = preview(store.uri, tmp_path / "out", frames=4)
     assert [path.name for path in (sheet_path, video_path)] == [f"{source_id}.png", f"{source_id}.mp4"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{source_id}.mp4", f"{source_id}.png"]
 
@@ -110,7 +110,7 @@ def test_a_video_gets_a_sheet_and_a_video_of_its_own_frames(video, tmp_path):
 
 def test_wide_videos_are_scaled_to_even_sides(video, tmp_path):
     store = labelled(video, tmp_path / "s", stop=2)
-    _, video_path = preview(store.path, tmp_path / "out", max_width=100)
+    _, video_path = preview(store.uri, tmp_path / "out", max_width=100)
     frames, _ = decoded(video_path)
     assert frames.shape == (FRAMES, 24, 96, 3)
     assert near(frames[3, 12, 70:], (128, 128, 255))
@@ -127,7 +127,7 @@ def test_labels_are_drawn_alone_where_the_source_is_gone(video, tmp_path, caplog
             stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
             container.mux(stream.encode(av.VideoFrame(W, H, "yuv420p")))
             container.mux(stream.encode())
-    sheet_path, video_path = preview(store.path, tmp_path / "out")
+    sheet_path, video_path = preview(store.uri, tmp_path / "out")
     assert decoded(video_path)[0].shape == (FRAMES, H, 2 * W, 3)
     assert opened(sheet_path).shape[0] == 40 + 2 * (H + 4)
     (record,) = caplog.records
@@ -142,7 +142,7 @@ def test_a_folder_gets_a_sheet_with_pictures_in_their_own_size(tmp_path):
     Image.new("RGB", (W // 2, H), (0, 200, 0)).save(folder / "b.png")
     (folder / "c.png").write_bytes(b"")
     store = labelled(folder, tmp_path / "s", failed=(2,))
-    (sheet_path,) = preview(store.path, tmp_path / "out")
+    (sheet_path,) = preview(store.uri, tmp_path / "out")
     sheet = opened(sheet_path)
     assert sheet.shape == (40 + 3 * (H + 4), 72 + 3 * (W + 4), 3)
     b = 72 + W + 4
@@ -158,11 +158,11 @@ def test_one_source_of_several(video, tmp_path):
     Image.new("RGB", (W, H)).save(tmp_path / "other" / "a.png")
     other = open_source(tmp_path / "other").probe()
     store.add(other)
-    assert preview(store.path, tmp_path / "out", source_id=other.id) == [tmp_path / "out" / f"{other.id}.png"]
+    assert preview(store.uri, tmp_path / "out", source_id=other.id) == [tmp_path / "out" / f"{other.id}.png"]
     with pytest.raises(StoreError, match="no source 'nobody'"):
-        preview(store.path, tmp_path / "out", source_id="nobody")
+        preview(store.uri, tmp_path / "out", source_id="nobody")
     with pytest.raises(ConfigError, match="0 frames"):
-        preview(store.path, tmp_path / "out", frames=0)
+        preview(store.uri, tmp_path / "out", frames=0)
 
 
 def test_colours():

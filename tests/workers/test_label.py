@@ -84,11 +84,11 @@ def test_a_stopped_run_goes_on_where_it_was(video, tmp_path, config, monkeypatch
     run([video], tmp_path / "whole.zarr", config)
     original, calls = Worker.label, []
 
-    def stop_at_the_second(self, uri, fingerprint, segment):
-        calls.append(segment)
+    def stop_at_the_second(self, task):
+        calls.append(task)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(self, uri, fingerprint, segment)
+        return original(self, task)
 
     with monkeypatch.context() as patch:
         patch.setattr(Worker, "label", stop_at_the_second)
@@ -112,6 +112,7 @@ def test_batches_and_other_inputs_may_change_between_runs(video, tmp_path, confi
         ({"processing_resolution": 64}, "processing_resolution"),
         ({"labels": ("depth",)}, "labels"),
         ({"segment_frames": 4}, "segment_frames"),
+        ({"round_aspect": True}, "round_aspect"),
         ({"normals_axes": "left-up-towards"}, "left-up-towards"),
         ({"steps": 4}, "sampling: absent there.*steps"),
         ({"noise": "gaussian", "ensemble": 3}, "layout.uncertainty: absent there, true now"),
@@ -138,9 +139,12 @@ def test_pictures_of_many_sizes_fill_their_batches(tmp_path, config, monkeypatch
     sizes = [(30, 40), (40, 30), (60, 80), (80, 60)]
     media.write_image_folder(tmp_path / "photos", count=24, sizes=sizes)
     batches, original = [], Labeler.label
-    monkeypatch.setattr(
-        Labeler, "label", lambda self, frames, keys: batches.append(len(frames)) or original(self, frames, keys)
-    )
+
+    def label(self, frames, *arguments, **options):
+        batches.append(len(frames))
+        return original(self, frames, *arguments, **options)
+
+    monkeypatch.setattr(Labeler, "label", label)
     options = {"segment_frames": 24}
     run([tmp_path / "photos"], tmp_path / "out.zarr", config.model_copy(update=options))
     assert batches == [4] * 6
@@ -220,32 +224,64 @@ def test_nothing_that_can_be_opened_is_an_error_and_makes_no_store(tmp_path, con
     assert not (tmp_path / "out.zarr").exists()
 
 
-def test_a_segment_that_always_fails_is_given_up_and_the_rest_goes_on(video, tmp_path, config, monkeypatch):
-    original, tries = Worker.label, []
+def test_a_frame_that_the_model_fails_at_is_found_and_the_rest_is_labelled(video, tmp_path, config, monkeypatch):
+    original = Worker.label, Worker.try_task
 
-    def label_segment(self, uri, fingerprint, segment):
-        if segment.start == 8:
-            tries.append(segment)
-            raise RuntimeError("no luck")
-        return original(self, uri, fingerprint, segment)
+    def fails(method):
+        def call(self, task):
+            if task.segment.start <= 10 < task.segment.stop and 10 not in dict(task.skip):
+                raise RuntimeError("no luck")
+            return method(self, task)
 
-    monkeypatch.setattr(Worker, "label", label_segment)
+        return call
+
+    monkeypatch.setattr(Worker, "label", fails(original[0]))
+    monkeypatch.setattr(Worker, "try_task", fails(original[1]))
     summary = run([video], tmp_path / "out.zarr", config.model_copy(update={"attempts": 2}))
-    assert len(tries) == 2
-    assert (summary.labelled, len(summary.failures)) == (11, 8)
-    assert {failure.reason for failure in summary.failures} == {"the segment was tried 2 times: RuntimeError: no luck"}
-    assert np.isnan(only_source(tmp_path / "out.zarr").depth.values[8:16]).all()
+    assert summary.labelled == 18
+    (failure,) = summary.failures
+    assert (failure.frame, failure.reason) == (10, "RuntimeError: no luck")
+    assert np.isnan(only_source(tmp_path / "out.zarr").depth.values[10]).all()
+    assert not np.isnan(only_source(tmp_path / "out.zarr").depth.values[11]).any()
+    monkeypatch.undo()
+
+    again = run([video], tmp_path / "out.zarr", config)
+    assert (again.committed, len(again.failures)) == (0, 1)
+    mended = run([video], tmp_path / "out.zarr", config, retry_failed=True)
+    assert (mended.committed, mended.labelled, mended.failures) == (1, 19, ())
+    run([video], tmp_path / "whole.zarr", config)
+    for name in ("depth", "normals", "status"):
+        np.testing.assert_allclose(
+            only_source(tmp_path / "out.zarr")[name], only_source(tmp_path / "whole.zarr")[name], atol=1e-2
+        )
+
+
+def test_one_changed_input_among_others_is_left_out(video, tmp_path, config):
+    other = media.write_video(tmp_path / "other.mp4", frames=3)
+    run([video, other], tmp_path / "out.zarr", config)
+    media.write_video(video, frames=18)
+    more = media.write_video(tmp_path / "more.mp4", frames=3)
+    summary = run([video, other, more], tmp_path / "out.zarr", config)
+    assert (summary.sources, summary.committed) == (2, 3)
+    assert "changed since" in summary.failures[0].reason
+
+
+def test_a_wrong_path_does_not_cost_the_store_that_was_to_be_overwritten(video, tmp_path, config):
+    run([video], tmp_path / "out.zarr", config)
+    with pytest.raises(SourceError, match="left as it was"):
+        run([tmp_path / "missing.mp4"], tmp_path / "out.zarr", config, overwrite=True)
+    assert only_source(tmp_path / "out.zarr").sizes["frame"] == 19
 
 
 def test_an_attempt_that_fails_once_leaves_no_trace(video, tmp_path, config, monkeypatch):
     run([video], tmp_path / "whole.zarr", config)
     original, tries = Labeler.label, []
 
-    def fail_once(self, frames, keys):
+    def fail_once(self, frames, *arguments, **options):
         tries.append(frames)
         if len(tries) == 2:
             raise RuntimeError("once")
-        return original(self, frames, keys)
+        return original(self, frames, *arguments, **options)
 
     monkeypatch.setattr(Labeler, "label", fail_once)
     assert run([video], tmp_path / "out.zarr", config).labelled == 19

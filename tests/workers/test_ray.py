@@ -36,6 +36,7 @@ def test_two_workers_write_the_bytes_of_none(undisturbed, tmp_path, checkpoints)
     assert "failures.jsonl" in done.stdout
 
 
+@pytest.mark.slow  # test_chaos.py kills as much, and machines besides
 def test_killed_at_random_moments_and_run_again(undisturbed, tmp_path, checkpoints):
     """SIGKILL to a worker, the driver, and everything; each after a random number of commits and a random while."""
     inputs, expected = undisturbed

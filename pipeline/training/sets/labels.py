@@ -119,7 +119,7 @@ class StoredLabels:
 class _Opened:
     """What one process has open: the store, and the sources it has read last."""
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: str | Path) -> None:
         self._store = store
         self._lock = threading.Lock()
         self._datasets: dict[str, xarray.Dataset] = {}
@@ -140,7 +140,7 @@ class _Opened:
             return self._sources[uri]
 
 
-def _open(store: Path, uri: str, fingerprint: str) -> FrameSource:
+def _open(store: str | Path, uri: str, fingerprint: str) -> FrameSource:
     """Open a source as it was labelled; one thread, since every worker of a data loader has its own."""
     try:
         source = open_source(uri, threads=1)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from depthmill.pipeline.errors import SampleError, SourceError, TrainingError
 from depthmill.pipeline.sources import MAX_PIXELS
-from depthmill.pipeline.sources.images import decode_image
+from depthmill.pipeline.sources.pictures import decode_image
 from depthmill.pipeline.training.batch import Batch
 
 logger = logging.getLogger(__name__)

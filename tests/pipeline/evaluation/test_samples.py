@@ -199,7 +199,7 @@ def test_pictures_are_shown_as_their_pixels_lie(tmp_path):
     Image.fromarray(pixels).save(buffer, "JPEG", exif=exif)
     path = write_picture(SETS["eth3d"], buffer.getvalue(), tmp_path / "a" / "DSC_0219.JPG")
     assert path.suffix == ".png"
-    from depthmill.pipeline.sources.images import decode_image
+    from depthmill.pipeline.sources.pictures import decode_image
 
     assert (decode_image(path, 10_000) == np.asarray(Image.open(buffer))).all()
     damaged = write_picture(SETS["kitti"], b"no picture", tmp_path / "b.png")

@@ -201,6 +201,14 @@ def test_a_frame_has_the_same_labels_in_any_company(geowizard):
         assert np.allclose(together.normals[i], alone.normals[0], atol=TOLERANCE)
 
 
+def test_frames_of_several_sizes_share_a_batch(geowizard):
+    labeler, frames = load(geowizard), [*pictures(1, 32, 48), *pictures(1, 31, 48, seed=1)]
+    assert len({labeler.processed_size(*frame.shape[:2]) for frame in frames}) == 2
+    assert len({labeler.batch_shape(*frame.shape[:2]) for frame in frames}) == 1
+    for frame, together in zip(frames, labeler.label(frames), strict=True):
+        assert np.allclose(together.depth, labeler(frame[None]).depth, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("modality", ["depth", "normals"])
 def test_one_of_both_is_the_same_as_when_both_are_asked_for(geowizard, modality):
     frames = pictures(2, 24, 30)

@@ -10,6 +10,7 @@ from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
+from depthmill.pipeline.types import CORPUS_PICTURES, Source
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +52,44 @@ def test_a_frame_has_the_same_labels_in_any_company(labeler):
 
 
 def test_frames_of_several_sizes_share_a_batch(labeler):
-    sizes = [(40, 60), (80, 120), (41, 60)]
+    sizes = [(40, 60), (80, 120), (41, 60), (39, 60)]
     frames = [noise(*size, 3, seed=i) for i, size in enumerate(sizes)]
-    assert len({labeler.processed_size(*size) for size in sizes}) == 1
+    assert len({labeler.processed_size(*size) for size in sizes}) == 2
+    assert len({labeler.batch_shape(*size) for size in sizes}) == 1
     for frame, labels in zip(frames, labeler.label(frames), strict=True):
         assert labels.depth.shape == (1, *frame.shape[:2])
         assert np.allclose(labels.depth, labeler(frame[None]).depth, atol=1e-4)
+
+
+def test_a_rounded_frame_is_labelled_as_if_it_were_resized(labeler):
+    frame = noise(40, 51, 3)  # 37x48 for the network, 36x48 rounded
+    assert labeler.batch_shape(40, 51, rounded=True) == labeler.processed_size(40, 51, rounded=True) == (36, 48)
+    (rounded,) = labeler.label([frame], rounded=True)
+    picture = torch.from_numpy(frame).permute(2, 0, 1)[None] / 127.5 - 1
+    resized = torch.nn.functional.interpolate(picture, (36, 48), mode="bilinear", antialias=True)
+    with torch.inference_mode():
+        answer = labeler._network(resized)["depth"]
+    expected = torch.nn.functional.interpolate(answer, (40, 51), mode="bilinear")[:, 0].numpy()
+    assert np.allclose(rounded.depth, expected, atol=1e-4)
+    (exact,) = labeler.label([frame])
+    assert not np.allclose(rounded.depth, exact.depth, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "frames", "rounds"),
+    [
+        (None, "images", CORPUS_PICTURES, True),
+        (None, "images", CORPUS_PICTURES - 1, False),
+        (None, "webdataset", 1, True),
+        (None, "video", 10**6, False),
+        (True, "images", 1, True),
+        (True, "video", 10**6, False),
+        (False, "webdataset", 10**6, False),
+    ],
+)
+def test_what_is_rounded_is_the_source_s_and_the_config_s_to_say(labeler, monkeypatch, said, kind, frames, rounds):
+    monkeypatch.setattr(labeler, "round_aspect", said)
+    assert labeler.rounds(Source("s", "/s", kind, frames, 9, 9, None, "f")) is rounds
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 8), (1, 1, 1), (1, 1, 300), (1, 300, 1)])
@@ -138,25 +171,48 @@ def test_parts_of_different_checkpoints(checkpoints, tmp_path):
 
 def test_out_of_memory_halves_the_batch_and_remembers(checkpoints, monkeypatch):
     labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=8)
-    forward, batches = labeler._forward, []
+    forward, tried = labeler._forward, []
 
-    def small_gpu(frames, keys):
+    def small_gpu(frames, *rest):
+        tried.append(len(frames))
         if len(frames) > 3:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        batches.append(len(frames))
-        return forward(frames, keys)
+        return forward(frames, *rest)
 
-    monkeypatch.setattr(labeler, "_forward", small_gpu)
     frames = noise(7, 16, 24, 3)
-    assert labeler(frames).depth.shape == (7, 16, 24)
-    assert batches == [3, 3, 1]
-    assert labeler.batch_size == 3
+    expected = labeler(frames).depth
+    monkeypatch.setattr(labeler, "_forward", small_gpu)
+    assert np.allclose(labeler(frames).depth, expected, atol=1e-5)
+    assert tried == [7, 3, 3, 1]
+    labeler(noise(7, 24, 16, 3))
+    assert tried[4:] == [3, 3, 1], "as many pixels, whatever their shape"
+    labeler(noise(7, 8, 24, 3))
+    assert tried[7:] == [6, 3, 3, 1], "half the pixels, so twice the frames, until that is too many as well"
+    assert labeler.batch_size == 8
+
+
+@pytest.mark.parametrize("error", [MemoryError("host"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_other_memory_s_end_is_no_matter_of_batches(checkpoints, monkeypatch, error):
+    labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=4)
+    tried = []
+
+    def no_memory(frames, *rest):
+        tried.append(len(frames))
+        raise error
+
+    monkeypatch.setattr(labeler, "_forward", no_memory)
+    with pytest.raises(type(error), match=str(error)):
+        labeler(noise(4, 16, 24, 3))
+    assert tried == [4]
+    monkeypatch.setattr(labeler, "_forward", lambda frames, *rest: tried.append(len(frames)) or [None] * len(frames))
+    labeler.label(list(noise(4, 16, 24, 3)))
+    assert tried == [4, 4]
 
 
 def test_a_frame_too_large_for_the_gpu_is_an_error(checkpoints, monkeypatch):
     labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=2)
 
-    def no_memory(frames, keys):
+    def no_memory(frames, *rest):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(labeler, "_forward", no_memory)

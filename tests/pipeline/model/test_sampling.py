@@ -134,6 +134,17 @@ def test_labels_depend_on_the_frame_and_the_seed_alone(trained_for, modality):
     assert np.abs(together - other).max() > 1e-3
 
 
+def test_frames_of_several_sizes_share_a_batch_of_ensembles(trained_for):
+    root = trained_for("v_prediction")
+    sampled = Labeler.from_pretrained(root / "depth", root / "normals", device="cpu", batch_size=4, **ENSEMBLE)
+    pictures = [frames(1)[0], frames(1, 35, 50)[0]]
+    assert len({sampled.processed_size(*picture.shape[:2]) for picture in pictures}) == 2
+    for key, (picture, together) in enumerate(zip(pictures, sampled.label(pictures), strict=True)):
+        (alone,) = sampled.label([picture], [str(key)])
+        for name in ("depth", "normals", "uncertainty"):
+            assert np.allclose(getattr(together, name), getattr(alone, name), atol=TOLERANCE)
+
+
 def test_the_same_picture_under_another_key_is_another_draw(trained_for):
     twice = np.repeat(frames(1), 2, axis=0)
     depth = labeler(trained_for("v_prediction"), "depth", noise="gaussian")(twice).depth

@@ -2,17 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources import open_source
-from depthmill.pipeline.sources.images import decode_image
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import SourceContract, read_all
-
-LIMIT = 1 << 27
 
 
 class TestFolder(SourceContract):
@@ -72,79 +68,6 @@ class TestSinglePicture(SourceContract):
         assert (probed.frames, probed.keys, probed.height, probed.width) == (1, ("Only One.png",), 48, 64)
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation: int, suffix: str, tmp_path: Path) -> None:
-    upright = Image.fromarray(make.paint(0b01001101))
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = tmp_path / f"picture{suffix}"
-    stored.save(path, exif=exif)
-    probed = open_source(path).probe()
-    assert (probed.height, probed.width) == (48, 64)
-    picture = decode_image(path, LIMIT)
-    assert picture.shape == (48, 64, 3)
-    assert make.read_index(picture) == 0b01001101
-
-
-def grey_ramp() -> np.ndarray:
-    return np.tile(np.arange(256, dtype=np.uint8), (4, 1))
-
-
-def write(image: Image.Image, path: Path, **options: object) -> np.ndarray:
-    image.save(path, **options)  # type: ignore[arg-type]
-    return decode_image(path, LIMIT)
-
-
-def test_grey_one_bit_and_palette(tmp_path: Path) -> None:
-    ramp = Image.fromarray(grey_ramp())
-    np.testing.assert_array_equal(write(ramp, tmp_path / "grey.png")[..., 1], grey_ramp())
-    bits = write(ramp.convert("1", dither=Image.Dither.NONE), tmp_path / "bits.png")
-    np.testing.assert_array_equal(bits[..., 0], np.where(grey_ramp() > 127, 255, 0))
-    colours = Image.fromarray(make.paint(77)).quantize(4)
-    assert make.read_index(write(colours, tmp_path / "palette.png")) == 77
-
-
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_sixteen_bits_are_scaled(suffix: str, tmp_path: Path) -> None:
-    ramp = grey_ramp()
-    deep = Image.fromarray(ramp.astype(np.uint16) * 257)
-    np.testing.assert_array_equal(write(deep, tmp_path / f"deep{suffix}")[..., 2], ramp)
-    np.testing.assert_array_equal(
-        write(Image.fromarray(ramp.astype(np.int32) * 257), tmp_path / "int.tif")[..., 0], ramp
-    )
-    np.testing.assert_array_equal(
-        write(Image.fromarray(ramp.astype(np.float32) / 255), tmp_path / "float.tif")[..., 0], ramp
-    )
-
-
-def test_alpha_lies_over_white(tmp_path: Path) -> None:
-    rgba = np.zeros((4, 256, 4), dtype=np.uint8)
-    rgba[..., 3] = grey_ramp()
-    np.testing.assert_array_equal(write(Image.fromarray(rgba), tmp_path / "rgba.png")[..., 0], 255 - grey_ramp())
-    grey = Image.fromarray(rgba[..., 2:], mode=None).convert("LA")
-    np.testing.assert_array_equal(write(grey, tmp_path / "la.png")[..., 0], 255 - grey_ramp())
-    see_through = Image.new("P", (8, 8), 1)
-    see_through.putpalette([9, 9, 9, 200, 0, 0])
-    assert (write(see_through, tmp_path / "p.png", transparency=1) == 255).all()
-    assert (write(see_through, tmp_path / "bytes.png", transparency=bytes([255, 0])) == 255).all()
-
-
-def test_cmyk(tmp_path: Path) -> None:
-    red = write(Image.new("RGB", (16, 16), (255, 0, 0)).convert("CMYK"), tmp_path / "cmyk.jpg", quality=95)
-    assert abs(red.astype(int) - (255, 0, 0)).max() <= 4
-
-
 def test_fifty_megapixels_and_too_many(tmp_path: Path) -> None:
     Image.new("1", (10_000, 10_000), 1).save(tmp_path / "a.png")  # over Pillow's own limit: no warning may come
     Image.new("1", (5_000, 10_000), 1).save(tmp_path / "b.png")
@@ -157,6 +80,13 @@ def test_fifty_megapixels_and_too_many(tmp_path: Path) -> None:
     assert frames[1].image is not None
     assert frames[1].image.shape == (10_000, 5_000, 3)
     assert frames[2].image is not None
+
+
+def test_too_many_frames(tmp_path: Path) -> None:
+    make.write_image_folder(tmp_path, count=3)
+    assert open_source(tmp_path, max_frames=3).probe().frames == 3
+    with pytest.raises(SourceError, match=r"more than 2 frames.*max_frames"):
+        open_source(tmp_path, max_frames=2).probe()
 
 
 def test_all_bad_is_still_a_source(tmp_path: Path) -> None:

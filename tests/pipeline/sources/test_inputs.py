@@ -7,6 +7,7 @@ import pytest
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources import expand_inputs, open_source, source_id
+from depthmill.pipeline.sources.naming import unique_names
 from depthmill.tests import media as make
 
 
@@ -36,12 +37,56 @@ def test_files_folders_and_patterns(tree: Path) -> None:
     assert expand(tree, "*.txt") == ["*.txt"]
 
 
+def test_shards_are_sources_each(tree: Path) -> None:
+    for name in ("shard-10.tar", "shard-9.tar.gz", "shard-8.TGZ", "train.parquet", "archive.gz"):
+        (tree / "shards" / name).parent.mkdir(exist_ok=True)
+        (tree / "shards" / name).write_bytes(b"")
+    shards = ["shards/shard-8.TGZ", "shards/shard-9.tar.gz", "shards/shard-10.tar", "shards/train.parquet"]
+    assert expand(tree, "shards") == shards
+    assert expand(tree, "shards/*") == shards
+
+
 def test_duplicates_are_dropped(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree)
-    assert expand_inputs(["clip2.mp4", "./clip2.mp4", str(tree / "photos" / ".." / "clip2.mp4"), "clip*.mp4"]) == [
-        str(tree / "clip2.mp4"),
-        str(tree / "clip10.mp4"),
-    ]
+    given = ["clip2.mp4", "./clip2.mp4", str(tree / "photos" / ".." / "clip2.mp4"), "clip*.mp4"]
+    assert list(expand_inputs(given)) == [str(tree / "clip2.mp4"), str(tree / "clip10.mp4")]
+
+
+def test_braces_name_all_whether_they_exist_or_not(tree: Path) -> None:
+    assert expand(tree, "clip{9..10}.mp4") == ["clip9.mp4", "clip10.mp4"]
+    assert expand(tree, "s-{008..011}.tar") == ["s-008.tar", "s-009.tar", "s-010.tar", "s-011.tar"]
+    assert expand(tree, "{3..1}{a,b}") == ["3a", "3b", "2a", "2b", "1a", "1b"]
+    assert expand(tree, "{a,b{1,2}}") == ["a", "b1", "b2"]
+    assert expand(tree, "{clip2,clip10}*.mp4") == ["clip2.mp4", "clip10.mp4"]
+    assert expand(tree, "{odd}.mp4") == ["{odd}.mp4"]
+    (tree / "{a,b}.mp4").write_bytes(b"")
+    assert expand(tree, "{a,b}.mp4") == ["{a,b}.mp4"]
+
+
+def test_a_long_pattern_is_read_as_far_as_it_is_needed(tree: Path) -> None:
+    uris = expand_inputs([str(tree / "shard-{0000000000..9999999999}.tar")])
+    assert [Path(next(uris)).name for _ in range(2)] == ["shard-0000000000.tar", "shard-0000000001.tar"]
+
+
+def test_a_list_of_inputs(tree: Path) -> None:
+    (tree / "list.txt").write_text("# two\nclip2.mp4\n\n  clip{9..10}.mp4  \ns3://bucket/a.tar\nphotos\n")
+    first, *rest = expand_inputs([f"@{tree / 'list.txt'}"])
+    assert first == str(tree / "clip2.mp4")
+    assert rest == [str(tree / "clip9.mp4"), str(tree / "clip10.mp4"), "s3://bucket/a.tar", str(tree / "photos")]
+    (tree / "list.txt").write_text("@other.txt\n")
+    with pytest.raises(SourceError, match=r"names another list, @other\.txt"):
+        list(expand_inputs([f"@{tree / 'list.txt'}"]))
+    with pytest.raises(SourceError, match=r"cannot be read.*one input a line"):
+        list(expand_inputs([f"@{tree / 'missing.txt'}"]))
+
+
+def test_shards_in_folders_and_patterns(tree: Path) -> None:
+    for name in ("00000.tar", "00000.parquet", "00001.tar.gz", "labels.parquet", "00000_stats.json"):
+        (tree / "deep" / name).write_bytes(b"")
+    expected = ["deep/00000.tar", "deep/00001.tar.gz", "deep/er/clip1.mkv", "deep/labels.parquet"]
+    assert expand(tree, "deep") == expected  # not the metadata that img2dataset writes beside a tar
+    assert expand(tree, "deep/*.tar*") == ["deep/00000.tar", "deep/00001.tar.gz"]
+    assert expand(tree, "deep/00000.parquet") == ["deep/00000.parquet"]
 
 
 def test_a_name_that_looks_like_a_pattern(tree: Path) -> None:
@@ -58,8 +103,12 @@ def test_what_matches_nothing_fails_when_opened(tree: Path) -> None:
 def test_source_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = source_id("My clip (1).mp4")
-    assert re.fullmatch(r"my-clip-1-[0-9a-f]{8}", name)
+    assert re.fullmatch(r"my-clip-1-[0-9a-f]{12}", name)
     assert name == source_id(tmp_path / "My clip (1).mp4")
     assert name != source_id(tmp_path / "other" / "My clip (1).mp4")
-    assert re.fullmatch(r"source-[0-9a-f]{8}", source_id("日本.mp4"))
+    assert re.fullmatch(r"source-[0-9a-f]{12}", source_id("日本.mp4"))
     assert len(source_id("x" * 250 + ".mp4")) < 80
+
+
+def test_unique_names() -> None:
+    assert unique_names(["a", "a~2", "a", "b", "a"]) == ("a", "a~2", "a~3", "b", "a~4")

@@ -9,7 +9,7 @@ import pytest
 from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources import MAX_FRAMES, open_source
 from depthmill.pipeline.sources.video_pixels import to_rgb
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import SourceContract, read_all
@@ -146,7 +146,7 @@ def test_lost_frames_do_not_depend_on_threads(threads: int, clips: Callable[[str
     path = tmp_path / "clip.mp4"
     path.write_bytes(clips("open_gop.mp4").read_bytes())
     make.break_middle(path, 0.6, 3000)
-    source = VideoSource(path, threads)
+    source = VideoSource(path, MAX_FRAMES, threads)
     frames = list(source.read(0, source.probe().frames))
     source.close()
     assert [frame.error for frame in frames] == [frame.error for frame in read_all(path)]
@@ -279,6 +279,13 @@ def test_no_video_at_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SourceError, match="no such file"):
         open_source(tmp_path / "missing.mp4")
     assert capfd.readouterr().err == ""
+
+
+def test_too_many_frames(tmp_path: Path) -> None:
+    path = make.write_video(tmp_path / "clip.mp4", frames=9)
+    assert open_source(path, max_frames=9).probe().frames == 9
+    with pytest.raises(SourceError, match=r"more than 8 frames.*max_frames"):
+        open_source(path, max_frames=8).probe()
 
 
 def test_broken_video_is_quiet(clips: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

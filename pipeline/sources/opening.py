@@ -1,0 +1,121 @@
+"""Opening files by name: a path, or a URL of object storage or the web, of which only the parts asked for are read."""
+
+from __future__ import annotations
+
+import errno
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.objects import is_url, locate, said
+
+_BLOCK_BYTES = 1 << 20  # fetched at once; a few are kept: indices are read here and there, pictures one after another
+_BLOCKS = 8
+
+
+def open_binary(uri: str | Path) -> BinaryIO:
+    """Open a file for reading bytes at any place.
+
+    Raises:
+        OSError: If it cannot be opened, locally.
+        SourceError: If it cannot be, elsewhere.
+    """
+    if not is_url(uri):
+        return Path(uri).open("rb")
+    with _translated(uri) as (files, path):
+        options = {"cache_type": "background", "cache_options": {"maxblocks": _BLOCKS}, "block_size": _BLOCK_BYTES}
+        file = files.open(path, "rb", **options)
+        if not file.seekable():
+            file.close()
+            raise SourceError(f"{uri}: its server gives no parts of files; expected one that does: download it first")
+        return cast("BinaryIO", io.BufferedReader(_Reporting(str(uri), file), _BLOCK_BYTES))
+
+
+def read_whole(uri: str) -> bytes:
+    """All bytes of a URL.
+
+    Raises:
+        SourceError: If it cannot be read.
+    """
+    with _translated(uri) as (files, path):
+        return bytes(files.cat_file(path))
+
+
+def stat(uri: str | Path) -> tuple[int, str]:
+    """Size in bytes, and what changes when the file is written again.
+
+    Raises:
+        OSError: If there is no such file, locally.
+        SourceError: If there is none elsewhere.
+    """
+    if not is_url(uri):
+        found = Path(uri).stat()
+        return found.st_size, str(found.st_mtime_ns)
+    with _translated(uri) as (files, path):
+        info = files.info(path)
+        return int(info["size"]), str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("updated"))
+
+
+def list_files(uri: str) -> list[str]:
+    """URLs of all files at or below a URL, sorted; those that match, if it is a glob. None if there is none.
+
+    Raises:
+        SourceError: If it cannot be listed.
+    """
+    with _translated(uri) as (files, path):
+        try:
+            found = files.glob(path) if any(sign in path for sign in "*?[") else files.find(path)
+        except FileNotFoundError:
+            found = []
+        prefix = uri.partition("://")[0] + "://"
+        return sorted(name if is_url(name) else prefix + name.lstrip("/") for name in found)
+
+
+@contextmanager
+def _translated(uri: str | Path) -> Iterator[tuple[Any, str]]:
+    """The file system of a URL, and the path there; whatever its library raises comes as a SourceError."""
+    try:
+        yield locate(str(uri), SourceError)
+    except SourceError:
+        raise
+    except FileNotFoundError:
+        raise SourceError(f"{uri}: no such object; expected one that can be read: check the URL") from None
+    except Exception as error:  # they have no exception tree in common; without the cause, which may hold credentials
+        raise SourceError(
+            f"{uri}: cannot be read ({said(error)}); check the URL, the credentials in the environment and the endpoint"
+        ) from None
+
+
+class _Reporting(io.RawIOBase):
+    """A remote file whose troubles are OSErrors, as those who read files expect, with nothing secret in them."""
+
+    def __init__(self, uri: str, file: Any) -> None:
+        self._uri, self._file = uri, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._file.read(len(buffer))
+        except Exception as error:
+            raise OSError(errno.EIO, said(error), self._uri) from None
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()

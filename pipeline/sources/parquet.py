@@ -1,0 +1,348 @@
+"""Parquet files with encoded pictures: a row is a frame.
+
+The pictures are in a binary column, or in Hugging Face's struct of `bytes` and `path`. Of all columns, only the
+pictures and the keys are read. Parquet has no way to the middle of a row group: what is before is passed over, and a
+read goes on where the last one ended, so that segments in order pass over it once. For the same reason a probe has to
+read the whole column of pictures, page by page.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import io
+import json
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.sources.limits import check_frames, max_encoded_bytes
+from depthmill.pipeline.sources.naming import canonical_uri, source_id
+from depthmill.pipeline.sources.opening import open_binary, stat
+from depthmill.pipeline.sources.pictures import Encoded, Header, decode_ahead, read_header
+from depthmill.pipeline.types import Frame, Source
+
+PARQUET_SUFFIXES = frozenset([".parquet", ".pq"])
+
+_PICTURE_COLUMNS = frozenset(
+    ["image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "tiff", "image_bytes", "img_bytes", "bytes"]
+)
+_KEY_COLUMNS = ("__key__", "key", "id", "image_id", "file_name", "filename", "image_path", "path", "url", "image_url")
+
+_BYTE_TYPES = frozenset(["binary", "large_binary", "binary_view"])
+_NAME_TYPES = frozenset(["string", "large_string", "string_view", "int32", "int64", "uint32", "uint64"])
+
+_NO_HEADER = Header(0, 0, "")
+_NO_ROWS: tuple[Any, ...] = ()
+
+_BATCH_ROWS = 16
+_BUFFER_BYTES = 1 << 20  # of a column chunk, which would else be read whole
+_KEY_BATCH_ROWS = 1 << 16
+
+
+class ParquetSource:
+    """A Parquet file with a column of encoded pictures."""
+
+    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int = 0) -> None:
+        """Name a file, without opening it.
+
+        Args:
+            uri: The file.
+            max_pixels: Pictures with more are not decoded, and come as failed frames.
+            max_frames: A file with more rows is refused.
+            threads: Threads that one read decodes with; 0 for four.
+        """
+        self._uri = canonical_uri(uri)
+        self._max_pixels = max_pixels
+        self._max_frames = max_frames
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._probed: tuple[Source, list[Header], dict[int, str]] | None = None
+        self._parked: _Rows | None = None  # where the last read stopped, for the next to go on from
+        self._closed = False
+
+    def probe(self) -> Source:
+        """Describe the file from its footer, its keys and the headers of its pictures.
+
+        Raises:
+            SourceError: If it cannot be read, is no Parquet file, has no column of pictures or several, no row, or
+                more than `max_frames`; or if pyarrow is not installed.
+        """
+        return self._open()[0]
+
+    def read(self, start: int, stop: int) -> Iterator[Frame]:
+        """Yield the pictures of the rows [start, stop); one that cannot be read comes with its reason instead.
+
+        Raises:
+            SourceError: If the file cannot be read.
+        """
+        source, headers, errors = self._open()
+        if not 0 <= start <= stop <= source.frames:
+            raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
+        return decode_ahead(self._encoded(headers, errors, start, stop), self._max_pixels, self._threads)
+
+    def close(self) -> None:
+        """Release the file; reads that are still running release theirs when they end."""
+        with self._lock:
+            self._closed = True
+            parked, self._parked = self._parked, None
+        if parked is not None:
+            parked.close()
+
+    def _open(self) -> tuple[Source, list[Header], dict[int, str]]:
+        with self._lock:
+            if self._probed is None:
+                with closing(_Rows(self._uri)) as rows:
+                    self._probed = self._probe(rows)
+            return self._probed
+
+    def _probe(self, rows: _Rows) -> tuple[Source, list[Header], dict[int, str]]:
+        frames = rows.starts[-1]
+        check_frames(self._uri, frames, self._max_frames)
+        if not frames:
+            raise SourceError(f"{self._uri}: no rows; expected one for each picture: leave it out")
+        headers = [_NO_HEADER] * frames
+        errors: dict[int, str] = {}
+        paths: list[str | None] = [None] * frames
+        for row in range(frames):
+            if row in errors:
+                continue
+            try:
+                data, paths[row] = rows.cell(row)
+            except _DamageError as error:
+                stop = rows.starts[bisect.bisect_right(rows.starts, row)]
+                errors.update(dict.fromkeys(range(row, stop), str(error)))
+                continue
+            problem = _problem(data, paths[row], self._max_pixels)
+            if problem:
+                errors[row] = problem
+            else:
+                headers[row] = read_header(io.BytesIO(data or b""), self._max_pixels)
+        keys = _keys(rows, paths)
+        digest = hashlib.sha256(f"{rows.size_bytes}\0{rows.column}\0".encode())
+        for key, header in zip(keys, headers, strict=True):
+            digest.update(f"{key}\0{header.digest}\0".encode())
+        source = Source(
+            id=source_id(self._uri),
+            uri=self._uri,
+            kind="parquet",
+            frames=frames,
+            height=max(header.height for header in headers) or 1,
+            width=max(header.width for header in headers) or 1,
+            fps=None,
+            fingerprint=digest.hexdigest(),
+            keys=keys,
+        )
+        return source, headers, errors
+
+    def _encoded(
+        self, headers: list[Header], errors: dict[int, str], start: int, stop: int
+    ) -> Generator[Encoded, None, None]:
+        with self._lock:
+            rows, self._parked = self._parked, None
+        try:
+            for row in range(start, stop):
+                if row in errors:
+                    yield Encoded(row, None, error=errors[row])
+                    continue
+                rows = rows or _Rows(self._uri)
+                try:
+                    data = rows.cell(row)[0]
+                except _DamageError as error:
+                    raise SourceError(
+                        f"{self._uri}: {error}, which it was not when it was probed; expected a file that does not "
+                        "change while it is read: start again"
+                    ) from error
+                assert data is not None
+                yield Encoded(row, io.BytesIO(data), len(data) + 3 * headers[row].height * headers[row].width)
+        finally:
+            if rows is not None:
+                self._park(rows)
+
+    def _park(self, rows: _Rows) -> None:
+        with self._lock:
+            unused = rows if self._closed else self._parked
+            self._parked = None if self._closed else rows
+        if unused is not None:
+            unused.close()
+
+
+class _DamageError(Exception):
+    """A row group that cannot be read from some row on."""
+
+
+class _Rows:
+    """An open Parquet file, and a place in its column of pictures.
+
+    Attributes:
+        column: Name of the column.
+        starts: First row of each row group, and at the end the number of rows.
+        size_bytes: Of the file.
+    """
+
+    def __init__(self, uri: str) -> None:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise SourceError(
+                f"{uri}: Parquet files need pyarrow, which is not installed: pip install 'depthmill[parquet]'"
+            ) from error
+        self._damage = (pyarrow.ArrowException, MemoryError, OverflowError)
+        self._uri = uri
+        try:
+            self.size_bytes, _ = stat(uri)
+            self._file = open_binary(uri)
+        except OSError as error:
+            raise _unreadable(uri, error) from error
+        try:
+            self._parquet = pyarrow.parquet.ParquetFile(
+                self._file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+            )
+            self._schema = self._parquet.schema_arrow
+            counts = [self._parquet.metadata.row_group(i).num_rows for i in range(self._parquet.num_row_groups)]
+        except Exception as error:  # a damaged footer breaks pyarrow in many ways
+            self._file.close()
+            raise _unreadable(uri, error) from error
+        self.starts = [0, *accumulate(counts)]
+        self._group, self._first, self._batch, self._batches = -1, 0, _NO_ROWS, iter(_NO_ROWS)
+        try:
+            if min(counts, default=0) < 0:
+                raise SourceError(f"{uri}: a row group of {min(counts)} rows; its footer is damaged: replace the file")
+            self.column = _picture_column(uri, self._schema)
+            self._in_struct = _is_struct(self._schema.field(self.column).type)
+        except SourceError:
+            self._file.close()
+            raise
+
+    def cell(self, row: int) -> tuple[bytes | None, str | None]:
+        """The encoded picture of a row, and its path; each None where there is none. Cheap from row to row.
+
+        Raises:
+            _DamageError: If the row group cannot be read up to the row.
+            SourceError: If the file cannot be read.
+        """
+        group = bisect.bisect_right(self.starts, row) - 1
+        if group != self._group or row < self._first:
+            self._group, self._first, self._batch = group, self.starts[group], _NO_ROWS
+            self._batches = self._iterate([self.column], _BATCH_ROWS, [group])
+        while row >= self._first + len(self._batch):
+            self._first += len(self._batch)
+            self._batch = _NO_ROWS
+            try:
+                self._batch = next(self._batches)
+            except _DamageError as error:
+                self._group = -1
+                raise _DamageError(f"row group {group} cannot be read from row {self._first} on ({error})") from error
+            except StopIteration:
+                self._group = -1
+                raise _DamageError(f"row group {group} ends before row {self._first}") from None
+        cell = self._batch[row - self._first]
+        if not self._in_struct:
+            return cell.as_py(), None
+        if not cell.is_valid:
+            return None, None
+        return cell["bytes"].as_py(), _text(cell["path"]) if "path" in cell else None
+
+    def names(self, column: str) -> list[str | None] | None:
+        """The values of a column of texts or whole numbers, as texts; None if there is no such column."""
+        index = self._schema.get_field_index(column)
+        if index < 0 or str(self._schema.field(index).type) not in _NAME_TYPES:
+            return None
+        try:
+            return [_text(value) for batch in self._iterate([column], _KEY_BATCH_ROWS, None) for value in batch]
+        except _DamageError:
+            return None
+
+    def close(self) -> None:
+        """Release the file."""
+        self._batches = iter(_NO_ROWS)
+        self._parquet.close()
+        self._file.close()
+
+    def _iterate(self, columns: list[str], rows: int, groups: list[int] | None) -> Iterator[Any]:
+        try:
+            for batch in self._parquet.iter_batches(rows, row_groups=groups, columns=columns, use_threads=False):
+                yield batch.column(0)
+        except self._damage as error:
+            raise _DamageError(str(error)) from error
+        except OSError as error:
+            if error.errno is None:  # pyarrow's own, of what it read
+                raise _DamageError(str(error)) from error
+            raise _unreadable(self._uri, error) from error
+
+
+def _unreadable(uri: str, error: Exception) -> SourceError:
+    return SourceError(f"{uri}: cannot be read as Parquet ({error}); expected a whole file: replace it or leave it out")
+
+
+def _problem(data: bytes | None, path: str | None, max_pixels: int) -> str:
+    """Why a cell holds no picture; "" if it may."""
+    if data is None and path is None:
+        return "null: there is no picture in this row"
+    if data is None:
+        return f"the file holds the picture's path ({path}), not its bytes: write it with the pictures embedded"
+    most = max_encoded_bytes(max_pixels)
+    return f"{len(data)} bytes; at most {most} are read of a picture: scale it down" if len(data) > most else ""
+
+
+def _picture_column(uri: str, schema: Any) -> str:
+    """The column of pictures: what Hugging Face's metadata calls an image, or else what its type and name say.
+
+    Raises:
+        SourceError: If there is none, or more than one.
+    """
+    possible = [field.name for field in schema if _holds_bytes(field.type)]
+    described = [name for name in possible if name in _hugging_face_images(schema)]
+    named = [name for name in described or possible if name.lower() in _PICTURE_COLUMNS]
+    found: list[str] = described if len(described) == 1 else named
+    if len(found) != 1:
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        what = f"{len(found)} columns of pictures ({', '.join(found)})" if found else "no column of pictures"
+        raise SourceError(
+            f"{uri}: {what} among {columns}; expected one, of type binary or struct<bytes, path>, called one of "
+            f"{', '.join(sorted(_PICTURE_COLUMNS))}: rename it, or leave out the others"
+        )
+    return found[0]
+
+
+def _is_struct(kind: Any) -> bool:
+    return str(kind).startswith("struct<")
+
+
+def _holds_bytes(kind: Any) -> bool:
+    if _is_struct(kind):
+        return any(field.name == "bytes" and str(field.type) in _BYTE_TYPES for field in kind)
+    return str(kind) in _BYTE_TYPES
+
+
+def _hugging_face_images(schema: Any) -> set[str]:
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return {name for name, feature in features.items() if feature.get("_type") == "Image"}
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return set()
+
+
+def _keys(rows: _Rows, paths: list[str | None]) -> tuple[str, ...]:
+    """A unique name for each row: the picture's path, or a column of names, or else the number of the row."""
+    columns = (rows.names(column) for column in _KEY_COLUMNS)
+    for names in chain([paths], columns):
+        if names and any(name is not None for name in names):
+            keys = tuple(str(row) if name is None else name for row, name in enumerate(names))
+            if len(set(keys)) == len(keys) == len(paths):
+                return keys
+    return tuple(str(row) for row in range(len(paths)))
+
+
+def _text(value: Any) -> str | None:
+    """A cell as text; None where it is null or no UTF-8."""
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError:
+        return None
+    return None if text is None else str(text)

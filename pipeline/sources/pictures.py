@@ -1,0 +1,281 @@
+"""Encoded pictures: what their headers say, and their decoding.
+
+Every picture comes as upright 8-bit RGB: EXIF orientation applied, transparency laid over white, 16-bit and float
+values scaled (not clipped), of an animation or a multi-page file the first picture. Colour profiles are not applied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.sources.opening import open_binary, read_whole
+from depthmill.pipeline.types import Frame
+
+Picture = Path | str | BinaryIO  # a file, a URL, or an open one
+
+# Formats that Pillow decodes itself: no file can make it start another program, as PostScript would.
+_FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+_SAMPLE_BYTES = 4096  # of the beginning and end of each picture, for the fingerprint
+_DECODE_THREADS = 4
+_MAX_BYTES_AHEAD = 192 << 20  # encoded and decoded, not yet taken
+
+_MAX_SIDE = 65_535  # what JPEG can say; the store's rows are as high as the highest picture and as wide as the widest
+
+# A header that promises more than its file can hold is damaged, and must not size a store. Deflate packs at most 1032
+# bytes into one, of eight 1-bit pixels each; JPEG spends at least one bit on a block of 8 x 8.
+_MAX_PIXELS_PER_BYTE = {"PNG": 8 * 1032, "JPEG": 8 * 64}
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow warns of oddities in metadata and of damage; what matters of it comes with the frame, as its error.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What can be told of a picture without decoding it.
+
+    Attributes:
+        height: Rows in pixels, upright; 0 where that cannot be told, or the picture will not be decoded.
+        width: Columns in pixels, likewise.
+        digest: Hash of its size in bytes, and of its first and last bytes.
+    """
+
+    height: int
+    width: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A frame that is still to be decoded.
+
+    Attributes:
+        index: Position in its source.
+        picture: The encoded picture, a file or what one would hold; None if there is none.
+        size_bytes: What it takes in memory, encoded and decoded, as far as is known.
+        error: Why `picture` is None, else "".
+    """
+
+    index: int
+    picture: Picture | None
+    size_bytes: int = 0
+    error: str = ""
+
+
+def decode_image(picture: Picture, max_pixels: int) -> npt.NDArray[np.uint8]:
+    """Decode one picture, a file, a URL or what one would hold, to (H, W, 3) uint8 RGB, upright.
+
+    Raises:
+        SourceError: If it cannot be read, or has more than `max_pixels`, or more than its bytes can hold.
+    """
+    if isinstance(picture, str):
+        picture = BytesIO(read_whole(picture))
+    try:
+        with _open_image(picture) as image:
+            refusal = _refusal(image.height, image.width, image.format, _size_bytes(picture), max_pixels)
+            if refusal:
+                raise SourceError(refusal)
+            turn = _TURNS.get(_orientation(image))
+            image.load()
+            rgb = _to_rgb(image)
+            return np.array(rgb if turn is None else rgb.transpose(turn))
+    except SourceError:
+        raise
+    except UnidentifiedImageError as error:
+        size = _size_bytes(picture)
+        what = "an empty file (0 bytes)" if size == 0 else f"{size} bytes that are no picture"
+        raise SourceError(f"{what}; expected one of {', '.join(_FORMATS)}: replace it or leave it out") from error
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over: SyntaxError, struct.error …
+        raise SourceError(f"cannot be decoded ({error or type(error).__name__}): replace it or leave it out") from error
+
+
+def read_header(picture: Picture, max_pixels: int) -> Header:
+    """Tell a picture's size from its first bytes, 0 x 0 where `decode_image` would refuse it or they say nothing."""
+    digest = hashlib.sha256()
+    height = width = 0
+    try:
+        with open_binary(picture) if isinstance(picture, (str, Path)) else nullcontext(picture) as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(str(size).encode())
+            head = b""
+            for start in (0, max(0, size - _SAMPLE_BYTES)):
+                file.seek(start)
+                sample = file.read(_SAMPLE_BYTES)
+                digest.update(sample)
+                head = head or sample
+            kind, shape = _kind_and_shape(file, head)
+        if not _refusal(*shape, kind, size, max_pixels):
+            height, width = shape
+    except Exception as error:  # whatever is wrong with it is said when it is read
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(picture, (str, Path)):
+            raise  # it is not the picture that is wrong, but the file that it lies in
+    return Header(height, width, digest.hexdigest())
+
+
+def decode_ahead(pictures: Generator[Encoded, None, None], max_pixels: int, threads: int) -> Iterator[Frame]:
+    """Decode in a few threads, ahead by two pictures a thread, or by fewer large ones.
+
+    Args:
+        pictures: Made in the caller's thread as there is room for them; closed at the end.
+        max_pixels: Pictures with more come as failed frames.
+        threads: How many; 0 for four.
+    """
+    threads = threads or _DECODE_THREADS
+    running: deque[tuple[Future[Frame], int]] = deque()
+    ahead = 0
+    pool = ThreadPoolExecutor(threads, "depthmill-decode")
+    try:
+        with closing(pictures):
+            while True:
+                while len(running) < 2 * threads and (not running or ahead < _MAX_BYTES_AHEAD):
+                    new = next(pictures, None)
+                    if new is None:
+                        break
+                    running.append((pool.submit(_read_frame, new, max_pixels), new.size_bytes))
+                    ahead += new.size_bytes
+                if not running:
+                    return
+                future, size_bytes = running.popleft()
+                ahead -= size_bytes
+                yield future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _size_bytes(picture: Path | BinaryIO) -> int:
+    return picture.stat().st_size if isinstance(picture, Path) else picture.seek(0, os.SEEK_END)
+
+
+def _refusal(height: int, width: int, kind: str | None, size_bytes: int, max_pixels: int) -> str:
+    """Why a picture is not decoded, going by its header; "" if it is."""
+    pixels = height * width
+    if pixels > max_pixels:
+        return f"{width}x{height} is {pixels} pixels; at most {max_pixels} are read: scale it down"
+    if max(height, width) > _MAX_SIDE:
+        return f"{width}x{height} pixels; at most {_MAX_SIDE} a side are read: cut it into pieces"
+    if kind in _MAX_PIXELS_PER_BYTE and pixels > size_bytes * _MAX_PIXELS_PER_BYTE[kind]:
+        return f"its header promises {width}x{height} pixels, which {size_bytes} bytes cannot hold: replace it"
+    return ""
+
+
+def _kind_and_shape(file: BinaryIO, head: bytes) -> tuple[str | None, tuple[int, int]]:
+    """Format, height and width of a picture, upright, by its header."""
+    shape = _webp_shape(head)
+    if shape is not None:
+        return "WEBP", shape
+    file.seek(0)
+    with _open_image(file) as image:
+        upright = _orientation(image) < 5
+        return image.format, (image.height, image.width) if upright else (image.width, image.height)
+
+
+def _webp_shape(head: bytes) -> tuple[int, int] | None:
+    """Height and width of a WebP picture without EXIF (RFC 9649), for which Pillow would read all of it."""
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return None
+    if head[12:16] == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
+        return int.from_bytes(head[28:30], "little") & 0x3FFF, int.from_bytes(head[26:28], "little") & 0x3FFF
+    if head[12:16] == b"VP8L" and head[20] == 0x2F:
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    if head[12:16] == b"VP8X" and not head[20] & 0x08:
+        return int.from_bytes(head[27:30], "little") + 1, int.from_bytes(head[24:27], "little") + 1
+    return None
+
+
+class _WithoutPillowLimit:
+    """Pillow's own limit warns, and below ours: it is off while any thread opens a picture here, then back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._limit: int | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                Image.init()  # its formats are registered on first use: once, and not by two threads
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                Image.MAX_IMAGE_PIXELS = self._limit
+
+
+_without_pillow_limit = _WithoutPillowLimit()
+
+
+def _open_image(picture: Path | BinaryIO) -> Image.Image:
+    """Read a picture's header."""
+    with _without_pillow_limit:
+        return Image.open(picture, formats=_FORMATS)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8, from the header alone."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns TIFFs itself
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # looking further would decode the picture
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # EXIF is written by anything: a broken one is none
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        colours = image.convert("RGBA")
+        paper = Image.new("RGBA", colours.size, "white")
+        return Image.alpha_composite(paper, colours).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    """Scale (H, W) integers or floats to 8 bits: their white is the least of the usual ones that none exceeds."""
+    numbers = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    whites = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (65535.0,)
+    top = float(numbers.max())
+    white = next((white for white in whites if top <= white), top)
+    return np.rint(np.clip(numbers, 0, white) * (255.0 / white)).astype(np.uint8)
+
+
+def _read_frame(encoded: Encoded, max_pixels: int) -> Frame:
+    if encoded.picture is None:
+        return Frame(encoded.index, None, encoded.error)
+    try:
+        return Frame(encoded.index, decode_image(encoded.picture, max_pixels))
+    except (SourceError, OSError) as error:
+        return Frame(encoded.index, None, str(error))

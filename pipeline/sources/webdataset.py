@@ -1,0 +1,261 @@
+"""WebDataset shards: tar archives whose members `000.jpg`, `000.json`, `000.txt` are one sample with the key `000`.
+
+A frame is a sample with a picture: its first member with a picture's extension, a plain one (`jpg`) before a longer one
+(`depth.png`). Nothing is unpacked to a disk. A picture that is a link, a sparse file or a device, or whose name leads
+out of the archive, is a failed frame; so is every stretch of the archive that is damaged, since there may have been
+pictures in it.
+
+In a plain archive, pictures are read where they lie. In a gzip stream, what is before has to be passed over: a read
+goes on where the last one ended, so that segments in order pass over it once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.sources.images import IMAGE_SUFFIXES
+from depthmill.pipeline.sources.limits import check_frames, max_encoded_bytes
+from depthmill.pipeline.sources.naming import canonical_uri, source_id, unique_names
+from depthmill.pipeline.sources.opening import stat
+from depthmill.pipeline.sources.pictures import Encoded, Header, decode_ahead, read_header
+from depthmill.pipeline.sources.tar_members import GZIP_DAMAGE, Member, open_archive, walk
+from depthmill.pipeline.types import Frame, Source
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+# Key and extension: from the first dot of the last part on; a leading slash is no part of the key.
+_NAME = re.compile(r"/*((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+
+_NO_HEADER = Header(0, 0, "")
+_WINDOW_BYTES = 4096  # read of a picture at a time, for its header
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """A frame: where its picture lies in the unpacked archive, or why there is none. A damaged stretch has no key."""
+
+    key: str
+    offset: int
+    size: int
+    header: Header
+    error: str
+
+
+class WebDatasetSource:
+    """A WebDataset shard: `.tar`, or `.tar.gz`."""
+
+    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int = 0) -> None:
+        """Name a shard, without opening it.
+
+        Args:
+            uri: The archive.
+            max_pixels: Pictures with more are not decoded, and come as failed frames.
+            max_frames: An archive with more pictures is refused.
+            threads: Threads that one read decodes with; 0 for four.
+        """
+        self._uri = canonical_uri(uri)
+        self._max_pixels = max_pixels
+        self._max_frames = max_frames
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._probed: tuple[Source, list[_Picture]] | None = None
+        self._parked: BinaryIO | None = None  # where the last read stopped, for the next to go on from
+        self._closed = False
+
+    def probe(self) -> Source:
+        """Describe the shard from the headers of its members and of their pictures.
+
+        Raises:
+            SourceError: If it cannot be read, is no tar archive, or holds no picture, or more than `max_frames`.
+        """
+        return self._open()[0]
+
+    def read(self, start: int, stop: int) -> Iterator[Frame]:
+        """Yield the pictures [start, stop); one that cannot be read comes with its reason instead.
+
+        Raises:
+            SourceError: If the archive cannot be read.
+        """
+        source, pictures = self._open()
+        if not 0 <= start <= stop <= source.frames:
+            raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
+        return decode_ahead(self._encoded(pictures, start, stop), self._max_pixels, self._threads)
+
+    def close(self) -> None:
+        """Release the archive; reads that are still running release theirs when they end."""
+        with self._lock:
+            self._closed = True
+            parked, self._parked = self._parked, None
+        if parked is not None:
+            parked.close()
+
+    def _open(self) -> tuple[Source, list[_Picture]]:
+        with self._lock:
+            if self._probed is None:
+                try:
+                    self._probed = self._probe()
+                except OSError as error:
+                    raise _unreadable(self._uri, error) from error
+            return self._probed
+
+    def _probe(self) -> tuple[Source, list[_Picture]]:
+        size, _ = stat(self._uri)
+        digest = hashlib.sha256(f"{size}\0".encode())
+        pictures: list[_Picture] = []
+        file, seekable = open_archive(self._uri)
+        with closing(file):
+            for picture in _pictures(file, size if seekable else None, self._max_pixels):
+                pictures.append(picture)
+                check_frames(self._uri, len(pictures), self._max_frames)
+                digest.update(f"{picture.key}\0{picture.offset}\0{picture.size}\0{picture.header.digest}\0".encode())
+        if not any(picture.key for picture in pictures):
+            damage = "; ".join(picture.error for picture in pictures[:3])
+            raise SourceError(
+                f"{self._uri}: no pictures in this archive{damage and f' ({damage})'}; expected a tar archive with "
+                f"members ending in {' '.join(sorted(IMAGE_SUFFIXES))}: replace it or leave it out"
+            )
+        source = Source(
+            id=source_id(self._uri),
+            uri=self._uri,
+            kind="webdataset",
+            frames=len(pictures),
+            height=max(picture.header.height for picture in pictures) or 1,
+            width=max(picture.header.width for picture in pictures) or 1,
+            fps=None,
+            fingerprint=digest.hexdigest(),
+            keys=unique_names(picture.key or f"@{picture.offset}" for picture in pictures),
+        )
+        return source, pictures
+
+    def _encoded(self, pictures: list[_Picture], start: int, stop: int) -> Generator[Encoded, None, None]:
+        with self._lock:
+            file, self._parked = self._parked, None
+        try:
+            for index in range(start, stop):
+                picture = pictures[index]
+                if picture.error:
+                    yield Encoded(index, None, error=picture.error)
+                    continue
+                file = file or open_archive(self._uri)[0]
+                data, problem = _read(file, picture.offset, picture.size)
+                if problem:  # a gzip stream does not go on behind damage
+                    file.close()
+                    file = None
+                decoded_bytes = 3 * picture.header.height * picture.header.width
+                yield Encoded(index, None if problem else io.BytesIO(data), len(data) + decoded_bytes, problem)
+        except OSError as error:
+            raise _unreadable(self._uri, error) from error
+        finally:
+            if file is not None:
+                self._park(file)
+
+    def _park(self, file: BinaryIO) -> None:
+        with self._lock:
+            unused = file if self._closed else self._parked
+            self._parked = None if self._closed else file
+        if unused is not None:
+            unused.close()
+
+
+def _pictures(file: BinaryIO, size: int | None, max_pixels: int) -> Iterator[_Picture]:
+    """Yield the picture of each sample, and each damaged stretch.
+
+    A sample is a run of members with one key; an extension that it has already begins the next.
+
+    Args:
+        file: The archive, unpacked.
+        size: Of the archive in bytes, where it is plain; None for a gzip stream, which is passed over once.
+        max_pixels: Pictures with more do not count towards the size of the source.
+    """
+    key, extensions = "", set[str]()
+    plain: list[_Picture] = []
+    longer: list[_Picture] = []
+    for member in walk(file):
+        named = _NAME.fullmatch(member.name)
+        if member.name and not named:
+            continue  # hidden, or without an extension: no part of a sample
+        member_key, extension = named.groups() if named else ("", "")
+        if member_key != key or extension in extensions:
+            yield from (plain or longer)[:1]
+            key, extensions, plain, longer = member_key, set(), [], []
+        extensions.add(extension)
+        if not member.name:
+            yield _Picture("", member.offset, 0, _NO_HEADER, member.problem)
+        elif "." + extension.lower().rpartition(".")[2] in IMAGE_SUFFIXES:
+            picture, is_last = _describe(member, key, file, size, max_pixels)
+            (longer if "." in extension else plain).append(picture)
+            if is_last:
+                break
+    yield from (plain or longer)[:1]
+
+
+def _describe(member: Member, key: str, file: BinaryIO, size: int | None, max_pixels: int) -> tuple[_Picture, bool]:
+    """The picture in a member, and whether the archive ends within it."""
+    header, problem, is_last = _NO_HEADER, member.problem, False
+    most = max_encoded_bytes(max_pixels)
+    if not problem and member.size > most:
+        problem = f"{member.size} bytes; at most {most} are read of a picture: scale it down"
+    elif not problem and size is None:
+        data, problem = _read(file, member.offset, member.size)
+        is_last = bool(problem)
+        header = read_header(io.BytesIO(data), max_pixels)
+    elif not problem and size is not None:
+        there = size - member.offset
+        if there < member.size:
+            problem, is_last = _cut_off(there, member.size), True
+        else:
+            window = io.BufferedReader(_Window(file, member.offset, member.size), _WINDOW_BYTES)
+            header = read_header(cast(BinaryIO, window), max_pixels)
+    return _Picture(key, member.offset, member.size, header, problem), is_last
+
+
+def _read(file: BinaryIO, offset: int, size: int) -> tuple[bytes, str]:
+    """The bytes of a member, or why they cannot be had."""
+    try:
+        file.seek(offset)
+        data = file.read(size)
+    except GZIP_DAMAGE as error:
+        return b"", f"the gzip stream is damaged within it ({error}): what lies behind is unknown"
+    return (data, "") if len(data) == size else (b"", _cut_off(len(data), size))
+
+
+def _cut_off(there: int, size: int) -> str:
+    return f"the archive is cut off within it, {there} of {size} bytes are there: what lies behind is unknown"
+
+
+def _unreadable(uri: str, error: OSError) -> SourceError:
+    return SourceError(f"{uri}: cannot be read ({error}); expected a tar archive: check the path and the permissions")
+
+
+class _Window(io.RawIOBase):
+    """A member as a file of its own, while nothing else reads the archive."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        self._file, self._offset, self._size = file, offset, size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._position)
+        data = self._file.read(min(len(buffer), max(0, self._size - self._position)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)

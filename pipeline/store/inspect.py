@@ -1,0 +1,174 @@
+"""What is in a store: how much, of what, made how."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from depthmill.pipeline.store.root import FAILURES, RUN
+from depthmill.pipeline.store.store import Store
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """One source.
+
+    Attributes:
+        id: Name of its group.
+        uri: Where it was read from.
+        kind: What read it.
+        frames: Its frames.
+        labelled: Those with labels.
+        failed: Those that have none, and why is known.
+        pending: Those that are not committed.
+        height: Of its canvas, in pixels.
+        width: Of its canvas, in pixels.
+        bytes: Of its files.
+    """
+
+    id: str
+    uri: str
+    kind: str
+    frames: int
+    labelled: int
+    failed: int
+    pending: int
+    height: int
+    width: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A whole store.
+
+    Attributes:
+        store: Its path or URL.
+        version: Of the depthmill that made it.
+        identity: What decides its labels: checkpoints and their sha256, resolution, dtype.
+        layout: How they are laid out.
+        kinds: Sources by kind.
+        frames: Of all sources.
+        labelled: Those with labels.
+        failed: Those that have none, and why is known.
+        pending: Those that are not committed.
+        bytes: Of all files.
+        bytes_per_frame: Of the sources' files, by committed frame; 0 if there is none.
+        failures: Failed frames by reason, the most frequent first.
+        unopened: Inputs of the last run that could not be opened, by reason.
+        run: What `run.json` says of the last run that labelled something; empty if none has ended.
+        sources: All sources, sorted by id.
+    """
+
+    store: str
+    version: str
+    identity: dict[str, Any]
+    layout: dict[str, Any]
+    kinds: dict[str, int]
+    frames: int
+    labelled: int
+    failed: int
+    pending: int
+    bytes: int
+    bytes_per_frame: float
+    failures: dict[str, int]
+    unopened: dict[str, int]
+    run: dict[str, Any]
+    sources: tuple[SourceSummary, ...]
+
+    def document(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        return asdict(self)
+
+
+def inspect(store: Store) -> Inspection:
+    """Look at a store: one listing of all its files, and the status of the sources that have any."""
+    ids = store.sources()
+    sizes = Counter[str]()
+    for key, size in store.directory.sizes().items():
+        sizes[key.partition("/")[0]] += size
+    sources = tuple(_summary(store, source_id, sizes[source_id]) for source_id in ids)
+    committed = sum(source.labelled + source.failed for source in sources)
+    reasons = Counter(failure.reason for failure in store.failures())
+    return Inspection(
+        store=store.uri,
+        version=store.version,
+        identity=store.identity,
+        layout=store.layout.document(),
+        kinds=dict(Counter(source.kind for source in sources)),
+        frames=sum(source.frames for source in sources),
+        labelled=sum(source.labelled for source in sources),
+        failed=sum(source.failed for source in sources),
+        pending=sum(source.pending for source in sources),
+        bytes=sizes.total(),
+        bytes_per_frame=sum(source.bytes for source in sources) / committed if committed else 0.0,
+        failures=dict(reasons.most_common()),
+        unopened=dict(Counter(_unopened(store)).most_common()),
+        run=json.loads(store.read_file(RUN) or b"{}"),
+        sources=sources,
+    )
+
+
+def _summary(store: Store, source_id: str, size: int) -> SourceSummary:
+    attributes, progress = store.attributes(source_id), store.progress(source_id)
+    height, width = attributes["size"]
+    return SourceSummary(
+        id=source_id,
+        uri=attributes["uri"],
+        kind=attributes["kind"],
+        frames=attributes["frames"],
+        labelled=progress.labelled,
+        failed=progress.failed,
+        pending=attributes["frames"] - progress.labelled - progress.failed,
+        height=height,
+        width=width,
+        bytes=size,
+    )
+
+
+def _unopened(store: Store) -> list[str]:
+    lines = (store.read_file(FAILURES) or b"").decode().splitlines()
+    return [failure["reason"] for failure in map(json.loads, lines) if failure["source_id"] is None]
+
+
+def as_text(found: Inspection, most: int = 20) -> str:
+    """An inspection as lines for people, with the first `most` sources and the `most` most frequent reasons."""
+    run, layout, identity = found.run, found.layout, found.identity
+    labels = [*layout["labels"], *(["uncertainty"] if layout.get("uncertainty") else [])]
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(found.kinds.items()))
+    lines = [
+        f"store        {found.store}, made by depthmill {found.version}",
+        f"labels       {', '.join(labels)}; shards of {layout['shard_frames']} frames, segments of "
+        f"{layout['segment_frames']}",
+        *(
+            f"checkpoint   {modality}: {checkpoint.get('name', '?')}, sha256 {checkpoint.get('sha256', '?')}"
+            for modality, checkpoint in sorted(identity.get("checkpoints", {}).items())
+        ),
+        f"model        {identity.get('processing_resolution', '?')} pixels, {identity.get('dtype', '?')}",
+        f"sources      {len(found.sources):,}{f' ({kinds})' if kinds else ''}",
+        f"frames       {found.frames:,}: {found.labelled:,} labelled, {found.failed:,} failed, "
+        f"{found.pending:,} pending",
+        f"size         {found.bytes:,} bytes, {found.bytes_per_frame:,.0f} a committed frame",
+    ]
+    if run:
+        lines.append(
+            f"last run     {run.get('started', '?')}: {run.get('committed', 0):,} frames in "
+            f"{run.get('seconds', 0):.1f} s, {run.get('frames_per_s', 0):.2f} frames/s "
+            f"({run.get('device') or 'nothing to do'})"
+        )
+    for title, reasons in (("failed frames", found.failures), ("inputs that could not be opened", found.unopened)):
+        if reasons:
+            lines += ["", f"{title}, by reason:"]
+            lines += [f"  {count:>9,} x {reason}" for reason, count in list(reasons.items())[:most]]
+            lines += [f"  and {len(reasons) - most:,} more reasons"] if len(reasons) > most else []
+    if found.sources:
+        lines += ["", f"{'labelled':>12} {'failed':>9} {'pending':>9} {'canvas':>11} {'bytes':>15}  source"]
+        lines += [
+            f"{one.labelled:>12,} {one.failed:>9,} {one.pending:>9,} {f'{one.width}x{one.height}':>11} "
+            f"{one.bytes:>15,}  {one.id} ({one.uri})"
+            for one in found.sources[:most]
+        ]
+        lines += [f"and {len(found.sources) - most:,} more: --json lists all"] if len(found.sources) > most else []
+    return "\n".join(lines)

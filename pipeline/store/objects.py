@@ -1,0 +1,135 @@
+"""A store in object storage, through fsspec: `s3://` and `gs://`. An object appears whole, by its PUT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.objects import locate, said
+
+_SCHEMES = ("s3", "gs")
+
+
+class ObjectDirectory:
+    """A prefix of a bucket. Credentials are found by the library in the usual places, and are never part of a URL.
+
+    Listings are never cached: what other processes write is seen.
+    """
+
+    def __init__(self, uri: str) -> None:
+        """Open it; nothing is asked of the service yet.
+
+        Raises:
+            StoreError: If the URL cannot be a store's, or its library is not installed.
+        """
+        parts = urlsplit(uri)
+        if "@" in parts.netloc:  # before anything that would repeat the URL
+            raise StoreError(
+                f"the store's {parts.scheme}:// URL has credentials in it: expected {parts.scheme}://bucket/prefix; "
+                "give them in the environment or in the provider's own files"
+            )
+        if parts.scheme not in _SCHEMES or not parts.netloc or parts.query or parts.fragment:
+            raise StoreError(f"{uri} cannot be a store: expected a directory, s3://bucket/prefix or gs://bucket/prefix")
+        self.uri = uri.rstrip("/")
+        self._root = self.uri.partition("://")[2]
+        self._fs, _ = locate(self.uri, StoreError)
+
+    def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes | None:
+        """See `Directory`."""
+        with self._translated(key, "read"):
+            # From 0 on, and not as a whole, for which s3fs would ask twice: how long it is, then what it is.
+            (found,) = self._fs.cat_ranges([self._path(key)], start or 0, stop, on_error="return")
+            return _contents(found)
+
+    def read_all(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """See `Directory`; many requests at once."""
+        keys = list(keys)
+        if not keys:
+            return {}
+        with self._translated("", "read"):
+            found = self._fs.cat_ranges([self._path(key) for key in keys], 0, None, on_error="return")
+            contents = zip(keys, map(_contents, found), strict=True)
+            return {key: data for key, data in contents if data is not None}
+
+    def write(self, key: str, data: bytes) -> None:
+        """See `Directory`."""
+        with self._translated(key, "written"):
+            self._fs.pipe_file(self._path(key), data)
+
+    def write_all(self, files: Mapping[str, bytes]) -> None:
+        """See `Directory`; many requests at once."""
+        with self._translated("", "written"):
+            self._fs.pipe({self._path(key): data for key, data in files.items()})
+
+    def delete(self, key: str) -> None:
+        """See `Directory`."""
+        with self._translated(key, "removed"):
+            try:
+                self._fs.rm_file(self._path(key))
+            except FileNotFoundError:
+                return
+
+    def children(self, key: str = "") -> list[str]:
+        """See `Directory`."""
+        with self._translated(key, "listed"):
+            try:
+                entries = self._fs.ls(self._path(key), detail=True, refresh=True)
+            except FileNotFoundError:
+                return []
+        names = (_name(entry) + ("/" if entry["type"] == "directory" else "") for entry in entries)
+        return sorted(name for name in names if name.strip("/"))
+
+    def sizes(self, key: str = "") -> dict[str, int]:
+        """See `Directory`."""
+        with self._translated(key, "listed"):
+            found = self._fs.find(self._path(key) + "/", detail=True)
+        return {path[len(self._root) + 1 :]: entry["size"] for path, entry in found.items()}
+
+    def remove(self, key: str) -> None:
+        """See `Directory`."""
+        with self._translated(key, "removed"):
+            try:
+                self._fs.rm(self._path(key), recursive=True)
+            except FileNotFoundError:
+                return
+
+    def clear_partial(self, key: str) -> None:
+        """See `Directory`: a PUT leaves nothing behind."""
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}".rstrip("/")
+
+    @contextmanager
+    def _translated(self, key: str, done: str) -> Iterator[None]:
+        """Whatever the library raises, as a StoreError: it has no exception tree of its own."""
+        try:
+            yield
+        except Exception as error:
+            where = f"{self.uri}/{key}".rstrip("/")
+            # Without its cause, in whose text credentials could stand.
+            raise StoreError(
+                f"{where} cannot be {done}: {said(error)}; check the bucket, the credentials in the environment and "
+                "the endpoint, then run the same command again"
+            ) from None
+
+
+def _contents(found: bytes | Exception) -> bytes | None:
+    """What a range of a file gave: None if there is no file, nothing if it is empty and so has no such range."""
+    if isinstance(found, bytes):
+        return found
+    if isinstance(found, FileNotFoundError):
+        return None
+    if "not satisfiable" in str(found):
+        return b""
+    raise found
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    name: str = entry["name"]
+    return name.rstrip("/").rpartition("/")[2]
+
+
+__all__ = ["ObjectDirectory"]

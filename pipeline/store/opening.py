@@ -1,0 +1,123 @@
+"""Make a store, or open one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import depthmill
+from depthmill.pipeline.errors import StoreError, StoreMismatchError
+from depthmill.pipeline.store.files import Directory, open_directory
+from depthmill.pipeline.store.layout import FORMAT, Layout
+from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, new_root, read_root, remove, write_root
+from depthmill.pipeline.store.store import Store, differences
+from depthmill.pipeline.store.zarr_files import ZarrFiles
+
+if TYPE_CHECKING:
+    import xarray
+
+
+def create(uri: str | Path, layout: Layout, identity: Mapping[str, Any], *, overwrite: bool = False) -> Store:
+    """Make a store, or open the one that an earlier run of the same configuration left there.
+
+    Args:
+        uri: Directory of the store, or its URL (`s3://bucket/prefix`, `gs://bucket/prefix`).
+        layout: How labels are laid out.
+        identity: Whatever else decides the bytes in the store (options, checkpoints and their hashes), as JSON.
+        overwrite: Remove the depthmill store that is there, if any, and start anew.
+
+    Raises:
+        StoreMismatchError: If the store there was made with another layout, identity or version.
+        StoreError: If what is there is no depthmill store; it is never touched.
+    """
+    directory = open_directory(uri)
+    header = {
+        "format": FORMAT,
+        "version": depthmill.__version__,
+        "layout": layout.document(),
+        "identity": json.loads(json.dumps(dict(identity))),
+    }
+    root = read_root(directory)
+    if root is None:
+        _refuse_foreign(directory)
+    elif overwrite or root.being_removed:
+        remove(directory)
+        root = None
+    elif found := differences(root.header, header):
+        raise StoreMismatchError(
+            f"{uri} was made by another run:\n{found}\nGive --overwrite to replace it, or another path to keep both."
+        )
+    for name in (METADATA, FAILURES, RUN):
+        directory.clear_partial(name)
+    if root is None:
+        write_root(directory, new_root(header))
+    return open_store(uri)
+
+
+def open_store(uri: str | Path) -> Store:
+    """Open an existing store, to read it or to write segments into it.
+
+    Raises:
+        StoreError: If there is none, or one of another format.
+    """
+    directory = open_directory(uri)
+    root = read_root(directory)
+    if root is None:
+        raise StoreError(f"{uri} is no depthmill store: it has no {METADATA}; `depthmill label` makes one")
+    if root.being_removed:
+        raise StoreError(f"{uri} was being overwritten when the process was killed: run the same command again")
+    if root.header.get("format") != FORMAT:
+        raise StoreError(
+            f"{uri} has store format {root.header.get('format')!r}, written by depthmill {root.header.get('version')};"
+            f" this is depthmill {depthmill.__version__}, which reads format {FORMAT}"
+        )
+    return Store(directory, root)
+
+
+def open_datasets(uri: str | Path) -> dict[str, xarray.Dataset]:
+    """Open every source of a store as a lazy xarray dataset, decoded.
+
+    Returns:
+        Source id -> dataset with `depth` (frame, y, x) float32 in [0, 1], NaN where invalid; `normals`
+        (frame, y, x, axis) float32, unit to the precision of the packing, (0, 0, 0) where invalid; `uncertainty`
+        (frame, y, x) float32 of ensembles' depth; `status` and `reason` (frame,); the coordinate `time` in seconds
+        (video) or `key` (images, which also have `size`).
+    """
+    import xarray
+
+    store = open_store(uri)
+    files = ZarrFiles(store.directory, read_only=True)
+    indexed = xarray.open_groups(files, engine="zarr", mask_and_scale=False)  # type: ignore[arg-type]
+    datasets = {}
+    for source_id in store.sources():
+        group = indexed.get(f"/{source_id}")
+        if group is None:  # not in the root yet
+            group = xarray.open_zarr(files, group=source_id, consolidated=False, mask_and_scale=False, chunks=None)
+        dataset = group.drop_vars("checksum", errors="ignore")
+        for name in store.layout.arrays:
+            attributes = dataset[name].attrs
+            if "scale_factor" in attributes:
+                # JSON has float64 only, in which xarray would then decode: twice the memory, for 13 bits of depth.
+                attributes["scale_factor"] = np.float32(attributes["scale_factor"])
+        datasets[source_id] = xarray.decode_cf(dataset)
+    return datasets
+
+
+def remove_empty(store: Store) -> None:
+    """Remove a store that holds no source, as if it had not been made."""
+    if not store.sources():
+        store.directory.remove("")
+
+
+def _refuse_foreign(directory: Directory) -> None:
+    found = directory.children()
+    if found:
+        names = [name.rstrip("/") for name in found[:3]]
+        raise StoreError(
+            f"{directory.uri} has files in it ({', '.join(names)}{', …' if len(found) > 3 else ''}), but is no"
+            " depthmill store: give another path; nothing was touched"
+        )

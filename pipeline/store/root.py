@@ -1,0 +1,129 @@
+"""The root's zarr.json: what the store is, and an index of all its groups and arrays ("consolidated" metadata).
+
+The index has a line for each member. So a store of many thousands of sources is opened by parsing the lines of its
+groups alone, and a source is added without parsing, or holding as objects, what is there already.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.store.files import Directory
+from depthmill.pipeline.store.layout import CONVENTIONS, Document, Layout, group_document, source_arrays
+
+METADATA, FAILURES, RUN = "zarr.json", "failures.jsonl", "run.json"
+_BEING_REMOVED = "being_removed"
+_START, _END = '"metadata": {', "}}}"
+
+
+@dataclass(frozen=True)
+class Root:
+    """The root as read.
+
+    Attributes:
+        attributes: Of the root group.
+        members: Path -> zarr.json of a group or array, as text.
+    """
+
+    attributes: Document
+    members: Mapping[str, str]
+
+    @property
+    def being_removed(self) -> bool:
+        """Whether this is what is left of a store whose removal was cut short."""
+        return _BEING_REMOVED in self.attributes["depthmill"]
+
+    @property
+    def header(self) -> Document:
+        """What depthmill wrote about the store as a whole."""
+        header: Document = self.attributes["depthmill"]
+        return header
+
+    def groups(self) -> dict[str, Document]:
+        """Source id -> attributes of its group."""
+        return {path: json.loads(text)["attributes"] for path, text in self.members.items() if "/" not in path}
+
+
+def read_root(directory: Directory) -> Root | None:
+    """The store in a directory; None if there is no Zarr hierarchy.
+
+    Raises:
+        StoreError: If there is one of another kind.
+    """
+    data = directory.read(METADATA)
+    if data is None:
+        return None
+    try:
+        root = _by_lines(data.decode()) or _whole(json.loads(data))
+    except ValueError as error:
+        raise StoreError(f"{directory.uri}/{METADATA} is no JSON ({error}): give another path") from error
+    if not isinstance(root.attributes.get("depthmill"), dict):
+        raise StoreError(
+            f"{directory.uri} is a Zarr hierarchy, but no depthmill store: give another path; it was not touched"
+        )
+    return root
+
+
+def write_root(directory: Directory, root: Root) -> None:
+    """Write the root, as an index of its members in order."""
+    start = json.dumps(
+        {
+            **group_document(root.attributes),
+            "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": {}},
+        },
+        allow_nan=False,
+    ).removesuffix(_END)
+    lines = ",\n".join(f"{json.dumps(path)}: {root.members[path]}" for path in sorted(root.members))
+    directory.write(METADATA, f"{start}\n{lines}\n{_END}\n".encode())
+
+
+def new_root(header: Document) -> Root:
+    """The root of a store without sources."""
+    return Root({"depthmill": header, "conventions": CONVENTIONS}, {})
+
+
+def remove(directory: Directory) -> None:
+    """Empty a store, so that being killed half way leaves one that only says so."""
+    write_root(directory, Root({"depthmill": {_BEING_REMOVED: True}}, {}))
+    for name in directory.children():
+        if name.endswith("/"):
+            directory.remove(name.rstrip("/"))
+    for name in (FAILURES, RUN):
+        directory.delete(name)
+
+
+def source_members(source_id: str, attributes: Document, layout: Layout) -> dict[str, str]:
+    """The lines of one source in the index, by path."""
+    members = {f"{source_id}/{name}": document for name, document in source_arrays(attributes, layout).items()}
+    return _texts({source_id: group_document(attributes), **members}.items())
+
+
+def _by_lines(text: str) -> Root | None:
+    """The root as `write_root` writes it; None if something else wrote it."""
+    start, *lines = text.rstrip("\n").split("\n")
+    if not lines or not start.endswith(_START) or lines.pop() != _END:
+        return None
+    members = {}
+    for line in filter(None, lines):
+        key, found, document = line.partition('": {')  # no name has a space in it
+        if not found:
+            return None
+        members[json.loads(f'{key}"')] = "{" + document.removesuffix(",")
+    return Root(json.loads(start + _END)["attributes"], members)
+
+
+def _whole(document: Any) -> Root:
+    attributes = document.get("attributes", {}) if isinstance(document, dict) else {}
+    index = (document.get("consolidated_metadata") or {}) if isinstance(document, dict) else {}
+    return Root(attributes, _texts(index.get("metadata", {}).items()))
+
+
+def _texts(documents: Iterable[tuple[str, Document]]) -> dict[str, str]:
+    return {path: json.dumps(document, allow_nan=False, separators=(",", ":")) for path, document in documents}
+
+
+__all__ = ["FAILURES", "METADATA", "RUN", "Root", "new_root", "read_root", "remove", "source_members", "write_root"]

@@ -1,0 +1,247 @@
+"""Check that what is committed is there, decodes, and is what was written; un-commit what is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from zarr.core.buffer import cpu
+from zarr.storage import MemoryStore
+
+from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.store.files import json_bytes
+from depthmill.pipeline.store.layout import (
+    Document,
+    checksum,
+    file_key,
+    group_document,
+    segment_files,
+    source_arrays,
+)
+from depthmill.pipeline.store.root import METADATA
+from depthmill.pipeline.store.store import Store
+from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
+from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that is not as it was committed.
+
+    Attributes:
+        source_id: Of which source.
+        start: First frame that it concerns.
+        stop: One past the last.
+        file: Its key in the store.
+        reason: What is wrong with it.
+        repaired: Whether the next run of `depthmill label` will mend it, or it is mended.
+    """
+
+    source_id: str
+    start: int
+    stop: int
+    file: str
+    reason: str
+    repaired: bool = False
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked.
+
+    Attributes:
+        sources: Sources.
+        segments: Committed segments.
+        unchecked: Those of them that were committed without checksums, by an earlier version: only that their files
+            are there and decode is known.
+        files: Files of labels that were read.
+        bytes: Of those files.
+        damage: What was found, by source and frame.
+    """
+
+    sources: int
+    segments: int
+    unchecked: int
+    files: int
+    bytes: int
+    damage: tuple[Damage, ...]
+
+
+def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
+    """Read every file of every committed segment.
+
+    While a store is being written, segments that are committed meanwhile may be left out, and those whose failed frames
+    are being labelled again may look damaged.
+
+    Args:
+        store: The store.
+        repair: Un-commit segments with damage, so that the next run labels them again; write damaged metadata anew.
+        workers: Threads that read segments; as many look at sources.
+    """
+    ids = store.sources()
+    # Sources and segments have threads of their own: there may be many small sources, or one that is huge.
+    with ThreadPoolExecutor(workers, "verify-sources") as outer, ThreadPoolExecutor(workers, "verify") as inner:
+
+        def check(source_id: str) -> tuple[list[_Checked], list[Damage]]:
+            damage = list(_verify_metadata(store, source_id, repair))
+            pending = set(store.pending(source_id))
+            segments = [segment for segment in store.segments(source_id) if segment not in pending]
+            checked = list(inner.map(_Check(store, source_id), segments))
+            for one in checked:
+                if one.damage and repair:
+                    _uncommit(store, one.segment)
+                damage += [replace(found, repaired=repair) for found in one.damage]
+            return checked, damage
+
+        checked: list[_Checked] = []
+        damage: list[Damage] = []
+        for of_source, damaged in outer.map(check, ids):
+            checked += [replace(one, damage=()) for one in of_source]
+            damage += damaged
+    return Verified(
+        sources=len(ids),
+        segments=len(checked),
+        unchecked=sum(one.unchecked for one in checked),
+        files=sum(one.files for one in checked),
+        bytes=sum(one.bytes for one in checked),
+        damage=tuple(damage),
+    )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    segment: Segment
+    unchecked: bool
+    files: int
+    bytes: int
+    damage: tuple[Damage, ...]
+
+
+class _Check:
+    """Checks the segments of one source."""
+
+    def __init__(self, store: Store, source_id: str) -> None:
+        self._store = store
+        self._length = store.segment_frames(source_id)
+        self._arrays = source_arrays(store.attributes(source_id), store.layout)
+        self._has_checksums = "checksum" in store.arrays(source_id)
+
+    def __call__(self, segment: Segment) -> _Checked:
+        keys = segment_files(segment, self._arrays)
+        number = segment.start // self._length
+        status_key = file_key(segment.source_id, "status", self._arrays["status"], segment.start)
+        sums_key = file_key(segment.source_id, "checksum", self._arrays["checksum"], number)
+        data = self._store.directory.read_all([*keys, status_key, sums_key])
+        rows = slice(segment.start, segment.stop)
+        found: list[tuple[str, int, int, str]] = []
+
+        def values(name: str, key: str, part: slice) -> npt.NDArray[Any] | None:
+            """Decode rows of an array out of one file, or note that it cannot be."""
+            try:
+                return _decoded(segment.source_id, name, self._arrays[name], key, data.get(key), part)
+            except Exception as error:  # whatever codecs raise of broken bytes
+                frames = rows if name == "checksum" else part
+                found.append((key, *_bounds(frames), f"cannot be decoded: {type(error).__name__}: {error}"))
+                return None
+
+        status = values("status", status_key, rows)
+        if status is not None and (status == PENDING).any():
+            found.append((status_key, *_bounds(rows), "says of some frames that they are pending"))
+            status = None
+        sums = values("checksum", sums_key, slice(number, number + 1)) if sums_key in data else None
+        if self._has_checksums and sums_key not in data:
+            found.append((sums_key, *_bounds(rows), "is missing"))
+        reasons = None
+        for column, (key, (name, start, stop)) in enumerate(keys.items()):
+            labelled = status is not None and bool(
+                (status[start - segment.start : stop - segment.start] == LABELLED).any()
+            )
+            # Without checksums: what holds labels, or says why there are none, cannot be all fill.
+            expected = int(sums[0, column]) if sums is not None else None
+            wrong = _compare(data.get(key), expected, needed=labelled and name != "reason")
+            if wrong:
+                found.append((key, start, stop, wrong))
+                continue
+            decoded = values(name, key, slice(start, stop))
+            if name == "reason":
+                reasons = decoded
+        if status is not None and reasons is not None and ((status == FAILED) != (reasons != "")).any():
+            found.append((status_key, *_bounds(rows), "does not agree with the reasons of failures"))
+        return _Checked(
+            segment,
+            unchecked=not self._has_checksums,
+            files=len(data),
+            bytes=sum(map(len, data.values())),
+            damage=tuple(Damage(segment.source_id, start, stop, key, reason) for key, start, stop, reason in found),
+        )
+
+
+def _compare(data: bytes | None, expected: int | None, *, needed: bool) -> str:
+    """What is wrong with a file, "" if nothing is; `expected` is its checksum, None if there is none."""
+    if data is None:
+        return "is missing" if expected or (expected is None and needed) else ""
+    if expected is None:
+        return ""
+    if not expected:
+        return "was not there when its segment was committed"
+    if len(data) != expected >> 32:
+        return f"has {len(data):,} bytes; {expected >> 32:,} were written"
+    return "" if checksum(data) == expected else "has other bytes than were written: its checksum differs"
+
+
+def _decoded(
+    source_id: str, name: str, document: Document, key: str, data: bytes | None, rows: slice
+) -> npt.NDArray[Any]:
+    files = {} if data is None else {key: cpu.Buffer.from_bytes(data)}
+    return np.asarray(open_array(MemoryStore(files), f"{source_id}/{name}", document)[rows])  # type: ignore[arg-type]
+
+
+def _bounds(rows: slice) -> tuple[int, int]:
+    return rows.start, rows.stop
+
+
+def _verify_metadata(store: Store, source_id: str, repair: bool) -> Iterator[Damage]:
+    """Check the documents of a source, which follow from its attributes, and its times or keys, which do not."""
+    attributes = store.attributes(source_id)
+    frames = attributes["frames"]
+    arrays = store.arrays(source_id)
+    documents = {f"{source_id}/{name}/{METADATA}": document for name, document in arrays.items()}
+    documents[f"{source_id}/{METADATA}"] = group_document(attributes)
+    found = store.directory.read_all(documents)
+    for key, document in documents.items():
+        reason = "is missing" if key not in found else "" if _is_json(found[key]) else "is no JSON"
+        if reason:
+            if repair:
+                store.directory.write(key, json_bytes(document))
+            yield Damage(source_id, 0, frames, key, reason, repaired=repair)
+    name = "key" if "key" in arrays else "time"
+    try:
+        values = np.asarray(open_array(ZarrFiles(store.directory), f"{source_id}/{name}", arrays[name])[:])
+        reason = "lacks values" if name == "time" and np.isnan(values).any() else ""
+    except StoreError:
+        raise
+    except Exception as error:  # whatever codecs raise of broken bytes
+        reason = f"cannot be decoded: {type(error).__name__}: {error}"
+    if reason:
+        yield Damage(source_id, 0, frames, file_key(source_id, name, arrays[name], 0), reason)
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        return isinstance(json.loads(data), dict)
+    except ValueError:
+        return False
+
+
+def _uncommit(store: Store, segment: Segment) -> None:
+    """The status goes first: being killed after that leaves what a kill before the commit would have left."""
+    arrays = store.arrays(segment.source_id)
+    number = segment.start // store.segment_frames(segment.source_id)
+    store.directory.delete(file_key(segment.source_id, "status", arrays["status"], segment.start))
+    if "checksum" in arrays:
+        store.directory.delete(file_key(segment.source_id, "checksum", arrays["checksum"], number))

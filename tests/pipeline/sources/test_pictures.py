@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources.pictures import decode_image, read_header
+from depthmill.tests import media as make
+
+LIMIT = 1 << 27
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int, suffix: str, tmp_path: Path) -> None:
+    upright = Image.fromarray(make.paint(0b01001101))
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"picture{suffix}"
+    stored.save(path, exif=exif)
+    probed = open_source(path).probe()
+    assert (probed.height, probed.width) == (48, 64)
+    picture = decode_image(path, LIMIT)
+    assert picture.shape == (48, 64, 3)
+    assert make.read_index(picture) == 0b01001101
+
+
+def grey_ramp() -> np.ndarray:
+    return np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+
+
+def write(image: Image.Image, path: Path, **options: object) -> np.ndarray:
+    image.save(path, **options)  # type: ignore[arg-type]
+    return decode_image(path, LIMIT)
+
+
+def test_grey_one_bit_and_palette(tmp_path: Path) -> None:
+    ramp = Image.fromarray(grey_ramp())
+    np.testing.assert_array_equal(write(ramp, tmp_path / "grey.png")[..., 1], grey_ramp())
+    bits = write(ramp.convert("1", dither=Image.Dither.NONE), tmp_path / "bits.png")
+    np.testing.assert_array_equal(bits[..., 0], np.where(grey_ramp() > 127, 255, 0))
+    colours = Image.fromarray(make.paint(77)).quantize(4)
+    assert make.read_index(write(colours, tmp_path / "palette.png")) == 77
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_are_scaled(suffix: str, tmp_path: Path) -> None:
+    ramp = grey_ramp()
+    deep = Image.fromarray(ramp.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(write(deep, tmp_path / f"deep{suffix}")[..., 2], ramp)
+    np.testing.assert_array_equal(
+        write(Image.fromarray(ramp.astype(np.int32) * 257), tmp_path / "int.tif")[..., 0], ramp
+    )
+    np.testing.assert_array_equal(
+        write(Image.fromarray(ramp.astype(np.float32) / 255), tmp_path / "float.tif")[..., 0], ramp
+    )
+
+
+def test_alpha_lies_over_white(tmp_path: Path) -> None:
+    rgba = np.zeros((4, 256, 4), dtype=np.uint8)
+    rgba[..., 3] = grey_ramp()
+    np.testing.assert_array_equal(write(Image.fromarray(rgba), tmp_path / "rgba.png")[..., 0], 255 - grey_ramp())
+    grey = Image.fromarray(rgba[..., 2:], mode=None).convert("LA")
+    np.testing.assert_array_equal(write(grey, tmp_path / "la.png")[..., 0], 255 - grey_ramp())
+    see_through = Image.new("P", (8, 8), 1)
+    see_through.putpalette([9, 9, 9, 200, 0, 0])
+    assert (write(see_through, tmp_path / "p.png", transparency=1) == 255).all()
+    assert (write(see_through, tmp_path / "bytes.png", transparency=bytes([255, 0])) == 255).all()
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    red = write(Image.new("RGB", (16, 16), (255, 0, 0)).convert("CMYK"), tmp_path / "cmyk.jpg", quality=95)
+    assert abs(red.astype(int) - (255, 0, 0)).max() <= 4
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"alpha": True}, {"exif": True}, {"animated": True}])
+def test_webp_headers_say_what_pillow_says(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.fromarray(make.paint(3, height=33, width=101))
+    extra: dict[str, object] = {"lossless": options.get("lossless", False)}
+    if "alpha" in options:
+        picture.putalpha(Image.new("L", picture.size, 90))
+    if "exif" in options:
+        extra["exif"] = Image.Exif()
+        extra["exif"][0x0112] = 6
+    if "animated" in options:
+        extra |= {"save_all": True, "append_images": [Image.fromarray(make.paint(9, height=33, width=101))]}
+    file = io.BytesIO()
+    picture.save(file, "WEBP", **extra)
+    upright = (101, 33) if "exif" in options else (33, 101)
+    opened = []
+    monkeypatch.setattr(
+        Image, "open", lambda *_, original=Image.open, **words: opened.append(1) or original(*_, **words)
+    )
+    header = read_header(file, LIMIT)
+    assert (header.height, header.width) == upright
+    assert bool(opened) == ("exif" in options)
+    assert decode_image(file, LIMIT).shape[:2] == upright
+
+
+def test_a_header_that_lies_sizes_nothing() -> None:
+    file = io.BytesIO()
+    Image.new("L", (64, 48)).save(file, "JPEG")
+    lying = bytearray(file.getvalue())
+    at = lying.index(b"\xff\xc0") + 5
+    assert lying[at : at + 4] == bytes([0, 48, 0, 64])
+    lying[at] = 0x40  # 16432 rows of 64 pixels, in a few hundred bytes
+    header = read_header(io.BytesIO(lying), LIMIT)
+    assert (header.height, header.width) == (0, 0)
+    with pytest.raises(SourceError, match=r"promises 64x16432 pixels, which \d+ bytes cannot hold"):
+        decode_image(io.BytesIO(lying), LIMIT)
+
+
+def test_sides_are_limited() -> None:
+    file = io.BytesIO()
+    Image.new("1", (70_000, 1)).save(file, "PNG")
+    assert read_header(file, LIMIT).width == 0
+    with pytest.raises(SourceError, match="at most 65535 a side"):
+        decode_image(file, LIMIT)
+
+
+def test_the_densest_pictures_there_are_can_be_read() -> None:
+    for kind, options in (("PNG", {"optimize": True}), ("JPEG", {"quality": 1, "progressive": True, "optimize": True})):
+        file = io.BytesIO()
+        Image.new("1" if kind == "PNG" else "L", (8000, 8000)).save(file, kind, **options)
+        assert decode_image(file, LIMIT).shape == (8000, 8000, 3)
+        assert read_header(file, LIMIT).width == 8000

@@ -1,0 +1,88 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from depthmill.pipeline import store as stores
+from depthmill.pipeline.errors import StoreError, StoreMismatchError
+from depthmill.pipeline.store import Layout
+from depthmill.pipeline.types import Segment
+from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, write
+
+
+def test_resume_goes_on_where_it_stopped(store):
+    write(store, Segment("video", 8, 16))
+    again = stores.create(store.uri, LAYOUT, dict(reversed(IDENTITY.items())))
+    again.add(VIDEO, IMAGES)
+    assert again.pending("video") == [Segment("video", 0, 8), Segment("video", 16, 18)]
+    assert again.segments("video") == [Segment("video", 0, 8), Segment("video", 8, 16), Segment("video", 16, 18)]
+    assert again.layout == LAYOUT
+    assert again.identity == IDENTITY
+    assert again.sources() == ["images", "video"]
+
+
+def test_a_store_of_another_run_is_refused_naming_every_difference(store):
+    before = files(store.uri)
+    other = {"checkpoint": {"id": "demo", "sha256": "bb"}, "dtype": "bf16"}
+    with pytest.raises(StoreMismatchError) as caught:
+        stores.create(store.uri, Layout(shard_frames=2, segment_frames=8), other)
+    message = str(caught.value)
+    assert 'identity.checkpoint.sha256: "aa" there, "bb" now' in message
+    assert "identity.processing_resolution: 768 there, absent now" in message
+    assert 'identity.dtype: absent there, "bf16" now' in message
+    assert "layout.shard_frames: 4 there, 2 now" in message
+    assert "identity.checkpoint.id" not in message
+    assert "--overwrite" in message
+    assert files(store.uri) == before
+
+
+def test_a_source_that_changed_is_refused(store):
+    again = stores.open_store(store.uri)
+    changed = dataclasses.replace(VIDEO, fingerprint="f9", frames=19, time_s=np.arange(19) / 10)
+    with pytest.raises(StoreMismatchError) as caught:
+        again.add(changed)
+    assert 'fingerprint: "f1" there, "f9" now' in str(caught.value)
+    assert "frames: 18 there, 19 now" in str(caught.value)
+    assert VIDEO.uri in str(caught.value)
+
+
+def test_overwrite_starts_anew(store, tmp_path):
+    write(store, Segment("video", 0, 8))
+    stores.write_failures(store)
+    (Path(store.uri) / "notes.txt").write_text("mine")
+    new = stores.create(store.uri, Layout(), {"other": 1}, overwrite=True)
+    assert new.sources() == []
+    expected = stores.create(tmp_path / "fresh", Layout(), {"other": 1})
+    assert files(new.uri) == {**files(expected.uri), "notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_no_depthmill_store_is_never_touched(tmp_path, overwrite):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_text("dear")
+    zarr.create_group(tmp_path / "other.zarr", attributes={"theirs": 1})
+    (tmp_path / "file").write_text("dear")
+    before = files(tmp_path)
+    for name, message in [("photos", "holiday.jpg"), ("other.zarr", "no depthmill store"), ("file", "is a file")]:
+        with pytest.raises(StoreError, match=message):
+            stores.create(tmp_path / name, LAYOUT, IDENTITY, overwrite=overwrite)
+    assert files(tmp_path) == before
+
+
+def test_opening_what_is_not_there(tmp_path, store):
+    with pytest.raises(StoreError, match="is no depthmill store"):
+        stores.open_store(tmp_path / "nothing")
+    root = json.loads((Path(store.uri) / "zarr.json").read_text())
+    root["attributes"]["depthmill"]["format"] = 99
+    (Path(store.uri) / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(StoreError, match="store format 99"):
+        stores.open_store(store.uri)
+
+
+def test_source_ids_are_group_names(store):
+    for bad in ("a/b", "", "..", ".hidden", "zarr.json"):
+        with pytest.raises(StoreError, match="cannot name a group"):
+            store.add(dataclasses.replace(VIDEO, id=bad))

@@ -1,0 +1,44 @@
+import json
+
+from depthmill.pipeline import store as stores
+from depthmill.pipeline.store.inspect import as_text, inspect
+from depthmill.pipeline.types import Failure, Segment
+from depthmill.tests.pipeline.store.samples import IDENTITY, VIDEO, files, labels, write
+
+
+def test_counts_sizes_and_reasons_are_those_of_the_files(store):
+    write(store, Segment("video", 8, 16))
+    writer = store.writer(Segment("images", 0, 5))
+    for index in range(5):
+        if index == 2:
+            writer.put(index, *labels(index))
+        else:
+            writer.fail(index, "truncated" if index else "no picture")
+    writer.commit()
+    stores.write_failures(store, [Failure("/in/none.mp4", None, None, "no such file")])
+    store.write_file("run.json", json.dumps({"frames_per_s": 12.5, "seconds": 4, "device": "cpu"}).encode())
+    found = inspect(stores.open_store(store.uri))
+    images, video = found.sources
+    assert (video.labelled, video.failed, video.pending, video.frames) == (8, 0, 10, 18)
+    assert (images.labelled, images.failed, images.pending, images.frames) == (1, 4, 0, 5)
+    assert (found.labelled, found.failed, found.pending, found.frames) == (9, 4, 10, 23)
+    assert found.kinds == {"images": 1, "video": 1}
+    assert found.failures == {"truncated": 3, "no picture": 1}
+    assert found.unopened == {"no such file": 1}
+    assert found.identity == IDENTITY
+    there = files(store.uri)
+    assert found.bytes == sum(map(len, there.values()))
+    assert video.bytes == sum(len(data) for key, data in there.items() if key.startswith("video/"))
+    assert found.bytes_per_frame == (video.bytes + images.bytes) / 13
+    assert json.loads(json.dumps(found.document()))["sources"][1]["uri"] == VIDEO.uri
+    text = as_text(found)
+    assert "23: 9 labelled, 4 failed, 10 pending" in text
+    assert "12.50 frames/s (cpu)" in text
+    assert "3 x truncated" in text
+    assert "and 1 more: --json" in as_text(found, most=1)
+
+
+def test_a_store_in_which_nothing_has_been_done(tmp_path):
+    found = inspect(stores.create(tmp_path / "s", stores.Layout(), {}))
+    assert (found.frames, found.bytes_per_frame, found.sources, found.run) == (0, 0, (), {})
+    assert "frames       0" in as_text(found)

@@ -1,0 +1,70 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+import depthmill
+from depthmill.pipeline import store as stores
+from depthmill.pipeline.errors import ConfigError
+from depthmill.pipeline.store import Layout
+from depthmill.pipeline.types import CORPUS_PICTURES, Segment
+from depthmill.tests.pipeline.store.samples import IMAGES, files, labels
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segment_frames": 20}, r"segment_frames is 20: give a multiple of shard_frames \(16\)"),
+        ({"segment_frames": 0}, "segment_frames is 0"),
+        ({"corpus_segment_frames": 40}, "corpus_segment_frames is 40"),
+        ({"shard_frames": 0}, "shard_frames is 0"),
+        ({"labels": ()}, r"labels is \[\]"),
+        ({"labels": ("depth", "depth")}, "each once"),
+        ({"labels": ("colour",)}, "one or more of"),
+        ({"normals_dtype": "int4"}, "normals_dtype is 'int4'"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Layout(**options)
+
+
+def test_huge_pictures_get_shards_that_fit_in_memory():
+    layout = Layout()
+    assert layout.frames_per_shard(576, 768) == 16
+    assert layout.frames_per_segment({"kind": "video", "frames": 9999, "size": [576, 768]}) == 64
+    assert layout.frames_per_shard(2160, 3840) == 4
+    assert layout.frames_per_shard(8000, 6250) == 1
+    assert layout.frames_per_segment({"kind": "images", "frames": 5, "size": [8000, 6250]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "frames", "size", "expected"),
+    [
+        ("images", CORPUS_PICTURES, [576, 768], 2048),
+        ("images", CORPUS_PICTURES, [8000, 6250], 2048),
+        ("images", CORPUS_PICTURES - 1, [576, 768], 64),
+        ("webdataset", 10, [576, 768], 2048),
+        ("parquet", 10, [576, 768], 2048),
+        ("video", 10_000, [576, 768], 64),
+    ],
+)
+def test_a_corpus_has_segments_of_its_own(kind, frames, size, expected):
+    source = {"kind": kind, "frames": frames, "size": size}
+    assert Layout(corpus_segment_frames=2048).frames_per_segment(source) == expected
+    assert Layout().frames_per_segment(source) == 64 // (16 // Layout().frames_per_shard(*size))
+
+
+def test_huge_pictures_are_written_in_small_shards(tmp_path):
+    layout = Layout()
+    store = stores.create(tmp_path / "s", layout, {})
+    store.add(dataclasses.replace(IMAGES, height=8000, width=6250))
+    first, second = store.segments("images")
+    assert (first, second) == (Segment("images", 0, 4), Segment("images", 4, 5))
+    writer = store.writer(second)
+    writer.put(4, *labels(4, 100, 6250))
+    writer.commit()
+    assert store.pending("images") == [first]
+    dataset = depthmill.open(store.uri)["images"]
+    assert np.abs(dataset["depth"][4, :100].values - labels(4, 100, 6250)[0]).max() <= 1e-4
+    assert sum(map(len, files(store.uri).values())) < 4e6, "the empty canvas costs next to nothing"

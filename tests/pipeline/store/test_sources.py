@@ -1,0 +1,129 @@
+import dataclasses
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+import depthmill
+from depthmill.pipeline import store as stores
+from depthmill.pipeline.errors import StoreError, StoreMismatchError
+from depthmill.pipeline.store import Progress
+from depthmill.pipeline.types import Segment
+from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels, write
+
+
+def test_what_a_worker_adds_and_commits_is_never_invisible(store, tmp_path):
+    """The driver may be killed before it publishes."""
+    worker = stores.open_store(store.uri)
+    root = files(store.uri)["zarr.json"]
+    new = dataclasses.replace(IMAGES, id="new", uri="/in/new")
+    worker.add_source(new)
+    write(worker, Segment("new", 0, 5))
+    assert files(store.uri)["zarr.json"] == root
+    other_worker = stores.open_store(store.uri)
+    assert other_worker.pending("new") == []
+    fresh = stores.open_store(store.uri)
+    assert fresh.sources() == ["images", "new", "video"]
+    dataset = depthmill.open(store.uri)["new"]
+    assert dataset["key"].values.tolist() == list(IMAGES.keys)
+    assert np.abs(dataset["depth"][2].values - labels(2)[0]).max() <= 1e-4
+    store.publish(["new", "video"])
+    assert "new" in dict(zarr.open_group(store.uri, mode="r").groups())
+    other = stores.create(tmp_path / "other", LAYOUT, IDENTITY)
+    other.add(new, IMAGES, VIDEO)
+    write(other, Segment("new", 0, 5))
+    assert files(store.uri) == files(other.uri), "the order of adding and publishing is not to be seen"
+
+
+def test_a_source_without_its_groups_document_is_none(store):
+    """What a killed add leaves; whoever adds the source next overwrites it."""
+    new = dataclasses.replace(IMAGES, id="new")
+    store.add_source(new)
+    whole = files(store.uri)
+    (Path(store.uri) / "new/zarr.json").unlink()
+    (Path(store.uri) / "new/key/c/0").write_bytes(b"half")
+    fresh = stores.open_store(store.uri)
+    assert fresh.sources() == ["images", "video"]
+    with pytest.raises(StoreError, match="no source 'new'"):
+        fresh.segments("new")
+    with pytest.raises(StoreError, match="no source 'new'"):
+        fresh.publish(["new"])
+    fresh.add_source(new)
+    assert files(store.uri) == whole
+
+
+def test_a_source_that_changed_is_refused_by_every_process(store):
+    worker = stores.open_store(store.uri)
+    store.add_source(dataclasses.replace(IMAGES, id="new"))
+    with pytest.raises(StoreMismatchError, match='fingerprint: "f2" there, "f9" now'):
+        worker.add_source(dataclasses.replace(IMAGES, id="new", fingerprint="f9"))
+
+
+def test_many_processes_may_add_the_same_sources(store):
+    sources = [dataclasses.replace(IMAGES, id=f"s{i}") for i in range(6)]
+    errors = []
+
+    def add():
+        try:
+            worker = stores.open_store(store.uri)
+            for source in sources:
+                worker.add_source(source)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    groups = {source.id: {} for source in sources}
+    for key, data in files(store.uri).items():
+        source_id, _, rest = key.partition("/")
+        if source_id in groups:
+            groups[source_id][rest] = data
+    assert all(group == groups["s0"] for group in groups.values())
+    assert len(groups["s0"]) == 9
+
+
+def test_publishing_keeps_what_it_does_not_know(store):
+    """Members of another version, and a root that another program wrote in its own way."""
+    path = Path(store.uri) / "zarr.json"
+    root = json.loads(path.read_text())
+    foreign = {"zarr_format": 3, "node_type": "group", "attributes": {"by": "someone"}}
+    root["consolidated_metadata"]["metadata"]["video/temporal"] = foreign
+    path.write_text(json.dumps(root, indent=1))
+    again = stores.open_store(store.uri)
+    assert again.sources() == ["images", "video"]
+    again.add(dataclasses.replace(IMAGES, id="new"))
+    members = json.loads(path.read_text())["consolidated_metadata"]["metadata"]
+    assert members.pop("video/temporal") == foreign
+    assert list(members) == sorted(members)
+    assert sum("/" not in name for name in members) == 3
+
+
+def test_progress(store):
+    write(store, Segment("video", 8, 16))
+    assert store.progress("video") == Progress(pending=((0, 1), (2, 3)), labelled=8, failed=0)
+    assert store.progress("images") == Progress(pending=((0, 1),), labelled=0, failed=0)
+    writer = store.writer(Segment("video", 16, 18))
+    writer.fail(16, "broken")
+    writer.put(17, *labels(17))
+    writer.commit()
+    assert store.progress("video") == Progress(pending=((0, 1),), labelled=9, failed=1)
+    write(store, Segment("video", 0, 8))
+    assert store.progress("video") == Progress(pending=(), labelled=17, failed=1)
+    assert store.failed_segments("video") == [(Segment("video", 16, 18), (16,))]
+    assert store.failed_segments("images") == []
+    assert store.segment_frames("video") == 8
+
+
+def test_a_store_without_sources_can_be_removed(store, tmp_path):
+    store.remove_if_empty()
+    assert store.sources() == ["images", "video"]
+    empty = stores.create(tmp_path / "empty", LAYOUT, IDENTITY)
+    empty.remove_if_empty()
+    assert not (tmp_path / "empty").exists()

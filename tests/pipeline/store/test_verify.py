@@ -1,0 +1,142 @@
+import dataclasses
+import json
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from depthmill.pipeline import store as stores
+from depthmill.pipeline.store.verify import verify
+from depthmill.pipeline.types import Segment
+from depthmill.tests.pipeline.store.samples import IMAGES, VIDEO, files, labels, write
+
+
+@pytest.fixture
+def done(store):
+    """All committed but the video's last segment; frames 1 and 3 of the pictures, and 8 to 12 of the video, failed."""
+    write(store, Segment("video", 0, 8))
+    for segment, failed in ((Segment("video", 8, 16), range(8, 12)), (Segment("images", 0, 5), (1, 3))):
+        writer = store.writer(segment)
+        for index in range(segment.start, segment.stop):
+            if index in failed:
+                writer.fail(index, "broken")
+            else:
+                writer.put(index, *labels(index))
+        writer.commit()
+    return store
+
+
+def test_a_sound_store_is_found_sound(done):
+    before = files(done.uri)
+    report = verify(done, repair=True)
+    assert report.damage == ()
+    assert (report.sources, report.segments, report.unchecked) == (2, 3, 0)
+    # Shards of depth and normals: 2 + 1 (the failed one has none) + 2; reasons where there are some; size, checksum,
+    # status.
+    assert report.files == 2 * (2 + 1 + 2) + 2 + 1 + 3 + 3
+    assert report.bytes == sum(
+        len(data) for key, data in before.items() if "/c/" in key and key.split("/")[1] not in ("time", "key")
+    )
+    assert files(done.uri) == before
+
+
+def flip(data):
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+
+
+CASES = [
+    ("video/depth/c/1/0/0", None, "is missing", (4, 8)),
+    ("video/normals/c/0/0/0/0", lambda data: data[:-7], "bytes; .* were written", (0, 4)),
+    ("video/depth/c/3/0/0", flip, "its checksum differs", (12, 16)),
+    ("video/depth/c/2/0/0", lambda data: b"something", "was not there when its segment was committed", (8, 12)),
+    ("video/reason/c/1", flip, "its checksum differs", (8, 16)),
+    ("images/size/c/0/0", None, "is missing", (0, 5)),
+    ("video/checksum/c/0/0", None, "is missing", (0, 8)),
+    ("video/checksum/c/0/0", lambda data: data[:10], "cannot be decoded", (0, 8)),
+    ("video/status/c/1", lambda data: b"\0\0", "cannot be decoded", (8, 16)),
+]
+
+
+@pytest.mark.parametrize(("key", "change", "reason", "frames"), CASES, ids=lambda value: str(value)[:24])
+def test_damage_is_named_and_repair_uncommits_its_segment(done, tmp_path, key, change, reason, frames):
+    before = files(done.uri)
+    path = Path(done.uri) / key
+    data = change(path.read_bytes() if path.exists() else b"") if change else None
+    path.unlink(missing_ok=True)
+    if data is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (damage,) = verify(done).damage
+    assert (damage.file, (damage.start, damage.stop), damage.repaired) == (key, frames, False)
+    assert re.search(reason, damage.reason)
+    (damage,) = verify(done, repair=True).damage
+    assert damage.repaired
+    assert verify(done).damage == ()
+    (segment,) = set(done.pending(damage.source_id)) - {Segment("video", 16, 18)}
+    assert segment.start <= damage.start < damage.stop <= segment.stop
+    failed = {"video": range(8, 12), "images": (1, 3)}[segment.source_id]
+    writer = done.writer(segment)
+    for index in range(segment.start, segment.stop):
+        if index in failed:
+            writer.fail(index, "broken")
+        else:
+            writer.put(index, *labels(index))
+    writer.commit()
+    assert files(done.uri) == before, "the rerun leaves the bytes of a store that was never damaged"
+
+
+def test_a_status_that_changed_its_mind_is_found(done):
+    array = done.array("video", "status")
+    status = array[:]
+    status[9] = 1
+    array[8:16] = status[8:16]
+    (damage,) = verify(done).damage
+    assert damage.file == "video/status/c/1"
+    assert "does not agree" in damage.reason
+
+
+def test_metadata_is_written_anew_and_lost_times_are_told(done):
+    before = files(done.uri)
+    (Path(done.uri) / "video/depth/zarr.json").unlink()
+    (Path(done.uri) / "images/zarr.json").write_text("{")
+    assert [damage.file for damage in verify(done, repair=True).damage] == ["images/zarr.json", "video/depth/zarr.json"]
+    assert files(done.uri) == before
+    (Path(done.uri) / "video/time/c/0").unlink()
+    (damage,) = verify(done, repair=True).damage
+    assert (damage.file, damage.reason, damage.repaired) == ("video/time/c/0", "lacks values", False)
+
+
+def test_a_store_without_checksums_is_checked_as_far_as_can_be(store):
+    """One of an earlier version, whose root names no checksums; more is committed into it as it was then."""
+    path = Path(store.uri)
+    root = json.loads((path / "zarr.json").read_text())
+    members = root["consolidated_metadata"]["metadata"]
+    for source_id in ("video", "images"):
+        del members[f"{source_id}/checksum"]
+        (path / source_id / "checksum/zarr.json").unlink()
+        (path / source_id / "checksum").rmdir()
+    (path / "zarr.json").write_text(json.dumps(root, indent=1))
+    old = stores.open_store(path)
+    for segment in old.segments("video"):
+        write(old, segment)
+    assert not [key for key in files(path) if "checksum" in key]
+    old.add(dataclasses.replace(IMAGES, id="more"), VIDEO)
+    old = stores.open_store(path)
+    write(old, Segment("more", 0, 5))
+    report = verify(old)
+    assert (report.segments, report.unchecked, report.damage) == (4, 3, ())
+    (path / "video/depth/c/1/0/0").unlink()
+    shard = path / "video/normals/c/2/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:-20])
+    assert [(damage.file, damage.reason.split(":")[0]) for damage in verify(old).damage] == [
+        ("video/depth/c/1/0/0", "is missing"),
+        ("video/normals/c/2/0/0/0", "cannot be decoded"),
+    ]
+
+
+def test_checksums_can_be_checked_without_us(done):
+    key = "video/depth/c/1/0/0"
+    data = (Path(done.uri) / key).read_bytes()
+    assert np.asarray(done.array("video", "checksum")[0, 1]) == len(data) << 32 | zlib.crc32(data)

@@ -1,0 +1,126 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray
+import zarr
+
+import depthmill
+from depthmill.pipeline import store as stores
+from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Failure, Segment
+from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels, write
+
+
+def test_the_order_of_rows_does_not_change_a_byte(store, tmp_path):
+    other = stores.create(tmp_path / "other", LAYOUT, IDENTITY)
+    other.add(IMAGES)  # nor does the order of sources
+    other.add(VIDEO)
+    for segment in store.segments("video"):
+        write(store, segment)
+    for segment in reversed(other.segments("video")):
+        writer = other.writer(segment)
+        for index in np.random.default_rng(0).permutation(range(segment.start, segment.stop)).tolist():
+            writer.put(index, *labels(index))
+        writer.commit()
+    assert files(store.uri) == files(other.uri)
+
+
+def test_a_shard_is_written_as_soon_as_it_is_full_and_then_let_go(store):
+    writer = store.writer(Segment("video", 0, 8))
+    for index in (3, 1, 0):
+        writer.put(index, *labels(index))
+    shards = Path(store.uri) / "video" / "depth" / "c"
+    assert not shards.exists()
+    assert writer.waiting_bytes == 3 * 24 * 32 * (2 + 3)
+    writer.put(2, *labels(2))
+    writer._finish_writing()
+    assert [path.name for path in shards.iterdir()] == ["0"]
+    assert writer._rows == {}
+    assert writer.waiting_bytes == 0
+    assert store.status("video").max() == PENDING, "not committed yet"
+
+
+def test_no_two_segments_share_a_file(store):
+    written = []
+    for segment in store.segments("video"):
+        before = files(store.uri)
+        write(store, segment)
+        written.append(files(store.uri).keys() - before.keys())
+        assert files(store.uri).items() >= before.items()
+    assert sum(map(len, written)) == len(set.union(*map(set, written)))
+
+
+def test_failed_frames_keep_their_reason(store):
+    (segment,) = store.segments("images")
+    writer = store.writer(segment)
+    for index in range(5):
+        if index in (1, 3):
+            writer.fail(index, f"picture {index} is öken")
+        else:
+            writer.put(index, *labels(index))
+    assert store.failures() == []
+    writer.commit()
+    assert store.failures() == [
+        Failure("/in/images", "images", 1, "picture 1 is öken"),
+        Failure("/in/images", "images", 3, "picture 3 is öken"),
+    ]
+    assert store.status("images").tolist() == [LABELLED, FAILED, LABELLED, FAILED, LABELLED]
+    dataset = depthmill.open(store.uri)["images"]
+    assert np.isnan(dataset["depth"][1].values).all()
+    assert dataset["reason"].values.tolist() == ["", "picture 1 is öken", "", "picture 3 is öken", ""]
+    path = Path(stores.write_failures(store, [Failure("/in/a.mp4", None, None, "no such file")]))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["uri"], line["frame"]) for line in lines] == [
+        ("/in/a.mp4", None),
+        ("/in/images", 1),
+        ("/in/images", 3),
+    ]
+    # What is no part of the hierarchy does not disturb its readers (a warning is an error here).
+    (Path(store.uri) / "run.json").write_text("{}")
+    xarray.open_datatree(store.uri, engine="zarr")
+    assert dict(zarr.open_group(store.uri, mode="r").groups()).keys() == {"images", "video"}
+
+
+def test_a_shard_that_could_not_be_written_is_not_committed(store, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    segment = Segment("video", 16, 18)
+    writer = store.writer(segment)
+    with monkeypatch.context() as patch:
+        patch.setattr("depthmill.pipeline.store.files.write_atomically", full)
+        for index in (16, 17):
+            writer.put(index, *labels(index))
+        with pytest.raises(StoreError, match=r"video/depth/c/4/0/0 cannot be written: No space left"):
+            writer.commit()
+    assert segment in store.pending("video")
+    write(store, segment)
+    assert segment not in store.pending("video")
+
+
+def test_misuse_is_refused(store):
+    writer = store.writer(Segment("video", 8, 16))
+    depth, normals = labels(0)
+    with pytest.raises(StoreError, match=r"frame 3 is not in video\[8:16\]"):
+        writer.put(3, depth, normals)
+    with pytest.raises(StoreError, match="has no normals"):
+        writer.put(8, depth, None)
+    with pytest.raises(StoreError, match=r"depth of frame 8 of video\[8:16\] is \(23, 32\), not \(24, 32\)"):
+        writer.put(8, depth[1:], normals)
+    writer.put(8, depth, normals)
+    with pytest.raises(StoreError, match=r"frame 8 of .* was given twice"):
+        writer.fail(8, "again")
+    with pytest.raises(StoreError, match=r"frames \[9, 10, 11, 12, 13, 14, 15\] were never given"):
+        writer.commit()
+    images = store.writer(Segment("images", 0, 5))
+    with pytest.raises(StoreError, match=r"not at most \(24, 32\)"):
+        images.put(0, *labels(0, 25, 32))
+    with pytest.raises(StoreError, match="different sizes"):
+        images.put(0, labels(0, 10, 10)[0], labels(0, 10, 11)[1])
+    for segment in (Segment("video", 0, 4), Segment("video", 16, 24)):
+        with pytest.raises(StoreError, match="is no segment of"):
+            store.writer(segment)
+    with pytest.raises(StoreError, match=r"no source 'nobody'; it has \['images', 'video'\]"):
+        store.segments("nobody")

@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+
+import depthmill
+from depthmill.pipeline import store as stores
+from depthmill.pipeline.model.labeler import Labeler
+from depthmill.pipeline.stages import label_segment, try_segment
+from depthmill.pipeline.store import Layout
+from depthmill.pipeline.types import FAILED, LABELLED, Frame, Source
+from depthmill.tests.pipeline.store.samples import files
+
+SIZES = [(40, 60), (60, 40), (39, 60), (30, 30), (41, 60), (60, 41), (40, 51), (40, 60), (33, 33), (39, 60), (40, 52)]
+
+
+class Pictures:
+    """A source in memory; reading a frame of `deadly` ends the process, so to speak."""
+
+    def __init__(self, broken=(), deadly=(), kind="images"):
+        draw = np.random.default_rng(0)
+        self.images = [draw.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
+        self.broken, self.deadly, self.kind = dict(broken), deadly, kind
+
+    def probe(self):
+        keys = tuple(f"{i}.png" for i in range(len(SIZES)))
+        return Source("pictures", "/pictures", self.kind, len(SIZES), 60, 60, None, "f", keys=keys)
+
+    def read(self, start, stop):
+        for index in range(start, stop):
+            assert index not in self.deadly, "the process is gone"
+            image = None if index in self.broken else self.images[index]
+            yield Frame(index, image, self.broken.get(index, ""))
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def labeler(checkpoints):
+    return Labeler.from_pretrained(checkpoints / "depth", checkpoints / "normals", device="cpu", batch_size=3)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = stores.create(tmp_path / "labels.zarr", Layout(shard_frames=4, segment_frames=12), {})
+    store.add(Pictures().probe())
+    return store
+
+
+def run(source, store, labeler, **options):
+    return label_segment(source, store.segments("pictures")[0], labeler, store, **options)
+
+
+def company(labeler, monkeypatch):
+    """Which frames the labeler is given together, from now on."""
+    label, batches = labeler.label, []
+
+    def watched(frames, keys, **options):
+        batches.append([int(key.removeprefix("pictures/")) for key in keys])
+        return label(frames, keys, **options)
+
+    monkeypatch.setattr(labeler, "label", watched)
+    return batches
+
+
+def row(store, index):
+    """The depth of one row, as stored, without the canvas around it."""
+    height, width = SIZES[index]
+    return depthmill.open(store.uri)["pictures"]["depth"][index, :height, :width].values
+
+
+def test_frames_meet_by_shape_and_rows_stay_in_order(labeler, store, monkeypatch):
+    alone = [labeler(image[None]).depth[0] for image in Pictures().images]
+    batches = company(labeler, monkeypatch)
+    report = run(Pictures(), store, labeler)
+    assert batches == [[0, 2, 4], [1, 5], [3, 8], [6], [7, 9], [10]]
+    assert (report.labelled, report.failed, report.batches, report.slots) == (11, 0, 6, 18)
+    assert report.label_s > 0
+    assert report.bytes > 0
+    for index, depth in enumerate(alone):
+        assert np.abs(row(store, index) - depth).max() <= 2e-4
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_corpus_is_seen_at_rounded_aspect_ratios(labeler, store, monkeypatch, kind):
+    expected = [labeler.label([image], rounded=True)[0].depth[0] for image in Pictures().images]
+    batches = company(labeler, monkeypatch)
+    try_segment(Pictures(kind=kind), store.segments("pictures")[0], labeler)
+    assert batches == [[0, 2, 4], [1, 5], [3, 8], [6, 10], [7, 9]]
+    run(Pictures(kind=kind), store, labeler)
+    for index, depth in enumerate(expected):
+        assert np.abs(row(store, index) - depth).max() <= 2e-4
+
+
+def test_frames_to_be_skipped_are_as_if_they_could_not_be_read(labeler, tmp_path, monkeypatch):
+    reasons = {2: "it kills the decoder", 3: "so does it"}
+    written, met = [], []
+    for name, source, skip in (("a", Pictures(broken=reasons), {}), ("b", Pictures(deadly=reasons), reasons)):
+        store = stores.create(tmp_path / name, Layout(shard_frames=4, segment_frames=12), {})
+        store.add(source.probe())
+        with monkeypatch.context() as patch:
+            met.append(company(labeler, patch))
+            report = run(source, store, labeler, skip=skip)
+        assert (report.labelled, report.failed) == (9, 2)
+        assert report.reasons == {"it kills the decoder": 1, "so does it": 1}
+        written.append(files(store.uri))
+    assert met[0] == met[1] == [[0, 4, 7], [1, 5], [6], [8], [9], [10]]
+    assert written[0] == written[1]
+
+
+def test_frames_of_a_committed_segment_are_done_again_alone(labeler, store, monkeypatch):
+    run(Pictures(broken={1: "gone", 6: "gone"}), store, labeler)
+    before = [row(store, index) for index in (0, 2, 10)]
+    expected = labeler(Pictures().images[1][None]).depth[0]
+    batches = company(labeler, monkeypatch)
+    report = run(Pictures(broken={6: "still gone"}, deadly=(0, 2, 5, 7)), store, labeler, only=[1, 6])
+    assert (report.labelled, report.failed, batches) == (1, 1, [[1]])
+    assert store.status("pictures").tolist() == [LABELLED] * 6 + [FAILED] + [LABELLED] * 4
+    assert [failure.reason for failure in store.failures()] == ["still gone"]
+    assert np.abs(row(store, 1) - expected).max() <= 2e-4
+    assert all(np.array_equal(row(store, index), old) for index, old in zip((0, 2, 10), before, strict=True))
+
+
+def test_trying_writes_nothing_and_fails_as_labelling_does(labeler, store, monkeypatch):
+    segment, before = store.segments("pictures")[0], files(store.uri)
+    batches = company(labeler, monkeypatch)
+    try_segment(Pictures(broken={3: "no picture"}), segment, labeler)
+    assert batches == [[0, 2, 4], [1, 5], [6], [7, 9], [8], [10]]
+    with pytest.raises(AssertionError, match="the process is gone"):
+        try_segment(Pictures(deadly=[9]), segment, labeler)
+    assert files(store.uri) == before

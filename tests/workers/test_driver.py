@@ -1,0 +1,225 @@
+"""The driver against simulated workers: whatever happens to them, each frame ends labelled or listed, and runs end."""
+
+import random
+
+import pytest
+
+from depthmill.pipeline.errors import CheckpointError, RunStoppedError, SourceError, StoreFullError
+from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
+
+
+def all_frames(ledger):
+    return {(uri, frame) for uri, (frames, _) in ledger.sources.items() for frame in range(frames)}
+
+
+def check(ledger, bad):
+    """Every frame is labelled, but the bad ones, which are listed."""
+    assert set(ledger.failed) == set(bad)
+    assert set(ledger.labelled) == all_frames(ledger) - set(bad)
+    assert sorted(ledger.published) == sorted(ledger.sources)
+
+
+def test_all_is_labelled_once_and_the_workers_share_the_work():
+    ledger = Ledger({"a": (1000, 10), "b": (7, 10), "c": (300, 10)})
+    pool = SimulatedPool(lambda: 4, labels(ledger))
+    driver = drive(pool, ledger)
+    check(ledger, {})
+    assert set(ledger.labelled.values()) == {1}
+    assert driver.standing.counts.total == driver.standing.counts.done == 1307
+    assert sum(kind == "labeler" for kind in pool.kinds.values()) == 4
+    assert pool.clock_s < 1307 * 0.1 / 4 * 1.1 + 2
+
+
+def test_labelling_starts_before_the_last_source_is_probed():
+    ledger = Ledger({f"s{i:03}": (20, 10) for i in range(200)})
+    seen = []
+    behave = labels(ledger)
+
+    def note(pool, worker, method, argument):
+        seen.append(method)
+        return behave(pool, worker, method, argument)
+
+    pool = SimulatedPool(lambda: 2, note, load_s=0.1)
+    drive(pool, ledger)
+    check(ledger, {})
+    last_probe = len(seen) - 1 - seen[::-1].index("probe")
+    assert "label" in seen[:last_probe]
+
+
+@pytest.mark.parametrize("outcome", ["die", "hang", RuntimeError("no luck")], ids=["dies", "hangs", "raises"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_bad_frames_are_found_and_the_rest_is_labelled(outcome, workers):
+    ledger = Ledger({"a": (100, 32), "b": (64, 32), "c": (5, 32)})
+    bad = {("a", 0): outcome, ("a", 37): outcome, ("a", 38): outcome, ("b", 63): outcome, ("c", 2): outcome}
+    drive(SimulatedPool(lambda: workers, labels(ledger, bad=bad)), ledger, frame_limit_s=1.0)
+    check(ledger, bad)
+    word = {"die": "dies of it", "hang": "time limit"}.get(outcome, "no luck")
+    assert all(word in reason for reason in ledger.failed.values())
+
+
+def test_many_bad_frames_in_a_row_end_too():
+    ledger = Ledger({"a": (256, 256)})
+    bad = {("a", frame): "die" for frame in range(50, 256)}
+    pool = SimulatedPool(lambda: 2, labels(ledger, bad=bad))
+    drive(pool, ledger)
+    assert set(bad) <= set(ledger.failed)
+    assert len(ledger.labelled) >= 40
+    assert set(ledger.labelled) | set(ledger.failed) == all_frames(ledger)
+    assert len(pool.kinds) < 150
+
+
+def test_a_single_failure_costs_no_frame():
+    ledger = Ledger({"a": (64, 16)})
+    behave, left = labels(ledger), [2]
+
+    def once(pool, worker, method, argument):
+        if method == "label" and argument.segment.start == 16 and left[0]:
+            left[0] -= 1
+            return 0.1, "die"
+        return behave(pool, worker, method, argument)
+
+    driver = drive(SimulatedPool(lambda: 2, once), ledger)
+    check(ledger, {})
+    assert driver.standing.deaths == 2
+    assert driver.standing.retries == 2
+
+
+def test_a_retry_goes_to_another_worker():
+    ledger = Ledger({"a": (640, 16)})
+    behave, tried = labels(ledger), []
+
+    def broken_machine(pool, worker, method, argument):
+        if method == "label" and argument.segment.start == 0:
+            tried.append(worker)
+            if len(tried) == 1:
+                return 0.1, RuntimeError("not here")
+        return behave(pool, worker, method, argument)
+
+    drive(SimulatedPool(lambda: 3, broken_machine), ledger)
+    check(ledger, {})
+    assert len(set(tried)) == 2
+
+
+def test_lost_machines_are_nobodys_fault_and_new_ones_are_used():
+    ledger = Ledger({"a": (6400, 16)})
+    room = [4]
+    chance = random.Random(3)
+    pool = SimulatedPool(lambda: room[0], labels(ledger))
+
+    def lose():
+        placed = [worker for worker in pool.placed & pool.alive if pool.kinds[worker] == "labeler"]
+        if placed:
+            pool.lose(chance.choice(placed))
+        pool.at(pool.clock_s + 3, lose)
+
+    pool.at(5, lose)
+    pool.at(20, lambda: room.__setitem__(0, 8))
+    drive(pool, ledger, attempts=2)
+    check(ledger, {})
+    assert len(pool.placed & pool.alive) >= 6
+
+
+def test_what_comes_is_used_when_more_is_asked_for():
+    ledger = Ledger({"a": (640, 16)})
+    pool = SimulatedPool(lambda: 2, labels(ledger))
+    drive(pool, ledger, workers=64)
+    check(ledger, {})
+    assert sum(kind == "labeler" for kind in pool.kinds.values()) <= 64
+
+
+def test_a_straggler_is_raced_and_not_waited_for():
+    ledger = Ledger({"a": (320, 16)})
+    behave = labels(ledger)
+
+    def one_slow_worker(pool, worker, method, argument):
+        seconds, answer = behave(pool, worker, method, argument)
+        return (seconds * 60 if method == "label" and argument.segment.start == 0 and worker < 3 else seconds), answer
+
+    pool = SimulatedPool(lambda: 4, one_slow_worker)
+    drive(pool, ledger)
+    assert set(ledger.labelled) == all_frames(ledger)
+    assert pool.clock_s < 30
+
+
+def test_inputs_that_cannot_be_opened_are_listed_and_the_rest_goes_on():
+    ledger = Ledger({"good": (40, 10), "bad": (1, 1), "kills": (1, 1), "hangs": (1, 1)})
+    bad = {"bad": SourceError("bad: no picture"), "kills": "die", "hangs": "hang"}
+    driver = drive(SimulatedPool(lambda: 2, labels(ledger, bad=bad)), ledger, frame_limit_s=1.0)
+    reasons = {failure.uri: failure.reason for failure in driver.failures}
+    assert reasons["bad"] == "bad: no picture"
+    assert "dies of it" in reasons["kills"]
+    assert "time limit" in reasons["hangs"]
+    assert len(ledger.labelled) == 40
+
+
+def test_workers_that_die_while_they_load_end_the_run():
+    ledger = Ledger({"a": (40, 10)})
+    pool = SimulatedPool(lambda: 2, labels(ledger))
+    place = pool._end_in
+    pool._end_in = lambda seconds, worker, outcome: place(seconds, worker, "die" if outcome == "simulated" else outcome)
+    with pytest.raises(RunStoppedError, match="while loading"):
+        drive(pool, ledger)
+
+
+def test_a_checkpoint_that_does_not_load_ends_the_run_with_its_reason():
+    ledger = Ledger({"a": (40, 10)})
+    pool = SimulatedPool(lambda: 2, labels(ledger))
+    place = pool._end_in
+
+    def end(seconds, worker, outcome):
+        broken = outcome == "simulated" and pool.kinds[worker] == "labeler"
+        place(seconds, worker, CheckpointError("no unet") if broken else outcome)
+
+    pool._end_in = end
+    with pytest.raises(CheckpointError, match="no unet"):
+        drive(pool, ledger)
+
+
+def test_a_full_disk_stops_the_run_and_says_what_it_takes():
+    ledger = Ledger({"a": (1000, 10)})
+    behave, calls = labels(ledger), [0]
+
+    def fills(pool, worker, method, argument):
+        calls[0] += method == "label"
+        if calls[0] > 20:
+            return 0.1, StoreFullError("labels.zarr: no space left")
+        seconds, answer = behave(pool, worker, method, argument)
+        if method == "label":
+            answer = type(answer)(**{**vars(answer), "bytes": 10 * 2**20 * answer.labelled})
+        return seconds, answer
+
+    with pytest.raises(RunStoppedError, match=r"no space left[\s\S]*800 frames left[\s\S]*7\.81 GiB"):
+        drive(SimulatedPool(lambda: 1, fills), ledger)
+
+
+def test_a_run_that_waits_says_for_what():
+    ledger = Ledger({"a": (40, 10)})
+    room = [0]
+    pool = SimulatedPool(lambda: room[0], labels(ledger))
+    pool.at(200, lambda: room.__setitem__(0, 1))
+    drive(pool, ledger, workers=2)
+    check(ledger, {})
+    assert len(ledger.said) == 3
+    assert "2 workers to start" in ledger.said[0]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_chaos(seed):
+    """Everything at once: bad frames, random deaths, lost machines, stragglers."""
+    chance = random.Random(seed)
+    ledger = Ledger({f"s{i}": (chance.randint(1, 200), chance.choice([8, 32, 64])) for i in range(12)})
+    everything = sorted(all_frames(ledger))
+    bad = {frame: chance.choice(["die", "hang", RuntimeError("x")]) for frame in chance.sample(everything, 6)}
+    room = [3]
+    pool = SimulatedPool(lambda: room[0], labels(ledger, bad=bad, seed=seed, sigma=0.5))
+
+    def shake():
+        placed = [worker for worker in pool.placed & pool.alive if pool.kinds[worker] == "labeler"]
+        if placed:
+            pool.lose(chance.choice(placed))
+        room[0] = chance.randint(1, 6)
+        pool.at(pool.clock_s + chance.expovariate(1 / 20), shake)
+
+    pool.at(3, shake)
+    drive(pool, ledger, frame_limit_s=1.0)
+    check(ledger, bad)

@@ -1,0 +1,161 @@
+"""The workers of a run: who is there, what each does and since when, and for how long they may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from depthmill.pipeline.stages import WorkerState
+from depthmill.workers.pool import Event, Kind, Pool
+
+
+class Item(Protocol):
+    """What a worker can be given to do."""
+
+    @property
+    def frames(self) -> int:
+        """How much of it there is, for the display."""
+        ...
+
+    def __str__(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a worker does.
+
+    Attributes:
+        item: That; None while it loads.
+        since_s: When it began.
+        limit_s: How long it may take.
+    """
+
+    item: Any
+    since_s: float
+    limit_s: float = float("inf")
+
+
+class Crew:
+    """The workers of one pool.
+
+    Attributes:
+        running: Worker -> what it does; the others are idle.
+        labelers: Those that label.
+        probers: Those that probe.
+        loading: Labelers that have not loaded yet.
+        idle: Labelers with nothing to do, in the order in which they became so.
+        idle_probers: Probers with nothing to do.
+        now_s: The time, as of the last wait.
+        deaths: Workers that died, or were ended for taking too long.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        """Nobody is there yet."""
+        self._pool = pool
+        self.running: dict[int, Running] = {}
+        self.labelers: set[int] = set()
+        self.probers: set[int] = set()
+        self.loading: set[int] = set()
+        self.idle: dict[int, None] = {}
+        self.idle_probers: list[int] = []
+        self.now_s = pool.now()
+        self.deaths = 0
+        self._ready_since: dict[int, float] = {}
+        self._ready_s = 0.0
+
+    @property
+    def ready(self) -> int:
+        """Labelers that have loaded."""
+        return len(self._ready_since)
+
+    @property
+    def ready_s(self) -> float:
+        """Seconds that labelers have been ready, added up."""
+        return self._ready_s + sum(self.now_s - since for since in self._ready_since.values())
+
+    def room(self) -> int:
+        """Labelers that there is room for, at least one."""
+        return max(1, self._pool.capacity())
+
+    def hire(self, kind: Kind) -> None:
+        """Ask for one more worker."""
+        worker = self._pool.start(kind)
+        self.running[worker] = Running(None, self.now_s)
+        if kind == "prober":
+            self.probers.add(worker)
+        else:
+            self.labelers.add(worker)
+            self.loading.add(worker)
+
+    def dismiss_idle_probers(self) -> None:
+        """End them: there is nothing left to probe."""
+        while self.idle_probers:
+            worker = self.idle_probers.pop()
+            self._pool.stop(worker)
+            self.probers.discard(worker)
+
+    def call(self, worker: int, item: Item, limit_s: float, method: str, argument: Any) -> None:
+        """Give an idle worker something to do."""
+        self.idle.pop(worker, None)
+        self.running[worker] = Running(item, self.now_s, limit_s)
+        self._pool.call(worker, method, argument)
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        """The events since the last time; waits until there is one, or the time is over."""
+        events = self._pool.wait(timeout_s)
+        self.now_s = self._pool.now()
+        return events
+
+    def ended(self, event: Event) -> Running | None:
+        """Take note of an event; what its worker did, None if that was nothing."""
+        worker = event.worker
+        running = self.running.pop(worker, None)
+        self.loading.discard(worker)
+        if event.died:
+            self.deaths += 1
+            self.labelers.discard(worker)
+            self.probers.discard(worker)
+            self.idle.pop(worker, None)
+            self._ready_s += self.now_s - self._ready_since.pop(worker, self.now_s)
+        elif worker in self.labelers:
+            self.idle[worker] = None
+            self._ready_since.setdefault(worker, self.now_s)
+        elif running is not None:
+            self.idle_probers.append(worker)
+        return running
+
+    def end_overdue(self) -> Iterator[Event]:
+        """End the workers that have taken too long, and say so of each."""
+        for worker, running in list(self.running.items()):
+            took_s = self.now_s - running.since_s
+            if took_s > running.limit_s:
+                self._pool.stop(worker)
+                error = TimeoutError(f"no answer for {took_s:.0f} s, at most {running.limit_s:.0f} s were allowed")
+                yield Event(worker, error=error, died=True)
+
+    def states(self, most: int) -> dict[str, WorkerState]:
+        """What the first few labelers do."""
+        return {f"worker {worker}": self._state(worker) for worker in sorted(self.labelers)[:most]}
+
+    def _state(self, worker: int) -> WorkerState:
+        """What it said last, unless that is older than its task: committed frames must not be counted twice."""
+        running = self.running.get(worker)
+        if running is None:
+            return WorkerState("idle")
+        if running.item is None:
+            return WorkerState("loading")
+        state = self._pool.state(worker)
+        doing = str(running.item)
+        return state if state.doing == doing else WorkerState(doing, 0, running.item.frames)
+
+    def waited_for(self, most: int) -> str:
+        """What the run waits for, in words."""
+        words = [f"{len(self.loading)} workers to start: is there room for them (CPUs, GPUs, memory)?"]
+        words = words if self.loading else []
+        for worker, running in sorted(self.running.items(), key=lambda one: one[1].since_s):
+            if running.item is not None:
+                took_s = self.now_s - running.since_s
+                words.append(f"worker {worker}, {running.item}: {took_s:.0f} of {running.limit_s:.0f} s")
+        more = [f"and {len(words) - most} more"] if len(words) > most else []
+        return "; ".join(words[:most] + more)

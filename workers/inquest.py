@@ -1,0 +1,140 @@
+"""The search for the frames that make a segment fail: halves of it are tried, down to single frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil, log2
+
+from depthmill.pipeline.plan import Task
+from depthmill.pipeline.types import Segment
+
+TOO_LONG = "it takes longer than its time limit (frame_limit_s)"
+DIED = "its worker dies of it"
+
+
+@dataclass
+class Inquest:
+    """One search.
+
+    Attributes:
+        task: The segment that fails.
+        frames: Its frames.
+        trials: How many have been held.
+        unheard: Trials without a verdict yet.
+        guilty: Frame -> what became of the worker that tried it.
+    """
+
+    task: Task
+    frames: Sequence[int]
+    trials: int = 0
+    unheard: int = 0
+    guilty: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def most_trials(self) -> int:
+        """Enough for a few culprits, wherever they are."""
+        return 16 + 8 * ceil(log2(len(self.frames) + 1))
+
+    @property
+    def verdict(self) -> Task | None:
+        """The task, to be labelled around the guilty frames; None as long as trials are unheard."""
+        if self.unheard:
+            return None
+        return replace(self.task, skip=tuple(sorted(self.guilty.items())), searched=True, attempts=0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Some frames of a suspect segment, to be read and labelled without being written.
+
+    Attributes:
+        inquest: Of what.
+        start: Position in `inquest.frames` of the first.
+        stop: Position behind the last.
+        attempts: How many have failed.
+        losses: How many ended with the worker's whole machine.
+        why: What was wrong with it before; "" if nothing was.
+    """
+
+    inquest: Inquest
+    start: int
+    stop: int
+    attempts: int = 0
+    losses: int = 0
+    why: str = ""
+
+    @property
+    def frames(self) -> int:
+        """Number of frames in it."""
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"searching {self.task}"
+
+    @property
+    def task(self) -> Task:
+        """What to try: all frames from the first to the last."""
+        whole, frames = self.inquest.task, self.inquest.frames
+        segment = Segment(whole.segment.source_id, frames[self.start], frames[self.stop - 1] + 1)
+        return Task(whole.uri, whole.fingerprint, segment)
+
+
+def open_inquest(task: Task, why: str) -> tuple[Inquest, list[Trial]]:
+    """Begin the search in a segment that has failed as a whole.
+
+    Args:
+        task: The segment.
+        why: It failed.
+
+    Returns:
+        The search and its first trials; none if there is but one frame, which is guilty then.
+    """
+    frames = task.only or range(task.segment.start, task.segment.stop)
+    inquest = Inquest(task, frames)
+    return inquest, _split(Trial(inquest, 0, len(frames)), why)
+
+
+def hear(trial: Trial, why: str | None, lost: bool, attempts: int) -> list[Trial]:
+    """Take the outcome of a trial.
+
+    Args:
+        trial: Which.
+        why: It failed; None if it did not.
+        lost: Whether it failed for a reason that has nothing to do with its frames.
+        attempts: Failures after which a single frame is guilty.
+
+    Returns:
+        The trials that follow.
+    """
+    inquest = trial.inquest
+    inquest.unheard -= 1
+    if why is None:
+        inquest.trials += 1
+        return []
+    # A worker may have died of something else: what tells more of the frame counts, whenever it was seen.
+    why = max(why, trial.why, key=_tells)
+    tried = replace(trial, attempts=trial.attempts + (not lost), losses=trial.losses + lost, why=why)
+    inquest.trials += not lost
+    if lost or (trial.frames == 1 and tried.attempts < attempts):
+        inquest.unheard += 1
+        return [tried]
+    return _split(trial, why)
+
+
+def _tells(why: str) -> int:
+    return ["", DIED, TOO_LONG].index(why) if why in ("", DIED, TOO_LONG) else 3
+
+
+def _split(trial: Trial, why: str) -> list[Trial]:
+    inquest, frames = trial.inquest, trial.inquest.frames[trial.start : trial.stop]
+    if len(frames) == 1:
+        inquest.guilty[frames[0]] = why
+    elif inquest.trials >= inquest.most_trials:
+        together = f"fails together with its neighbours, which {inquest.trials} trials did not tell apart: {why}"
+        inquest.guilty.update(dict.fromkeys(frames, together))
+    else:
+        middle = (trial.start + trial.stop) // 2
+        inquest.unheard += 2
+        return [Trial(inquest, trial.start, middle), Trial(inquest, middle, trial.stop)]
+    return []
