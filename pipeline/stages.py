@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 
@@ -56,11 +57,13 @@ class WorkerState:
         doing: A word or two: `loading`, `idle`, or the segment.
         frames: Frames of the segment that are done.
         of: Frames of the segment.
+        steps: Rises with each frame that is read and each batch that is labelled; standing still, it hangs.
     """
 
     doing: str
     frames: int = 0
     of: int = 0
+    steps: int = 0
 
 
 def label_segment(
@@ -84,7 +87,7 @@ def label_segment(
         segment: Which frames.
         labeler: Predicts.
         store: Takes the labels; nothing of the segment is visible in it before the commit at the end.
-        on_frames: Told how many frames are done, after each batch.
+        on_frames: Told how many frames are done, after each frame that is read and each batch.
         skip: Frames that are not to be read -> why they fail.
         only: Frames of a committed segment to label again; its others stay as they are.
     """
@@ -98,6 +101,7 @@ def label_segment(
         nonlocal failed
         wanted = only or range(segment.start, segment.stop)
         for frame in prefetch(_read(source, wanted, skip), 2 * labeler.batch_size):
+            on_frames(labelled + failed)
             if frame.image is not None:
                 yield frame
                 continue
@@ -141,12 +145,23 @@ def _read(source: FrameSource, wanted: Sequence[int], skip: Mapping[int, str]) -
         at = stop
 
 
-def try_segment(source: FrameSource, segment: Segment, labeler: Labeler) -> None:
+def try_segment(
+    source: FrameSource, segment: Segment, labeler: Labeler, on_frames: Callable[[int], None] = lambda frames: None
+) -> None:
     """Read and label a segment without writing anything, to see whether it can be done."""
     rounded = labeler.rounds(source.probe())
-    frames = (frame for frame in source.read(segment.start, segment.stop) if frame.image is not None)
-    for batch in _batches(frames, labeler, rounded):
+    done = 0
+
+    def pictures() -> Iterator[Frame]:
+        for frame in source.read(segment.start, segment.stop):
+            on_frames(done)
+            if frame.image is not None:
+                yield frame
+
+    for batch in _batches(pictures(), labeler, rounded):
         _label(batch, segment, labeler, rounded)
+        done += len(batch)
+        on_frames(done)
 
 
 def _batches(
@@ -224,11 +239,7 @@ class Worker:
             SourceError: If the source is not, or is no longer, what the run was planned with.
             StoreError: If the labels cannot be written.
         """
-
-        def on_frames(frames: int) -> None:
-            self._now(WorkerState(str(task.segment), frames, task.frames))
-
-        on_frames(0)
+        on_frames = self._counted(str(task.segment), task.frames)
         try:
             return label_segment(
                 self._open(task.uri, task.fingerprint),
@@ -244,11 +255,25 @@ class Worker:
 
     def try_task(self, task: Task) -> None:
         """Read and label frames without writing anything, to see whether it can be done."""
-        try_segment(self._open(task.uri, task.fingerprint), task.segment, self._labeler)
+        on_frames = self._counted(f"searching {task.segment}", task.frames)
+        try:
+            try_segment(self._open(task.uri, task.fingerprint), task.segment, self._labeler, on_frames)
+        finally:
+            self._state = WorkerState("idle")
 
     def state(self) -> WorkerState:
         """What it is doing now; may be called from another thread."""
         return self._state
+
+    def _counted(self, doing: str, frames: int) -> Callable[[int], None]:
+        """What is told how many frames are done, beginning with none."""
+        steps = count()
+
+        def on_frames(done: int) -> None:
+            self._now(WorkerState(doing, done, frames, next(steps)))
+
+        on_frames(0)
+        return on_frames
 
     def _now(self, state: WorkerState) -> None:
         self._state = state

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from depthmill.pipeline.stages import WorkerState
 from depthmill.workers.pool import Event, Kind, Pool
+
+_LOOKS = 4  # times that a worker is asked how far it is, in the time that it may stand still
 
 
 class Item(Protocol):
@@ -29,11 +31,23 @@ class Running:
         item: That; None while it loads.
         since_s: When it began.
         limit_s: How long it may take.
+        still_s: How long nothing of it may be seen to be done; None if that cannot be seen.
     """
 
     item: Any
     since_s: float
     limit_s: float = float("inf")
+    still_s: float | None = None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A worker that has been at something for a while, and when it was last seen to get on with it."""
+
+    running: Running
+    steps: int
+    moved_s: float
+    looked_s: float
 
 
 class Crew:
@@ -63,6 +77,7 @@ class Crew:
         self.deaths = 0
         self._ready_since: dict[int, float] = {}
         self._ready_s = 0.0
+        self._seen: dict[int, _Seen] = {}
 
     @property
     def ready(self) -> int:
@@ -95,10 +110,12 @@ class Crew:
             self._pool.stop(worker)
             self.probers.discard(worker)
 
-    def call(self, worker: int, item: Item, limit_s: float, method: str, argument: Any) -> None:
+    def call(
+        self, worker: int, item: Item, limit_s: float, method: str, argument: Any, still_s: float | None = None
+    ) -> None:
         """Give an idle worker something to do."""
         self.idle.pop(worker, None)
-        self.running[worker] = Running(item, self.now_s, limit_s)
+        self.running[worker] = Running(item, self.now_s, limit_s, still_s)
         self._pool.call(worker, method, argument)
 
     def wait(self, timeout_s: float) -> list[Event]:
@@ -126,13 +143,31 @@ class Crew:
         return running
 
     def end_overdue(self) -> Iterator[Event]:
-        """End the workers that have taken too long, and say so of each."""
+        """End the workers that have taken too long, or stand still, and say so of each."""
         for worker, running in list(self.running.items()):
             took_s = self.now_s - running.since_s
             if took_s > running.limit_s:
-                self._pool.stop(worker)
-                error = TimeoutError(f"no answer for {took_s:.0f} s, at most {running.limit_s:.0f} s were allowed")
-                yield Event(worker, error=error, died=True)
+                why = f"no answer for {took_s:.0f} s, at most {running.limit_s:.0f} s were allowed"
+            elif running.still_s is not None and took_s > running.still_s and self._still(worker, running):
+                why = f"nothing was done for {running.still_s:.0f} s"
+            else:
+                continue
+            self._pool.stop(worker)
+            self._seen.pop(worker, None)
+            yield Event(worker, error=TimeoutError(why), died=True)
+
+    def _still(self, worker: int, running: Running) -> bool:
+        """Whether a worker has not got on for too long. It is asked now and then, and only if it takes long at all."""
+        assert running.still_s is not None
+        seen = self._seen.get(worker)
+        if seen is not None and seen.running is running and self.now_s - seen.looked_s < running.still_s / _LOOKS:
+            return False
+        steps = self._pool.state(worker).steps
+        if seen is None or seen.running is not running or seen.steps != steps:
+            self._seen[worker] = _Seen(running, steps, self.now_s, self.now_s)
+            return False
+        self._seen[worker] = replace(seen, looked_s=self.now_s)
+        return self.now_s - seen.moved_s > running.still_s
 
     def states(self, most: int) -> dict[str, WorkerState]:
         """What the first few labelers do."""

@@ -33,8 +33,10 @@ _SHOW_EVERY_S = 0.2
 _WATCH_S = 60.0  # of nothing happening, until the run says what it waits for
 _SHOWN_WORKERS = 16
 
-# A segment of n frames may take (n + _START_FRAMES) times its limit a frame: opening a source takes a while too.
+# A segment of n frames may take (n + _START_FRAMES) times the limit of a frame: opening a source takes a while too. In
+# a long one, no step may take _STEP_FRAMES times that: opening it, labelling a batch, writing the last shard.
 _START_FRAMES = 16
+_STEP_FRAMES = 32
 _PACES = 20.0  # times the measured pace is too long, but
 _LEAST_LIMIT_S = 1.0  # a frame is always granted this, or `frame_limit_s` if that is less
 _PROBE_FRAMES = 30.0  # frames' limits that probing may take
@@ -131,7 +133,7 @@ class Driver:
         self._void: set[int] = set()  # workers whose answer no longer matters
         self._unpublished: list[str] = []
         self._published = 0
-        self._seconds = self._frames = 0.0  # of finished segments, for the pace
+        self._seconds = self._frames = 0.0  # of what was done, for the pace
         self._load_deaths = 0
         self._shown_s = self._looked_s = float("-inf")
         self._happened_s = self._crew.now_s
@@ -194,21 +196,28 @@ class Driver:
         for worker in list(crew.idle):
             if self._trials:
                 trial = self._trials.popleft()
-                crew.call(worker, trial, self._limit(trial.frames), "try_task", trial.task)
+                crew.call(worker, trial, self._limit(trial.frames), "try_task", trial.task, self._step_limit())
                 continue
             task = self._backlog.take(worker, alone=crew.ready == 1) if self._backlog else self._straggler()
             if task is not None:
                 self._at.setdefault(task.segment, set()).add(worker)
-                crew.call(worker, task, self._limit(task.frames), "label", task)
+                crew.call(worker, task, self._limit(task.frames), "label", task, self._step_limit())
             elif not self._backlog:
                 break
 
     def _limit(self, frames: int) -> float:
         """Seconds that so many frames may take."""
+        return (frames + _START_FRAMES) * self._frame_limit()
+
+    def _step_limit(self) -> float:
+        """Seconds that a worker may stand still."""
+        return _STEP_FRAMES * self._frame_limit()
+
+    def _frame_limit(self) -> float:
         most = self._options.frame_limit_s
         if self._frames:
             most = min(most, max(_PACES * self._seconds / self._frames, _LEAST_LIMIT_S))
-        return (frames + _START_FRAMES) * most
+        return most
 
     def _straggler(self) -> Task | None:
         """A segment that takes far longer than it should, to be tried by a second worker as well."""
@@ -241,7 +250,7 @@ class Driver:
                 self._probing -= 1
                 self._probed(probe, event, cause)
             case Trial() as trial:
-                self._tried(trial, event)
+                self._tried(trial, running, event)
             case Task() as task:
                 self._labelled(task, running, event, cause)
             case None:
@@ -308,8 +317,7 @@ class Driver:
             self._failed(task, event, cause)
             return
         self._void |= others  # what they write is the same
-        self._seconds += self._crew.now_s - running.since_s
-        self._frames += task.frames
+        self._paced(task, running)
         self._committed(event.answer)
 
     def _failed(self, task: Task, event: Event, cause: BaseException | None) -> None:
@@ -325,8 +333,10 @@ class Driver:
             self._trials.extendleft(reversed(trials))
             self._judge(inquest)
 
-    def _tried(self, trial: Trial, event: Event) -> None:
+    def _tried(self, trial: Trial, running: Running, event: Event) -> None:
         why = None if event.error is None else _why(event)
+        if why is None:
+            self._paced(trial, running)
         lost = event.lost and trial.losses < _EXCUSED
         # The newest first: one culprit is found before the next is looked for, and few trials wait at any time.
         self._trials.extendleft(reversed(hear(trial, why, lost, self._options.attempts)))
@@ -336,6 +346,10 @@ class Driver:
         verdict = inquest.verdict
         if verdict is not None:
             self._backlog.again(verdict, None)
+
+    def _paced(self, item: Task | Trial, running: Running) -> None:
+        self._seconds += self._crew.now_s - running.since_s
+        self._frames += item.frames
 
     def _committed(self, report: Report) -> None:
         self._open -= 1

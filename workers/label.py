@@ -168,14 +168,15 @@ def label(
         raise driver.mismatch or SourceError(
             f"none of the {len(driver.failures)} inputs can be opened: nothing to label"
         )
-    write_failures(store, driver.failures)
+    failures = (*driver.failures, *store.failures())
+    write_failures(store, failures)
     summary = Summary(
         store=store.uri,
         sources=standing.sources,
         frames=standing.counts.total,
         labelled=standing.labelled,
         committed=standing.counts.done,
-        failures=(*driver.failures, *store.failures()),
+        failures=failures,
         seconds=seconds,
         frames_per_s=rate(standing.counts.done),
         device=standing.device,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -35,6 +36,8 @@ from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, Root, read_ro
 from depthmill.pipeline.store.writer import SegmentWriter
 from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array
 from depthmill.pipeline.types import FAILED, LABELLED, Failure, Segment, Source
+
+_READERS = 16  # sources read at once: on object storage each is a few requests
 
 
 @dataclass(frozen=True)
@@ -211,16 +214,8 @@ class Store:
 
     def failures(self) -> list[Failure]:
         """Failed frames of committed segments, sorted by source and frame."""
-        failures = []
-        for source_id in self.sources():
-            if not self._committed(source_id):
-                continue
-            failed = np.flatnonzero(self.status(source_id) == FAILED)
-            if failed.size:
-                reasons = self._array(source_id, "reason")[:]
-                uri = self.attributes(source_id)["uri"]
-                failures += [Failure(uri, source_id, int(i), str(reasons[i])) for i in failed]  # type: ignore[index]
-        return failures
+        with ThreadPoolExecutor(_READERS) as pool:
+            return [failure for failures in pool.map(self._failures, self.sources()) for failure in failures]
 
     def array(self, source_id: str, name: str) -> zarr.Array[Any]:
         """One Zarr array of a source, as stored: packed, not decoded."""
@@ -254,6 +249,14 @@ class Store:
         """Numbers of the committed segments: of each there is a status chunk, since none is of zeros."""
         return {int(name) for name in self.directory.children(f"{source_id}/status/c") if name.isdigit()}
 
+    def _failures(self, source_id: str) -> list[Failure]:
+        failed = np.flatnonzero(self.status(source_id) == FAILED) if self._committed(source_id) else np.empty(0, int)
+        if not failed.size:
+            return []
+        reasons = np.asarray(self._array(source_id, "reason")[:])
+        uri = self.attributes(source_id)["uri"]
+        return [Failure(uri, source_id, int(i), str(reasons[i])) for i in failed]
+
     def _find(self, source_id: str) -> Document | None:
         """Attributes of a source, also if another process has added it since; None if there is none."""
         if source_id not in self._attributes:
@@ -272,20 +275,19 @@ class Store:
                 ) from error
 
 
-def write_failures(store: Store, extra: Sequence[Failure] = ()) -> str:
+def write_failures(store: Store, failures: Iterable[Failure]) -> str:
     """Write `failures.jsonl` into the store: one line for each frame or source without labels, and why.
 
     Args:
-        store: The store; the failures of its committed segments are listed.
-        extra: Failures that the store cannot know: sources that could not be opened.
+        store: The store.
+        failures: Its own (`Store.failures`), and those that it cannot know: inputs that could not be opened.
 
     Returns:
         The file's path or URL.
     """
-    failures = sorted([*store.failures(), *extra], key=lambda f: (f.uri, f.source_id or "", f.frame or 0, f.reason))
     lines = [
         json.dumps({"uri": f.uri, "source_id": f.source_id, "frame": f.frame, "reason": f.reason}, ensure_ascii=False)
-        for f in failures
+        for f in sorted(failures, key=lambda f: (f.uri, f.source_id or "", f.frame or 0, f.reason))
     ]
     store.write_file(FAILURES, "".join(f"{line}\n" for line in lines).encode())
     return f"{store.uri}/{FAILURES}"

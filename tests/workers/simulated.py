@@ -116,7 +116,9 @@ class SimulatedPool:
         return Event(worker, error=outcome) if isinstance(outcome, Exception) else Event(worker, outcome)
 
     def state(self, worker):
-        return WorkerState("busy")
+        """It gets on as time passes, unless it hangs."""
+        hangs = any(end == float("inf") and of == worker for end, _, of, _ in self.events)
+        return WorkerState("busy", steps=0 if hangs else int(self.clock_s * 1000))
 
     def stop(self, worker):
         self.alive.discard(worker)

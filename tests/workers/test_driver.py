@@ -141,6 +141,25 @@ def test_a_straggler_is_raced_and_not_waited_for():
     assert pool.clock_s < 30
 
 
+def test_a_worker_that_stands_still_in_a_long_segment_is_ended_long_before_the_segment_could_be_done():
+    ledger = Ledger({"corpus": (2048, 2048)})
+    pool = SimulatedPool(lambda: 1, labels(ledger, bad={("corpus", 7): "hang"}))
+    drive(pool, ledger, frame_limit_s=60.0, attempts=1)
+    assert set(ledger.failed) == {("corpus", 7)}
+    assert len(ledger.labelled) == 2047
+    assert pool.clock_s < 0.3 * 2048 * 60
+
+
+def test_a_slow_worker_that_gets_on_is_left_alone():
+    ledger = Ledger({"corpus": (2048, 2048)})
+    pool = SimulatedPool(lambda: 1, lambda *_: None)
+    behave = labels(ledger)
+    pool.behave = lambda *call: (2048 * 59.0 if call[2] == "label" else 0.1, behave(*call)[1])
+    driver = drive(pool, ledger, frame_limit_s=60.0)
+    assert driver.standing.deaths == 0
+    assert len(ledger.labelled) == 2048
+
+
 def test_inputs_that_cannot_be_opened_are_listed_and_the_rest_goes_on():
     ledger = Ledger({"good": (40, 10), "bad": (1, 1), "kills": (1, 1), "hangs": (1, 1)})
     bad = {"bad": SourceError("bad: no picture"), "kills": "die", "hangs": "hang"}

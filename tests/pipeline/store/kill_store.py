@@ -42,7 +42,7 @@ def run(path: Path, overwrite: bool = False) -> None:
                 normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
                 writer.put(index, rng.random((height, 12), dtype=np.float32), normals)
             writer.commit()
-    stores.write_failures(store, [Failure("/in/none.mp4", None, None, "no such file")])
+    stores.write_failures(store, [*store.failures(), Failure("/in/none.mp4", None, None, "no such file")])
 
 
 def in_child(work: Callable[[], None], kill_after_s: float | None = None) -> bool:

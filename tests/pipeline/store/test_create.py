@@ -51,7 +51,7 @@ def test_a_source_that_changed_is_refused(store):
 
 def test_overwrite_starts_anew(store, tmp_path):
     write(store, Segment("video", 0, 8))
-    stores.write_failures(store)
+    stores.write_failures(store, store.failures())
     (Path(store.uri) / "notes.txt").write_text("mine")
     new = stores.create(store.uri, Layout(), {"other": 1}, overwrite=True)
     assert new.sources() == []

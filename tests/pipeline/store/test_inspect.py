@@ -15,7 +15,7 @@ def test_counts_sizes_and_reasons_are_those_of_the_files(store):
         else:
             writer.fail(index, "truncated" if index else "no picture")
     writer.commit()
-    stores.write_failures(store, [Failure("/in/none.mp4", None, None, "no such file")])
+    stores.write_failures(store, [*store.failures(), Failure("/in/none.mp4", None, None, "no such file")])
     store.write_file("run.json", json.dumps({"frames_per_s": 12.5, "seconds": 4, "device": "cpu"}).encode())
     found = inspect(stores.open_store(store.uri))
     images, video = found.sources

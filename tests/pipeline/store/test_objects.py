@@ -33,7 +33,7 @@ def fill(store):
     for segment in (*store.segments("video")[1:], *store.segments("images")):
         write(store, segment)
     store.write_file("run.json", b"{}")
-    stores.write_failures(store)
+    stores.write_failures(store, store.failures())
     return store
 
 
