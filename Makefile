@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: setup demo paper test test-all check format clean
 
@@ -21,10 +22,10 @@ paper: setup
 	$(BIN)/python benchmarks/paper/paper.py
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 test-all: setup
-	$(BIN)/pytest -m ''
+	$(BIN)/pytest $(PARALLEL) -m ''
 
 check: setup
 	$(BIN)/ruff check .

@@ -41,7 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--images", type=int, default=100, help="in each shard")
-    parser.add_argument("--hours", type=float, default=1.0, help="of simulated work")
+    parser.add_argument(
+        "--hours", type=float, default=1.0, help="of simulated work at the first frame time; as many segments at others"
+    )
     parser.add_argument("--frame-ms", type=float, nargs="+", default=[100.0, 10.0], help="label time of a picture")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512, 1000])
     parser.add_argument("--plan", metavar="FOLDER", help=argparse.SUPPRESS)  # the child process of part 2
@@ -67,7 +69,8 @@ def main() -> None:
     )
     for frame_ms in options.frame_ms:
         for gpus in options.gpus:
-            print(simulate(gpus, frame_ms / 1e3, options.hours, call_s), flush=True)
+            hours = options.hours * frame_ms / options.frame_ms[0]
+            print(simulate(gpus, frame_ms / 1e3, hours, call_s), flush=True)
 
 
 class _Null:
@@ -258,7 +261,7 @@ def simulate(gpus: int, frame_s: float, hours: float, call_s: float) -> str:
     if gpus > GPUS_A_NODE:
         pool.at(chance.expovariate(gpus / GPUS_A_NODE * LOSSES_A_NODE_HOUR / 3600), lose)
     calls = Calls(lambda ids: None, lambda task, why: None, lambda standing: None, lambda line: None)
-    driver = Driver(pool, Options(3, 60.0, None, 16), calls, (f"s{number}" for number in range(shards)), ())
+    driver = Driver(pool, Options(3, 60.0, None, 4), calls, (f"s{number}" for number in range(shards)), ())
     driver.run()
     resize(0)
     standing = driver.standing

@@ -39,6 +39,7 @@ _START_FRAMES = 16
 _STEP_FRAMES = 32
 _PACES = 20.0  # times the measured pace is too long, but
 _LEAST_LIMIT_S = 1.0  # a frame is always granted this, or `frame_limit_s` if that is less
+_LABELERS_A_PROBER = 8
 _PROBE_FRAMES = 30.0  # frames' limits that probing may take
 _EXCUSED = 10  # losses of a machine with which something has nothing to do
 _STRAGGLES = 2.0  # times the time that a segment should take; then another worker may race it
@@ -52,7 +53,7 @@ class Options:
         attempts: How often something is tried before it counts as failed.
         frame_limit_s: Most seconds that a frame may take.
         workers: Labelers to ask for; None for as many as there is room for, at any time.
-        probers: Sources probed at once.
+        probers: Sources probed at once, by few workers; by many, one for every _LABELERS_A_PROBER.
     """
 
     attempts: int
@@ -167,16 +168,20 @@ class Driver:
     def _hire(self) -> None:
         """Ask for the workers that there is work for: room comes with nodes, and work with sources."""
         crew = self._crew
-        for _ in range(min(self._options.probers, len(self._probes) + self._probing) - len(crew.probers)):
+        for _ in range(min(self._probers, len(self._probes) + self._probing) - len(crew.probers)):
             crew.hire("prober")
         work = len(self._backlog) + len(self._trials) - len(crew.idle) - len(crew.loading)
         if work > 0:
             for _ in range(min((self._options.workers or crew.room()) - len(crew.labelers), work)):
                 crew.hire("labeler")
 
+    @property
+    def _probers(self) -> int:
+        return max(self._options.probers, self._crew.ready // _LABELERS_A_PROBER)
+
     def _fetch(self) -> None:
         """Read inputs, a few more than are probed at once."""
-        while self._more and len(self._probes) < 4 * self._options.probers:
+        while self._more and len(self._probes) < 4 * self._probers:
             uri = next(self._uris, None)
             if uri is None:
                 self._more = False

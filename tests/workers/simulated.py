@@ -14,8 +14,8 @@ from depthmill.workers.pool import Event
 class SimulatedPool:
     """Workers that take `seconds(worker, method, argument)` for a call, or die or hang in it.
 
-    The clock jumps from one end of a call to the next. With `real_driver`, the time that the driver itself takes is
-    added to it, as measured.
+    The clock jumps from one end of a call to the next. With `real_driver`, the processor's time that the driver itself
+    takes is added to it, as measured.
     """
 
     def __init__(self, room, behave, load_s=1.0, real_driver=False, call_s=0.0):
@@ -33,7 +33,7 @@ class SimulatedPool:
         self.driver_s = 0.0
         self.call_s = call_s  # what a call costs the driver, beside its own time
         self.calls = 0
-        self._left = time.perf_counter() if real_driver else None
+        self._left = time.thread_time() if real_driver else None
         self.later = []  # heap of (time, tie, function): what happens to the cluster
 
     def capacity(self):
@@ -86,7 +86,7 @@ class SimulatedPool:
 
     def wait(self, timeout_s):
         if self._left is not None:
-            took = time.perf_counter() - self._left + self.calls * self.call_s
+            took = time.thread_time() - self._left + self.calls * self.call_s
             self.calls = 0
             self.driver_s += took
             self.clock_s += took
@@ -106,7 +106,7 @@ class SimulatedPool:
             if self.clock_s >= end:
                 break
         if self._left is not None:
-            self._left = time.perf_counter()
+            self._left = time.thread_time()
         return found
 
     def _event(self, worker, outcome):

@@ -59,7 +59,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("key", "change", "reason", "frames"), CASES, ids=lambda value: str(value)[:24])
+@pytest.mark.parametrize(
+    ("key", "change", "reason", "frames"), CASES, ids=lambda value: getattr(value, "__name__", str(value))[:24]
+)
 def test_damage_is_named_and_repair_uncommits_its_segment(done, tmp_path, key, change, reason, frames):
     before = files(done.uri)
     path = Path(done.uri) / key
