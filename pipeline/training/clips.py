@@ -1,0 +1,134 @@
+"""Clips of the project's scenes, with exact depth, normals and camera: what smoothing and video metrics are held against.
+
+A scene stands still; its camera does too, or turns, or goes forward. Disturbed, a clip's depth is what a model that
+flickers would say of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from depthmill.pipeline.training import props, scenes
+from depthmill.pipeline.training.raycast import concatenate, render
+from depthmill.pipeline.training.shapes import Scene
+
+Floats = npt.NDArray[np.float32]
+Camera = Literal["static", "pan", "forward"]
+
+_PAN_DEG = 0.25  # a frame
+_TRAVEL = 0.25  # of the median depth, in the whole clip; less where something is in the way
+_RENDERED_AT_ONCE = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """N rendered frames of one scene.
+
+    Attributes:
+        rgb: (N, H, W, 3) uint8, sRGB.
+        depth_m: (N, H, W) float32, metres along the optical axis; +inf where there is none (sky).
+        normals: (N, H, W, 3) float32 unit, x right, y up, z towards the viewer; (0, 0, 0) where there is no depth.
+        valid: (N, H, W) bool, where there is depth.
+        intrinsics: (3, 3) float64, pixels, with the centre of the first pixel at (0, 0).
+        poses: (N, 4, 4) float64, camera to world, metres; the camera's axes are OpenCV's: x right, y down, z forward.
+    """
+
+    rgb: npt.NDArray[np.uint8]
+    depth_m: Floats
+    normals: Floats
+    valid: npt.NDArray[np.bool_]
+    intrinsics: npt.NDArray[np.float64]
+    poses: npt.NDArray[np.float64]
+
+
+def render_clip(seed: int, camera: Camera, frames: int, height: int, width: int, *, samples: int = 2) -> Clip:
+    """Render a clip of the scene of a seed.
+
+    Args:
+        seed: Of the scene.
+        camera: `static`; `pan`, a quarter of a degree a frame; or `forward`, by a quarter of the median depth in all,
+            and never more than half the way to what is in front.
+        frames: Number of frames.
+        height: Rows.
+        width: Columns.
+        samples: Rays that a pixel's colour is averaged over.
+    """
+    if camera not in get_args(Camera):
+        raise ValueError(f"camera is {camera!r}; expected one of {', '.join(get_args(Camera))}")
+    still = scenes.sample(seed)
+    path = _path(still, camera, frames)
+    parts = [
+        render(path[start : start + _RENDERED_AT_ONCE], height, width, samples=samples)
+        for start in range(0, frames, _RENDERED_AT_ONCE)
+    ]
+    views = concatenate(parts)
+    focal_px = still.focal * width
+    poses = np.tile(np.eye(4), (frames, 1, 1))
+    for pose, scene in zip(poses, path, strict=True):
+        pose[:3, :3] = scene.rotation * np.array([1, -1, -1])  # up and backwards to down and forward
+        pose[:3, 3] = scene.position
+    return Clip(
+        rgb=(views.rgb.permute(0, 2, 3, 1).numpy() * 255 + 0.5).astype(np.uint8),
+        depth_m=views.depth.numpy().astype(np.float32),
+        normals=views.normals.permute(0, 2, 3, 1).numpy().astype(np.float32),
+        valid=views.mask.numpy(),
+        intrinsics=np.array([[focal_px, 0, width / 2 - 0.5], [0, focal_px, height / 2 - 0.5], [0, 0, 1]]),
+        poses=poses,
+    )
+
+
+def _path(scene: Scene, camera: Camera, frames: int) -> list[Scene]:
+    steps = np.arange(frames)
+    if camera == "static":
+        return [scene] * frames
+    if camera == "pan":
+        angles = np.radians(_PAN_DEG) * (steps - (frames - 1) / 2)
+        return [replace(scene, rotation=(props.turn(angle) @ scene.rotation).astype(np.float32)) for angle in angles]
+    seen = render([scene], 48, 64)
+    depth, ahead = seen.depth[seen.mask], seen.depth[0, 12:36, 16:48].min()
+    travel_m = min(_TRAVEL * float(depth.median()), float(ahead) / 2)
+    forward = -scene.rotation[:, 2]
+    places = scene.position + np.outer(steps / max(frames - 1, 1) * travel_m, forward)
+    return [replace(scene, position=place.astype(np.float32)) for place in places]
+
+
+def normalised(depth_m: Floats, valid: npt.NDArray[np.bool_]) -> Floats:
+    """Depth as a perfect model would give it: in [0, 1], by one affine map for the whole clip.
+
+    Args:
+        depth_m: (N, H, W) metres.
+        valid: (N, H, W) bool.
+
+    Returns:
+        (N, H, W) float32: the 2nd and 98th percentile at 0.25 and 0.75, so that little of it leaves [0, 1] when it is
+        disturbed; what is nearer than 0 or farther than 1 is clipped, and NaN where there is no depth.
+    """
+    near, far = np.percentile(depth_m[valid], [2, 98])
+    mapped = 0.25 + 0.5 * (depth_m - near) / max(far - near, 1e-6)
+    return np.where(valid, np.clip(mapped, 0, 1), np.nan).astype(np.float32)
+
+
+def disturbed(
+    depth: Floats, rng: np.random.Generator, *, log_scale: float = 0.08, shift: float = 0.05, noise: float = 0.01
+) -> tuple[Floats, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Depth as a model that flickers would give it, and a store would keep it.
+
+    Args:
+        depth: (N, H, W) from `normalised`.
+        rng: Draws.
+        log_scale: Standard deviation of a frame's log-scale, about the middle of the range, 0.5.
+        shift: Standard deviation of a frame's shift, as a share of the range (0.5).
+        noise: Standard deviation of a pixel's, as a share of the range.
+
+    Returns:
+        Depth (N, H, W) float32, clipped to [0, 1] and in the store's steps of 1/5120; and what each frame's was
+        multiplied by, and then added to it, (N,) each.
+    """
+    scales = np.exp(rng.normal(0, log_scale, len(depth)))
+    shifts = 0.5 * (1 - scales) + rng.normal(0, 0.5 * shift, len(depth))
+    values = depth * scales[:, None, None] + shifts[:, None, None] + rng.normal(0, 0.5 * noise, depth.shape)
+    return (np.round(np.clip(values, 0, 1) * 5120) / 5120).astype(np.float32), scales, shifts
