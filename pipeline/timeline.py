@@ -15,7 +15,6 @@ Floats = npt.NDArray[np.float32]
 
 _SLICE, _CURVE, _GAP, _LINE = 150, 90, 6, 18  # heights in pixels
 _FINE = 3  # lines are drawn this much larger, then shrunk: Pillow's own have steps
-_CONTOURS = 12  # lines of equal depth, over the range of colours
 _INK, _FAINT, _CUT, _CURVE_COLOUR = "black", (215, 215, 215), (120, 120, 120), (31, 90, 160)
 
 

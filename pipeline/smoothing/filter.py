@@ -124,7 +124,7 @@ def _filtered(window: list[_Held | None], flows: _Flows, preset: Preset) -> Filt
             if normals is not None and other.frame.normals is not None:
                 fetched = _fetched(other.frame.normals, at)
                 # 1 - cos is half the angle's square. Against a (0, 0, 0) it is 1: some 85 degrees away, or nothing.
-                apart = 1 - np.einsum("yxc,yxc->yx", fetched, normals)
+                apart = 1 - _dot(fetched, normals)
                 weight = weight * _agreement(np.sqrt(np.maximum(2 * apart, 0)) / _NORMAL_RAD)
                 normals_sum += weight[..., None] * (fetched - normals)
                 weights[1] += weight
@@ -141,22 +141,26 @@ def _correspondence(own: _Held, other: _Held, flows: _Flows, preset: Preset) -> 
             flows[a, b] = dense_flow(a.grey, b.grey, preset)
     there, back = flows[own, other], flows[other, own]
     h, w = own.grey.shape
-    at = _grid(h, w) + there
+    at = _moved(there)
     back = _fetched(back, at)
-    missed = ((there + back) ** 2).sum(-1)
-    length = (there**2).sum(-1) + (back**2).sum(-1)
-    weight = np.exp(missed / (-2 * (_FLOW_PX**2 + _FLOW_SHARE**2 * length)))
+    tolerated = _FLOW_PX**2 + _FLOW_SHARE**2 * (_dot(there, there) + _dot(back, back))
+    there_and_back = there + back
+    weight = np.exp(_dot(there_and_back, there_and_back) / (-2 * tolerated))
     weight *= _agreement((_fetched(other.grey.astype(np.float32), at) - own.grey) / _GREY)
     # What left the picture is not in the other; half a pixel is the picture's own border.
-    weight *= ((at >= -0.5) & (at <= (w - 0.5, h - 0.5))).all(-1)
+    x, y = at[..., 0], at[..., 1]
+    weight *= (x >= -0.5) & (x <= w - 0.5) & (y >= -0.5) & (y <= h - 0.5)
     height, width = own.frame.image.shape[:2]
     stretched = cv2.resize(there, (width, height)) * np.array((width / w, height / h), np.float32)
-    return _grid(height, width) + stretched, np.asarray(cv2.resize(weight, (width, height)), np.float32)
+    return _moved(stretched), np.asarray(cv2.resize(weight, (width, height)), np.float32)
 
 
-def _grid(height: int, width: int) -> Floats:
-    """(height, width, 2) float32: each pixel's own x and y."""
-    return np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).astype(np.float32)
+def _moved(flow: Floats) -> Floats:
+    """(H, W, 2) float32: where each pixel comes to lie, x and y."""
+    at = flow.copy()
+    at[..., 0] += np.arange(flow.shape[1], dtype=np.float32)
+    at[..., 1] += np.arange(flow.shape[0], dtype=np.float32)[:, None]
+    return at
 
 
 def _fetched(values: Floats, at: Floats) -> Floats:
@@ -169,7 +173,12 @@ def _agreement(sigmas: Floats) -> Floats:
     return np.asarray(np.nan_to_num(np.exp(-0.5 * sigmas**2)), np.float32)
 
 
+def _dot(a: Floats, b: Floats) -> Floats:
+    """(H, W) dot products of vectors (H, W, C)."""
+    return np.asarray(np.einsum("yxc,yxc->yx", a, b), np.float32)
+
+
 def _unit(vectors: Floats, raw: Floats) -> Floats:
     """The vectors at unit length; (0, 0, 0) where `raw` is."""
-    length = np.sqrt((vectors**2).sum(-1, keepdims=True))
-    return np.where(raw.any(-1, keepdims=True), vectors / np.maximum(length, np.float32(1e-6)), np.float32(0))
+    shrink = (_dot(raw, raw) > 0) / np.sqrt(np.maximum(_dot(vectors, vectors), np.float32(1e-12)))
+    return vectors * shrink[..., None].astype(np.float32)
