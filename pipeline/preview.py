@@ -52,6 +52,7 @@ _CELL_WIDTH, _CELL_HEIGHT = 320, 400  # most pixels of a contact sheet's picture
 _MARGIN, _GAP, _LINE = 72, 4, 18
 _TIMELINE_FRAMES, _TIMELINE_WIDTH = 1024, 480  # at most; at least, in pixels
 _CONTOURS = 12  # over the range of colours
+_SMOOTHED = "{}\nsmoothed"  # what the smoothed kind of a label is called
 _TIME_BASE = Fraction(1, 90_000)
 _BT709 = 1  # FFmpeg's number of it, as matrix, primaries and transfer
 
@@ -184,7 +185,7 @@ def _labels(
     for name in store.layout.labels:
         found[name] = raw[name]
         if smoothed is not None and (name == "depth" or f"{name}_smooth" in store.arrays(source_id)):
-            found[f"{name}\nsmoothed"] = smoothed[name]
+            found[_SMOOTHED.format(name)] = smoothed[name]
     return found
 
 
@@ -195,7 +196,7 @@ def _timeline(store: Store, view: _View) -> Timeline:
     shown = _spread(frames, _TIMELINE_FRAMES)
     raw, smoothed = (
         np.stack([array[i, :, column].values for i in shown], -1)
-        for array in (view.labels["depth"], view.labels["depth\nsmoothed"])
+        for array in (view.labels["depth"], view.labels[_SMOOTHED.format("depth")])
     )
     scale, shift, shot = (store.array(view.source_id, f"temporal/{name}")[:] for name in ("scale", "shift", "shot"))
     known = view.status == LABELLED
@@ -363,8 +364,8 @@ def _strips(view: _View, panel: tuple[int, int]) -> Iterator[tuple[int, Image.Im
         for column, row in enumerate(view.rows):
             drawn = _draw(view, index, row, picture).resize(panel, Image.Resampling.BILINEAR)
             strip.paste(drawn, (column * panel[0], 0))
-            if "\nsmoothed" in row:
-                _tag(strip, "smoothed", column * panel[0])
+            if _SMOOTHED.format("depth") in view.labels and row in view.labels:
+                _tag(strip, row.replace("\n", " "), column * panel[0])
         yield index, strip
 
 
