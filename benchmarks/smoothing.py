@@ -94,6 +94,12 @@ def to_filter(pictures: Pictures, depth: Floats) -> Iterator[FilterFrame]:
     return (FilterFrame(*pair, normals=None, shot=0) for pair in zip(pictures, depth, strict=True))
 
 
+# Causes of rows where something else is better, by what their names contain.
+_WHY_NOT = {
+    "frame to frame": "a causal mean of depth maps is steadier where nothing moves, and smears what does (see lag)",
+    "lag": "the filter averages over five frames; scale and shift alone change no shape",
+}
+
 METHODS: dict[str, Callable[[Pictures, Floats], Floats]] = {
     "none": none,
     f"exponential mean, {_ALPHA}": exponential,
@@ -218,7 +224,7 @@ def why_not(columns: dict[str, dict[str, float]]) -> list[str]:
         sign = -1 if "δ1" in name else 1
         values = {method: sign * float(f"{column[name]:.3g}") for method, column in columns.items()}
         if min(values.values()) < min(value for method, value in values.items() if "depthmill" in method):
-            reason = next((text for part, text in _WHY_NOT.items() if part in name), "no cause is known")
+            reason = next((text for part, text in _WHY_NOT.items() if part in name), "not explained")
             lines.append(f"- {name}: {reason}.")
     return ["", "Where something else is better:", *lines] if lines else []
 
@@ -260,8 +266,8 @@ def main() -> None:
             f"{platform.machine()}, OpenCV {cv2.__version__}.",
             "",
             "## Rendered clips, disturbed",
-            f"{title}. Each frame has a random scale (log σ 0.08), shift (σ 5 % of the range) and 1 % noise. Flicker is "
-            "the standard deviation of the frame-to-frame change of the log-scale's error; AbsRel, δ1 and TAE (%) are "
+            f"{title}. Each frame has a random scale (log σ 0.08), shift (σ 5 % of the range) and 1 % noise. Flicker "
+            "is the standard deviation of the frame-to-frame change of the log-scale's error; AbsRel, δ1 and TAE (%) are "
             "after one scale and shift a clip. The best of a row is bold.",
             "",
             *table(disturbed, "camera, figure"),
@@ -274,8 +280,8 @@ def main() -> None:
             *why_not(calm),
             "",
             "## A real clip",
-            f"`demo/pedestrians.mp4`, {len(pictures)} frames of {pictures.shape[2]} x {pictures.shape[1]}, labelled with "
-            "the embedded checkpoint. The camera stands still: scale, shift and movement are those of the depth of the "
+            f"`demo/pedestrians.mp4`, {len(pictures)} frames of {pictures.shape[2]} x {pictures.shape[1]}, labelled "
+            "with the embedded checkpoint. The camera stands still: scale, shift and movement are those of the depth of the "
             "pixels whose picture does not change, in units of its interquartile range; lag is how far the shape of a "
             "frame's depth is from its own labels where things move.",
             "",

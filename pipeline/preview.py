@@ -18,7 +18,7 @@ import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
 
-from depthmill.pipeline.errors import ConfigError, SourceError
+from depthmill.pipeline.errors import ConfigError, SourceError, StoreError
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import Store, open_datasets, open_store
 from depthmill.pipeline.timeline import Timeline, draw_timeline
@@ -108,13 +108,15 @@ def preview(
         The files written, in order of source.
 
     Raises:
-        StoreError: If there is no such store or source.
+        StoreError: If there is no such store or source, or it is not smoothed and `smooth` asks for that.
     """
     if frames < 1 or max_width < 64:
         raise ConfigError(f"preview of {frames} frames, {max_width} pixels wide: give at least 1 frame and 64 pixels")
     store = open_store(store_path)
     datasets = open_datasets(store_path)
     smoothed = open_datasets(store_path, smooth=True) if smooth else {}
+    if smooth and source_id in datasets and source_id not in smoothed:
+        raise StoreError(f"{source_id} of {store_path} is not smoothed: run `depthmill smooth` on it first")
     out_dir.mkdir(parents=True, exist_ok=True)
     written = []
     for name in store.sources() if source_id is None else [source_id]:
@@ -133,7 +135,7 @@ def preview(
             note=note,
         )
         try:
-            timeline = _timeline(store, view) if smooth else None
+            timeline = _timeline(store, view) if name in smoothed else None
             written.append(_write_contact_sheet(view, timeline, out_dir / f"{name}.png", frames))
             if attributes["kind"] == "video":
                 written.append(_write_video(view, out_dir / f"{name}.mp4", max_width))
@@ -181,7 +183,7 @@ def _labels(
     store: Store, source_id: str, raw: xarray.Dataset, smoothed: xarray.Dataset | None
 ) -> dict[str, xarray.DataArray]:
     """What is drawn of a source, by name: normals twice only where they were filtered."""
-    found = {}
+    found: dict[str, xarray.DataArray] = {}
     for name in store.layout.labels:
         found[name] = raw[name]
         if smoothed is not None and (name == "depth" or f"{name}_smooth" in store.arrays(source_id)):
@@ -198,7 +200,9 @@ def _timeline(store: Store, view: _View) -> Timeline:
         np.stack([array[i, :, column].values for i in shown], -1)
         for array in (view.labels["depth"], view.labels[_SMOOTHED.format("depth")])
     )
-    scale, shift, shot = (store.array(view.source_id, f"temporal/{name}")[:] for name in ("scale", "shift", "shot"))
+    scale, shift, shot = (
+        np.asarray(store.array(view.source_id, f"temporal/{name}")[:]) for name in ("scale", "shift", "shot")
+    )
     known = view.status == LABELLED
     return Timeline(
         raw=raw,

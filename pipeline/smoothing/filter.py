@@ -124,8 +124,8 @@ def _filtered(window: list[_Held | None], flows: _Flows, preset: Preset) -> Filt
             if normals is not None and other.frame.normals is not None:
                 fetched = _fetched(other.frame.normals, at)
                 # 1 - cos is half the angle's square. Against a (0, 0, 0) it is 1: some 85 degrees away, or nothing.
-                apart = 1 - _dot(fetched, normals)
-                weight = weight * _agreement(np.sqrt(np.maximum(2 * apart, 0)) / _NORMAL_RAD)
+                apart = np.maximum(1 - _dot(fetched, normals), 0)
+                weight = weight * _agreement(np.sqrt(2 * apart) / np.float32(_NORMAL_RAD))
                 normals_sum += weight[..., None] * (fetched - normals)
                 weights[1] += weight
     return Filtered(
@@ -151,7 +151,9 @@ def _correspondence(own: _Held, other: _Held, flows: _Flows, preset: Preset) -> 
     x, y = at[..., 0], at[..., 1]
     weight *= (x >= -0.5) & (x <= w - 0.5) & (y >= -0.5) & (y <= h - 0.5)
     height, width = own.frame.image.shape[:2]
-    stretched = cv2.resize(there, (width, height)) * np.array((width / w, height / h), np.float32)
+    stretched = np.asarray(
+        cv2.resize(there, (width, height)) * np.array((width / w, height / h), np.float32), np.float32
+    )
     return _moved(stretched), np.asarray(cv2.resize(weight, (width, height)), np.float32)
 
 
@@ -181,4 +183,4 @@ def _dot(a: Floats, b: Floats) -> Floats:
 def _unit(vectors: Floats, raw: Floats) -> Floats:
     """The vectors at unit length; (0, 0, 0) where `raw` is."""
     shrink = (_dot(raw, raw) > 0) / np.sqrt(np.maximum(_dot(vectors, vectors), np.float32(1e-12)))
-    return vectors * shrink[..., None].astype(np.float32)
+    return np.asarray(vectors * shrink[..., None], np.float32)
