@@ -133,7 +133,6 @@ def against_truth(depth: Floats, clip: clips.Clip) -> dict[str, float]:
         "flicker": float(np.diff(logs).std()),
         "AbsRel": float(np.abs(ratio - 1).mean()),
         "δ1": float((np.maximum(ratio, 1 / ratio) < 1.25).mean()),
-        "TAE": 0.0,
     }
 
 
@@ -267,7 +266,7 @@ def main() -> None:
             "",
             "## Rendered clips, disturbed",
             f"{title}. Each frame has a random scale (log σ 0.08), shift (σ 5 % of the range) and 1 % noise. Flicker "
-            "is the standard deviation of the frame-to-frame change of the log-scale's error; AbsRel, δ1 and TAE (%) are "
+            "is the standard deviation of the frame-to-frame change of the log-scale's error; AbsRel and δ1 are "
             "after one scale and shift a clip. The best of a row is bold.",
             "",
             *table(disturbed, "camera, figure"),
@@ -281,8 +280,8 @@ def main() -> None:
             "",
             "## A real clip",
             f"`demo/pedestrians.mp4`, {len(pictures)} frames of {pictures.shape[2]} x {pictures.shape[1]}, labelled "
-            "with the embedded checkpoint. The camera stands still: scale, shift and movement are those of the depth of the "
-            "pixels whose picture does not change, in units of its interquartile range; lag is how far the shape of a "
+            "with the embedded checkpoint. The camera stands still: scale, shift and movement are those of the depth of "
+            "the pixels whose picture does not change, in units of its interquartile range; lag is how far the shape of a "
             "frame's depth is from its own labels where things move.",
             "",
             *table(real, "figure"),

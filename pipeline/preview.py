@@ -101,8 +101,8 @@ def preview(
         source_id: Only this source.
         frames: Columns of a contact sheet, spread over the source's length.
         max_width: Most pixels across the side-by-side video.
-        smooth: Draw smoothed labels beside the raw ones, and below the contact sheet how they go over time. Without a
-            source, those sources that are smoothed.
+        smooth: Draw smoothed labels beside the raw ones, and below the contact sheet how they go over time;
+            without `source_id`, sources that are not smoothed are drawn as ever.
 
     Returns:
         The files written, in order of source.
