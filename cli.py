@@ -167,12 +167,13 @@ def preview(
     ] = None,
     source: Annotated[str | None, typer.Option(help="Id of one source; by default all.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames on the contact sheet.")] = 6,
+    smooth: Annotated[bool, typer.Option("--smooth", help="Raw and smoothed, side by side and over time.")] = False,
 ) -> None:
     """Draw a contact sheet (PNG) and a side-by-side video (MP4) of frames, depth and normals."""
     from depthmill.pipeline.preview import preview as draw
 
     folder = out or (Path() if "://" in store else Path(store).resolve().parent)
-    for path in draw(store, folder, source_id=source, frames=frames):
+    for path in draw(store, folder, source_id=source, frames=frames, smooth=smooth):
         typer.echo(path)
 
 

@@ -1,4 +1,7 @@
-"""Pictures of a store, for people: a contact sheet of each source, and a side-by-side video of each video."""
+"""Pictures of a store, for people: a contact sheet of each source, and a side-by-side video of each video.
+
+Of a smoothed store on demand raw and smoothed side by side, and what smoothing did over time: see `timeline`.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from depthmill.pipeline.errors import ConfigError, SourceError
 from depthmill.pipeline.sources import open_source
-from depthmill.pipeline.store import open_datasets, open_store
-from depthmill.pipeline.types import LABELLED, FrameSource, Modality
+from depthmill.pipeline.store import Store, open_datasets, open_store
+from depthmill.pipeline.timeline import Timeline, draw_timeline
+from depthmill.pipeline.types import LABELLED, FrameSource
 
 if TYPE_CHECKING:
     import xarray
@@ -46,6 +50,8 @@ GREY = 128  # of what has no labels
 _RANGE_FRAMES = 32  # sampled for the depth range, over the whole length
 _CELL_WIDTH, _CELL_HEIGHT = 320, 400  # most pixels of a contact sheet's picture
 _MARGIN, _GAP, _LINE = 72, 4, 18
+_TIMELINE_FRAMES, _TIMELINE_WIDTH = 1024, 480  # at most; at least, in pixels
+_CONTOURS = 12  # over the range of colours
 _TIME_BASE = Fraction(1, 90_000)
 _BT709 = 1  # FFmpeg's number of it, as matrix, primaries and transfer
 
@@ -56,8 +62,8 @@ class _View:
 
     Attributes:
         source_id: Its id.
-        dataset: Its labels, decoded.
-        labels: Which there are, in the order in which they are drawn.
+        dataset: Its labels as the model gave them, decoded.
+        labels: What is drawn, by the name that it is given, in order: depths and normals as in `dataset`.
         status: (frames,) uint8.
         near_far: Depths that get the first and the last colour, the same for all frames.
         pictures: Where its frames can be read, or None.
@@ -66,7 +72,7 @@ class _View:
 
     source_id: str
     dataset: xarray.Dataset
-    labels: tuple[Modality, ...]
+    labels: dict[str, xarray.DataArray]
     status: npt.NDArray[np.uint8]
     near_far: tuple[float, float]
     pictures: FrameSource | None
@@ -74,11 +80,17 @@ class _View:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        return ("picture", *self.labels) if self.pictures else self.labels
+        return ("picture", *self.labels) if self.pictures else tuple(self.labels)
 
 
 def preview(
-    store_path: str | Path, out_dir: Path, *, source_id: str | None = None, frames: int = 6, max_width: int = 1920
+    store_path: str | Path,
+    out_dir: Path,
+    *,
+    source_id: str | None = None,
+    frames: int = 6,
+    max_width: int = 1920,
+    smooth: bool = False,
 ) -> list[Path]:
     """Draw a store: for each source a contact sheet (PNG), and for each video a side-by-side MP4.
 
@@ -88,6 +100,8 @@ def preview(
         source_id: Only this source.
         frames: Columns of a contact sheet, spread over the source's length.
         max_width: Most pixels across the side-by-side video.
+        smooth: Draw smoothed labels beside the raw ones, and below the contact sheet how they go over time. Without a
+            source, those sources that are smoothed.
 
     Returns:
         The files written, in order of source.
@@ -99,6 +113,7 @@ def preview(
         raise ConfigError(f"preview of {frames} frames, {max_width} pixels wide: give at least 1 frame and 64 pixels")
     store = open_store(store_path)
     datasets = open_datasets(store_path)
+    smoothed = open_datasets(store_path, smooth=True) if smooth else {}
     out_dir.mkdir(parents=True, exist_ok=True)
     written = []
     for name in store.sources() if source_id is None else [source_id]:
@@ -110,14 +125,15 @@ def preview(
         view = _View(
             source_id=name,
             dataset=datasets[name],
-            labels=store.layout.labels,
+            labels=_labels(store, name, datasets[name], smoothed.get(name)),
             status=status,
             near_far=_near_far(datasets[name], status),
             pictures=pictures,
             note=note,
         )
         try:
-            written.append(_write_contact_sheet(view, out_dir / f"{name}.png", frames))
+            timeline = _timeline(store, view) if smooth else None
+            written.append(_write_contact_sheet(view, timeline, out_dir / f"{name}.png", frames))
             if attributes["kind"] == "video":
                 written.append(_write_video(view, out_dir / f"{name}.mp4", max_width))
         finally:
@@ -158,6 +174,40 @@ def normals_rgb(normals: npt.NDArray[np.float32]) -> Rgb:
     colours: Rgb = np.clip(normals * 127.5 + 128, 0, 255).astype(np.uint8)  # rounds, as + 127.5 + 0.5
     colours[(normals[..., 0] == 0) & (normals[..., 1] == 0) & (normals[..., 2] == 0)] = GREY
     return colours
+
+
+def _labels(
+    store: Store, source_id: str, raw: xarray.Dataset, smoothed: xarray.Dataset | None
+) -> dict[str, xarray.DataArray]:
+    """What is drawn of a source, by name: normals twice only where they were filtered."""
+    found = {}
+    for name in store.layout.labels:
+        found[name] = raw[name]
+        if smoothed is not None and (name == "depth" or f"{name}_smooth" in store.arrays(source_id)):
+            found[f"{name}\nsmoothed"] = smoothed[name]
+    return found
+
+
+def _timeline(store: Store, view: _View) -> Timeline:
+    """One column, in the middle, of as many frames as can be told apart, and what was solved for all."""
+    frames, width = view.status.size, view.dataset.sizes["x"]
+    column = width // 2
+    shown = _spread(frames, _TIMELINE_FRAMES)
+    raw, smoothed = (
+        np.stack([array[i, :, column].values for i in shown], -1)
+        for array in (view.labels["depth"], view.labels["depth\nsmoothed"])
+    )
+    scale, shift, shot = (store.array(view.source_id, f"temporal/{name}")[:] for name in ("scale", "shift", "shot"))
+    known = view.status == LABELLED
+    return Timeline(
+        raw=raw,
+        smoothed=smoothed,
+        scale=np.where(known, scale, np.nan),
+        shift=np.where(known, shift, np.nan),
+        shot=shot,
+        times_s=view.dataset["time"].values if "time" in view.dataset else None,
+        column=f"column {column} of {width}",
+    )
 
 
 def _open_pictures(uri: str, fingerprint: str) -> tuple[FrameSource | None, str]:
@@ -201,11 +251,11 @@ def _draw(view: _View, index: int, row: str, picture: Rgb | None) -> Image.Image
         return Image.fromarray(picture)
     if view.status[index] != LABELLED:
         return _grey(view, index)
-    label = view.dataset[row][index].values
+    label = view.labels[row][index].values
     if "size" in view.dataset:
         height, width = view.dataset["size"][index].values.tolist()
         label = label[:height, :width]
-    return Image.fromarray(depth_rgb(label, *view.near_far) if row == "depth" else normals_rgb(label))
+    return Image.fromarray(depth_rgb(label, *view.near_far) if label.ndim == 2 else normals_rgb(label))
 
 
 def _grey(view: _View, index: int) -> Image.Image:
@@ -215,8 +265,8 @@ def _grey(view: _View, index: int) -> Image.Image:
     return Image.new("RGB", (width, height), (GREY, GREY, GREY))
 
 
-def _write_contact_sheet(view: _View, path: Path, frames: int) -> Path:
-    """Columns are frames; rows are the picture and its labels; above each column its time or name."""
+def _write_contact_sheet(view: _View, timeline: Timeline | None, path: Path, frames: int) -> Path:
+    """Columns are frames; rows are the picture and its labels; above a column its time or name; below, the timeline."""
     H, W = view.dataset.sizes["y"], view.dataset.sizes["x"]
     scale = min(_CELL_WIDTH / W, _CELL_HEIGHT / H, 1)
     cell = max(1, round(W * scale)), max(1, round(H * scale))
@@ -237,8 +287,21 @@ def _write_contact_sheet(view: _View, path: Path, frames: int) -> Path:
             drawn = _draw(view, index, name, picture)
             drawn.thumbnail(cell)
             sheet.paste(drawn, (x, top + row * (cell[1] + _GAP)))
+    if timeline is not None:
+        sheet = _with_timeline(sheet, timeline, view.near_far)
     sheet.save(path)
     return path
+
+
+def _with_timeline(sheet: Image.Image, timeline: Timeline, near_far: tuple[float, float]) -> Image.Image:
+    near, far = near_far
+    width = max(sheet.width - _MARGIN - _GAP, _TIMELINE_WIDTH)
+    step = max(far - near, 1e-3) / _CONTOURS
+    drawn = draw_timeline(timeline, width, _MARGIN, lambda depth: depth_rgb(depth, near, far), step)
+    both = Image.new("RGB", (drawn.width + _GAP, sheet.height + drawn.height), "white")
+    both.paste(sheet)
+    both.paste(drawn, (0, sheet.height))
+    return both
 
 
 def _picture(view: _View, index: int) -> Rgb | None:
@@ -300,4 +363,13 @@ def _strips(view: _View, panel: tuple[int, int]) -> Iterator[tuple[int, Image.Im
         for column, row in enumerate(view.rows):
             drawn = _draw(view, index, row, picture).resize(panel, Image.Resampling.BILINEAR)
             strip.paste(drawn, (column * panel[0], 0))
+            if "\nsmoothed" in row:
+                _tag(strip, "smoothed", column * panel[0])
         yield index, strip
+
+
+def _tag(strip: Image.Image, text: str, x: int) -> None:
+    """A panel's name in its corner: raw and smoothed look alike until they move."""
+    draw = ImageDraw.Draw(strip)
+    font = ImageFont.load_default(size=max(10, strip.height // 30))
+    draw.text((x + 6, 4), text, "black", font, stroke_width=2, stroke_fill="white")
