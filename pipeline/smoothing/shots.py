@@ -1,0 +1,60 @@
+"""Shots: where a video is cut, decided once for the whole of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from depthmill.pipeline.smoothing.edges import FIELDS, GAPS
+
+Floats = npt.NDArray[np.floating[Any]]
+
+_COVERAGE = FIELDS.index("coverage")
+_DIFFERENT = 0.1  # score of a cut at least
+_UNUSUAL = 3.0  # and so many times the median of the scores around it
+_AROUND = 12  # frames to either side
+_BRIDGED = 0.25  # two frames that share this much of their pixels show the same scene
+
+
+def find_shots(score: Floats, edges: Floats, labelled: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """Number the shots.
+
+    A cut needs two witnesses: greys that changed more than they do around it, and no flow that leads from any frame
+    after it to any frame before it. A flash changes the greys, but flow leads across it; a fast pan breaks the flow,
+    but changes the greys little by little. Where a frame is missing there is no score, and flow decides alone.
+
+    Args:
+        score: (N,) of `segment_edges`.
+        edges: (N, gaps, FIELDS) of `segment_edges`.
+        labelled: (N,) whether a frame has a label.
+
+    Returns:
+        (N,) int32, from 0, rising by 1 at every cut. A frame without a label belongs to the shot before it.
+    """
+    frames = len(score)
+    bridge = _bridges(np.nan_to_num(edges[..., _COVERAGE]))
+    around = np.full((2 * _AROUND + 1, frames), np.nan)
+    padded = np.pad(score.astype(np.float64), _AROUND, constant_values=np.nan)
+    for row in range(len(around)):
+        around[row] = padded[row : row + frames]
+    around[_AROUND] = 0.0  # not the frame's own; and some number in every column
+    usual = np.nanmedian(around, axis=0)
+    unknown = np.isnan(score)
+    changed = unknown | (score >= np.maximum(_DIFFERENT, _UNUSUAL * usual))
+    cut = changed & (bridge < _BRIDGED) & labelled
+    seen = np.flatnonzero(labelled)
+    if len(seen):
+        cut[: seen[0] + 1] = False
+    return np.cumsum(cut, dtype=np.int32)
+
+
+def _bridges(coverage: Floats) -> npt.NDArray[np.float64]:
+    """The best coverage of any edge that leads from t or later to before t, for every t: (N,)."""
+    frames = len(coverage)
+    bridge = np.zeros(frames)
+    for row, gap in enumerate(GAPS[: coverage.shape[1]]):
+        for ahead in range(min(gap, frames)):  # the edge of frame t + ahead leads to t + ahead - gap < t
+            np.maximum(bridge[: frames - ahead], coverage[ahead:, row], out=bridge[: frames - ahead])
+    return bridge
