@@ -9,10 +9,16 @@ the picture should not move in depth either. That needs neither optical flow nor
 
 from __future__ import annotations
 
+import argparse
+import os
+import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np

@@ -348,6 +348,7 @@ def plain_array(
     dimensions: tuple[str, ...],
     attributes: Document,
 ) -> Document:
+    """The zarr.json of an array in plain chunks of `chunk_frames` rows."""
     itemsize = 1 if dtype == "string" else np.dtype(dtype).itemsize
     serializer = {"name": "vlen-utf8"} if dtype == "string" else _bytes(itemsize)
     codecs = [serializer, _blosc("shuffle" if itemsize > 1 else "noshuffle", itemsize)]
