@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from depthmill import __version__
 from depthmill.pipeline.errors import DepthmillError, RunStoppedError
+
+if TYPE_CHECKING:
+    from depthmill.pipeline.config import SmoothConfig
 
 app = typer.Typer(
     name="depthmill",
@@ -114,6 +117,7 @@ def label(
         bool, typer.Option("--retry-failed", help="Label again what failed in earlier runs, and only that.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an existing store first.")] = False,
+    smooth: Annotated[bool, typer.Option("--smooth", help="Then smooth the videos over time.")] = False,
 ) -> None:
     """Label videos and images: depth and normals of every frame, into a Zarr store.
 
@@ -155,8 +159,65 @@ def label(
     quiet_libraries()
     summary = run(inputs, store, settings, overwrite=overwrite, retry_failed=retry_failed)
     print_summary(summary)
-    if summary.failures:
+    smoothed = True
+    if smooth:
+        from depthmill.pipeline.config import SmoothConfig
+
+        same = {name: getattr(settings, name) for name in ("workers", "address", "attempts", "frame_limit_s")}
+        limits = {"max_pixels": settings.max_pixels, "max_frames": settings.max_frames}
+        smoothed = _smooth(store, SmoothConfig(**same, **limits), [])
+    if summary.failures or not smoothed:
         raise typer.Exit(SOME_FAILED)
+
+
+@app.command("smooth")
+def smooth_store(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="A labelled store.")],
+    config: Annotated[str | None, typer.Option(help="YAML file; the options below win over it.")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="Id of a source, again for more; by default videos.")] = None,
+    max_edge: Annotated[int | None, typer.Option(help="Frames between the two of an edge, at most.")] = None,
+    flow: Annotated[str | None, typer.Option(help="ultrafast, fast or medium: the optical flow.")] = None,
+    leak: Annotated[float | None, typer.Option(help="Radians a frame: slower changes of scale stay.")] = None,
+    filter_labels: Annotated[
+        bool | None, typer.Option("--filter/--no-filter", help="Filter labels over five frames as well.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers; 0 smooths in this process.")] = None,
+    address: Annotated[str | None, typer.Option(help="An existing Ray cluster: auto, or ray://host:10001.")] = None,
+    attempts: Annotated[int | None, typer.Option(help="Tries of a segment.")] = None,
+    frame_limit_s: Annotated[float | None, typer.Option(help="Seconds that a frame may take.")] = None,
+) -> None:
+    """Smooth depth over time: a scale and shift for each frame, beside the labels, which stay as they are.
+
+    Exit status: 0 all smoothed, 1 some sources left out or segments unread, 2 nothing could start, 130 stopped.
+    """
+    from depthmill.pipeline.config import SmoothConfig, load_config
+
+    options = {
+        "max_edge": max_edge,
+        "flow": flow,
+        "leak": leak,
+        "filter": filter_labels,
+        "workers": workers,
+        "address": address,
+        "attempts": attempts,
+        "frame_limit_s": frame_limit_s,
+    }
+    if not _smooth(store, load_config(SmoothConfig, config, options), source or []):
+        raise typer.Exit(SOME_FAILED)
+
+
+def _smooth(store: str, settings: SmoothConfig, sources: list[str]) -> bool:
+    """Smooth and say how it went; whether all is smoothed."""
+    from depthmill.workers.smooth import smooth as run
+
+    done = run(store, settings, sources=sources)
+    typer.echo(
+        f"{len(done.smoothed)} sources are smoothed in {done.store}; {done.frames} frames were done in this run, in "
+        f"{done.seconds:.1f} s"
+    )
+    for name, why in {**done.left_out, **done.unread}.items():
+        typer.echo(f"  {name}: {why}")
+    return not done.left_out and not done.unread
 
 
 @app.command()

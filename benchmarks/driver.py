@@ -91,10 +91,10 @@ def ray_call(calls: int = 3000) -> tuple[float, float]:
     import ray
 
     from depthmill.pipeline.config import LabelConfig
-    from depthmill.workers.actors import RayPool
+    from depthmill.workers.actors import labelers
 
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    pool = RayPool(LabelConfig(device="cpu"), "", (), retry_failed=False)
+    pool = labelers(LabelConfig(device="cpu"), "", (), retry_failed=False)
     pool._make = {"labeler": lambda: ray.remote(_Null).options(num_cpus=0, max_concurrency=2).remote()}
     workers = [pool.start("labeler") for _ in range(2)]
     ready = 0

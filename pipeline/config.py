@@ -179,6 +179,36 @@ class LabelConfig(BaseModel):
         return {modality: names[modality] for modality in self.labels}
 
 
+class SmoothConfig(BaseModel):
+    """Options of `depthmill smooth`.
+
+    Attributes:
+        max_edge: Frames between the two of an edge, at most; edges are 1, 2, 4, 8, 16 and 32 frames long.
+        flow: Preset of the optical flow.
+        leak: Radians a frame: changes of scale and shift that are slower stay, faster ones go.
+        filter: Whether labels are also filtered over five frames, into arrays of their own.
+        workers: Ray workers, one core each; 0 smooths in this process; left out, one for each core of the cluster.
+        address: An existing Ray cluster; left out, one is started for the run.
+        attempts: How often a segment is tried before it goes without edges.
+        frame_limit_s: Most seconds that a frame may take.
+        max_pixels: As in `LabelConfig`.
+        max_frames: As in `LabelConfig`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_edge: int = Field(default=32, ge=1)
+    flow: Literal["ultrafast", "fast", "medium"] = "medium"
+    leak: float = Field(default=0.03, ge=0)
+    filter: bool = False
+    workers: int | None = Field(default=None, ge=0)
+    address: str | None = None
+    attempts: int = Field(default=3, ge=1)
+    frame_limit_s: float = Field(default=60.0, gt=0)
+    max_pixels: int = Field(default=1 << 27, ge=1)
+    max_frames: int = Field(default=10_000_000, ge=1)
+
+
 Model = TypeVar("Model", bound=BaseModel)
 
 

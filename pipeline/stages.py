@@ -193,6 +193,42 @@ def fail_task(task: Task, reason: str, store: Store) -> Report:
     return Report(task.segment, labelled=0, failed=task.frames, seconds=0.0, reasons=reasons)
 
 
+class OpenSources:
+    """The sources that a worker has open."""
+
+    def __init__(self, max_pixels: int, max_frames: int) -> None:
+        """None yet; the limits are `open_source`'s."""
+        self._limits = (max_pixels, max_frames)
+        self._sources: dict[str, FrameSource] = {}
+
+    def open(self, uri: str, fingerprint: str) -> FrameSource:
+        """The source at `uri`; it stays open.
+
+        Raises:
+            SourceError: If it is not the one with this fingerprint.
+        """
+        if uri in self._sources:
+            self._sources[uri] = self._sources.pop(uri)  # last used, last to go
+            return self._sources[uri]
+        while len(self._sources) >= _OPEN_SOURCES:
+            self._sources.pop(next(iter(self._sources))).close()
+        max_pixels, max_frames = self._limits
+        source = open_source(uri, max_pixels=max_pixels, max_frames=max_frames)
+        if source.probe().fingerprint != fingerprint:
+            source.close()
+            raise SourceError(
+                f"{shown(uri)} is not the file that the run was planned with; expected it unchanged, and the same on "
+                "every machine: put it back, or label it into another store"
+            )
+        self._sources[uri] = source
+        return source
+
+    def close(self) -> None:
+        """Release all of them."""
+        while self._sources:
+            self._sources.popitem()[1].close()
+
+
 class Worker:
     """A loaded labeler and the store it writes to. In-process, or as a Ray actor (`workers/actors.py`)."""
 
@@ -209,7 +245,7 @@ class Worker:
         self._digests = digests
         self._state = WorkerState("starting")
         self.on_state: Callable[[WorkerState], None] = lambda state: None  # told of each change, in-process
-        self._sources: dict[str, FrameSource] = {}
+        self._sources = OpenSources(config.max_pixels, config.max_frames)
 
     def load(self) -> str:
         """Load the checkpoints; returns the device and dtype in words.
@@ -242,7 +278,7 @@ class Worker:
         on_frames = self._counted(str(task.segment), task.frames)
         try:
             return label_segment(
-                self._open(task.uri, task.fingerprint),
+                self._sources.open(task.uri, task.fingerprint),
                 task.segment,
                 self._labeler,
                 self._store,
@@ -257,7 +293,7 @@ class Worker:
         """Read and label frames without writing anything, to see whether it can be done."""
         on_frames = self._counted(f"searching {task.segment}", task.frames)
         try:
-            try_segment(self._open(task.uri, task.fingerprint), task.segment, self._labeler, on_frames)
+            try_segment(self._sources.open(task.uri, task.fingerprint), task.segment, self._labeler, on_frames)
         finally:
             self._state = WorkerState("idle")
 
@@ -281,21 +317,4 @@ class Worker:
 
     def close(self) -> None:
         """Release the open sources."""
-        while self._sources:
-            self._sources.popitem()[1].close()
-
-    def _open(self, uri: str, fingerprint: str) -> FrameSource:
-        if uri in self._sources:
-            self._sources[uri] = self._sources.pop(uri)  # last used, last to go
-            return self._sources[uri]
-        while len(self._sources) >= _OPEN_SOURCES:
-            self._sources.pop(next(iter(self._sources))).close()
-        source = open_source(uri, max_pixels=self._config.max_pixels, max_frames=self._config.max_frames)
-        if source.probe().fingerprint != fingerprint:
-            source.close()
-            raise SourceError(
-                f"{shown(uri)} is not the file that the run was planned with; expected it unchanged, and the same on "
-                "every machine: put it back, or label it into another store"
-            )
-        self._sources[uri] = source
-        return source
+        self._sources.close()

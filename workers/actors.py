@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayActorError
 
-from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.config import LabelConfig, SmoothConfig
 from depthmill.pipeline.plan import Prober
+from depthmill.pipeline.smoothing.stage import Smoother
 from depthmill.pipeline.stages import Worker, WorkerState
 from depthmill.workers.pool import Event, Kind
 
@@ -27,6 +28,14 @@ class LabelWorker(Worker):
         return str(ray.get_runtime_context().get_node_id())
 
 
+class SmoothWorker(Smoother):
+    """A smoothing worker that can say where it is."""
+
+    def node(self) -> str:
+        """Id of its machine."""
+        return str(ray.get_runtime_context().get_node_id())
+
+
 class RayPool:
     """Workers on a Ray cluster that is connected.
 
@@ -34,29 +43,14 @@ class RayPool:
     actor that there is no room for yet is what makes an autoscaling cluster grow; one starts wherever room appears.
     """
 
-    def __init__(self, config: LabelConfig, store: str, digests: tuple[str, ...], retry_failed: bool) -> None:
+    def __init__(self, make: Mapping[Kind, Callable[[], Any]], per: Literal["GPU", "CPU", "machine"]) -> None:
         """Nothing is started yet.
 
         Args:
-            config: The run's, `device`, `dtype` and `threads` settled.
-            store: Where the store is.
-            digests: sha256 of the run's checkpoints.
-            retry_failed: Whether frames that failed in earlier runs are planned again.
+            make: Asks the cluster for an actor of each kind.
+            per: What there is room for one labeler on.
         """
-        gpu = config.device.startswith("cuda")
-        self._gpu = gpu
-        # A second thread of an actor answers `state` while the first labels.
-        labeler = ray.remote(LabelWorker).options(
-            num_cpus=1, num_gpus=1 if gpu else 0, max_restarts=0, max_task_retries=0, max_concurrency=2
-        )
-        prober = ray.remote(Prober).options(
-            num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
-        )
-        limits = (config.max_pixels, config.max_frames, retry_failed)
-        self._make: dict[Kind, Callable[[], Any]] = {
-            "labeler": lambda: labeler.remote(config, store, digests),
-            "prober": lambda: prober.remote(store, *limits),
-        }
+        self._make, self._per = make, per
         self._actors: dict[int, Any] = {}
         self._calls: dict[int, Any] = {}  # a call's reference is held until it has ended
         self._ended: queue.SimpleQueue[tuple[int, Future[Any]]] = queue.SimpleQueue()
@@ -67,10 +61,11 @@ class RayPool:
         self._capacity, self._capacity_s = 0, float("-inf")
 
     def capacity(self) -> int:
-        """The cluster's GPUs; without, its machines."""
+        """The cluster's GPUs, cores or machines."""
         if self.now() - self._capacity_s > _ASK_CAPACITY_EVERY_S:
             self._capacity_s = self.now()
-            self._capacity = int(ray.cluster_resources().get("GPU", 0)) if self._gpu else len(_alive())
+            by_machine = self._per == "machine"
+            self._capacity = len(_alive()) if by_machine else int(ray.cluster_resources().get(self._per, 0))
         return self._capacity
 
     def start(self, kind: Kind) -> int:
@@ -143,6 +138,39 @@ class RayPool:
 
         self._asked[worker] = getattr(self._actors[worker], method).remote()
         self._asked[worker].future().add_done_callback(answered)
+
+
+def labelers(config: LabelConfig, store: str, digests: tuple[str, ...], retry_failed: bool) -> RayPool:
+    """A pool of workers that label, and of probers.
+
+    Args:
+        config: The run's, `device`, `dtype` and `threads` settled.
+        store: Where the store is.
+        digests: sha256 of the run's checkpoints.
+        retry_failed: Whether frames that failed in earlier runs are planned again.
+    """
+    gpu = config.device.startswith("cuda")
+    labeler = _remote(LabelWorker, num_cpus=1, num_gpus=1 if gpu else 0, max_concurrency=2)
+    prober = _remote(Prober, num_cpus=0, scheduling_strategy="SPREAD")
+    limits = (config.max_pixels, config.max_frames, retry_failed)
+    return RayPool(
+        {
+            "labeler": lambda: labeler.remote(config, store, digests),
+            "prober": lambda: prober.remote(store, *limits),
+        },
+        per="GPU" if gpu else "machine",
+    )
+
+
+def smoothers(config: SmoothConfig, store: str) -> RayPool:
+    """A pool of workers that smooth: a core each."""
+    smoother = _remote(SmoothWorker, num_cpus=1, max_concurrency=2)
+    return RayPool({"labeler": lambda: smoother.remote(config, store)}, per="CPU")
+
+
+def _remote(worker: type, **options: Any) -> Any:
+    """An actor class; a second thread, where it has one, answers `state` while the first works."""
+    return ray.remote(worker).options(max_restarts=0, max_task_retries=0, **options)
 
 
 def _alive() -> set[str]:

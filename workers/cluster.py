@@ -10,14 +10,14 @@ from contextlib import contextmanager
 
 import ray
 
-from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.config import LabelConfig, SmoothConfig
 from depthmill.pipeline.errors import ConfigError
 
 _REACHABLE_S = 10.0
 
 
 @contextmanager
-def connect(config: LabelConfig) -> Iterator[int]:
+def connect(config: LabelConfig | SmoothConfig) -> Iterator[int]:
     """Connect to the run's Ray cluster, or start one; what was started is shut down at the end.
 
     Yields:

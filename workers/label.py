@@ -129,10 +129,10 @@ def label(
             if config.workers != 0 and (uris is not None or any(source.segments for source in planned)):
                 if gpus is None:
                     stack.enter_context(_cluster(config))
-                from depthmill.workers.actors import RayPool
+                from depthmill.workers.actors import labelers
                 from depthmill.workers.metrics import Metrics
 
-                pool, metrics = RayPool(config, store.uri, digests, retry_failed), Metrics()
+                pool, metrics = labelers(config, store.uri, digests, retry_failed), Metrics()
             stack.callback(pool.close)
 
             def show(standing: Standing) -> None:

@@ -223,16 +223,16 @@ def source_arrays(source: Document, layout: Layout) -> dict[str, Document]:
     if is_video:
         # "s", not "seconds", which xarray would decode into timedeltas.
         attributes: Document = {"long_name": "time since the first frame", "units": "s"}
-        arrays["time"] = _plain(
+        arrays["time"] = plain_array(
             shape=(F,), chunk_frames=F, dtype="float64", fill="NaN", dimensions=("frame",), attributes=attributes
         )
     else:
         attributes = {"long_name": "name of the picture"}
-        arrays["key"] = _plain(
+        arrays["key"] = plain_array(
             shape=(F,), chunk_frames=F, dtype="string", fill="", dimensions=("frame",), attributes=attributes
         )
         attributes = {"long_name": "valid height and width", "units": "pixel", **along}
-        arrays["size"] = _plain(
+        arrays["size"] = plain_array(
             shape=(F, 2),
             chunk_frames=segment,
             dtype="int32",
@@ -242,18 +242,18 @@ def source_arrays(source: Document, layout: Layout) -> dict[str, Document]:
         )
     flags = {"flag_values": [PENDING, LABELLED, FAILED], "flag_meanings": "pending labelled failed"}
     attributes = {"long_name": "what became of a frame", **flags, **along}
-    arrays["status"] = _plain(
+    arrays["status"] = plain_array(
         shape=(F,), chunk_frames=segment, dtype="uint8", fill=PENDING, dimensions=("frame",), attributes=attributes
     )
     attributes = {"long_name": "why a frame failed", **along}
-    arrays["reason"] = _plain(
+    arrays["reason"] = plain_array(
         shape=(F,), chunk_frames=segment, dtype="string", fill="", dimensions=("frame",), attributes=attributes
     )
     files = len(layout.arrays) * (segment // shard) + (1 if is_video else 2)
     attributes = {
         "long_name": "bytes and CRC-32 of each file of a segment, as bytes << 32 | crc; 0 where there is none"
     }
-    arrays["checksum"] = _plain(
+    arrays["checksum"] = plain_array(
         shape=(-(-F // segment), files),
         chunk_frames=1,
         dtype="uint64",
@@ -339,7 +339,7 @@ def _sharded(
     )
 
 
-def _plain(
+def plain_array(
     *,
     shape: tuple[int, ...],
     chunk_frames: int,
@@ -348,6 +348,7 @@ def _plain(
     dimensions: tuple[str, ...],
     attributes: Document,
 ) -> Document:
+    """The zarr.json of an array in plain chunks of `chunk_frames` rows."""
     itemsize = 1 if dtype == "string" else np.dtype(dtype).itemsize
     serializer = {"name": "vlen-utf8"} if dtype == "string" else _bytes(itemsize)
     codecs = [serializer, _blosc("shuffle" if itemsize > 1 else "noshuffle", itemsize)]

@@ -14,6 +14,7 @@ from depthmill.pipeline.errors import StoreError, StoreMismatchError
 from depthmill.pipeline.store.files import Directory, open_directory
 from depthmill.pipeline.store.layout import FORMAT, Layout
 from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, new_root, read_root, remove, write_root
+from depthmill.pipeline.store.smoothed import smoothed
 from depthmill.pipeline.store.store import Store, differences
 from depthmill.pipeline.store.zarr_files import ZarrFiles
 
@@ -78,7 +79,7 @@ def open_store(uri: str | Path) -> Store:
     return Store(directory, root)
 
 
-def open_datasets(uri: str | Path) -> dict[str, xarray.Dataset]:
+def open_datasets(uri: str | Path, *, smooth: bool = False) -> dict[str, xarray.Dataset]:
     """Open every source of a store as a lazy xarray dataset, decoded.
 
     Returns:
@@ -86,6 +87,12 @@ def open_datasets(uri: str | Path) -> dict[str, xarray.Dataset]:
         (frame, y, x, axis) float32, unit to the precision of the packing, (0, 0, 0) where invalid; `uncertainty`
         (frame, y, x) float32 of ensembles' depth; `status` and `reason` (frame,); the coordinate `time` in seconds
         (video) or `key` (images, which also have `size`).
+
+    With `smooth`, of the smoothed sources only: `depth` is scale * raw + shift, not clipped, or what was filtered, as
+    are `normals` then; and `shot` (frame,) int32.
+
+    Raises:
+        StoreError: With `smooth`, if no source is smoothed, or one has been labelled again since.
     """
     import xarray
 
@@ -97,14 +104,14 @@ def open_datasets(uri: str | Path) -> dict[str, xarray.Dataset]:
         group = indexed.get(f"/{source_id}")
         if group is None:  # not in the root yet
             group = xarray.open_zarr(files, group=source_id, consolidated=False, mask_and_scale=False, chunks=None)
-        dataset = group.drop_vars("checksum", errors="ignore")
+        dataset = group.drop_vars(["checksum", "depth_smooth", "normals_smooth"], errors="ignore")
         for name in store.layout.arrays:
             attributes = dataset[name].attrs
             if "scale_factor" in attributes:
                 # JSON has float64 only, in which xarray would then decode: twice the memory, for 13 bits of depth.
                 attributes["scale_factor"] = np.float32(attributes["scale_factor"])
         datasets[source_id] = xarray.decode_cf(dataset)
-    return datasets
+    return smoothed(store, datasets) if smooth else datasets
 
 
 def remove_empty(store: Store) -> None:

@@ -1,0 +1,207 @@
+"""Smoothing of one segment, or video: read the source and the store -> compute -> write, in plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from depthmill.pipeline.config import SmoothConfig
+from depthmill.pipeline.smoothing.edges import FIELDS, GAPS, View, segment_edges, view
+from depthmill.pipeline.smoothing.filter import REACH, FilterFrame, filter_frames
+from depthmill.pipeline.smoothing.solve import solve
+from depthmill.pipeline.stages import OpenSources, WorkerState
+from depthmill.pipeline.store import Store, open_store
+from depthmill.pipeline.store.layout import DEPTH_INVALID, DEPTH_STEP, NORMALS_FULL_SCALE
+from depthmill.pipeline.store.temporal import Temporal, stored_rows
+from depthmill.pipeline.types import LABELLED, FrameSource, Segment
+
+Phase = Literal["edges", "solve", "filter"]
+
+
+@dataclass(frozen=True)
+class SmoothTask:
+    """Something to do for a worker that smooths.
+
+    Attributes:
+        phase: What.
+        uri: Of the source.
+        fingerprint: Of the source; another one is refused.
+        segment: Which frames; all for `solve`.
+        attempts: How many have failed.
+    """
+
+    phase: Phase
+    uri: str
+    fingerprint: str
+    segment: Segment
+    attempts: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Number of frames."""
+        return self.segment.frames
+
+    def __str__(self) -> str:
+        return f"{self.phase} {self.segment}"
+
+
+def edges_shape(max_edge: int) -> tuple[int, int]:
+    """Gaps and fields of a frame's edges."""
+    return sum(gap <= max_edge for gap in GAPS), len(FIELDS)
+
+
+def write_segment_edges(
+    source: FrameSource, segment: Segment, store: Store, config: SmoothConfig, on_frame: Callable[[], None]
+) -> None:
+    """Compute and commit the edges of a segment, with the `max_edge` frames before it read again."""
+    start = max(0, segment.start - config.max_edge)
+    views = _views(source, store, segment.source_id, start, segment.stop, on_frame)
+    edges, score = segment_edges(views, segment.start - start, max_edge=config.max_edge, flow=config.flow)
+    Temporal(store, segment.source_id).write_edges(segment, edges, score)
+
+
+def write_empty_edges(segment: Segment, store: Store, config: SmoothConfig) -> None:
+    """Commit a segment that could not be read again: its frames have no edges."""
+    edges = np.full((segment.frames, *edges_shape(config.max_edge)), np.nan, np.float32)
+    Temporal(store, segment.source_id).write_edges(segment, edges, np.full(segment.frames, np.nan, np.float32))
+
+
+def solve_source(source_id: str, store: Store, config: SmoothConfig) -> None:
+    """Solve a video whose edges are all there."""
+    temporal = Temporal(store, source_id)
+    labelled = store.status(source_id) == LABELLED
+    solution = solve(temporal.read("edges"), temporal.read("score"), labelled, leak=config.leak)
+    temporal.write_solution(solution.scale, solution.shift, solution.shot)
+
+
+def filter_segment(
+    source: FrameSource, segment: Segment, store: Store, config: SmoothConfig, on_frame: Callable[[], None]
+) -> None:
+    """Filter and commit a segment, with `REACH` frames on both sides."""
+    frames = store.attributes(segment.source_id)["frames"]
+    start, stop = max(0, segment.start - REACH), min(frames, segment.stop + REACH)
+    given = _filter_frames(source, store, segment.source_id, start, stop, on_frame)
+    filtered = filter_frames(given, segment.start - start, stop - segment.stop, flow=config.flow)
+
+    def named() -> Iterator[Mapping[str, npt.NDArray[np.float32]] | None]:
+        for one in filtered:
+            labels = {} if one is None else {"depth": one.depth, "normals": one.normals}
+            yield {name: value for name, value in labels.items() if value is not None} or None
+
+    Temporal(store, segment.source_id).write_filtered(segment, named())
+
+
+def write_nothing_filtered(segment: Segment, store: Store) -> None:
+    """Commit a segment that could not be read again: it has no filtered labels."""
+    Temporal(store, segment.source_id).write_filtered(segment, (None for _ in range(segment.frames)))
+
+
+class Smoother:
+    """A worker: no model, no GPU. In-process, or as a Ray actor."""
+
+    def __init__(self, config: SmoothConfig, store: str) -> None:
+        """Nothing is opened yet."""
+        self._config, self._store_uri = config, store
+        self._state = WorkerState("starting")
+        self.on_state: Callable[[WorkerState], None] = lambda state: None
+        self._sources = OpenSources(config.max_pixels, config.max_frames)
+
+    def load(self) -> str:
+        """Open the store. OpenCV gets one thread: workers share the cores, and no rounding depends on their number."""
+        cv2.setNumThreads(1)
+        self._store = open_store(self._store_uri)
+        self._state = WorkerState("idle")
+        return "cpu"
+
+    def smooth(self, task: SmoothTask) -> None:
+        """Do a task, whole.
+
+        Raises:
+            SourceError: If the source is not, or is no longer, what was labelled.
+            StoreError: If the store cannot be read or written.
+        """
+        done = 0
+
+        def on_frame() -> None:
+            nonlocal done
+            done += 1
+            self._state = WorkerState(str(task), min(done, task.frames), task.frames, done)
+            self.on_state(self._state)
+
+        try:
+            if task.phase == "solve":
+                solve_source(task.segment.source_id, self._store, self._config)
+                return
+            source = self._sources.open(task.uri, task.fingerprint)
+            work = write_segment_edges if task.phase == "edges" else filter_segment
+            work(source, task.segment, self._store, self._config, on_frame)
+        finally:
+            self._state = WorkerState("idle")
+
+    def state(self) -> WorkerState:
+        """What it is doing now; may be called from another thread."""
+        return self._state
+
+    def close(self) -> None:
+        """Release the open sources."""
+        self._sources.close()
+
+
+def _views(
+    source: FrameSource, store: Store, source_id: str, start: int, stop: int, on_frame: Callable[[], None]
+) -> Iterator[View | None]:
+    status = store.status(source_id)[start:stop]
+    extents = _extents(store, source_id, start, stop)
+    rows = stored_rows(store, source_id, "depth", start, stop)
+    for frame, packed, code, (height, width) in zip(source.read(start, stop), rows, status, extents, strict=True):
+        on_frame()
+        usable = frame.image is not None and code == LABELLED
+        yield view(frame.image, _depth(packed[:height, :width])) if usable and frame.image is not None else None
+
+
+def _filter_frames(
+    source: FrameSource, store: Store, source_id: str, start: int, stop: int, on_frame: Callable[[], None]
+) -> Iterator[FilterFrame | None]:
+    temporal = Temporal(store, source_id)
+    scale, shift, shot = (temporal.read(name)[start:stop] for name in ("scale", "shift", "shot"))
+    status = store.status(source_id)[start:stop]
+    extents = _extents(store, source_id, start, stop)
+    rows = {name: stored_rows(store, source_id, name, start, stop) for name in store.layout.labels}
+    for i, frame in enumerate(source.read(start, stop)):
+        on_frame()
+        packed = {name: next(rows[name])[: extents[i][0], : extents[i][1]] for name in rows}
+        if frame.image is None or status[i] != LABELLED:
+            yield None
+            continue
+        normals = packed.get("normals")
+        yield FilterFrame(
+            image=frame.image,
+            depth=scale[i] * _depth(packed["depth"]) + shift[i],
+            normals=None if normals is None else _normals(normals),
+            shot=int(shot[i]),
+        )
+
+
+def _extents(store: Store, source_id: str, start: int, stop: int) -> npt.NDArray[Any]:
+    """Height and width of each frame's labels: (frames, 2)."""
+    if "size" in store.arrays(source_id):
+        return np.asarray(store.array(source_id, "size")[start:stop])
+    return np.tile(store.attributes(source_id)["size"], (stop - start, 1))
+
+
+def _depth(packed: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    depth = packed.astype(np.float32) * np.float32(DEPTH_STEP)
+    depth[packed == DEPTH_INVALID] = np.nan
+    return depth
+
+
+def _normals(packed: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Unit vectors again, (0, 0, 0) where invalid."""
+    normals = packed.astype(np.float32) / np.float32(NORMALS_FULL_SCALE[str(packed.dtype)] or 1)
+    length = np.linalg.norm(normals, axis=-1, keepdims=True)
+    return np.asarray(normals / np.where(length > 0, length, 1), np.float32)

@@ -1,0 +1,89 @@
+"""Smoothed labels, lazily: scale and shift are applied to the rows that are read, and to no others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.store.store import Store
+from depthmill.pipeline.store.temporal import Temporal
+
+if TYPE_CHECKING:
+    import xarray
+
+
+def smoothed(store: Store, datasets: Mapping[str, xarray.Dataset]) -> dict[str, xarray.Dataset]:
+    """The datasets of those sources that are smoothed, with smoothed labels.
+
+    Raises:
+        StoreError: If none is, or one is not up to date.
+    """
+    found = {}
+    for source_id, dataset in datasets.items():
+        temporal = Temporal(store, source_id)
+        if temporal.attributes() is not None:
+            temporal.check_current()
+            found[source_id] = _applied(temporal, dataset)
+    if not found:
+        raise StoreError(f"{store.uri} has no smoothed source: run `depthmill smooth {store.uri}`")
+    return found
+
+
+def _applied(temporal: Temporal, dataset: xarray.Dataset) -> xarray.Dataset:
+    from xarray.core.indexing import LazilyIndexedArray
+
+    store, source_id = temporal.store, temporal.source_id
+    labels: dict[str, Any] = {"shot": ("frame", temporal.read("shot"))}
+    if temporal.filtered():
+        for name in store.layout.labels:
+            labels[name] = _rows(store, source_id, f"{name}_smooth")
+    else:
+        labels["depth"] = _rows(store, source_id, "depth", temporal.read("scale"), temporal.read("shift"))
+    for name in store.layout.labels:
+        if name in labels:
+            about = {key: dataset[name].attrs[key] for key in ("units",) if key in dataset[name].attrs}
+            labels[name] = (
+                dataset[name].dims,
+                LazilyIndexedArray(labels[name]),
+                {**about, "long_name": f"{name}, smoothed"},
+            )
+    return dataset.assign(labels)
+
+
+def _rows(
+    store: Store,
+    source_id: str,
+    name: str,
+    scale: npt.NDArray[np.float32] | None = None,
+    shift: npt.NDArray[np.float32] | None = None,
+) -> Any:
+    """A lazy array: decoded, and with scale and shift of (frames,) applied where they are given."""
+    from xarray.backends import BackendArray
+    from xarray.core.indexing import IndexingSupport, explicit_indexing_adapter
+
+    stored = store.array(source_id, name)
+
+    class Rows(BackendArray):
+        shape, dtype = stored.shape, np.dtype(np.float32)
+
+        def __getitem__(self, key: Any) -> Any:
+            return explicit_indexing_adapter(key, self.shape, IndexingSupport.OUTER, self._read)
+
+        def _read(self, key: tuple[Any, ...]) -> npt.NDArray[np.float32]:
+            packed = np.asarray(stored.oindex[key])
+            values = packed.astype(np.float32) * np.float32(stored.attrs.get("scale_factor", 1))
+            values += np.float32(stored.attrs.get("add_offset", 0))
+            if "_FillValue" in stored.attrs:
+                values = np.where(packed == stored.attrs["_FillValue"], np.float32(np.nan), values)
+            if scale is not None and shift is not None:
+                a, b = scale[key[0]], shift[key[0]]
+                if np.ndim(a):
+                    a, b = (np.reshape(one, (-1,) + (1,) * (values.ndim - 1)) for one in (a, b))
+                values = values * a + b
+            return np.asarray(values, np.float32)
+
+    return Rows()

@@ -1,0 +1,233 @@
+"""What smoothing writes of a source, beside its labels: `<source id>/temporal/`, `depth_smooth` and `normals_smooth`.
+
+The group's attributes say how it was made, and of which labels. The chunks of `edges`, `shot` and `filtered` are each
+written last of what they belong to: they commit a segment's edges, a video's solution, a segment's filtered labels.
+None of them is ever all fill, so that each is a file. What is made anew is un-committed before the attributes change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.store.files import json_bytes
+from depthmill.pipeline.store.layout import (
+    DEPTH_INVALID,
+    DEPTH_STEP,
+    Document,
+    file_key,
+    group_document,
+    pack_normals,
+    plain_array,
+    source_arrays,
+)
+from depthmill.pipeline.store.root import METADATA
+from depthmill.pipeline.store.store import Store
+from depthmill.pipeline.store.zarr_files import WholeFiles, open_array
+from depthmill.pipeline.types import Segment
+
+# Smoothed depth leaves [0, 1]: the same steps from here on reach to 8.8.
+SMOOTH_OFFSET = -4.0
+FILTERED, UNREAD = 1, 2
+
+_VERSION = 1  # of the computation: raised when the same configuration gives other bytes
+_COMMITS = {"edges": "edges", "solution": "shot", "filter": "filtered"}
+_FILTER_ARRAYS = ("depth_smooth", "normals_smooth")
+
+
+class Temporal:
+    """The smoothing of one source."""
+
+    def __init__(self, store: Store, source_id: str) -> None:
+        """Nothing is read yet."""
+        self.store, self.source_id = store, source_id
+        self._root = f"{source_id}/temporal"
+        self._directory = store.directory
+
+    def attributes(self) -> Document | None:
+        """How it was made; None if the source was never smoothed."""
+        data = self._directory.read(f"{self._root}/{METADATA}")
+        return None if data is None else json.loads(data)["attributes"]
+
+    def prepare(self, *, max_edge: int, flow: str, leak: float, shape: tuple[int, int]) -> None:
+        """Make the group, or keep of the one that is there what the same options would give again.
+
+        Args:
+            max_edge: Of the edges.
+            flow: Of the edges and the filter.
+            leak: Of the solve.
+            shape: Gaps and fields of an edge.
+        """
+        wanted = {"version": _VERSION, "max_edge": max_edge, "flow": flow, "labels": self.digest(), "leak": leak}
+        there = self.attributes()
+        if there == wanted:
+            return
+        if there is None or {**there, "leak": leak} != wanted:
+            self._directory.remove(self._root)
+        else:
+            self._directory.remove(f"{self._root}/shot/c")
+        self._directory.remove(f"{self._root}/filtered/c")
+        for name in _FILTER_ARRAYS:
+            self._directory.remove(f"{self.source_id}/{name}")
+        for name, document in self._documents(shape).items():
+            self._directory.write(f"{self.source_id}/{name}/{METADATA}", json_bytes(document))
+        self._directory.write(f"{self._root}/{METADATA}", json_bytes(group_document(wanted)))
+
+    def prepare_filter(self) -> None:
+        """Make the arrays of filtered labels."""
+        arrays = self.store.arrays(self.source_id)
+        for name in self.store.layout.labels:
+            document = json.loads(json.dumps(arrays[name]))
+            document["attributes"]["long_name"] = f"{name}, smoothed and filtered over time"
+            if name == "depth":
+                document["attributes"]["add_offset"] = SMOOTH_OFFSET
+            key = f"{self.source_id}/{name}_smooth/{METADATA}"
+            if self._directory.read(key) is None:
+                self._directory.write(key, json_bytes(document))
+
+    def digest(self) -> str:
+        """Of the labels: what it was computed from is known by this."""
+        name = "checksum" if "checksum" in self.store.arrays(self.source_id) else "status"
+        values = np.ascontiguousarray(self.store.array(self.source_id, name)[:])
+        return hashlib.sha256(values.tobytes()).hexdigest()
+
+    def pending(self, what: str) -> list[Segment]:
+        """Segments without `edges`, or that are not `filter`ed, in order."""
+        done = {name.partition("/")[0] for name in self._directory.children(f"{self._root}/{_COMMITS[what]}/c")}
+        return [one for i, one in enumerate(self.store.segments(self.source_id)) if str(i) not in done]
+
+    def solved(self) -> bool:
+        """Whether scales and shifts are there."""
+        return bool(self._directory.children(f"{self._root}/shot/c"))
+
+    def write_edges(self, segment: Segment, edges: npt.NDArray[np.float32], score: npt.NDArray[np.float32]) -> None:
+        """Commit a segment's edges, (frames, gaps, fields), and scores, (frames,)."""
+        self._write("score", segment.start, segment.stop, score)
+        self._write("edges", segment.start, segment.stop, edges)
+
+    def write_solution(
+        self, scale: npt.NDArray[np.float32], shift: npt.NDArray[np.float32], shot: npt.NDArray[np.int32]
+    ) -> None:
+        """Commit a video's scales, shifts and shots."""
+        for name, values in (("scale", scale), ("shift", shift), ("shot", shot)):
+            self._write(name, 0, len(values), values)
+
+    def write_filtered(self, segment: Segment, frames: Iterable[Mapping[str, npt.NDArray[np.float32]] | None]) -> None:
+        """Write a segment's filtered labels shard by shard, and commit them.
+
+        Args:
+            segment: Which frames.
+            frames: For each its labels by name (`depth`, `normals`); None where there are none.
+        """
+        attributes = self.store.attributes(self.source_id)
+        shard = self.store.layout.frames_per_shard(*attributes["size"])
+        rows = iter(frames)
+        codes = np.full(segment.frames, UNREAD, np.uint8)
+        names = self.store.layout.labels
+        arrays = source_arrays(attributes, self.store.layout)
+        for start in range(segment.start, segment.stop, shard):
+            stop = min(start + shard, segment.stop)
+            packed = {
+                name: np.full(
+                    (stop - start, *arrays[name]["shape"][1:]),
+                    DEPTH_INVALID if name == "depth" else 0,
+                    arrays[name]["data_type"],
+                )
+                for name in names
+            }
+            for row in range(stop - start):
+                labels = next(rows)
+                if labels is None:
+                    continue
+                codes[start - segment.start + row] = FILTERED
+                for name in names:
+                    height, width = labels[name].shape[:2]
+                    packed[name][row, :height, :width] = (
+                        pack_smooth_depth(labels[name])
+                        if name == "depth"
+                        else pack_normals(labels[name], arrays[name]["data_type"])
+                    )
+            for name in names:
+                array = open_array(WholeFiles(self._directory), f"{self.source_id}/{name}_smooth", arrays[name])
+                array[start:stop] = packed[name]
+        self._write("filtered", segment.start, segment.stop, codes)
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """A whole array of the group."""
+        return np.asarray(self.store.array(self.source_id, f"temporal/{name}")[:])
+
+    def check_current(self) -> None:
+        """Refuse smoothing that is missing, unfinished or of other labels.
+
+        Raises:
+            StoreError: Then, with the remedy.
+        """
+        there = self.attributes()
+        remedy = f"run `depthmill smooth {self.store.uri} --source {self.source_id}`"
+        if there is None or not self.solved():
+            raise StoreError(f"{self.source_id} of {self.store.uri} is not smoothed, or not to the end: {remedy}")
+        if there["labels"] != self.digest():
+            raise StoreError(
+                f"{self.source_id} of {self.store.uri} has been labelled again since it was smoothed: {remedy} again"
+            )
+
+    def filtered(self) -> bool:
+        """Whether all segments have filtered labels."""
+        return not self.pending("filter")
+
+    def _write(self, name: str, start: int, stop: int, values: npt.NDArray[Any]) -> None:
+        document = self._directory.read(f"{self._root}/{name}/{METADATA}")
+        assert document is not None
+        array = json.loads(document)
+        self._directory.clear_partial(file_key(self.source_id, f"temporal/{name}", array, start))
+        open_array(WholeFiles(self._directory), f"{self._root}/{name}", array)[start:stop] = values
+
+    def _documents(self, shape: tuple[int, int]) -> dict[str, Document]:
+        frames, length = self.store.attributes(self.source_id)["frames"], self.store.segment_frames(self.source_id)
+
+        def one(name: str, dtype: str, fill: float, about: str, chunk: int = frames) -> Document:
+            full = (frames, *(shape if name == "edges" else ()))
+            return plain_array(
+                shape=full,
+                chunk_frames=chunk,
+                dtype=dtype,
+                fill=fill,
+                dimensions=("frame", "gap", "field")[: len(full)],
+                attributes={"long_name": about},
+            )
+
+        return {
+            "temporal/edges": one("edges", "float32", 0, "scale and shift between pairs of frames", length),
+            "temporal/score": one("score", "float32", 0, "how different a frame is from the one before", length),
+            "temporal/scale": one("scale", "float32", 0, "smoothed depth = scale * depth + shift"),
+            "temporal/shift": one("shift", "float32", 0, "smoothed depth = scale * depth + shift"),
+            "temporal/shot": one("shot", "int32", -1, "number of the shot"),
+            "temporal/filtered": one("filtered", "uint8", 0, "0 pending, 1 filtered, 2 no frame", length),
+        }
+
+
+def pack_smooth_depth(depth: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Pack (H, W) smoothed depth in steps of `DEPTH_STEP` from `SMOOTH_OFFSET` on; NaN becomes `DEPTH_INVALID`."""
+    steps = np.rint((depth - np.float32(SMOOTH_OFFSET)) * np.float32(1 / DEPTH_STEP))
+    steps = np.clip(steps, 0, DEPTH_INVALID - 1)
+    return np.where(np.isnan(steps), np.float32(DEPTH_INVALID), steps).astype(np.uint16)
+
+
+def stored_rows(store: Store, source_id: str, name: str, start: int, stop: int) -> Iterator[npt.NDArray[Any]]:
+    """The frames [start, stop) of an array as stored, one by one; a shard is read at a time."""
+    height, width = store.attributes(source_id)["size"]
+    shard = store.layout.frames_per_shard(height, width)
+    array = store.array(source_id, name)
+    while start < stop:
+        end = min(start - start % shard + shard, stop)
+        yield from np.asarray(array[start:end])
+        start = end
+
+
+__all__ = ["FILTERED", "SMOOTH_OFFSET", "UNREAD", "Temporal", "pack_smooth_depth", "stored_rows"]

@@ -1,0 +1,164 @@
+"""Smoothing runs, in this process."""
+
+import io
+
+import numpy as np
+import pytest
+import xarray
+from rich.console import Console
+
+from depthmill.pipeline.config import SmoothConfig
+from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.store import Layout, create, open_datasets, open_store
+from depthmill.pipeline.store.temporal import Temporal
+from depthmill.tests import media
+from depthmill.tests.pipeline.store import samples
+from depthmill.workers.smooth import smooth
+
+FRAMES = 21
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return media.write_video(tmp_path_factory.mktemp("media") / "clip.mp4", frames=FRAMES)
+
+
+def labelled(path, video, segment_frames=8, upto=None):
+    """A store in which the depth of the video flickers."""
+    source = open_source(str(video))
+    about = source.probe()
+    store = create(path, Layout(shard_frames=4, segment_frames=segment_frames), samples.IDENTITY)
+    store.add(about)
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0.3, 0.6, about.width, dtype=np.float32) * np.ones((about.height, 1), np.float32)
+    depths = [np.float32(rng.uniform(0.8, 1.2)) * ramp for _ in range(FRAMES)]
+    normals = np.zeros((about.height, about.width, 3), np.float32)
+    normals[..., 2] = 1
+    for segment in store.segments(about.id)[:upto]:
+        writer = store.writer(segment)
+        for index in range(segment.start, segment.stop):
+            writer.put(index, depths[index], normals)
+        writer.commit()
+    source.close()
+    return store, about.id
+
+
+def run(store, **options):
+    console = Console(file=io.StringIO())
+    return smooth(store.uri, SmoothConfig(workers=0, max_edge=4, **options), console=console)
+
+
+def written(store):
+    return {k: v for k, v in samples.files(store.uri).items() if "/temporal/" in k or "_smooth/" in k}
+
+
+def test_scales_are_written_beside_labels_that_stay(tmp_path, video):
+    store, name = labelled(tmp_path / "a.zarr", video)
+    before = samples.files(store.uri)
+    done = run(store)
+    assert (done.smoothed, done.left_out, done.unread, done.frames) == ((name,), {}, {}, FRAMES)
+    assert before.items() <= samples.files(store.uri).items()
+    raw, smooth_ = open_datasets(store.uri)[name], open_datasets(store.uri, smooth=True)[name]
+    scale, shift = Temporal(store, name).read("scale"), Temporal(store, name).read("shift")
+    expected = raw.depth.values * scale[:, None, None] + shift[:, None, None]
+    assert np.array_equal(smooth_.depth.values, expected)
+    assert np.array_equal(smooth_.depth[7].values, expected[7])
+    assert np.array_equal(smooth_.depth[[9, 2], 3, ::2].values, expected[[9, 2], 3, ::2])
+    assert smooth_.depth.dtype == np.float32
+
+
+def test_bytes_depend_on_neither_segments_nor_a_stop(tmp_path, video, monkeypatch):
+    def values(store, name):
+        temporal = Temporal(store, name)
+        own = [temporal.read(one) for one in ("edges", "score", "scale", "shift", "shot")]
+        return own + [store.array(name, f"{one}_smooth")[:] for one in ("depth", "normals")]
+
+    one, name = labelled(tmp_path / "one.zarr", video, 8)
+    run(one, filter=True)
+    other, _ = labelled(tmp_path / "other.zarr", video, 24)
+    run(other, filter=True)
+    assert all(
+        np.array_equal(a, b, equal_nan=True) for a, b in zip(values(one, name), values(other, name), strict=True)
+    )
+    stopped, _ = labelled(tmp_path / "stopped.zarr", video, 8)
+    for what in ("write_edges", "write_solution", "write_filtered"):
+        with monkeypatch.context() as patch:
+            calls = []
+            real = getattr(Temporal, what)
+
+            def fail(self, *arguments, calls=calls, real=real):
+                calls.append(1)
+                if len(calls) == 2 or real.__name__ == "write_solution":
+                    raise StoreError("killed")
+                real(self, *arguments)
+
+            patch.setattr(Temporal, what, fail)
+            with pytest.raises(StoreError, match="killed"):
+                run(stopped, filter=True)
+    assert run(stopped, filter=True).smoothed == (name,)
+    assert written(stopped) == written(one)
+
+
+def test_again_does_nothing_and_another_leak_solves_alone(tmp_path, video):
+    store, name = labelled(tmp_path / "a.zarr", video)
+    run(store)
+    before = written(store)
+    assert run(store).frames == 0
+    assert written(store) == before
+    assert run(store, leak=0.5).frames == 0
+    assert Temporal(store, name).attributes()["leak"] == 0.5
+    assert Temporal(store, name).solved()
+    assert run(store, flow="fast").frames == FRAMES
+
+
+def test_labels_done_again_make_it_stale(tmp_path, video):
+    store, name = labelled(tmp_path / "a.zarr", video)
+    run(store)
+    segment = store.segments(name)[0]
+    writer = store.writer(segment)
+    for index in range(segment.start, segment.stop):
+        writer.fail(index, "now broken")
+    writer.commit()
+    with pytest.raises(StoreError, match="labelled again since"):
+        open_datasets(store.uri, smooth=True)
+    assert run(store).frames == FRAMES
+    assert np.isnan(open_datasets(store.uri, smooth=True)[name].depth[0]).all()
+
+
+def test_unlabelled_and_missing_sources_are_left_out_with_the_reason(tmp_path, video):
+    store, name = labelled(tmp_path / "a.zarr", video, upto=2)
+    assert "not labelled yet" in run(store).left_out[name]
+    gone = media.write_video(tmp_path / "gone.mp4", frames=FRAMES)
+    other, name = labelled(tmp_path / "b.zarr", gone)
+    gone.unlink()
+    assert list(run(other).left_out) == [name]
+    with pytest.raises(StoreError, match="not smoothed"):
+        open_datasets(other.uri, smooth=True)
+
+
+def test_a_segment_that_cannot_be_read_again_goes_without_edges(tmp_path, video, monkeypatch):
+    from depthmill.pipeline.smoothing import stage
+
+    real = stage.write_segment_edges
+
+    def broken(source, segment, *arguments):
+        if segment.start == 8:
+            raise MemoryError("decoder")
+        real(source, segment, *arguments)
+
+    monkeypatch.setattr(stage, "write_segment_edges", broken)
+    store, name = labelled(tmp_path / "a.zarr", video)
+    done = run(store, attempts=2)
+    assert list(done.unread.values()) == ["decoder"]
+    assert np.isnan(Temporal(store, name).read("edges")[8:16]).all()
+    assert (open_store(store.uri).status(name) == 1).all()
+
+
+def test_filtered_labels_are_unit_and_plain_xarray_reads_them(tmp_path, video):
+    store, name = labelled(tmp_path / "a.zarr", video)
+    run(store, filter=True)
+    source = open_datasets(store.uri, smooth=True)[name]
+    assert np.allclose(np.linalg.norm(source.normals.values, axis=-1), 1, atol=0.02)
+    plain = xarray.open_zarr(store.uri, group=name, consolidated=False, chunks=None)
+    assert np.allclose(plain.depth_smooth.values, source.depth.values, atol=1e-6)

@@ -1,0 +1,221 @@
+"""`depthmill smooth`, whole: edges of every segment, then a solution for every video, then, on demand, the filter."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from depthmill.pipeline.config import SmoothConfig
+from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError, StoreError
+from depthmill.pipeline.smoothing.stage import (
+    Phase,
+    Smoother,
+    SmoothTask,
+    edges_shape,
+    write_empty_edges,
+    write_nothing_filtered,
+)
+from depthmill.pipeline.store import Store, open_store
+from depthmill.pipeline.store.temporal import Temporal
+from depthmill.pipeline.types import LABELLED, Segment
+from depthmill.workers.crew import Crew
+from depthmill.workers.pool import Event, InProcess, Pool
+from depthmill.workers.progress import Rate, open_display
+from depthmill.workers.standing import Counts
+
+_WAIT_S = 0.5
+_LOAD_DEATHS = 3
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class SmoothSummary:
+    """How a run ended.
+
+    Attributes:
+        store: Where the store is.
+        smoothed: Ids of the sources that are smoothed now.
+        left_out: Id -> why a source is not.
+        unread: Segments that could not be read again, and have no edges or filtered labels, with the reason.
+        frames: Frames that this run worked on, once a phase.
+        seconds: Of this run.
+    """
+
+    store: str
+    smoothed: tuple[str, ...]
+    left_out: dict[str, str]
+    unread: dict[str, str]
+    frames: int
+    seconds: float
+
+
+def smooth(
+    store_uri: str | Path, config: SmoothConfig, *, sources: Sequence[str] = (), console: Console | None = None
+) -> SmoothSummary:
+    """Smooth a store's videos, or the sources named; what an earlier run did with the same options is kept.
+
+    Args:
+        store_uri: A labelled store.
+        config: Options of the run.
+        sources: Ids; by default every video.
+        console: Where progress is shown.
+
+    Raises:
+        DepthmillError: If nothing can start.
+        RunStoppedError: On Ctrl-C, and when workers cannot be kept alive.
+    """
+    store = open_store(store_uri)
+    if "depth" not in store.layout.labels:
+        raise ConfigError(f"{store.uri} has no depth to smooth: it holds {', '.join(store.layout.labels)}")
+    wanted = list(sources) or [one for one in store.sources() if store.attributes(one)["kind"] == "video"]
+    left_out = {one: why for one in wanted if (why := _unfit(store, one))}
+    run = _Run(store, config, [one for one in wanted if one not in left_out])
+    started_s = time.perf_counter()
+    if run.queue:
+        with ExitStack() as stack:
+            pool: Pool = InProcess({"labeler": lambda: Smoother(config, store.uri)}, run.show_state)
+            if config.address or (config.workers is None and (os.cpu_count() or 1) > 1) or config.workers:
+                from depthmill.workers.cluster import connect
+
+                stack.enter_context(connect(config))
+                from depthmill.workers.actors import smoothers
+
+                pool = smoothers(config, store.uri)
+            stack.callback(pool.close)
+            run.display = stack.enter_context(open_display(console or Console(highlight=False), run.rate))
+            try:
+                run.go(Crew(pool))
+            except KeyboardInterrupt:
+                raise RunStoppedError(
+                    "stopped: what was smoothed so far stays; run the same command again to go on from there"
+                ) from None
+    left_out |= run.left_out
+    smoothed = tuple(one for one in wanted if one not in left_out)
+    return SmoothSummary(store.uri, smoothed, left_out, run.unread, run.done, time.perf_counter() - started_s)
+
+
+def _unfit(store: Store, source_id: str) -> str:
+    """Why a source cannot be smoothed; "" if it can."""
+    pending = store.pending(source_id)
+    if pending:
+        return f"{len(pending)} segments are not labelled yet: run the same `depthmill label` again, then smooth"
+    if "size" in store.arrays(source_id):
+        sizes = np.asarray(store.array(source_id, "size")[:])[store.status(source_id) == LABELLED]
+        if len(np.unique(sizes, axis=0)) > 1:
+            return "its pictures differ in size: expected the frames of one video, all of one size"
+    return ""
+
+
+class _Run:
+    def __init__(self, store: Store, config: SmoothConfig, source_ids: Sequence[str]) -> None:
+        self._store, self._config = store, config
+        self.queue: deque[SmoothTask] = deque()
+        self._left: Counter[str] = Counter()  # tasks of a source's phase that are not done
+        self.left_out: dict[str, str] = {}
+        self.unread: dict[str, str] = {}
+        self.rate = Rate()
+        self.display: Any = None
+        self.done = self._total = self._load_deaths = 0
+        for source_id in source_ids:
+            Temporal(store, source_id).prepare(
+                max_edge=config.max_edge, flow=config.flow, leak=config.leak, shape=edges_shape(config.max_edge)
+            )
+            self._plan(source_id)
+
+    def _plan(self, source_id: str) -> None:
+        """Queue the first phase of a source that is not complete; the next one is planned when it is."""
+        temporal, attributes = Temporal(self._store, source_id), self._store.attributes(source_id)
+        phase: Phase = "edges"
+        segments = temporal.pending("edges")
+        if not segments and not temporal.solved():
+            phase, segments = "solve", [Segment(source_id, 0, attributes["frames"])]
+        elif not segments and self._config.filter:
+            temporal.prepare_filter()
+            phase, segments = "filter", temporal.pending("filter")
+        self.queue += [SmoothTask(phase, attributes["uri"], attributes["fingerprint"], one) for one in segments]
+        self._left[source_id] = len(segments)
+        self._total += 0 if phase == "solve" else sum(one.frames for one in segments)
+
+    def show_state(self, state: Any) -> None:
+        self.display.show(Counts(self._total, 0, self.done, 0), {"this process": state})
+
+    def go(self, crew: Crew) -> None:
+        """Work until nothing is left."""
+        while self.queue or any(running.item is not None for running in crew.running.values()):
+            room = crew.room() if self._config.workers is None else max(1, self._config.workers)
+            for _ in range(min(room, len(self.queue)) - len(crew.labelers)):
+                crew.hire("labeler")
+            for worker in list(crew.idle):
+                if self.queue:
+                    task = self.queue.popleft()
+                    frames = task.frames + self._config.max_edge
+                    crew.call(worker, task, self._config.frame_limit_s * frames, "smooth", task)
+            for event in crew.wait(_WAIT_S):
+                self._ended(crew, event)
+            for event in list(crew.end_overdue()):
+                self._ended(crew, event)
+            self.display.show(Counts(self._total, 0, self.done, 0), crew.states(_SHOWN))
+
+    def _ended(self, crew: Crew, event: Event) -> None:
+        running = crew.ended(event)
+        if running is None:
+            return
+        if running.item is None:
+            self._loaded(event)
+        elif event.error is None:
+            self._finished(running.item)
+        elif isinstance(event.error, StoreError):
+            raise event.error
+        elif event.lost:
+            self.queue.append(running.item)
+        else:
+            self._failed(running.item, event)
+
+    def _loaded(self, event: Event) -> None:
+        if event.error is None:
+            self.rate.start()
+            self._load_deaths = 0
+            return
+        self._load_deaths += 1
+        if not event.died or self._load_deaths >= _LOAD_DEATHS:
+            raise RunStoppedError(
+                f"workers cannot start ({_words(event)}): see to it, and run the same command again; what is smoothed "
+                "stays"
+            ) from event.error
+
+    def _finished(self, task: SmoothTask) -> None:
+        source_id = task.segment.source_id
+        if source_id in self.left_out:
+            return
+        self.done += 0 if task.phase == "solve" else task.frames
+        self._left[source_id] -= 1
+        if not self._left[source_id]:
+            self._plan(source_id)
+
+    def _failed(self, task: SmoothTask, event: Event) -> None:
+        source_id = task.segment.source_id
+        if task.attempts + 1 < self._config.attempts:
+            self.queue.append(replace(task, attempts=task.attempts + 1))
+        elif isinstance(event.error, SourceError) or task.phase == "solve":
+            self.left_out[source_id] = _words(event)
+            self.queue = deque(one for one in self.queue if one.segment.source_id != source_id)
+        else:
+            self.unread[str(task)] = _words(event)
+            if task.phase == "edges":
+                write_empty_edges(task.segment, self._store, self._config)
+            else:
+                write_nothing_filtered(task.segment, self._store)
+            self._finished(task)
+
+
+def _words(event: Event) -> str:
+    return "its worker died" if event.died else f"{event.error}".splitlines()[0] or type(event.error).__name__
