@@ -30,12 +30,13 @@ _PRESETS = {
 }
 _QUANTUM = 1 / 5120  # the store's step of depth
 _STEP = 0.15  # of the spread of depth in 3x3 pixels: more is a depth edge
+_FLAT = 0.02  # of the whole range of depth: less never is an edge
 _GREY_LEVELS = 20.0  # two pixels that differ by more, after the frames' median difference, show different things
 _TUKEY = 4.685  # 95 % efficient on normal residuals
 _ROUNDS = 8
 _LEAST_PAIRS = 64
 _CORRELATED = 16.0  # neighbouring pairs share flow errors: so many count as one
-_SLOPE_ERROR = 0.003  # of a line between real frames, however many pairs it has
+_SLOPE_ERROR = 0.002  # of a line between real frames, a frame of gap: perspective and flow drift, however many pairs
 _NOISE_BIAS = 0.1  # log-scale that a line loses where depth is all noise
 _BINS = 32
 
@@ -73,12 +74,12 @@ def view(image: npt.NDArray[np.uint8], depth: npt.NDArray[np.float32]) -> View:
         low, high = np.percentile(half[usable], (5, 95))
         block = np.ones((3, 3), np.uint8)
         step = cv2.dilate(half, block) - cv2.erode(half, block)
-        usable &= step <= _STEP * (high - low) + 2 * _QUANTUM
+        usable &= step <= max(_STEP * (high - low), _FLAT)
     return View(np.asarray(grey, np.uint8), np.where(usable, half, np.nan).astype(np.float32))
 
 
 def segment_edges(
-    views: Iterable[View | None], halo: int, *, max_edge: int = 32, flow: Flow = "medium"
+    views: Iterable[View | None], halo: int, *, max_edge: int = 32, flow: Flow = "fast"
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Edges of a run of frames, each with the frames before it.
 
@@ -111,7 +112,7 @@ def segment_edges(
         for row, gap in zip(rows, gaps, strict=True):
             earlier = past[-gap] if gap <= len(past) else None
             if later is not None and earlier is not None:
-                row[:] = _edge(dis, later, earlier)
+                row[:] = _edge(dis, later, earlier, _SLOPE_ERROR * gap)
         if later is not None and past and past[-1] is not None:
             score = _difference(later.grey, past[-1].grey)
         edges.append(rows)
@@ -126,7 +127,7 @@ def _difference(grey: npt.NDArray[np.uint8], before: npt.NDArray[np.uint8]) -> f
     return float(np.abs(counts[0] - counts[1]).sum() / 2)
 
 
-def _edge(dis: Any, later: View, earlier: View) -> tuple[float, ...]:
+def _edge(dis: Any, later: View, earlier: View, floor: float) -> tuple[float, ...]:
     """The fields of one edge; the line's are NaN, and its weights 0, where too few pairs are left."""
     there = dis.calc(later.grey, earlier.grey, None)
     back = dis.calc(earlier.grey, later.grey, None)
@@ -136,7 +137,7 @@ def _edge(dis: Any, later: View, earlier: View) -> tuple[float, ...]:
     x, y = np.concatenate([x0, x1]), np.concatenate([y0, y1])
     if len(x) < _LEAST_PAIRS:
         return np.nan, np.nan, np.nan, 0.0, 0.0, coverage
-    return *_fit(x.astype(np.float64), y.astype(np.float64)), coverage
+    return *_fit(x.astype(np.float64), y.astype(np.float64), floor), coverage
 
 
 def _pairs(one: View, other: View, flow: Floats, back: Floats) -> tuple[Floats, Floats, float]:
@@ -161,7 +162,7 @@ def _pairs(one: View, other: View, flow: Floats, back: Floats) -> tuple[Floats, 
     return one.depth[both], depth[both], float(inside.mean())
 
 
-def _fit(x: Floats, y: Floats) -> tuple[float, float, float, float, float]:
+def _fit(x: Floats, y: Floats, floor: float) -> tuple[float, float, float, float, float]:
     """The line of geometric-mean regression, reweighted, with its weights.
 
     Least squares of y on x takes the noise of x for signal and flattens the line by the squared correlation r²; of x on
@@ -173,6 +174,7 @@ def _fit(x: Floats, y: Floats) -> tuple[float, float, float, float, float]:
     Args:
         x: (N,) depths of the later frame.
         y: (N,) of the earlier.
+        floor: Error of log_scale, and of the shift over the spread of depth, at least.
 
     Returns:
         log_scale, middle of x, middle of y, scale_weight, shift_weight.
@@ -194,10 +196,10 @@ def _fit(x: Floats, y: Floats) -> tuple[float, float, float, float, float]:
         sx, sy = float(np.sqrt(weight @ (dx * dx) / total)), float(np.sqrt(weight @ (dy * dy) / total))
         correlation = float(weight @ (dx * dy) / total) / (sx * sy) if min(sx, sy) > 0 else 0.0
     count = float(weight.sum()) / _CORRELATED
-    level = sx * sy * (spread**2 / count + _SLOPE_ERROR**2) + _QUANTUM**2
+    level = sx * sy * (spread**2 / count + floor**2) + _QUANTUM**2
     if min(sx, sy) <= _QUANTUM / 4 or correlation <= 0:
         return 0.0, mx, my, 0.0, 1 / level
     # A line through noise alone has r = 0 and says sd(noise) / sd(noise): the nearer to that, the less it is believed.
     squared = min(correlation, 1.0) ** 2
-    slope = (1 - squared) / (squared * count) + (_NOISE_BIAS * (1 - correlation)) ** 2 + _SLOPE_ERROR**2
+    slope = (1 - squared) / (squared * count) + (_NOISE_BIAS * (1 - correlation)) ** 2 + floor**2
     return float(np.log(sy / sx)), mx, my, 1 / slope, 1 / level

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+
+from depthmill.pipeline.evaluation.metrics import depth_metrics, fit_affine
+from depthmill.pipeline.smoothing.edges import segment_edges, view
+from depthmill.pipeline.smoothing.solve import solve
+from depthmill.tests.pipeline.smoothing import worlds
+
+LEAK = 0.05
+FRAMES = 40
+
+
+def smooth(images, depth, leak=LEAK):
+    edges, score = segment_edges(map(view, images, depth), 0)
+    return solve(edges, score, np.ones(len(depth), bool), leak=leak)
+
+
+def applied(solution, depth):
+    return solution.scale[:, None, None] * depth + solution.shift[:, None, None]
+
+
+def figures(depth, metres):
+    return depth_metrics(depth.ravel(), metres.ravel(), *fit_affine(depth.ravel(), metres.ravel()), (1e-3, 1e3))
+
+
+@pytest.mark.parametrize(("camera", "times"), [("static", 50), ("pan", 50), ("forward", 20)])
+def test_flicker_goes(camera, times):
+    images, metres = worlds.room(FRAMES, camera)
+    depth, scale, _ = worlds.disturbed(worlds.normalised(metres), seed=0)
+    solution = smooth(images, depth)
+    before, after = (np.diff(np.log(s)).std() for s in (scale, scale * solution.scale))
+    assert after * times <= before
+    assert figures(applied(solution, depth), metres)["abs_rel"] < 0.5 * figures(depth, metres)["abs_rel"]
+
+
+def test_real_motion_stays():
+    images, metres = worlds.room(FRAMES, "forward")
+    depth = worlds.stored(worlds.normalised(metres))
+    before, after = figures(depth, metres), figures(applied(smooth(images, depth), depth), metres)
+    assert after["abs_rel"] <= before["abs_rel"] + 5e-4
+    assert after["delta1"] >= before["delta1"] - 0.005
+
+
+def test_constant_input_stays():
+    images, metres = worlds.room(1, "static")
+    depth = worlds.stored(worlds.normalised(metres))
+    solution = smooth(np.repeat(images, 10, 0), np.repeat(depth, 10, 0))
+    np.testing.assert_allclose(solution.scale, 1, atol=1e-6)
+    np.testing.assert_allclose(solution.shift, 0, atol=1e-6)
+
+
+def test_joined_clips_give_what_each_gives():
+    clips = []
+    for seed, camera, grey in ((0, "pan", 0.4), (7, "forward", 1.0)):
+        images, metres = worlds.room(12, camera, seed)
+        clips.append(((images * grey).astype(np.uint8), worlds.disturbed(worlds.normalised(metres), seed)[0]))
+    joined = smooth(*(np.concatenate(part) for part in zip(*clips, strict=True)))
+    assert np.bincount(joined.shot).tolist() == [12, 12]
+    for name in ("scale", "shift"):
+        alone = np.concatenate([getattr(smooth(*clip), name) for clip in clips])
+        np.testing.assert_allclose(getattr(joined, name), alone, atol=1e-6)
+
+
+def test_another_affine_per_frame_changes_one_affine_per_shot():
+    images, metres = worlds.room(12, "static")
+    depth = worlds.normalised(metres)
+    _, scale, shift = worlds.disturbed(depth, 3)
+    other = (scale[:, None, None] * depth + shift[:, None, None]).astype(np.float32)
+    errors = []
+    for leak in (LEAK, 0.0):
+        one, two = (applied(smooth(images, d, leak), d).ravel() for d in (depth, other))
+        fit = fit_affine(two, one)
+        errors.append(np.abs(fit[0] * two + fit[1] - one).max())
+    assert errors[1] < 1e-3 < errors[0]
+
+
+def test_frames_without_edges_lie_between_their_neighbours():
+    images, metres = worlds.room(12, "static")
+    depth = worlds.disturbed(worlds.normalised(metres), 1)[0]
+    views = list(map(view, images, depth))
+    views[5] = None
+    labelled = np.arange(12) != 5
+    got = solve(*segment_edges(views, 0), labelled, leak=LEAK)
+    assert got.scale[5] == pytest.approx(np.sqrt(got.scale[4] * got.scale[6]), rel=0.01)
+    assert got.shot.max() == 0
+
+
+def test_one_frame_and_none():
+    images, metres = worlds.room(1, "static")
+    solution = smooth(images, worlds.stored(worlds.normalised(metres)))
+    assert (solution.scale.tolist(), solution.shift.tolist(), solution.shot.tolist()) == ([1.0], [0.0], [0])
+    blind = solve(np.full((3, 6, 6), np.nan), np.full(3, np.nan), np.zeros(3, bool), leak=LEAK)
+    assert (blind.scale.tolist(), blind.shift.tolist()) == ([1.0] * 3, [0.0] * 3)
