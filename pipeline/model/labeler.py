@@ -17,7 +17,8 @@ from depthmill.pipeline.geometry import from_network, padded_size, processed_siz
 from depthmill.pipeline.model.checkpoint import Checkpoint, is_joint, open_checkpoint
 from depthmill.pipeline.model.geowizard import GeoWizard, check_joint
 from depthmill.pipeline.model.sampling import Sampler
-from depthmill.pipeline.model.single_step import SingleStep, unit
+from depthmill.pipeline.model.single_step import SingleStep, load_heads, unit
+from depthmill.pipeline.model.specialize import Specialized, can_specialize
 from depthmill.pipeline.types import Domain, Labels, Modality, Source, is_corpus
 
 log = logging.getLogger(__name__)
@@ -70,14 +71,18 @@ class Labeler:
         self.sampling = sampling or Sampling()
         self.round_aspect = round_aspect
         self._pixels_that_fit: int | None = None  # in one forward pass, padding included; None: any that were tried
-        self._network: SingleStep | GeoWizard
+        self._network: Specialized | SingleStep | GeoWizard
         self._sampler: Sampler | None = None
         if check_joint(checkpoints, self.sampling):
             self._network = GeoWizard(list(checkpoints), self.device, self.dtype)
         else:
-            self._network = SingleStep(list(checkpoints), self.device, self.dtype)
-            if not self.sampling.is_single_step:
-                self._sampler = Sampler(self._network, self.sampling)
+            heads = load_heads(checkpoints)
+            if self.sampling.is_single_step and all(map(can_specialize, heads)):
+                self._network = Specialized(heads, self.device, self.dtype)
+            else:
+                self._network = SingleStep(heads, self.device, self.dtype)
+                if not self.sampling.is_single_step:
+                    self._sampler = Sampler(self._network, self.sampling)
 
     @classmethod
     def from_pretrained(

@@ -10,6 +10,7 @@ from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
+from depthmill.pipeline.model.single_step import load_heads
 from depthmill.pipeline.types import CORPUS_PICTURES, Source
 
 
@@ -150,10 +151,11 @@ def test_a_unet_that_takes_the_picture_alone(tmp_path, prediction):
     frames = noise(1, 32, 32, 3)
     labeler = Labeler.from_pretrained(tmp_path, device="cpu")
     with torch.inference_mode():
-        vae, unet = labeler._network.heads[0].vae, labeler._network.heads[0].unet
+        (head,) = load_heads(labeler.checkpoints)
+        vae, unet = head.vae, head.unet
         picture = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
         latent = vae.encode(picture).latent_dist.mean * vae.config.scaling_factor
-        out = unet(latent, 999, encoder_hidden_states=labeler._network.heads[0].prompt).sample
+        out = unet(latent, 999, encoder_hidden_states=head.prompt).sample
         alpha = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[-1]
         factor = {"v_prediction": -((1 - alpha) ** 0.5), "epsilon": -(((1 - alpha) / alpha) ** 0.5), "sample": 1.0}
         decoded = vae.decode(out * factor[prediction] / vae.config.scaling_factor).sample
