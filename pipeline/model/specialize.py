@@ -85,23 +85,25 @@ class Specialized(nn.Module):
         # Convolutions want it: tensor cores everywhere; on a CPU it measured 1.0 to 1.4 times as fast.
         folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.folded = folded
-        self.run: Callable[[torch.Tensor], list[torch.Tensor]] = folded  # or that, compiled
+        self.compiled: Callable[[torch.Tensor], list[torch.Tensor]] | None = None  # the same, for full batches
         self._wide: Folded | None = None
 
     @torch.inference_mode()
-    def forward(self, pictures: torch.Tensor) -> dict[Modality, torch.Tensor]:
+    def forward(self, pictures: torch.Tensor, *, full: bool = False) -> dict[Modality, torch.Tensor]:
         """Label a batch.
 
         Where float16 overflows, as it does in some VAEs, the pictures that it happens to are done again in float32.
 
         Args:
             pictures: (B, 3, h, w) float32 in [-1, 1], both sides multiples of `factor`.
+            full: Whether this is a full batch, for which the network runs compiled if it is to.
 
         Returns:
             For each modality (B, C, h, w) float32: depth C = 1 in [0, 1]; normals C = 3, unit, in the stored axes.
         """
         pictures = pictures.contiguous(memory_format=torch.channels_last)
-        decoded = self.run(pictures)
+        run = self.compiled if full and self.compiled is not None else self.folded
+        decoded: list[torch.Tensor] = run(pictures)
         if self.dtype == torch.float16:
             decoded = self._without_overflow(pictures, decoded)
         return {
