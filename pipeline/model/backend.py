@@ -80,7 +80,8 @@ def compile_network(network: Specialized, device: torch.device, wanted: Compile)
     """Have full batches run compiled, each shape of them by itself; on CUDA as one graph that is launched at once.
 
     `auto` compiles on CUDA, and goes on without, with a warning, where that cannot be done. On CPUs nearly all of the
-    time is in convolutions, which compiling does not touch: it measured 6 % and took minutes. What was compiled is kept on disk, for the next start.
+    time is in convolutions, which compiling does not touch: it measured 6 %, after minutes. What was compiled is kept
+    on disk, for the next start.
 
     Returns:
         Whether it is going to be compiled, when the first full batch comes.
