@@ -82,7 +82,10 @@ def label(
     processing_resolution: Annotated[
         int | None, typer.Option(help="Longer side in pixels at which the model sees a frame.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Frames a forward pass.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Frames a forward pass, or auto: as many as fit.")] = None,
+    compile_network: Annotated[
+        str | None, typer.Option("--compile", help="auto, on or off: whether full batches run compiled.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the network.")] = None,
     normals_dtype: Annotated[str | None, typer.Option(help="int8, int16 or float16, of stored normals.")] = None,
@@ -131,6 +134,7 @@ def label(
         "domain": domain,
         "processing_resolution": processing_resolution,
         "batch_size": batch_size,
+        "compile": compile_network,
         "device": device,
         "dtype": dtype,
         "normals_dtype": normals_dtype,
@@ -359,7 +363,7 @@ def evaluate(
         int | None,
         typer.Option(help="Longer side in pixels at which the model sees a picture; by default the paper's."),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures a forward pass.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Pictures a forward pass, or auto.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the network.")] = None,
     workers: Annotated[int | None, typer.Option(help="Ray workers; 0 labels in this process.")] = None,

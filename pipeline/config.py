@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -86,9 +86,14 @@ class LabelConfig(BaseModel):
             checkpoint describes itself (`pipeline/model/checkpoint.py`).
         domain: The scene that a GeoWizard checkpoint is told of; left out, `indoor`. Other checkpoints have none.
         processing_resolution: Longer side in pixels at which the model sees a frame; left out, the checkpoint's own.
-        batch_size: Frames a forward pass.
+        batch_size: Frames a forward pass; `auto` is 8 on a CPU, and on CUDA as many as fit, by the memory that passes
+            of one and of two frames take.
+        compile: Whether full batches run compiled: `auto` on CUDA, where that can be done. The first start with a shape
+            takes a minute or so; what was compiled is kept in the user's cache.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, `xpu`, `mps`.
-        dtype: Of the network; `auto` is bfloat16 on CUDA (float16 where it has none) and float32 on the CPU.
+        dtype: Of the network; `auto` is bfloat16 on CUDA (float16 where it has none), bfloat16 on a CPU that
+            multiplies it (AVX512-BF16, AMX), and float32 on any other. It is part of what a store was made with: a run
+            resumed on a machine that would choose otherwise must be told.
         normals_dtype: Of the stored normals; int8 is good to 0.4°.
         shard_frames: Frames in one shard file.
         segment_frames: Frames in one unit of work and commit, a multiple of `shard_frames`; left out, about 64, and of
@@ -124,7 +129,8 @@ class LabelConfig(BaseModel):
     normals_axes: str | None = None
     domain: Domain | None = None
     processing_resolution: int | None = Field(default=None, ge=16)
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|(cuda|xpu|mps)(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     normals_dtype: Literal["int8", "int16", "float16"] = "int8"

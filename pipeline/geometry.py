@@ -60,8 +60,8 @@ def to_network(frame: torch.Tensor, size: tuple[int, int], multiple: int) -> tor
     Returns:
         (3, h', w') float32 in [-1, 1]: antialiased bilinear, then padded on the right and below by repeating the edge.
     """
-    image = frame.permute(2, 0, 1)[None].float() / 255.0 * 2.0 - 1.0  # (1, 3, H, W)
-    image = F.interpolate(image, size, mode="bilinear", antialias=True)
+    image = frame.permute(2, 0, 1)[None].float()  # (1, 3, H, W)
+    image = F.interpolate(image, size, mode="bilinear", antialias=True) / 127.5 - 1  # fewer pixels, as a rule
     height, width = padded_size(size, multiple)
     return F.pad(image, (0, width - size[1], 0, height - size[0]), mode="replicate")[0]
 

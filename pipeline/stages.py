@@ -248,7 +248,7 @@ class Worker:
         self._sources = OpenSources(config.max_pixels, config.max_frames)
 
     def load(self) -> str:
-        """Load the checkpoints; returns the device and dtype in words.
+        """Load the checkpoints; returns the device, and how it is used, in words.
 
         Raises:
             CheckpointError: If they cannot be loaded, or are not those that the run was planned with.
@@ -266,7 +266,7 @@ class Worker:
         self._labeler = Labeler.from_config(self._config, checkpoints)
         self._store = open_store(self._store_uri)
         self._now(WorkerState("idle"))
-        return f"{self._labeler.device}, {str(self._labeler.dtype).removeprefix('torch.')}"
+        return self._labeler.backend
 
     def label(self, task: Task) -> Report:
         """Label and commit a segment.

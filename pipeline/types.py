@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -101,11 +101,13 @@ class Labels:
             None if not asked for.
         uncertainty: (B, H, W) float32, in units of depth, 0 where all agree: the median absolute deviation of an
             ensemble's members from `depth`; None without an ensemble.
+
+    A labeler that is asked to pack them gives all three in the integers of a store (`store/layout.py`).
     """
 
-    depth: npt.NDArray[np.float32] | None
-    normals: npt.NDArray[np.float32] | None
-    uncertainty: npt.NDArray[np.float32] | None = None
+    depth: npt.NDArray[Any] | None
+    normals: npt.NDArray[Any] | None
+    uncertainty: npt.NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from rich.console import Console
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import RunStoppedError, SourceError, StoreMismatchError
+from depthmill.pipeline.model.backend import pick_device, pick_dtype
 from depthmill.pipeline.model.checkpoint import Checkpoint
-from depthmill.pipeline.model.labeler import open_checkpoints, pick_device, pick_dtype
+from depthmill.pipeline.model.labeler import open_checkpoints
 from depthmill.pipeline.plan import Planned, Prober
 from depthmill.pipeline.sources import expand_inputs, open_source, source_id
 from depthmill.pipeline.stages import Worker, fail_task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -14,10 +15,21 @@ import torch
 from depthmill.pipeline.config import DEMO, LabelConfig, Noise, Sampling, TimestepSpacing, validated
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.geometry import from_network, padded_size, processed_size, rounded_size, to_network
+from depthmill.pipeline.model.backend import CPU_BATCH, Compile, compile_network, fitting_batch, pick_device, pick_dtype
 from depthmill.pipeline.model.checkpoint import Checkpoint, is_joint, open_checkpoint
 from depthmill.pipeline.model.geowizard import GeoWizard, check_joint
 from depthmill.pipeline.model.sampling import Sampler
-from depthmill.pipeline.model.single_step import SingleStep, unit
+from depthmill.pipeline.model.single_step import SingleStep, load_heads, unit
+from depthmill.pipeline.model.specialize import Specialized, can_specialize
+from depthmill.pipeline.model.transfer import (
+    NormalsDtype,
+    Pending,
+    Staged,
+    from_device,
+    pack_depth,
+    pack_normals,
+    to_device,
+)
 from depthmill.pipeline.types import Domain, Labels, Modality, Source, is_corpus
 
 log = logging.getLogger(__name__)
@@ -30,6 +42,7 @@ class Labeler:
         checkpoints: What is loaded, one for each label.
         processing_resolution: Longer side in pixels at which the network sees a frame.
         batch_size: Most frames in one forward pass; fewer once the GPU has run out of memory.
+        compiled: Whether full batches run compiled.
         round_aspect: Which sources are seen at rounded aspect ratios: `LabelConfig.round_aspect`.
         device: Where the network is.
         dtype: Of the network.
@@ -41,7 +54,8 @@ class Labeler:
         checkpoints: Sequence[Checkpoint],
         *,
         processing_resolution: int | None = None,
-        batch_size: int = 8,
+        batch_size: int | Literal["auto"] = "auto",
+        compile: Compile = "off",
         device: str = "auto",
         dtype: str = "auto",
         sampling: Sampling | None = None,
@@ -52,7 +66,8 @@ class Labeler:
         Args:
             checkpoints: One or two, of different modalities; a joint one, opened for each, is loaded once.
             processing_resolution: Overrides the checkpoints' own, of which the first one's holds.
-            batch_size: Most frames in one forward pass.
+            batch_size: Most frames in one forward pass; `auto`: `LabelConfig.batch_size`.
+            compile: `auto`, `on` or `off`: `LabelConfig.compile`. It is for batch after batch of one shape.
             device: `auto` (CUDA where there is one), or a torch device.
             dtype: `auto`, `float32`, `bfloat16` or `float16`.
             sampling: How labels are drawn; left out, in the one deterministic step.
@@ -64,20 +79,27 @@ class Labeler:
         """
         self.checkpoints = tuple(checkpoints)
         self.processing_resolution = processing_resolution or checkpoints[0].processing_resolution
-        self.batch_size = batch_size
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.sampling = sampling or Sampling()
         self.round_aspect = round_aspect
         self._pixels_that_fit: int | None = None  # in one forward pass, padding included; None: any that were tried
-        self._network: SingleStep | GeoWizard
+        self.compiled = False
+        self._network: Specialized | SingleStep | GeoWizard
         self._sampler: Sampler | None = None
         if check_joint(checkpoints, self.sampling):
             self._network = GeoWizard(list(checkpoints), self.device, self.dtype)
         else:
-            self._network = SingleStep(list(checkpoints), self.device, self.dtype)
-            if not self.sampling.is_single_step:
-                self._sampler = Sampler(self._network, self.sampling)
+            heads = load_heads(checkpoints)
+            if self.sampling.is_single_step and all(map(can_specialize, heads)):
+                self._network = Specialized(heads, self.device, self.dtype)
+            else:
+                self._network = SingleStep(heads, self.device, self.dtype)
+                if not self.sampling.is_single_step:
+                    self._sampler = Sampler(self._network, self.sampling)
+        self.batch_size = self._fitting() if batch_size == "auto" else batch_size
+        if isinstance(self._network, Specialized):
+            self.compiled = compile_network(self._network, self.device, compile)
 
     @classmethod
     def from_pretrained(
@@ -89,7 +111,8 @@ class Labeler:
         normals_axes: str | None = None,
         domain: Domain | None = None,
         processing_resolution: int | None = None,
-        batch_size: int = 8,
+        batch_size: int | Literal["auto"] = "auto",
+        compile: Compile = "off",
         device: str = "auto",
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         steps: int = 1,
@@ -107,9 +130,10 @@ class Labeler:
             normals_axes: Where the normals checkpoint's axes point, as in `left-up-towards`, if it does not say.
             domain: `indoor` (a GeoWizard checkpoint's default), `outdoor` or `object`; other checkpoints have none.
             processing_resolution: Longer side in pixels at which the network sees a frame.
-            batch_size: Most frames in one forward pass.
+            batch_size: Most frames in one forward pass; `auto` is 8 on a CPU and as many as fit on CUDA.
+            compile: `on`, or `auto`, on CUDA alone: full batches run compiled, after a minute for each shape of them.
             device: `auto` (CUDA where there is one), or a torch device.
-            dtype: `auto`: bfloat16 on CUDA, float32 on the CPU.
+            dtype: `auto`: bfloat16 on CUDA and on CPUs that multiply it, float32 elsewhere.
             steps: UNet calls for a label. This and the rest are for diffusion estimators: `config.Sampling`.
             ensemble: Members drawn of each frame and made one.
             noise: `zeros`, `gaussian` or `pyramid`.
@@ -131,6 +155,7 @@ class Labeler:
             "domain": domain,
             "processing_resolution": processing_resolution,
             "batch_size": batch_size,
+            "compile": compile,
             "device": device,
             "dtype": dtype,
             "steps": steps,
@@ -149,6 +174,7 @@ class Labeler:
             checkpoints,
             processing_resolution=config.processing_resolution,
             batch_size=config.batch_size,
+            compile=config.compile,
             device=config.device,
             dtype=config.dtype,
             sampling=config.sampling,
@@ -193,6 +219,15 @@ class Labeler:
             uncertainty=np.concatenate(uncertainties) if uncertainties else None,
         )
 
+    @property
+    def backend(self) -> str:
+        """The device, and how it is used, in words."""
+        name = str(self.device)
+        if self.device.type == "cuda":
+            name += f" ({torch.cuda.get_device_name(self.device)})"
+        how = "compiled" if self.compiled else "not compiled"
+        return f"{name}, {str(self.dtype).removeprefix('torch.')}, batches of {self.batch_size}, {how}"
+
     def rounds(self, source: Source) -> bool:
         """Whether the frames of a source are to be seen at rounded aspect ratios; a video's, of one size, never are."""
         if self.round_aspect is None:
@@ -210,20 +245,39 @@ class Labeler:
         return padded_size(self.processed_size(height, width, rounded=rounded), self._network.factor)
 
     def label(
-        self, frames: Sequence[npt.NDArray[np.uint8]], keys: Sequence[str] | None = None, *, rounded: bool = False
+        self,
+        frames: Sequence[npt.NDArray[np.uint8]],
+        keys: Sequence[str] | None = None,
+        *,
+        rounded: bool = False,
+        packing: NormalsDtype | None = None,
     ) -> list[Labels]:
+        """`submit`, and wait."""
+        return self.submit(frames, keys, rounded=rounded, packing=packing).result()
+
+    def submit(
+        self,
+        frames: Sequence[npt.NDArray[np.uint8]],
+        keys: Sequence[str] | None = None,
+        *,
+        rounded: bool = False,
+        packing: NormalsDtype | None = None,
+    ) -> Pending:
         """Label frames that share a batch shape, though their own sizes may differ.
 
-        When the GPU runs out of memory, half as many are tried, and from then on no more pixels at once than those.
+        On CUDA this returns once the work is queued, so that the next batch can be read meanwhile; elsewhere it is done
+        by then. When the GPU runs out of memory, half as many are tried, and from then on no more pixels at once than
+        those.
 
         Args:
             frames: Each (H, W, 3) uint8; all of one `batch_shape`.
             keys: A name for each frame, of which, with the seed, its noise is drawn, so that it has the same labels in
                 any company; left out, its position.
             rounded: Whether the network sees them at rounded aspect ratios (`geometry.rounded_size`).
+            packing: The dtype of a store's normals: labels come packed for it (`model/transfer.py`), not in float32.
 
         Returns:
-            One `Labels` a frame, B = 1, at that frame's size.
+            Whose `result` is one `Labels` a frame, B = 1, at that frame's size.
 
         Raises:
             ValueError: If there are not as many keys as frames.
@@ -231,13 +285,13 @@ class Labeler:
         keys = [str(position) for position in range(len(frames))] if keys is None else keys
         if len(keys) != len(frames):
             raise ValueError(f"{len(keys)} keys are given for {len(frames)} frames; expected one for each")
-        done: list[Labels] = []
+        done: list[Staged] = []
         while len(done) < len(frames):
             height, width = self.batch_shape(*frames[0].shape[:2], rounded=rounded)
             most = self._most(height * width)
             part = slice(len(done), len(done) + most)
             try:
-                done += self._forward(frames[part], keys[part], most, rounded)
+                done += self._forward(frames[part], keys[part], most, rounded, packing)
                 continue
             except torch.cuda.OutOfMemoryError:
                 tried = min(most, len(frames[part]) * self.sampling.ensemble)
@@ -247,20 +301,44 @@ class Labeler:
             torch.cuda.empty_cache()
             self._pixels_that_fit = tried // 2 * height * width
             log.warning("out of GPU memory: going on with batches of %d frames of %dx%d", tried // 2, width, height)
-        return done
+        return Pending(done)
 
     def _most(self, pixels: int) -> int:
         """Most frames of so many pixels in one forward pass."""
         fit = self.batch_size if self._pixels_that_fit is None else self._pixels_that_fit // pixels
         return max(1, min(self.batch_size, fit))
 
+    def _fitting(self) -> int:
+        """Frames in a batch, by the device's memory: for squares, which no frame exceeds."""
+        if self.device.type != "cuda":
+            return CPU_BATCH
+        side = self.processing_resolution
+        blank = np.zeros((side, side, 3), np.uint8)
+
+        def used_bytes(frames: int) -> int:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            Pending(self._forward([blank] * frames, ["blank"] * frames, frames, False, None)).result()
+            return torch.cuda.max_memory_allocated(self.device) - before
+
+        name = torch.cuda.get_device_name(self.device)
+        what = [*(checkpoint.sha256 for checkpoint in self.checkpoints), str(self.sampling.identity)]
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return fitting_batch(used_bytes, free, [*what, str(side), str(self.dtype), name, torch.__version__])
+
     def _forward(
-        self, frames: Sequence[npt.NDArray[np.uint8]], keys: Sequence[str], most: int, rounded: bool
-    ) -> list[Labels]:
+        self,
+        frames: Sequence[npt.NDArray[np.uint8]],
+        keys: Sequence[str],
+        most: int,
+        rounded: bool,
+        packing: NormalsDtype | None,
+    ) -> list[Staged]:
         sizes = [self.processed_size(*frame.shape[:2], rounded=rounded) for frame in frames]
         pictures = torch.stack(
             [
-                to_network(_tensor(frame).to(self.device), size, self._network.factor)
+                to_network(to_device(frame, self.device), size, self._network.factor)
                 for frame, size in zip(frames, sizes, strict=True)
             ]
         )  # (B, 3, h', w')
@@ -270,26 +348,31 @@ class Labeler:
             answers, uncertainties = self._sampler(pictures, sizes, keys, most)
         elif isinstance(self._network, GeoWizard):
             answers = self._network(pictures, sizes)
+        elif isinstance(self._network, Specialized):
+            # Other batches are of too many sizes to compile each; which are full, the segment alone decides.
+            answers = self._network(pictures, full=len(frames) == most)
         else:
             answers = self._network(pictures)
-        labels = []
+        staged = []
         for i, (frame, size) in enumerate(zip(frames, sizes, strict=True)):
             original = (frame.shape[0], frame.shape[1])
-            depth = normals = uncertainty = None
+            found: dict[str, torch.Tensor] = {}
             if "depth" in answers:
-                depth = from_network(answers["depth"][i], size, original).cpu().numpy()  # (1, H, W)
+                found["depth"] = from_network(answers["depth"][i], size, original)  # (1, H, W)
             if "normals" in answers:
                 resized = unit(from_network(answers["normals"][i], size, original))
-                normals = resized.permute(1, 2, 0)[None].cpu().numpy()  # (1, H, W, 3)
+                found["normals"] = resized.permute(1, 2, 0)[None]  # (1, H, W, 3)
             if uncertainties is not None:
-                uncertainty = from_network(uncertainties[i], size, original).cpu().numpy()  # (1, H, W)
-            labels.append(Labels(depth=depth, normals=normals, uncertainty=uncertainty))
-        return labels
-
-
-def _tensor(frame: npt.NDArray[np.uint8]) -> torch.Tensor:
-    # torch warns of arrays that cannot be written to, such as views of a Pillow image, though nothing writes here.
-    return torch.from_numpy(frame if frame.flags.writeable else frame.copy())
+                found["uncertainty"] = from_network(uncertainties[i], size, original)  # (1, H, W)
+            if packing is not None:
+                found = {
+                    name: pack_normals(label, packing) if name == "normals" else pack_depth(label)
+                    for name, label in found.items()
+                }
+            staged.append(Staged({name: from_device(label) for name, label in found.items()}))
+        if self.device.type == "cuda":
+            staged[-1] = replace(staged[-1], arrived=torch.cuda.current_stream(self.device).record_event())
+        return staged
 
 
 def open_checkpoints(config: LabelConfig) -> list[Checkpoint]:
@@ -316,31 +399,3 @@ def open_checkpoints(config: LabelConfig) -> list[Checkpoint]:
     ]
     check_joint(checkpoints, config.sampling)
     return checkpoints
-
-
-def pick_device(name: str) -> torch.device:
-    """The device for `name`, checked to exist; `auto` is CUDA where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device is {name!r}, which torch cannot use here ({str(error).splitlines()[0]}); "
-            "expected auto, cpu, or cuda where there is a GPU and torch was built for it"
-        ) from error
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The network's dtype for `name`; `auto` is bfloat16 on CUDA, float16 where that has none, float32 elsewhere.
-
-    On a machine without a GPU, from which a run on a cluster is started, that is bfloat16: all GPUs since 2020 have it.
-    """
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device.type != "cuda":
-        return torch.float32
-    return torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else torch.bfloat16

@@ -6,6 +6,7 @@ with `trailing` time steps the single step is asked at t = T - 1, where the zero
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,38 +97,78 @@ class Head:
         """Whether the UNet is given [picture, noisy label], not the picture's latent alone."""
         return bool(self.unet.config.in_channels == 2 * self.unet.config.out_channels)
 
+    @property
+    def factor(self) -> int:
+        """How many times smaller than the picture a latent is."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
-class SingleStep(torch.nn.Module):
-    """Depth, normals or both of a batch of pictures, in one UNet call each; bit-equal VAEs are kept once.
 
-    Args:
-        checkpoints: One or two, of different modalities.
-        device: Where the weights live.
-        dtype: Of the network; labels are finished in float32 whatever it is.
+def load_heads(checkpoints: Sequence[Checkpoint]) -> list[Head]:
+    """Load one or two checkpoints, of different modalities, float32, on the CPU; bit-equal VAEs are kept once.
 
     Raises:
-        CheckpointError: If a checkpoint cannot be loaded, or the two need pictures padded to different multiples.
+        CheckpointError: If one cannot be loaded, or the two need pictures padded to different multiples.
+    """
+    heads = [_load(checkpoint) for checkpoint in checkpoints]
+    if len(heads) == 2 and same_vae(heads[0].vae, heads[1].vae):
+        heads[1] = replace(heads[1], vae=heads[0].vae)
+    factors = {head.factor for head in heads}
+    if len(factors) != 1:
+        raise CheckpointError(
+            f"the VAEs of {' and '.join(checkpoint.name for checkpoint in checkpoints)} shrink pictures by "
+            f"{sorted(factors)}; expected one factor: label depth and normals in two runs"
+        )
+    return heads
+
+
+def _load(checkpoint: Checkpoint) -> Head:
+    scheduler = load_scheduler(checkpoint)
+    vae, unet, prompt = load_vae(checkpoint), load_unet(checkpoint), empty_prompt(checkpoint)
+    if vae.config.latent_channels != unet.config.out_channels:
+        raise CheckpointError(
+            f"{checkpoint.name}: the UNet answers {unet.config.out_channels} channels and the VAE's latents have "
+            f"{vae.config.latent_channels}; expected one number: the parts are of different checkpoints"
+        )
+    if prompt.shape[-1] != unet.config.cross_attention_dim:
+        raise CheckpointError(
+            f"{checkpoint.name}: the UNet attends to prompts of width {unet.config.cross_attention_dim} and the "
+            f"text encoder's are {prompt.shape[-1]} wide: the parts are of different checkpoints"
+        )
+    return Head(
+        modality=checkpoint.modality,
+        vae=vae,
+        unet=unet,
+        prompt=prompt,
+        scheduler=scheduler,
+        timestep=scheduler.config.num_train_timesteps - 1,
+        x0_factor=x0_factor(scheduler),
+        x0_clip=scheduler.config.clip_sample_range if scheduler.config.clip_sample else None,
+        description=checkpoint.description,
+    )
+
+
+class SingleStep(torch.nn.Module):
+    """Depth, normals or both of a batch of pictures, in one UNet call each, by diffusers' modules as they are.
+
+    What `specialize.py` must equal, and what runs where the UNet is asked more than once, or has parts that it does not
+    know.
+
+    Args:
+        heads: What `load_heads` loaded.
+        device: Where the weights live.
+        dtype: Of the network; labels are finished in float32 whatever it is.
     """
 
-    def __init__(self, checkpoints: list[Checkpoint], device: torch.device, dtype: torch.dtype):
+    def __init__(self, heads: Sequence[Head], device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.heads = [self._load(checkpoint) for checkpoint in checkpoints]
-        if len(self.heads) == 2 and same_vae(self.heads[0].vae, self.heads[1].vae):
-            self.heads[1] = replace(self.heads[1], vae=self.heads[0].vae)
-        self.encoders = list({id(head.vae): head.vae for head in self.heads}.values())
-        factors = {2 ** (len(vae.config.block_out_channels) - 1) for vae in self.encoders}
-        if len(factors) != 1:
-            raise CheckpointError(
-                f"the VAEs of {' and '.join(checkpoint.name for checkpoint in checkpoints)} shrink pictures by "
-                f"{sorted(factors)}; expected one factor: label depth and normals in two runs"
-            )
-        (self.factor,) = factors
+        self.encoders = list({id(head.vae): head.vae for head in heads}.values())
+        self.factor = heads[0].factor
         # Channels last is what tensor cores want; on CPUs it measured no faster.
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        modules = [*self.encoders, *(head.unet for head in self.heads)]
+        modules = [*self.encoders, *(head.unet for head in heads)]
         self.networks = torch.nn.ModuleList(modules).to(device, dtype)
         self.networks.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch's stub lacks it
-        self.heads = [replace(head, prompt=head.prompt.to(device, dtype)) for head in self.heads]
+        self.heads = [replace(head, prompt=head.prompt.to(device, dtype)) for head in heads]
         self.dtype = dtype
 
     @torch.inference_mode()
@@ -166,29 +207,3 @@ class SingleStep(torch.nn.Module):
         ).sample
         x0: torch.Tensor = out * head.x0_factor
         return x0 if head.x0_clip is None else x0.clip(-head.x0_clip, head.x0_clip)
-
-    @staticmethod
-    def _load(checkpoint: Checkpoint) -> Head:
-        scheduler = load_scheduler(checkpoint)
-        vae, unet, prompt = load_vae(checkpoint), load_unet(checkpoint), empty_prompt(checkpoint)
-        if vae.config.latent_channels != unet.config.out_channels:
-            raise CheckpointError(
-                f"{checkpoint.name}: the UNet answers {unet.config.out_channels} channels and the VAE's latents have "
-                f"{vae.config.latent_channels}; expected one number: the parts are of different checkpoints"
-            )
-        if prompt.shape[-1] != unet.config.cross_attention_dim:
-            raise CheckpointError(
-                f"{checkpoint.name}: the UNet attends to prompts of width {unet.config.cross_attention_dim} and the "
-                f"text encoder's are {prompt.shape[-1]} wide: the parts are of different checkpoints"
-            )
-        return Head(
-            modality=checkpoint.modality,
-            vae=vae,
-            unet=unet,
-            prompt=prompt,
-            scheduler=scheduler,
-            timestep=scheduler.config.num_train_timesteps - 1,
-            x0_factor=x0_factor(scheduler),
-            x0_clip=scheduler.config.clip_sample_range if scheduler.config.clip_sample else None,
-            description=checkpoint.description,
-        )

@@ -84,11 +84,11 @@ class SegmentWriter:
     def put(
         self,
         index: int,
-        depth: npt.NDArray[np.float32] | None,
-        normals: npt.NDArray[np.float32] | None,
-        uncertainty: npt.NDArray[np.float32] | None = None,
+        depth: npt.NDArray[Any] | None,
+        normals: npt.NDArray[Any] | None,
+        uncertainty: npt.NDArray[Any] | None = None,
     ) -> None:
-        """Give one frame's labels: exactly those that the store's layout names.
+        """Give one frame's labels: exactly those that the store's layout names, as below, or packed as it keeps them.
 
         Args:
             index: The frame's index in its source.
@@ -104,9 +104,7 @@ class SegmentWriter:
                 raise StoreError(f"frame {index} of {self._segment} has {given}{name}, but {self._expected()}")
             if label is not None:
                 self._check_shape(index, name, label)
-                labels[name] = (
-                    pack_normals(label, self._layout.normals_dtype) if name == "normals" else pack_depth(label)
-                )
+                labels[name] = self._packed(index, name, label)
         sizes = {label.shape[:2] for label in labels.values()}
         if len(sizes) > 1:
             raise StoreError(f"frame {index} of {self._segment} has labels of different sizes: {sizes}")
@@ -194,6 +192,16 @@ class SegmentWriter:
         if self._status[row] != PENDING:
             raise StoreError(f"frame {index} of {self._segment} was given twice")
         return row
+
+    def _packed(self, index: int, name: str, label: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if label.dtype == self._documents[name]["data_type"]:
+            return label
+        if label.dtype.kind != "f":
+            raise StoreError(
+                f"{name} of frame {index} of {self._segment} is {label.dtype}; expected float32, or packed as "
+                f"{self._documents[name]['data_type']}, as this store keeps it"
+            )
+        return pack_normals(label, self._layout.normals_dtype) if name == "normals" else pack_depth(label)
 
     def _check_shape(self, index: int, name: str, label: npt.NDArray[np.float32]) -> None:
         height, width, *rest = label.shape if label.ndim >= 2 else (0, 0)

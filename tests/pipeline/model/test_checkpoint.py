@@ -144,11 +144,11 @@ def test_the_empty_prompt_is_padded_as_the_checkpoint_says(checkpoints, tmp_path
 
 def test_bit_equal_vaes_are_kept_once(checkpoints, tmp_path):
     shared = Labeler.from_pretrained(checkpoints / "depth", checkpoints / "normals", device="cpu")
-    assert len(shared._network.encoders) == 1
+    assert len(shared._network.folded.encoders) == 1
     other = shutil.copytree(checkpoints / "normals", tmp_path / "normals")
     path = other / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     weights["decoder.conv_out.bias"] = weights["decoder.conv_out.bias"] + 1e-7
     save_file(weights, path)
     apart = Labeler.from_pretrained(checkpoints / "depth", other, device="cpu")
-    assert len(apart._network.encoders) == 2
+    assert len(apart._network.folded.encoders) == 2

@@ -10,12 +10,14 @@ from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
+from depthmill.pipeline.model.single_step import SingleStep, load_heads
+from depthmill.pipeline.store import layout
 from depthmill.pipeline.types import CORPUS_PICTURES, Source
 
 
 @pytest.fixture(scope="module")
 def labeler(checkpoints):
-    return Labeler.from_pretrained(checkpoints / "depth", checkpoints / "normals", device="cpu")
+    return Labeler.from_pretrained(checkpoints / "depth", checkpoints / "normals", device="cpu", dtype="float32")
 
 
 def noise(*shape, seed=0):
@@ -150,10 +152,11 @@ def test_a_unet_that_takes_the_picture_alone(tmp_path, prediction):
     frames = noise(1, 32, 32, 3)
     labeler = Labeler.from_pretrained(tmp_path, device="cpu")
     with torch.inference_mode():
-        vae, unet = labeler._network.heads[0].vae, labeler._network.heads[0].unet
+        (head,) = load_heads(labeler.checkpoints)
+        vae, unet = head.vae, head.unet
         picture = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
         latent = vae.encode(picture).latent_dist.mean * vae.config.scaling_factor
-        out = unet(latent, 999, encoder_hidden_states=labeler._network.heads[0].prompt).sample
+        out = unet(latent, 999, encoder_hidden_states=head.prompt).sample
         alpha = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[-1]
         factor = {"v_prediction": -((1 - alpha) ** 0.5), "epsilon": -(((1 - alpha) / alpha) ** 0.5), "sample": 1.0}
         decoded = vae.decode(out * factor[prediction] / vae.config.scaling_factor).sample
@@ -194,7 +197,7 @@ def test_out_of_memory_halves_the_batch_and_remembers(checkpoints, monkeypatch):
 @pytest.mark.parametrize("error", [MemoryError("host"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_other_memory_s_end_is_no_matter_of_batches(checkpoints, monkeypatch, error):
     labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=4)
-    tried = []
+    forward, tried = labeler._forward, []
 
     def no_memory(frames, *rest):
         tried.append(len(frames))
@@ -204,7 +207,7 @@ def test_other_memory_s_end_is_no_matter_of_batches(checkpoints, monkeypatch, er
     with pytest.raises(type(error), match=str(error)):
         labeler(noise(4, 16, 24, 3))
     assert tried == [4]
-    monkeypatch.setattr(labeler, "_forward", lambda frames, *rest: tried.append(len(frames)) or [None] * len(frames))
+    monkeypatch.setattr(labeler, "_forward", lambda frames, *rest: tried.append(len(frames)) or forward(frames, *rest))
     labeler.label(list(noise(4, 16, 24, 3)))
     assert tried == [4, 4]
 
@@ -236,6 +239,84 @@ def test_a_damaged_weight_changes_the_labels(checkpoints, tmp_path, labeler):
     frames = noise(1, 32, 48, 3)
     moved = Labeler.from_pretrained(path, device="cpu")(frames).depth - labeler(frames).depth
     assert np.allclose(moved, 0.05, atol=1e-5)
+
+
+@pytest.mark.parametrize("packing", ["int8", "int16", "float16"])
+def test_labels_packed_by_the_labeler_are_those_that_a_store_packs(labeler, packing):
+    frames = [noise(40, 56, 3), noise(80, 112, 3, seed=1)]
+    for plain, packed in zip(labeler.label(frames), labeler.label(frames, packing=packing), strict=True):
+        assert np.array_equal(packed.depth, layout.pack_depth(plain.depth))
+        assert np.array_equal(packed.normals, layout.pack_normals(plain.normals, packing))
+        assert (packed.depth.dtype, packed.normals.dtype) == (np.uint16, packing)
+
+
+def test_submitted_labels_are_those_of_label(labeler):
+    batches = [list(noise(2, 40, 56, 3, seed=seed)) for seed in range(3)]
+    pending = [labeler.submit(batch) for batch in batches]
+    for batch, one in zip(batches, pending, strict=True):
+        for labels, expected in zip(one.result(), labeler.label(batch), strict=True):
+            assert np.array_equal(labels.depth, expected.depth)
+            assert np.array_equal(labels.normals, expected.normals)
+
+
+def test_nothing_submitted_is_nothing(labeler):
+    assert labeler.submit([]).result() == []
+
+
+def test_the_backend_in_words(labeler):
+    assert labeler.backend == "cpu, float32, batches of 8, not compiled"
+
+
+def test_full_batches_alone_run_compiled(checkpoints, monkeypatch):
+    labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=2, dtype="float32")
+    ran = []
+    monkeypatch.setattr(
+        labeler._network, "compiled", lambda pictures: ran.append(len(pictures)) or labeler._network.folded(pictures)
+    )
+    labeler(noise(5, 40, 56, 3))
+    assert ran == [2, 2]
+
+
+def test_a_network_of_parts_that_are_not_known_runs_as_it_is(checkpoints, labeler, monkeypatch):
+    monkeypatch.setattr("depthmill.pipeline.model.labeler.can_specialize", lambda head: False)
+    plain = Labeler.from_pretrained(checkpoints / "depth", device="cpu", dtype="float32")
+    assert isinstance(plain._network, SingleStep)
+    frames = noise(2, 40, 56, 3)
+    assert np.abs(plain(frames).depth - labeler(frames).depth).max() < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_compiled_on_cuda(checkpoints, dtype):
+    """Twice the same shape, so that a CUDA graph is recorded and then replayed, then another shape, then the first."""
+    options = {"device": "cuda", "dtype": dtype, "batch_size": 4}
+    names = checkpoints / "depth", checkpoints / "normals"
+    plain = Labeler.from_pretrained(*names, **options)
+    compiled = Labeler.from_pretrained(*names, compile="on", **options)
+    for seed, size in enumerate([(40, 56), (40, 56), (40, 56), (56, 40), (40, 56)]):
+        frames = noise(4, *size, 3, seed=seed)
+        assert np.abs(compiled(frames).depth - plain(frames).depth).max() < (1e-4 if dtype == "float32" else 5e-2)
+
+
+@pytest.mark.gpu
+def test_queued_batches_do_not_overwrite_each_other_on_cuda(checkpoints):
+    labeler = Labeler.from_pretrained(
+        checkpoints / "depth", checkpoints / "normals", device="cuda", compile="on", batch_size=2
+    )
+    batches = [list(noise(2, 40, 56, 3, seed=seed)) for seed in range(4)]
+    pending = [labeler.submit(batch, packing="int8") for batch in batches]
+    for batch, one in zip(batches, pending, strict=True):
+        for labels, expected in zip(one.result(), labeler.label(batch), strict=True):
+            assert np.array_equal(labels.depth, layout.pack_depth(expected.depth))
+            assert np.array_equal(labels.normals, layout.pack_normals(expected.normals, "int8"))
+
+
+@pytest.mark.gpu
+def test_the_batch_is_found_by_the_memory_on_cuda(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sizes = {Labeler.from_pretrained(checkpoints / "depth", device="cuda").batch_size for _ in range(2)}
+    assert sizes == {32}, "frames of 48 pixels: the most there is"
+    assert len(list(tmp_path.rglob("*.json"))) == 1
 
 
 @pytest.mark.gpu

@@ -31,7 +31,7 @@ def pipeline(path, modality):
 
 @functools.cache
 def labeler(root):
-    return Labeler.from_pretrained(root / "depth", root / "normals", device="cpu")
+    return Labeler.from_pretrained(root / "depth", root / "normals", device="cpu", dtype="float32")
 
 
 def reference(path, modality, frames):

@@ -9,6 +9,7 @@ import zarr
 import depthmill
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.store import layout
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Failure, Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels, write
 
@@ -98,6 +99,23 @@ def test_a_shard_that_could_not_be_written_is_not_committed(store, monkeypatch):
     assert segment in store.pending("video")
     write(store, segment)
     assert segment not in store.pending("video")
+
+
+def test_labels_that_come_packed_are_written_as_those_that_do_not(store, tmp_path):
+    other = stores.create(tmp_path / "other", LAYOUT, IDENTITY)
+    other.add(VIDEO)
+    segment = Segment("video", 0, 8)
+    write(store, segment)
+    writer = other.writer(segment)
+    for index in range(8):
+        depth, normals = labels(index)
+        writer.put(index, layout.pack_depth(depth), layout.pack_normals(normals, LAYOUT.normals_dtype))
+    writer.commit()
+    for name in ("depth", "normals"):
+        assert files(Path(store.uri) / "video" / name / "c") == files(Path(other.uri) / "video" / name / "c")
+    depth, normals = labels(8)
+    with pytest.raises(StoreError, match=r"normals of frame 8 .* is int16; expected float32, or packed as int8"):
+        other.writer(Segment("video", 8, 16)).put(8, depth, layout.pack_normals(normals, "int16"))
 
 
 def test_misuse_is_refused(store):

@@ -1,0 +1,138 @@
+"""What a machine's device is best given: dtype, compilation, frames in a batch. All of it can be overridden."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from depthmill.pipeline.errors import ConfigError
+from depthmill.pipeline.model.specialize import Specialized
+from depthmill.pipeline.store import write_atomically
+
+log = logging.getLogger(__name__)
+
+Compile = Literal["auto", "on", "off"]
+
+# On CPUs from 4 frames on a batch is as fast as any; twice that is what corpora of many sizes still fill.
+CPU_BATCH = 8
+# More would only be slower to fill: a GPU is busy with far fewer frames of this kind.
+_MOST = 32
+# Of the free memory: what compiled passes hold in their graphs is not there for the others, which need as much again.
+_SHARE = 0.4
+# Shapes of full batches that are compiled, beyond which torch runs the rest uncompiled: rounded aspects are 23.
+_SHAPES = 32
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for `name`, checked to exist; `auto` is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device is {name!r}, which torch cannot use here ({str(error).splitlines()[0]}); "
+            "expected auto, cpu, or cuda where there is a GPU and torch was built for it"
+        ) from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The network's dtype for `name`.
+
+    `auto` is bfloat16 on CUDA, float16 where that has none; bfloat16 on CPUs that multiply it (AVX512-BF16, AMX);
+    float32 elsewhere. On a machine without a GPU, from which a run on a cluster is started, CUDA has bfloat16: all GPUs
+    since 2020 do. A run settles it once, on the machine that it is started on, and its store remembers it: a rerun
+    elsewhere that would come to another is refused, and told of `--dtype`.
+    """
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+    if device.type != "cuda":
+        return torch.float32
+    return torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else torch.bfloat16
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it; without, bfloat16 is slower than float32."""
+    # Private, but the only thing that asks; where a version of torch lacks one, the answer is no.
+    return any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
+def cache_directory() -> Path:
+    """Where this user's compiled code and measurements are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthmill"
+
+
+def compile_network(network: Specialized, device: torch.device, wanted: Compile) -> bool:
+    """Have full batches run compiled, each shape of them by itself; on CUDA as one graph that is launched at once.
+
+    `auto` compiles on CUDA, and goes on without, with a warning, where that cannot be done. On CPUs nearly all of the
+    time is in convolutions, which compiling does not touch: it measured 6 %, after minutes. What was compiled is kept
+    on disk, for the next start.
+
+    Returns:
+        Whether it is going to be compiled, when the first full batch comes.
+    """
+    if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
+        return False
+    import torch._dynamo
+
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _SHAPES)
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    compiled = torch.compile(network.folded, dynamic=False, mode=mode)
+
+    def run(pictures: torch.Tensor) -> list[torch.Tensor]:
+        try:
+            return compiled(pictures)  # type: ignore[no-any-return]
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if wanted == "on":
+                raise ConfigError(
+                    f"compile is on, and torch cannot compile the network here ({reason}); expected a C++ compiler, "
+                    "and for CUDA Triton: install them, or leave compile at auto (--compile auto)"
+                ) from error
+            log.warning("the network runs uncompiled, more slowly: torch cannot compile it here (%s)", reason)
+            network.compiled = None
+            return network.folded(pictures)  # type: ignore[no-any-return]
+
+    network.compiled = run
+    return True
+
+
+def fitting_batch(used_bytes: Callable[[int], int], free_bytes: int, key: Sequence[str]) -> int:
+    """Frames that fit in one forward pass on a GPU, at least 1, by what passes of one and of two take.
+
+    Args:
+        used_bytes: Runs so many frames and tells the bytes that they took at their highest.
+        free_bytes: Of the device.
+        key: Whatever decides what frames take; measured once for each, and kept in the user's cache.
+    """
+    name = hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:16]
+    path = cache_directory() / "memory" / f"{name}.json"
+    try:
+        one, two = json.loads(path.read_text())
+    except (OSError, ValueError, TypeError):
+        try:
+            one, two = used_bytes(1), used_bytes(2)
+        except torch.cuda.OutOfMemoryError:
+            return 1
+        try:
+            write_atomically(path, json.dumps([one, two]).encode())
+        except OSError as error:
+            log.debug("%s cannot be written: %s", path, error)
+    each = max(two - one, 1)
+    return max(1, min(_MOST, 1 + int((_SHARE * free_bytes - one) // each)))

@@ -1,0 +1,87 @@
+"""The way to a device and back: pictures go as uint8, labels can come packed as a store keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from depthmill.pipeline.store.layout import DEPTH_INVALID, DEPTH_STEP, NORMALS_FULL_SCALE
+from depthmill.pipeline.types import Labels
+
+NormalsDtype = Literal["int8", "int16", "float16"]
+
+
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """Labels of a frame on their way back; with those before them they are there when `arrived` has happened."""
+
+    labels: dict[str, torch.Tensor]
+    arrived: torch.cuda.Event | None = None
+
+
+class Pending:
+    """Labels that were asked for: `Labeler.submit`."""
+
+    def __init__(self, staged: Sequence[Staged]):
+        self._staged = staged
+
+    def result(self) -> list[Labels]:
+        """Wait for them: one `Labels` a frame, B = 1, at that frame's size."""
+        for one in self._staged:
+            if one.arrived is not None:
+                one.arrived.synchronize()
+        done = [{name: label.numpy() for name, label in one.labels.items()} for one in self._staged]
+        return [Labels(one.get("depth"), one.get("normals"), one.get("uncertainty")) for one in done]
+
+
+def to_device(frame: npt.NDArray[np.uint8], device: torch.device) -> torch.Tensor:
+    """A frame on `device`; to CUDA by way of pinned memory, without waiting until it is there."""
+    if device.type == "cuda":
+        pinned = torch.empty(frame.shape, dtype=torch.uint8, pin_memory=True)
+        np.copyto(pinned.numpy(), frame)
+        return pinned.to(device, non_blocking=True)
+    # torch warns of arrays that cannot be written to, such as views of a Pillow image, though nothing writes here.
+    return torch.from_numpy(frame if frame.flags.writeable else frame.copy()).to(device)
+
+
+def from_device(label: torch.Tensor) -> torch.Tensor:
+    """A label on the CPU; from CUDA into pinned memory, there once an event recorded after this has happened."""
+    if label.device.type != "cuda":
+        return label.cpu().contiguous()
+    pinned = torch.empty(label.shape, dtype=label.dtype, pin_memory=True)
+    return pinned.copy_(label, non_blocking=True)
+
+
+def pack_depth(depth: torch.Tensor) -> torch.Tensor:
+    """Depth, or its uncertainty, packed to the bit as `store.layout.pack_depth` does it.
+
+    Args:
+        depth: float32 in [0, 1], clipped to it; NaN where invalid.
+
+    Returns:
+        uint16 of the same shape.
+    """
+    steps = (depth.clip(0, 1) * (1 / DEPTH_STEP)).round()
+    return steps.nan_to_num(nan=DEPTH_INVALID).to(torch.uint16)
+
+
+def pack_normals(normals: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Normals packed to the bit as `store.layout.pack_normals` does it.
+
+    Args:
+        normals: (…, 3) float32 unit vectors; (0, 0, 0) or NaN where invalid.
+        dtype: One of `NORMALS_FULL_SCALE`.
+
+    Returns:
+        The same shape, of `dtype`.
+    """
+    normals = normals.where(~normals.isnan().any(dim=-1, keepdim=True), 0)
+    full_scale = NORMALS_FULL_SCALE[dtype]
+    if full_scale is not None:
+        normals = (normals * full_scale).round().clip(-full_scale, full_scale)
+    return normals.to(getattr(torch, dtype))

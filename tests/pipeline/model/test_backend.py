@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from depthmill.pipeline.errors import ConfigError
+from depthmill.pipeline.model import backend
+from depthmill.pipeline.model.backend import compile_network, fitting_batch, pick_dtype
+from depthmill.pipeline.model.labeler import Labeler
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "depthmill" / "memory"
+
+
+@pytest.mark.parametrize(("has", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_on_cpus_that_multiply_it(monkeypatch, has, dtype):
+    monkeypatch.setattr(backend, "cpu_multiplies_bfloat16", lambda: has)
+    assert pick_dtype("auto", CPU) == dtype
+    assert pick_dtype("float32", CPU) == torch.float32
+
+
+def test_a_gpu_without_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert pick_dtype("auto", CUDA) == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert pick_dtype("auto", CUDA) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("free", "frames"), [(10_000, 32), (1000, 3), (250, 1), (0, 1)])
+def test_as_many_frames_as_fit_in_a_share_of_the_free_memory(free, frames):
+    assert fitting_batch(lambda count: 20 + 100 * count, free, ["x"]) == frames
+
+
+def test_what_frames_take_is_measured_once_for_each_key(cache):
+    ran = []
+
+    def used(frames):
+        ran.append(frames)
+        return 100 * frames
+
+    assert [fitting_batch(used, 1000, key) for key in (["a"], ["a"], ["b"])] == [4, 4, 4]
+    assert ran == [1, 2, 1, 2]
+    for file in cache.iterdir():
+        file.write_text("half of a fi")
+    assert fitting_batch(used, 2000, ["a"]) == 8
+    assert ran == [1, 2, 1, 2, 1, 2]
+
+
+def test_a_frame_that_does_not_fit_is_tried_alone(cache):
+    def used(frames):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    assert fitting_batch(used, 1000, ["a"]) == 1
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert fitting_batch(lambda count: 100 * count, 1000, ["a"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "compiles"),
+    [("auto", CPU, False), ("on", CPU, True), ("off", CUDA, False), ("auto", CUDA, True)],
+)
+def test_what_is_compiled(checkpoints, monkeypatch, wanted, device, compiles):
+    network = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1)._network
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: network.folded)
+    assert compile_network(network, device, wanted) is compiles
+    assert (network.compiled is not None) is compiles
+
+
+def test_a_machine_that_cannot_compile(checkpoints, monkeypatch, caplog):
+    network = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1, dtype="float32")._network
+    dynamo = pytest.importorskip("torch._dynamo")
+
+    def broken(pictures):
+        raise dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: broken)
+    picture = torch.zeros(1, 3, 16, 16)
+    expected = network(picture)["depth"]
+    compile_network(network, CUDA, "auto")
+    assert torch.equal(network(picture, full=True)["depth"], expected)
+    assert "the network runs uncompiled" in caplog.text
+    compile_network(network, CPU, "on")
+    with pytest.raises(ConfigError, match="--compile auto"):
+        network(picture, full=True)

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+import torch
+
+from depthmill.pipeline.model.transfer import pack_depth, pack_normals, to_device
+from depthmill.pipeline.store import layout
+
+
+def awkward(count):
+    """Values that lie between two steps, beyond the range, on its ends; and NaN."""
+    generator = np.random.default_rng(0)
+    steps = np.arange(count, dtype=np.float32) * np.float32(layout.DEPTH_STEP / 2)
+    values = np.concatenate([steps, generator.uniform(-0.2, 1.2, count).astype(np.float32), np.float32([0, 1, np.nan])])
+    return generator.permutation(values)
+
+
+def test_depth_is_packed_as_a_store_packs_it():
+    depth = awkward(20_000)[None]
+    packed = pack_depth(torch.from_numpy(depth)).numpy()
+    assert packed.dtype == np.uint16
+    assert np.array_equal(packed, layout.pack_depth(depth))
+    assert layout.DEPTH_INVALID in packed
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "float16"])
+def test_normals_are_packed_as_a_store_packs_them(dtype):
+    normals = np.random.default_rng(0).normal(size=(200, 200, 3)).astype(np.float32)
+    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
+    normals[0, 0], normals[0, 1], normals[1, 0, 2] = 0, np.nan, np.nan
+    packed = pack_normals(torch.from_numpy(normals), dtype).numpy()
+    assert packed.dtype == dtype
+    assert np.array_equal(packed, layout.pack_normals(normals, dtype))
+    assert not packed[0, 1].any()
+    assert not packed[1, 0].any()
+
+
+@pytest.mark.gpu
+def test_packed_on_cuda_as_on_the_cpu():
+    depth = awkward(20_000)
+    assert np.array_equal(pack_depth(torch.from_numpy(depth).cuda()).cpu().numpy(), layout.pack_depth(depth))
+
+
+def test_a_frame_that_cannot_be_written_to():
+    frame = np.zeros((2, 3, 3), np.uint8)
+    frame.flags.writeable = False
+    assert to_device(frame, torch.device("cpu")).shape == (2, 3, 3)
