@@ -149,11 +149,15 @@ def label(
     from depthmill.pipeline.config import LabelConfig, load_config
 
     settings = load_config(LabelConfig, config, options)
-    from depthmill.workers.label import label as run
     from depthmill.workers.progress import print_summary, quiet_libraries
+    from depthmill.workers.resume import finished
 
-    quiet_libraries()
-    summary = run(inputs, store, settings, overwrite=overwrite, retry_failed=retry_failed)
+    summary = None if overwrite else finished(inputs, store, settings, retry_failed=retry_failed)
+    if summary is None:
+        from depthmill.workers.label import label as run
+
+        quiet_libraries()
+        summary = run(inputs, store, settings, overwrite=overwrite, retry_failed=retry_failed)
     print_summary(summary)
     if summary.failures:
         raise typer.Exit(SOME_FAILED)
