@@ -110,3 +110,9 @@ def test_the_benchmark_writes_its_section_and_leaves_the_others(tmp_path):
     assert "as it was" in text
     assert "| depth | float32 |" in text
     assert "steps, 3 members, diffusers" in text
+
+
+def test_the_startup_benchmark_writes_its_table(tmp_path):
+    out = tmp_path / "startup.md"
+    load("startup").main(["--quick", "--out", str(out)])
+    assert "| rerun of a finished job | " in out.read_text()
