@@ -26,6 +26,7 @@ from depthmill.pipeline.bench.timing import cores, interleave, ratio, typical
 from depthmill.pipeline.config import DEMO
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.labeler import Labeler, pick_device
+from depthmill.workers.progress import quiet_libraries
 
 OUT = Path(__file__).resolve().parent / "speed.md"
 STABLE_DIFFUSION_2 = scratch.Architecture(
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny pictures, one round: that it runs, not what it says")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
+    quiet_libraries()
     torch.set_num_threads(cores())
     device = pick_device(options.device)
     for size in options.sizes:
