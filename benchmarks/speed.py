@@ -42,7 +42,7 @@ STABLE_DIFFUSION_2 = scratch.Architecture(
 ARCHITECTURES = {"small": scratch.Architecture(), "sd2": STABLE_DIFFUSION_2}
 # Height and width of the pictures, and how many are in a batch.
 PICTURES = {
-    ("small", "cpu"): (192, 256, 8),
+    ("small", "cpu"): (96, 128, 8),
     ("demo", "cpu"): (576, 768, 8),
     ("sd2", "cpu"): (192, 256, 1),
     ("small", "cuda"): (576, 768, 8),
