@@ -157,19 +157,22 @@ def label(
     from depthmill.pipeline.config import LabelConfig, load_config
 
     settings = load_config(LabelConfig, config, options)
-    from depthmill.workers.label import label as run
     from depthmill.workers.progress import print_summary, quiet_libraries
+    from depthmill.workers.resume import finished
 
-    quiet_libraries()
-    summary = run(inputs, store, settings, overwrite=overwrite, retry_failed=retry_failed)
+    summary = None if overwrite else finished(inputs, store, settings, retry_failed=retry_failed)
+    if summary is None:
+        from depthmill.workers.label import label as run
+
+        quiet_libraries()
+        summary = run(inputs, store, settings, overwrite=overwrite, retry_failed=retry_failed)
     print_summary(summary)
     smoothed = True
     if smooth:
         from depthmill.pipeline.config import SmoothConfig
 
-        same = {name: getattr(settings, name) for name in ("workers", "address", "attempts", "frame_limit_s")}
-        limits = {"max_pixels": settings.max_pixels, "max_frames": settings.max_frames}
-        smoothed = _smooth(store, SmoothConfig(**same, **limits), [])
+        shared = settings.model_dump(include=set(SmoothConfig.model_fields))
+        smoothed = _smooth(store, SmoothConfig(**shared), [])
     if summary.failures or not smoothed:
         raise typer.Exit(SOME_FAILED)
 
@@ -417,6 +420,53 @@ def evaluate(
     quiet_libraries()
     if run(wanted, data, out or Path("evaluations") / name, what, split=split, overwrite=overwrite).skipped:
         raise typer.Exit(SOME_FAILED)
+
+
+@app.command()
+def bench(
+    video: Annotated[
+        str | None, typer.Option(help="Input to measure reading and writing with: a video, a folder, a shard.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of it that are read, and written, in a round.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="In which the alternatives take turns.")] = 5,
+    folder: Annotated[Path | None, typer.Option(help="On the disk to measure writing to; by default /tmp's.")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file; the options below win over it.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Depth checkpoint: demo, a directory in diffusers layout, or a hub id.")
+    ] = None,
+    normals_checkpoint: Annotated[str | None, typer.Option(help="The same for normals.")] = None,
+    labels: Annotated[str | None, typer.Option(help="depth, normals, or depth,normals.")] = None,
+    processing_resolution: Annotated[
+        int | None, typer.Option(help="Longer side in pixels at which the model sees a frame.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Frames a forward pass.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the network.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the network; by default one a core.")] = None,
+) -> None:
+    """Measure how fast this machine labels, and say what to change.
+
+    Beside diffusers' pipelines on the same weights, beside the machine's own matrix products, and, with --video, beside
+    reading and writing.
+    """
+    from depthmill.pipeline.config import LabelConfig, load_config
+
+    options = {
+        "checkpoint": checkpoint,
+        "normals_checkpoint": normals_checkpoint,
+        "labels": None if labels is None else tuple(word.strip() for word in labels.split(",")),
+        "processing_resolution": processing_resolution,
+        "batch_size": batch_size,
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+    }
+    settings = load_config(LabelConfig, config, options)
+    from depthmill.pipeline.bench.bench import bench as measure
+    from depthmill.workers.progress import quiet_libraries
+
+    quiet_libraries()
+    typer.echo(measure(settings, video, frames=frames, rounds=rounds, folder=folder))
 
 
 if __name__ == "__main__":

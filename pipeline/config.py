@@ -204,8 +204,8 @@ class SmoothConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_edge: int = Field(default=32, ge=1)
-    flow: Literal["ultrafast", "fast", "medium"] = "medium"
-    leak: float = Field(default=0.03, ge=0)
+    flow: Literal["ultrafast", "fast", "medium"] = "fast"
+    leak: float = Field(default=0.05, ge=0)
     filter: bool = False
     workers: int | None = Field(default=None, ge=0)
     address: str | None = None

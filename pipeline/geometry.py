@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING
 
 from depthmill.pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch  # for names of types alone: its import takes seconds, which a finished run has no other need of
 
 # Of the longer side: at 768 pixels in steps of 64, by which Stable Diffusion's VAE and UNet together divide a side.
 _STEPS = 12
@@ -60,6 +62,8 @@ def to_network(frame: torch.Tensor, size: tuple[int, int], multiple: int) -> tor
     Returns:
         (3, h', w') float32 in [-1, 1]: antialiased bilinear, then padded on the right and below by repeating the edge.
     """
+    import torch.nn.functional as F
+
     image = frame.permute(2, 0, 1)[None].float()  # (1, 3, H, W)
     image = F.interpolate(image, size, mode="bilinear", antialias=True) / 127.5 - 1  # fewer pixels, as a rule
     height, width = padded_size(size, multiple)
@@ -77,6 +81,8 @@ def from_network(labels: torch.Tensor, size: tuple[int, int], original: tuple[in
     Returns:
         (C, H, W) float32, bilinear without antialiasing.
     """
+    import torch.nn.functional as F
+
     return F.interpolate(labels[None, :, : size[0], : size[1]], original, mode="bilinear")[0]
 
 

@@ -49,7 +49,7 @@ def clip(tmp_path_factory):
 
 def test_version_and_help():
     assert depthmill_cli("--version").stdout.strip() == depthmill.__version__
-    for command in ("label", "preview", "train", "evaluate"):
+    for command in ("label", "preview", "train", "evaluate", "bench"):
         assert command in depthmill_cli("--help").stdout
         assert depthmill_cli(command, "--help").returncode == 0
 
@@ -134,3 +134,13 @@ def test_verify_and_inspect(cli, label, clip, tmp_path):
     assert label([clip], store).returncode == 0
     assert json.loads(cli("inspect", store, "--json").stdout)["pending"] == 0
     assert cli("verify", tmp_path / "nothing").returncode == 2
+
+
+def test_bench_prints_what_to_change(cli, checkpoints, clip):
+    names = ["--checkpoint", checkpoints / "depth", "--normals-checkpoint", checkpoints / "normals"]
+    done = cli(
+        "bench", *names, "--video", clip, "--frames", "3", "--rounds", "1", "--batch-size", "2", "--device", "cpu"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "-bound; what helps:" in done.stdout
+    assert cli("bench", "--checkpoint", "nowhere").returncode == 2

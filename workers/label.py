@@ -11,30 +11,30 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import RunStoppedError, SourceError, StoreMismatchError
+from depthmill.pipeline.errors import RunStoppedError, SourceError
 from depthmill.pipeline.model.backend import pick_device, pick_dtype
 from depthmill.pipeline.model.checkpoint import Checkpoint
 from depthmill.pipeline.model.labeler import open_checkpoints
-from depthmill.pipeline.plan import Planned, Prober
-from depthmill.pipeline.sources import expand_inputs, open_source, source_id
+from depthmill.pipeline.plan import Prober
+from depthmill.pipeline.sources import expand_inputs, open_source
 from depthmill.pipeline.stages import Worker, fail_task
-from depthmill.pipeline.store import Layout, Store, create, remove_empty, write_failures
-from depthmill.pipeline.types import Failure
+from depthmill.pipeline.store import Store, create, remove_empty, write_failures
 from depthmill.workers.driver import Calls, Driver, Options
 from depthmill.workers.pool import InProcess, Pool
 from depthmill.workers.progress import Rate, open_display
+from depthmill.workers.resume import Summary, identity, layout, planned_here
 from depthmill.workers.standing import Standing
 
 if TYPE_CHECKING:
@@ -42,44 +42,6 @@ if TYPE_CHECKING:
 
 _MOST_THREADS = 8
 _PROBERS = 4  # sources probed at once: each is mostly waiting for a disk or a network
-_PROBED_HERE = 16
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended; `run.json` in the store holds the same.
-
-    Attributes:
-        store: Where the store is.
-        sources: Inputs that could be opened.
-        frames: Their frames.
-        labelled: Frames with labels, earlier runs' included.
-        committed: Frames that this run committed, with labels or as failed.
-        failures: What has no labels, and why: frames, and inputs that could not be opened.
-        seconds: Of this run, from the first input on.
-        frames_per_s: Of this run, since the first worker had loaded.
-        device: Where the model ran and in what dtype; empty if nothing was left to do.
-        batch_fill: Mean share of a batch that was frames.
-        busy: Share of the loaded workers' time that they spent labelling.
-        bytes: Written.
-        deaths: Workers that died, or were ended for taking too long.
-        retries: Attempts at segments beyond the first.
-    """
-
-    store: str
-    sources: int
-    frames: int
-    labelled: int
-    committed: int
-    failures: tuple[Failure, ...]
-    seconds: float
-    frames_per_s: float
-    device: str
-    batch_fill: float
-    busy: float
-    bytes: int
-    deaths: int
-    retries: int
 
 
 def label(
@@ -116,9 +78,9 @@ def label(
         given: Iterable[str] = expand_inputs(inputs)
         if overwrite:
             given = _if_one_is_there(given)
-        store = create(store_uri, _layout(config), _identity(config, checkpoints), overwrite=overwrite)
+        store = create(store_uri, layout(config), identity(config, checkpoints), overwrite=overwrite)
         prober = Prober(store.uri, config.max_pixels, config.max_frames, retry_failed)
-        uris, planned = _planned_here(given, store, prober)
+        uris, planned = planned_here(given, store, prober)
         clock_s = time.perf_counter()
         with open_display(console, rate) as display:
             digests = tuple(checkpoint.sha256 for checkpoint in checkpoints)
@@ -214,26 +176,6 @@ def _if_one_is_there(uris: Iterable[str]) -> Iterator[str]:
     raise SourceError(f"none of the {len(known)} inputs can be opened: nothing to label; the store was left as it was")
 
 
-def _planned_here(uris: Iterable[str], store: Store, prober: Prober) -> tuple[Iterator[str] | None, list[Planned]]:
-    """Probe a few inputs in this process if all are in the store: to find a finished run finished needs no worker.
-
-    Workers probe all others, since a broken file may take its process along; these have been probed before.
-
-    Returns:
-        The inputs that are left to be probed, None if there are none, and those that have been.
-    """
-    remaining = iter(uris)
-    first = list(islice(remaining, _PROBED_HERE + 1))
-    there = set(store.sources())
-    if not there or len(first) > _PROBED_HERE or not all(source_id(uri) in there for uri in first):
-        return chain(first, remaining), []
-    prober.load()
-    try:
-        return None, [prober.probe(uri) for uri in first]
-    except (SourceError, StoreMismatchError):  # gone, or changed: that is the driver's to tell
-        return chain(first, remaining), []
-
-
 def _resolve(config: LabelConfig, gpus: int | None) -> LabelConfig:
     """Settle what was left open: a store is made for one dtype, and every worker rounds alike.
 
@@ -250,33 +192,6 @@ def _resolve(config: LabelConfig, gpus: int | None) -> LabelConfig:
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     threads = config.threads or min(os.cpu_count() or 1, _MOST_THREADS)
     return config.model_copy(update={"device": str(device), "dtype": dtype, "threads": threads})
-
-
-def _layout(config: LabelConfig) -> Layout:
-    usual, corpus = config.segment_lengths
-    return Layout(
-        labels=config.labels,
-        shard_frames=config.shard_frames,
-        segment_frames=usual,
-        corpus_segment_frames=corpus,
-        normals_dtype=config.normals_dtype,
-        uncertainty=config.ensemble > 1 and "depth" in config.labels,
-    )
-
-
-def _identity(config: LabelConfig, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-    """What decides the labels: a run with another identity is not mixed into a store.
-
-    Batch size, threads and the kind of device are not in it: they change float rounding alone.
-    """
-    sampling = config.sampling
-    return {
-        "checkpoints": {checkpoint.modality: checkpoint.identity for checkpoint in checkpoints},
-        "processing_resolution": config.processing_resolution or checkpoints[0].processing_resolution,
-        "dtype": config.dtype,
-        **({} if sampling.is_single_step else {"sampling": sampling.identity}),
-        **({} if config.round_aspect is None else {"round_aspect": config.round_aspect}),
-    }
 
 
 def _write_run(

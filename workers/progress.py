@@ -16,11 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from depthmill.pipeline.stages import WorkerState
-from depthmill.workers.standing import Counts
-
 if TYPE_CHECKING:
-    from depthmill.workers.label import Summary
+    from depthmill.pipeline.stages import WorkerState
+    from depthmill.workers.resume import Summary
+    from depthmill.workers.standing import Counts
 
 _LINE_EVERY_S = 5.0
 _REASONS_SHOWN = 10

@@ -4,7 +4,8 @@ A checkpoint is a directory in diffusers layout, `unet/ vae/ scheduler/ tokenize
 pickle can run code when it is opened, and is refused. A joint one (GeoWizard) answers depth and normals together, and
 has `image_encoder/ feature_extractor/` in place of the last two. What the files do not say of themselves (where the
 normals' axes point, how the empty prompt is padded) is the checkpoint's description: `_PUBLISHED` for the known ones,
-`depthmill.json` beside `model_index.json` for those trained here, options for the rest.
+`depthmill.json` beside `model_index.json` for those trained here, options for the rest. The libraries that load it are
+imported there: to find that a run is finished takes none of them, and seconds less.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import re
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from huggingface_hub import snapshot_download
-from transformers import CLIPTextModel, CLIPTokenizer
+from typing import TYPE_CHECKING, Any, Literal
 
 from depthmill.pipeline.config import DEMO
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
 from depthmill.pipeline.types import Domain, Modality
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 DEFAULT_RESOLUTION = 768  # Marigold's and E2E-FT's, where a checkpoint does not carry its own
 DESCRIPTION_FILE = "depthmill.json"
@@ -159,6 +160,8 @@ def open_checkpoint(
 
 def load_vae(checkpoint: Checkpoint) -> AutoencoderKL:
     """The autoencoder, float32, on the CPU, frozen."""
+    from diffusers import AutoencoderKL
+
     return load_part(checkpoint, AutoencoderKL, "vae", low_cpu_mem_usage=False)
 
 
@@ -168,6 +171,8 @@ def load_unet(checkpoint: Checkpoint) -> UNet2DConditionModel:
     Raises:
         CheckpointError: Also if its input is neither the picture's latent alone nor that and the noisy latent.
     """
+    from diffusers import UNet2DConditionModel
+
     unet = load_part(checkpoint, UNet2DConditionModel, "unet", low_cpu_mem_usage=False)
     channels, latent = unet.config.in_channels, unet.config.out_channels
     if channels not in (latent, 2 * latent):
@@ -184,6 +189,8 @@ def load_scheduler(checkpoint: Checkpoint) -> DDIMScheduler:
     Raises:
         CheckpointError: If it is no DDIM-type schedule, or its prediction type is unknown.
     """
+    from diffusers import DDIMScheduler
+
     config = read_json(checkpoint.directory / "scheduler" / "scheduler_config.json")
     kind, prediction = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
     if kind not in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler"):
@@ -202,14 +209,15 @@ def load_scheduler(checkpoint: Checkpoint) -> DDIMScheduler:
             "set thresholding to false in scheduler/scheduler_config.json"
         )
     # Fields of other schedulers (PNDM's `skip_prk_steps`) are no concern of ours and would only be warned about.
-    return DDIMScheduler.from_config({key: config[key] for key in config if key in _DDIM_FIELDS})
-
-
-_DDIM_FIELDS = frozenset(DDIMScheduler().config) - {"_class_name", "_diffusers_version"}
+    fields = set(DDIMScheduler().config) - {"_class_name", "_diffusers_version"}
+    return DDIMScheduler.from_config({key: config[key] for key in config if key in fields})
 
 
 def load_text(checkpoint: Checkpoint) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """The tokenizer, and the text encoder, float32, on the CPU, frozen."""
+    import torch
+    from transformers import CLIPTextModel, CLIPTokenizer
+
     try:
         tokenizer = CLIPTokenizer.from_pretrained(checkpoint.directory / "tokenizer", local_files_only=True)
     except Exception as error:
@@ -223,6 +231,8 @@ def empty_prompt(checkpoint: Checkpoint) -> torch.Tensor:
     Returns:
         (1, tokens, width) float32: 2 tokens (begin, end), or 77 where the checkpoint's description says so.
     """
+    import torch
+
     tokenizer, encoder = load_text(checkpoint)
     tokens = tokenizer(
         "",
@@ -246,7 +256,7 @@ def same_vae(one: AutoencoderKL, other: AutoencoderKL) -> bool:
     return (
         settings(one) == settings(other)
         and mine.keys() == its.keys()
-        and all(torch.equal(mine[key], its[key]) for key in mine)
+        and all(mine[key].equal(its[key]) for key in mine)
     )
 
 
@@ -268,6 +278,8 @@ def _locate(name: str, modality: Modality) -> Path:
         raise CheckpointError(
             f"checkpoint {name} is no directory, nor a hub id (owner/name), nor {DEMO!r}: check the path"
         )
+    from huggingface_hub import snapshot_download
+
     try:
         # Safetensors alone: neither pickles nor the half-precision copies beside them are fetched.
         patterns = ["model_index.json", DESCRIPTION_FILE, "*/*.json", "*/*.txt", "*/*.safetensors"]

@@ -66,6 +66,9 @@ def _rows(
     from xarray.core.indexing import IndexingSupport, explicit_indexing_adapter
 
     stored = store.array(source_id, name)
+    attributes: dict[str, Any] = dict(stored.attrs)
+    step, offset = np.float32(attributes.get("scale_factor", 1)), np.float32(attributes.get("add_offset", 0))
+    fill = attributes.get("_FillValue")
 
     class Rows(BackendArray):
         shape, dtype = stored.shape, np.dtype(np.float32)
@@ -75,10 +78,9 @@ def _rows(
 
         def _read(self, key: tuple[Any, ...]) -> npt.NDArray[np.float32]:
             packed = np.asarray(stored.oindex[key])
-            values = packed.astype(np.float32) * np.float32(stored.attrs.get("scale_factor", 1))
-            values += np.float32(stored.attrs.get("add_offset", 0))
-            if "_FillValue" in stored.attrs:
-                values = np.where(packed == stored.attrs["_FillValue"], np.float32(np.nan), values)
+            values = np.asarray(packed, np.float32) * step + offset
+            if fill is not None:
+                values = np.where(packed == fill, np.float32(np.nan), values)
             if scale is not None and shift is not None:
                 a, b = scale[key[0]], shift[key[0]]
                 if np.ndim(a):

@@ -1,4 +1,4 @@
-"""Clips of the project's scenes, with exact depth, normals and camera: what smoothing and video metrics are held against.
+"""Clips of the project's scenes, with exact depth, normals and camera: what smoothing is held against.
 
 A scene stands still; its camera does too, or turns, or goes forward. Disturbed, a clip's depth is what a model that
 flickers would say of it.

@@ -1,0 +1,90 @@
+"""diffusers' Marigold pipelines on the same checkpoints: what depthmill's speed is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import MarigoldDepthPipeline, MarigoldNormalsPipeline
+from diffusers.utils.logging import disable_progress_bar
+from PIL import Image
+
+from depthmill.pipeline.model.checkpoint import Checkpoint, read_json
+from depthmill.pipeline.model.labeler import Labeler
+
+Pictures = Sequence[npt.NDArray[np.uint8]]
+_KINDS = {"depth": MarigoldDepthPipeline, "normals": MarigoldNormalsPipeline}
+
+
+def why_not(checkpoint: Checkpoint) -> str:
+    """Why diffusers' pipelines cannot use a checkpoint; empty if they can."""
+    if checkpoint.domain is not None:
+        return f"{checkpoint.name} is a joint (GeoWizard) checkpoint, for which diffusers has no pipeline"
+    unet = read_json(checkpoint.directory / "unet" / "config.json")
+    if unet.get("in_channels") != 2 * unet.get("out_channels", 4):
+        return f"{checkpoint.name}'s UNet takes no noise, which diffusers' Marigold pipelines always give"
+    return ""
+
+
+def load_pipelines(labeler: Labeler, *, compiled: bool = False) -> list[Any]:
+    """The pipelines of a labeler's checkpoints, each with its own weights; diffusers shows no progress from then on.
+
+    Args:
+        labeler: Whose checkpoints, device and dtype; `why_not` is empty for each checkpoint.
+        compiled: Whether UNet, encoder and decoder go through `torch.compile`, as diffusers' guide to Marigold says.
+    """
+    pipelines = []
+    disable_progress_bar()
+    for checkpoint in labeler.checkpoints:
+        # Cast after loading: the option for it has had two names in the versions of diffusers that we accept.
+        pipeline = _KINDS[checkpoint.modality].from_pretrained(checkpoint.directory, local_files_only=True)
+        pipeline.to(labeler.device, labeler.dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        if compiled:
+            mode = "reduce-overhead" if labeler.device.type == "cuda" else "default"
+            pipeline.unet = torch.compile(pipeline.unet, mode=mode)
+            pipeline.vae.encoder = torch.compile(pipeline.vae.encoder, mode=mode)
+            pipeline.vae.decoder = torch.compile(pipeline.vae.decoder, mode=mode)
+        pipelines.append(pipeline)
+    return pipelines
+
+
+def as_documented(pipelines: Sequence[Any], labeler: Labeler, pictures: Pictures) -> Callable[[], int]:
+    """Each picture through each pipeline by itself, `pipe(image)`; with the labeler's steps, members and resolution."""
+    images = [Image.fromarray(picture) for picture in pictures]
+
+    def run() -> int:
+        for image in images:
+            for pipeline in pipelines:
+                pipeline(image, **_options(labeler))
+        return len(images)
+
+    return run
+
+
+def batched(pipelines: Sequence[Any], labeler: Labeler, pictures: Pictures) -> Callable[[], int]:
+    """All pictures, of one size, through each pipeline at once."""
+    images = [Image.fromarray(picture) for picture in pictures]
+
+    def run() -> int:
+        for pipeline in pipelines:
+            pipeline(images, batch_size=len(images) * labeler.sampling.ensemble, **_options(labeler))
+        return len(images)
+
+    return run
+
+
+def ours(labeler: Labeler, pictures: Pictures) -> Callable[[], int]:
+    """All pictures, of one size, through the labeler."""
+    return lambda: len(labeler.label(pictures))
+
+
+def _options(labeler: Labeler) -> dict[str, Any]:
+    return {
+        "num_inference_steps": labeler.sampling.steps,
+        "ensemble_size": labeler.sampling.ensemble,
+        "processing_resolution": labeler.processing_resolution,
+    }

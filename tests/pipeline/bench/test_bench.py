@@ -1,0 +1,118 @@
+"""What `depthmill bench` counts and measures, on random weights."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import diffusers
+import pytest
+
+from depthmill.pipeline.bench import peers
+from depthmill.pipeline.bench.bench import BATCHED, DOCUMENTED, MATMUL, OURS, bench
+from depthmill.pipeline.bench.flops import label_flops, network_flops
+from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.model.checkpoint import open_checkpoint
+from depthmill.tests import media
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def load(name):
+    """A benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config(checkpoints):
+    return LabelConfig(
+        checkpoint=str(checkpoints / "depth"),
+        normals_checkpoint=str(checkpoints / "normals"),
+        device="cpu",
+        batch_size=2,
+        threads=1,
+    )
+
+
+def test_operations_of_stable_diffusion_2_are_those_that_were_counted_by_hand():
+    parts = load("speed").STABLE_DIFFUSION_2
+    import torch
+
+    from depthmill.pipeline.model import scratch
+
+    with torch.device("meta"):
+        vae, unet = scratch.build_vae(parts), scratch.build_unet(parts)
+    weights = [sum(weight.numel() for weight in module.parameters()) for module in (vae, unet)]
+    assert weights == pytest.approx([84e6, 866e6], rel=0.01)
+    counted = network_flops(dict(vae.config), dict(unet.config), 576, 768)
+    assert dataclasses.astuple(counted) == pytest.approx((1.92e12, 1.50e12, 4.28e12), rel=0.01)
+
+
+def test_an_encoder_that_two_labels_share_is_counted_once(checkpoints):
+    depth, normals = (open_checkpoint(str(checkpoints / name), name) for name in ("depth", "normals"))
+    configs = [
+        kind.load_config(depth.directory / part)
+        for kind, part in ((diffusers.AutoencoderKL, "vae"), (diffusers.UNet2DConditionModel, "unet"))
+    ]
+    one = network_flops(*configs, 32, 48)
+    assert label_flops([depth], 32, 48) == one.encode + one.unet + one.decode
+    assert label_flops([depth, normals], 32, 48) == one.encode + 2 * (one.unet + one.decode)
+
+
+def test_bench_measures_the_labeler_its_peers_and_the_feed(config, tmp_path):
+    clip = media.write_video(tmp_path / "clip.mp4", frames=6)
+    report = bench(config, str(clip), frames=4, rounds=2, folder=tmp_path)
+    assert set(report.speed.spent) == {OURS, DOCUMENTED, BATCHED, MATMUL}
+    assert all(one.wall_s > 0 and one.cpu_s > 0 for times in report.speed.spent.values() for one in times)
+    assert report.batch == (2, 36, 48)
+    assert 0 < report.speed.share.low <= report.speed.share.high < 1
+    feed, verdict = report.feed
+    assert min(feed.decode.wall_s, feed.label.wall_s, feed.write.wall_s) > 0
+    assert feed.bytes > 0
+    assert verdict.bound in str(report)
+    assert list(tmp_path.iterdir()) == [clip], "temporary stores were left behind"
+
+
+def test_without_an_input_there_is_no_feed(config):
+    report = bench(config.model_copy(update={"labels": ("depth",)}), rounds=1)
+    assert report.feed is None
+    assert "give --video" in str(report)
+
+
+def test_an_input_without_frames_is_refused(config, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(SourceError, match=r"broken\.png"):
+        bench(config, str(tmp_path / "broken.png"), rounds=1)
+
+
+def test_checkpoints_that_diffusers_cannot_use_say_why(tmp_path):
+    from depthmill.pipeline.model import scratch
+
+    architecture = scratch.Architecture(vae_channels=(8, 16), unet_channels=(16, 32), head_channels=8)
+    scratch.create(tmp_path / "depth", architecture, "depth", seed=0, in_channels=4, processing_resolution=48)
+    config = LabelConfig(checkpoint=str(tmp_path / "depth"), labels=("depth",), device="cpu", batch_size=1, threads=1)
+    report = bench(config, rounds=1)
+    assert "takes no noise" in report.speed.why_not
+    assert report.speed.why_not in str(report)
+    assert set(report.speed.spent) == {OURS, MATMUL}
+    joint = dataclasses.replace(open_checkpoint(str(tmp_path / "depth"), "depth"), domain="indoor")
+    assert "joint" in peers.why_not(joint)
+
+
+def test_the_benchmark_writes_its_section_and_leaves_the_others(tmp_path):
+    out = tmp_path / "speed.md"
+    out.write_text("\n## sd2, cpu\n\nas it was\n")
+    load("speed").main(["--sizes", "small", "--labels", "depth", "--quick", "--device", "cpu", "--out", str(out)])
+    text = out.read_text()
+    assert "as it was" in text
+    assert "| depth | float32 |" in text
+    assert "steps, 3 members, diffusers" in text
+
+
+def test_the_startup_benchmark_writes_its_table(tmp_path):
+    out = tmp_path / "startup.md"
+    load("startup").main(["--quick", "--out", str(out)])
+    assert "| rerun of a finished job | " in out.read_text()

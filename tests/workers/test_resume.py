@@ -1,0 +1,95 @@
+"""A job that is finished is found so without the libraries that the network needs, and only then."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from depthmill.pipeline.config import LabelConfig
+from depthmill.tests import media
+from depthmill.workers.label import label
+from depthmill.workers.resume import finished
+
+
+@pytest.fixture
+def config(checkpoints):
+    return LabelConfig(checkpoint=str(checkpoints / "depth"), labels=("depth",), device="cpu", workers=0, threads=1)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return media.write_video(tmp_path / "clip.mp4", frames=3)
+
+
+@pytest.fixture
+def store(tmp_path, clip, config):
+    store = tmp_path / "out.zarr"
+    label([str(clip)], store, config)
+    return store
+
+
+def test_says_what_label_would_say(store, clip, config):
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    found = finished([str(clip)], store, config)
+    again = label([str(clip)], store, config)
+    assert (found.labelled, found.committed) == (3, 0)
+    for name in ("store", "sources", "frames", "labelled", "committed", "failures", "device", "bytes"):
+        assert getattr(found, name) == getattr(again, name)
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+
+
+def test_tells_failures_again(tmp_path, config):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    from PIL import Image
+
+    Image.new("RGB", (64, 48)).save(folder / "a.png")
+    (folder / "b.png").write_bytes(b"broken")
+    store = tmp_path / "out.zarr"
+    once = label([str(folder)], store, config)
+    assert once.failures
+    assert finished([str(folder)], store, config).failures == once.failures
+    assert finished([str(folder)], store, config, retry_failed=True) is None
+
+
+def test_an_open_dtype_is_the_stores(store, clip, config):
+    assert finished([str(clip)], store, config.model_copy(update={"dtype": "float32"}))
+    assert finished([str(clip)], store, config.model_copy(update={"dtype": "bfloat16"})) is None
+
+
+def test_whatever_may_be_left_is_for_label(store, clip, config, tmp_path):
+    other = media.write_video(tmp_path / "other.mp4", frames=2)
+    assert finished([str(clip), str(other)], store, config) is None
+    assert finished([str(tmp_path / "missing.mp4")], store, config) is None
+    assert finished([str(clip)], tmp_path / "nothing.zarr", config) is None
+    assert not (tmp_path / "nothing.zarr").exists()
+    assert finished([str(clip)], store, config.model_copy(update={"processing_resolution": 32})) is None
+    assert finished([str(clip)], store, config.model_copy(update={"checkpoint": "nowhere"})) is None
+    next(store.glob("*/status/c/0")).unlink()
+    assert finished([str(clip)], store, config) is None
+
+
+def test_a_run_that_did_not_end_is_for_label(store, clip, config):
+    (store / "run.json").unlink()
+    assert finished([str(clip)], store, config) is None
+
+
+def test_an_input_that_changed_is_for_label(store, clip, config):
+    media.write_video(clip, frames=4)
+    assert finished([str(clip)], store, config) is None
+
+
+def test_takes_no_heavy_library(store, clip, config):
+    code = f"""
+import sys
+from depthmill.cli import app
+app({["label", str(clip), str(store), "--checkpoint", config.checkpoint, "--labels", "depth"]!r}, standalone_mode=False)
+import json
+print(json.dumps([name for name in ("torch", "diffusers", "transformers", "ray", "scipy") if name in sys.modules]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said, heavy = done.stdout.rsplit("\n", 2)[:2]
+    assert "3 of 3 frames" in said
+    assert json.loads(heavy) == []

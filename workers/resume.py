@@ -1,0 +1,166 @@
+"""What earlier runs left of a job: whether a store is this job's, and whether anything is left to do.
+
+Without the libraries that the network needs, whose import takes most of the time in which a finished job says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.errors import DepthmillError, SourceError, StoreMismatchError
+from depthmill.pipeline.model.checkpoint import Checkpoint, open_checkpoint
+from depthmill.pipeline.plan import Planned, Prober
+from depthmill.pipeline.sources import expand_inputs, source_id
+from depthmill.pipeline.store import Layout, Store, create, open_store, write_failures
+from depthmill.pipeline.types import Failure
+
+_PROBED_HERE = 16
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended; `run.json` in the store holds the same.
+
+    Attributes:
+        store: Where the store is.
+        sources: Inputs that could be opened.
+        frames: Their frames.
+        labelled: Frames with labels, earlier runs' included.
+        committed: Frames that this run committed, with labels or as failed.
+        failures: What has no labels, and why: frames, and inputs that could not be opened.
+        seconds: Of this run, from the first input on.
+        frames_per_s: Of this run, since the first worker had loaded.
+        device: Where the model ran and in what dtype; empty if nothing was left to do.
+        batch_fill: Mean share of a batch that was frames.
+        busy: Share of the loaded workers' time that they spent labelling.
+        bytes: Written.
+        deaths: Workers that died, or were ended for taking too long.
+        retries: Attempts at segments beyond the first.
+    """
+
+    store: str
+    sources: int
+    frames: int
+    labelled: int
+    committed: int
+    failures: tuple[Failure, ...]
+    seconds: float
+    frames_per_s: float
+    device: str
+    batch_fill: float
+    busy: float
+    bytes: int
+    deaths: int
+    retries: int
+
+
+def finished(
+    inputs: Sequence[str], store_uri: str | Path, config: LabelConfig, *, retry_failed: bool = False
+) -> Summary | None:
+    """How a job stands of which an earlier run left nothing to do; None if there may be something, or is a problem.
+
+    What is wrong with a job is for `label` to say. A dtype that is left open is the store's: nothing is computed.
+
+    Args:
+        inputs: As for `label`.
+        store_uri: As for `label`.
+        config: As for `label`.
+        retry_failed: As for `label`.
+    """
+    started_s = time.perf_counter()
+    try:
+        store = open_store(store_uri)
+        if store.read_file("run.json") is None:  # the earlier run did not come to its end
+            return None
+        checkpoints = [
+            open_checkpoint(
+                name,
+                modality,
+                normals_axes=config.normals_axes if modality == "normals" else None,
+                domain=config.domain,
+            )
+            for modality, name in config.checkpoints.items()
+        ]
+        if config.dtype == "auto":
+            config = config.model_copy(update={"dtype": store.identity.get("dtype")})
+        store = create(store_uri, layout(config), identity(config, checkpoints))  # another job's is refused
+        prober = Prober(store.uri, config.max_pixels, config.max_frames, retry_failed)
+        uris, planned = planned_here(expand_inputs(inputs), store, prober)
+    except DepthmillError:
+        return None
+    sources = {source.id: source for source in planned}
+    if uris is not None or not sources or any(source.segments for source in planned):
+        return None
+    store.publish(sources)
+    failures = tuple(store.failures())
+    write_failures(store, failures)
+    return Summary(
+        store=store.uri,
+        sources=len(sources),
+        frames=sum(source.frames for source in sources.values()),
+        labelled=sum(source.labelled for source in sources.values()),
+        committed=0,
+        failures=failures,
+        seconds=time.perf_counter() - started_s,
+        frames_per_s=0.0,
+        device="",
+        batch_fill=0.0,
+        busy=0.0,
+        bytes=0,
+        deaths=0,
+        retries=0,
+    )
+
+
+def planned_here(uris: Iterable[str], store: Store, prober: Prober) -> tuple[Iterator[str] | None, list[Planned]]:
+    """Probe a few inputs in this process if all are in the store: to find a finished run finished needs no worker.
+
+    Workers probe all others, since a broken file may take its process along; these have been probed before.
+
+    Returns:
+        The inputs that are left to be probed, None if there are none, and those that have been.
+    """
+    remaining = iter(uris)
+    first = list(islice(remaining, _PROBED_HERE + 1))
+    there = set(store.sources())
+    if not there or len(first) > _PROBED_HERE or not all(source_id(uri) in there for uri in first):
+        return chain(first, remaining), []
+    prober.load()
+    try:
+        return None, [prober.probe(uri) for uri in first]
+    except (SourceError, StoreMismatchError):  # gone, or changed: that is the driver's to tell
+        return chain(first, remaining), []
+
+
+def layout(config: LabelConfig) -> Layout:
+    """How a run's labels are laid out on disk."""
+    usual, corpus = config.segment_lengths
+    return Layout(
+        labels=config.labels,
+        shard_frames=config.shard_frames,
+        segment_frames=usual,
+        corpus_segment_frames=corpus,
+        normals_dtype=config.normals_dtype,
+        uncertainty=config.ensemble > 1 and "depth" in config.labels,
+    )
+
+
+def identity(config: LabelConfig, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """What decides the labels: a run with another identity is not mixed into a store.
+
+    Batch size, threads and the kind of device are not in it: they change float rounding alone.
+    """
+    sampling = config.sampling
+    return {
+        "checkpoints": {checkpoint.modality: checkpoint.identity for checkpoint in checkpoints},
+        "processing_resolution": config.processing_resolution or checkpoints[0].processing_resolution,
+        "dtype": config.dtype,
+        **({} if sampling.is_single_step else {"sampling": sampling.identity}),
+        **({} if config.round_aspect is None else {"round_aspect": config.round_aspect}),
+    }
