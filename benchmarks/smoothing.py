@@ -280,9 +280,9 @@ def main() -> None:
             "",
             "## A real clip",
             f"`demo/pedestrians.mp4`, {len(pictures)} frames of {pictures.shape[2]} x {pictures.shape[1]}, labelled "
-            "with the embedded checkpoint. The camera stands still: scale, shift and movement are those of the depth of "
-            "the pixels whose picture does not change, in units of its interquartile range; lag is how far the shape of a "
-            "frame's depth is from its own labels where things move.",
+            "with the embedded checkpoint. The camera stands still: scale, shift and movement are those of the depth "
+            "of the pixels whose picture does not change, in units of its interquartile range; lag is how far the "
+            "shape of a frame's depth is from its own labels where things move.",
             "",
             *table(real, "figure"),
             *why_not(real),
