@@ -14,7 +14,8 @@ from ray.exceptions import RayActorError
 from depthmill.pipeline.config import LabelConfig, SmoothConfig
 from depthmill.pipeline.plan import Prober
 from depthmill.pipeline.smoothing.stage import Smoother
-from depthmill.pipeline.stages import Worker, WorkerState
+from depthmill.pipeline.stages import WorkerState
+from depthmill.pipeline.worker import Worker
 from depthmill.workers.pool import Event, Kind
 
 _ASK_CAPACITY_EVERY_S = 2.0

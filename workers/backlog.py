@@ -56,11 +56,19 @@ class Backlog:
                 self._length -= 1
                 return task
             self._again.append((task, not_by))
+        fresh = self.reserve(worker)
+        if fresh is None and (run := self._half()) is not None:
+            return self._first(worker, run)
+        return fresh
+
+    def reserve(self, worker: int) -> Task | None:
+        """A task for a worker to begin while it is at another; None if none is left that nobody has tried."""
         run = self._of.pop(worker, None)
-        if run is None:
-            run = self._fresh.popleft() if self._fresh else self._half()
-        if run is None:
-            return None
+        if run is None and self._fresh:
+            run = self._fresh.popleft()
+        return None if run is None else self._first(worker, run)
+
+    def _first(self, worker: int, run: _Run) -> Task:
         task = run.source.task(run.start)
         run.start += 1
         if run.start < run.stop:

@@ -111,12 +111,12 @@ class Crew:
             self.probers.discard(worker)
 
     def call(
-        self, worker: int, item: Item, limit_s: float, method: str, argument: Any, still_s: float | None = None
+        self, worker: int, item: Item, limit_s: float, method: str, *arguments: Any, still_s: float | None = None
     ) -> None:
         """Give an idle worker something to do."""
         self.idle.pop(worker, None)
         self.running[worker] = Running(item, self.now_s, limit_s, still_s)
-        self._pool.call(worker, method, argument)
+        self._pool.call(worker, method, *arguments)
 
     def wait(self, timeout_s: float) -> list[Event]:
         """The events since the last time; waits until there is one, or the time is over."""

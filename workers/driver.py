@@ -131,6 +131,7 @@ class Driver:
         self._open = 0  # segments that are planned and not committed
         self._ids: set[str] = set()
         self._at: dict[Segment, set[int]] = {}  # who labels a segment: two of them where one straggles
+        self._next: dict[int, Task] = {}  # worker -> what it has been told that it will be given next
         self._void: set[int] = set()  # workers whose answer no longer matters
         self._unpublished: list[str] = []
         self._published = 0
@@ -199,16 +200,40 @@ class Driver:
         if not self._more and not self._probes and not self._probing:
             crew.dismiss_idle_probers()
         for worker in list(crew.idle):
-            if self._trials:
+            task = self._next.pop(worker, None)
+            if task is None and self._trials:
                 trial = self._trials.popleft()
-                crew.call(worker, trial, self._limit(trial.frames), "try_task", trial.task, self._step_limit())
+                limit_s, still_s = self._limit(trial.frames), self._step_limit()
+                crew.call(worker, trial, limit_s, "try_task", trial.task, still_s=still_s)
                 continue
-            task = self._backlog.take(worker, alone=crew.ready == 1) if self._backlog else self._straggler()
+            if task is None:
+                task = self._backlog.take(worker, alone=crew.ready == 1) if self._backlog else self._left_over()
             if task is not None:
                 self._at.setdefault(task.segment, set()).add(worker)
-                crew.call(worker, task, self._limit(task.frames), "label", task, self._step_limit())
+                limit_s, still_s = self._limit(task.frames), self._step_limit()
+                crew.call(worker, task, limit_s, "label", task, *self._following(worker, task), still_s=still_s)
             elif not self._backlog:
                 break
+
+    def _following(self, worker: int, task: Task) -> tuple[Task, ...]:
+        """What a worker may begin while it is at a task, lest its device waits for a commit.
+
+        Only between tasks that nobody has failed at, so that a worker that dies again and again dies of one alone; and
+        not near the end, when others would wait for it.
+        """
+        if task.attempts or task.searched or len(self._backlog) <= self._crew.ready:
+            return ()
+        following = self._backlog.reserve(worker)
+        if following is None:
+            return ()
+        self._next[worker] = following
+        return (following,)
+
+    def _left_over(self) -> Task | None:
+        """What somebody is to do next, or a segment that takes too long."""
+        if self._next:
+            return self._next.pop(next(iter(self._next)))
+        return self._straggler()
 
     def _limit(self, frames: int) -> float:
         """Seconds that so many frames may take."""
@@ -243,6 +268,8 @@ class Driver:
         running = self._crew.ended(event)
         if event.died:
             self._backlog.leave(worker)
+            if worker in self._next:  # it may be what the worker died of: to be tried by itself
+                self._backlog.again(self._next.pop(worker), None)
         if running is None or worker in self._void:
             self._void.discard(worker)
             return

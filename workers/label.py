@@ -29,8 +29,9 @@ from depthmill.pipeline.model.checkpoint import Checkpoint
 from depthmill.pipeline.model.labeler import open_checkpoints
 from depthmill.pipeline.plan import Prober
 from depthmill.pipeline.sources import expand_inputs, open_source
-from depthmill.pipeline.stages import Worker, fail_task
+from depthmill.pipeline.stages import fail_task
 from depthmill.pipeline.store import Store, create, remove_empty, write_failures
+from depthmill.pipeline.worker import Worker
 from depthmill.workers.driver import Calls, Driver, Options
 from depthmill.workers.pool import InProcess, Pool
 from depthmill.workers.progress import Rate, open_display

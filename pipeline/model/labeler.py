@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from depthmill.pipeline.model.transfer import (
     Pending,
     Staged,
     from_device,
+    mark,
     pack_depth,
     pack_normals,
     to_device,
@@ -286,6 +288,7 @@ class Labeler:
         if len(keys) != len(frames):
             raise ValueError(f"{len(keys)} keys are given for {len(frames)} frames; expected one for each")
         done: list[Staged] = []
+        began_s, asked = time.perf_counter(), mark(self.device)
         while len(done) < len(frames):
             height, width = self.batch_shape(*frames[0].shape[:2], rounded=rounded)
             most = self._most(height * width)
@@ -301,7 +304,7 @@ class Labeler:
             torch.cuda.empty_cache()
             self._pixels_that_fit = tried // 2 * height * width
             log.warning("out of GPU memory: going on with batches of %d frames of %dx%d", tried // 2, width, height)
-        return Pending(done)
+        return Pending(done, asked, time.perf_counter() - began_s)
 
     def _most(self, pixels: int) -> int:
         """Most frames of so many pixels in one forward pass."""
@@ -319,7 +322,7 @@ class Labeler:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
-            Pending(self._forward([blank] * frames, ["blank"] * frames, frames, False, None)).result()
+            Pending(self._forward([blank] * frames, ["blank"] * frames, frames, False, None), None, 0.0).result()
             return torch.cuda.max_memory_allocated(self.device) - before
 
         name = torch.cuda.get_device_name(self.device)
@@ -370,8 +373,7 @@ class Labeler:
                     for name, label in found.items()
                 }
             staged.append(Staged({name: from_device(label) for name, label in found.items()}))
-        if self.device.type == "cuda":
-            staged[-1] = replace(staged[-1], arrived=torch.cuda.current_stream(self.device).record_event())
+        staged[-1] = replace(staged[-1], arrived=mark(self.device))
         return staged
 
 

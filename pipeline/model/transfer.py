@@ -27,8 +27,25 @@ class Staged:
 class Pending:
     """Labels that were asked for: `Labeler.submit`."""
 
-    def __init__(self, staged: Sequence[Staged]):
+    def __init__(self, staged: Sequence[Staged], asked: torch.cuda.Event | None, seconds: float):
+        """The labels of a batch.
+
+        Args:
+            staged: One a frame.
+            asked: Happens when the device comes to the batch; None where the work is done.
+            seconds: That it took to ask for them, or there, to do it.
+        """
         self._staged = staged
+        self._asked = asked
+        self._seconds = seconds
+
+    @property
+    def seconds(self) -> float:
+        """That the device took; known after `result`."""
+        last = self._staged[-1].arrived if self._staged else None
+        if self._asked is None or last is None:
+            return self._seconds
+        return float(self._asked.elapsed_time(last)) / 1e3
 
     def result(self) -> list[Labels]:
         """Wait for them: one `Labels` a frame, B = 1, at that frame's size."""
@@ -47,6 +64,15 @@ def to_device(frame: npt.NDArray[np.uint8], device: torch.device) -> torch.Tenso
         return pinned.to(device, non_blocking=True)
     # torch warns of arrays that cannot be written to, such as views of a Pillow image, though nothing writes here.
     return torch.from_numpy(frame if frame.flags.writeable else frame.copy()).to(device)
+
+
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """An event that happens when CUDA has done all that it was asked for so far; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def from_device(label: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,12 @@ from depthmill.pipeline.sources.inputs import expand_inputs
 from depthmill.pipeline.sources.limits import MAX_FRAMES, MAX_PIXELS
 from depthmill.pipeline.sources.naming import source_id
 from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES, ParquetSource
-from depthmill.pipeline.sources.prefetch import prefetch
+from depthmill.pipeline.sources.prefetch import Prefetch, prefetch
 from depthmill.pipeline.sources.video import VideoSource
 from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES, WebDatasetSource
 from depthmill.pipeline.types import FrameSource
 
-__all__ = ["MAX_FRAMES", "MAX_PIXELS", "expand_inputs", "open_source", "prefetch", "shown", "source_id"]
+__all__ = ["MAX_FRAMES", "MAX_PIXELS", "Prefetch", "expand_inputs", "open_source", "prefetch", "shown", "source_id"]
 
 # The first kind whose test says yes opens the input; whatever is no other kind is for FFmpeg to recognise.
 _KINDS: tuple[tuple[Callable[[str], bool], Callable[[str, int, int, int], FrameSource]], ...] = (

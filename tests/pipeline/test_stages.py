@@ -52,13 +52,13 @@ def run(source, store, labeler, **options):
 
 def company(labeler, monkeypatch):
     """Which frames the labeler is given together, from now on."""
-    label, batches = labeler.label, []
+    submit, batches = labeler.submit, []
 
     def watched(frames, keys, **options):
         batches.append([int(key.removeprefix("pictures/")) for key in keys])
-        return label(frames, keys, **options)
+        return submit(frames, keys, **options)
 
-    monkeypatch.setattr(labeler, "label", watched)
+    monkeypatch.setattr(labeler, "submit", watched)
     return batches
 
 

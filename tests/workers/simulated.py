@@ -77,6 +77,9 @@ class SimulatedPool:
         assert worker not in self.current, "called while it is busy"
         self.calls += 1
         seconds, outcome = self.behave(self, worker, method, arguments[0])
+        for following in arguments[1:]:  # it is begun meanwhile, and the worker may die of it
+            if self.behave(self, worker, "try_task", following)[1] == "die":
+                outcome = "die"
         self._end_in(float("inf") if outcome == "hang" else seconds, worker, outcome)
 
     def lose(self, worker):

@@ -13,8 +13,8 @@ from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import RunStoppedError, SourceError, StoreMismatchError
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.sources import open_source
-from depthmill.pipeline.stages import Worker
 from depthmill.pipeline.store import open_datasets, open_store
+from depthmill.pipeline.worker import Worker
 from depthmill.tests import media, runs
 from depthmill.workers.label import label
 
@@ -84,11 +84,11 @@ def test_a_stopped_run_goes_on_where_it_was(video, tmp_path, config, monkeypatch
     run([video], tmp_path / "whole.zarr", config)
     original, calls = Worker.label, []
 
-    def stop_at_the_second(self, task):
+    def stop_at_the_second(self, task, following=None):
         calls.append(task)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(self, task)
+        return original(self, task, following)
 
     with monkeypatch.context() as patch:
         patch.setattr(Worker, "label", stop_at_the_second)
@@ -138,13 +138,13 @@ def test_pictures_of_many_sizes_fill_their_batches(tmp_path, config, monkeypatch
     """Landscape and portrait alternate, some twice as large: two shapes for the network, six batches of four."""
     sizes = [(30, 40), (40, 30), (60, 80), (80, 60)]
     media.write_image_folder(tmp_path / "photos", count=24, sizes=sizes)
-    batches, original = [], Labeler.label
+    batches, original = [], Labeler.submit
 
-    def label(self, frames, *arguments, **options):
+    def submit(self, frames, *arguments, **options):
         batches.append(len(frames))
         return original(self, frames, *arguments, **options)
 
-    monkeypatch.setattr(Labeler, "label", label)
+    monkeypatch.setattr(Labeler, "submit", submit)
     options = {"segment_frames": 24}
     run([tmp_path / "photos"], tmp_path / "out.zarr", config.model_copy(update=options))
     assert batches == [4] * 6
@@ -156,7 +156,7 @@ def test_pictures_of_many_sizes_fill_their_batches(tmp_path, config, monkeypatch
         assert (height, width) == sizes[row % 4]
         assert str(source.key.values[row]) == f"{row:03d}.png"
         with Image.open(tmp_path / "photos" / f"{row:03d}.png") as picture:
-            alone = original(labeler, [np.asarray(picture)])[0]
+            alone = original(labeler, [np.asarray(picture)]).result()[0]
         assert np.abs(source.depth.values[row, :height, :width] - alone.depth[0]).max() < 3e-4
         assert np.isnan(source.depth.values[row, height:]).all()
         assert np.isnan(source.depth.values[row, :, width:]).all()

@@ -5,7 +5,8 @@ from rich.console import Console
 
 from depthmill.pipeline.stages import WorkerState
 from depthmill.workers import progress
-from depthmill.workers.progress import Counts, LineDisplay, LiveDisplay, Rate, open_display
+from depthmill.workers.progress import LineDisplay, LiveDisplay, Rate, open_display
+from depthmill.workers.standing import Counts
 
 COUNTS = Counts(total=100, before=20, done=30, failed=2)
 WORKERS = {"worker 0": WorkerState("clip[50:60]", 4, 10), "worker 1": WorkerState("idle")}

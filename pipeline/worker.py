@@ -1,0 +1,238 @@
+"""A worker: a loaded labeler, the store it writes to, and what it has open. In-process, or as a Ray actor."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+
+import torch
+
+from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.errors import CheckpointError
+from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
+from depthmill.pipeline.plan import Task
+from depthmill.pipeline.sources import Prefetch
+from depthmill.pipeline.stages import (
+    Labelled,
+    OpenSources,
+    Report,
+    WorkerState,
+    label_frames,
+    read_segment,
+    try_segment,
+)
+from depthmill.pipeline.store import Store, open_store
+from depthmill.pipeline.types import Frame, FrameSource
+
+
+class _DroppedError(Exception):
+    """The labels of a task are no longer wanted."""
+
+
+class _Job:
+    """A task on its way: a thread of its own reads its frames, the worker's one labelling thread labels them.
+
+    Attributes:
+        read: Done when the last frame has been read and taken, whatever became of it.
+        labelled: Its labels, but for the commit.
+    """
+
+    def __init__(self, task: Task, open_source: Callable[[], FrameSource], ahead: int) -> None:
+        self.task = task
+        self.read: Future[None] = Future()
+        self.labelled: Future[Labelled]
+        self._open = open_source
+        self._ahead = ahead
+        self._source: Future[FrameSource] = Future()
+        self._frames: Prefetch[Frame] | None = None
+        self._dropped = False
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Start to read."""
+        with self._lock:
+            if not self._dropped:
+                self._frames = Prefetch(self._read(), self._ahead)
+
+    def source(self) -> FrameSource:
+        """The source, once it is open."""
+        return self._source.result()
+
+    def frames(self) -> Iterator[Frame]:
+        """The frames, in order."""
+        assert self._frames is not None
+        for frame in self._frames:
+            if self._dropped:
+                raise _DroppedError
+            yield frame
+        self.end_reading()
+
+    def end_reading(self) -> None:
+        """Whoever waits for its turn may read now."""
+        if not self.read.done():
+            self.read.set_result(None)
+
+    def drop(self) -> None:
+        """End it as soon as may be."""
+        with self._lock:
+            self._dropped = True
+        if self.labelled.cancel():
+            self.release()
+
+    def release(self) -> None:
+        """End the thread that reads."""
+        if self._frames is not None:
+            self._frames.close()
+
+    def _read(self) -> Iterator[Frame]:
+        try:
+            self._source.set_result(self._open())
+        except BaseException as error:
+            self._source.set_exception(error)
+            raise
+        yield from read_segment(self.source(), self.task.segment, dict(self.task.skip), self.task.only or None)
+
+
+class Worker:
+    """Labels segments, one call at a time.
+
+    It may be told of a second task, which it will be called with next: its frames are read and labelled while the first
+    one is written and committed and its answer is on the way, so that the device never waits for either. If another
+    call comes instead, that work is dropped: nothing of it was visible.
+    """
+
+    def __init__(self, config: LabelConfig, store: str, digests: tuple[str, ...]):
+        """Nothing is loaded yet.
+
+        Args:
+            config: The run's, with `device`, `dtype` and `threads` settled.
+            store: Where the store is, which exists.
+            digests: sha256 of the run's checkpoints: on another machine the same name could mean other files.
+        """
+        self._config = config
+        self._store_uri = store
+        self._digests = digests
+        self._state = WorkerState("starting")
+        self.on_state: Callable[[WorkerState], None] = lambda state: None  # told of each change, in-process
+        self._sources = OpenSources(config.max_pixels, config.max_frames)
+        # One for all: CUDA graphs belong to the thread that recorded them.
+        self._thread = ThreadPoolExecutor(1, "depthmill-label")
+        self._current: _Job | None = None
+        self._next: _Job | None = None
+        self._labeler: Labeler
+        self._store: Store
+
+    def load(self) -> str:
+        """Load the checkpoints; returns the device, and how it is used, in words.
+
+        Raises:
+            CheckpointError: If they cannot be loaded, or are not those that the run was planned with.
+        """
+        self._now(WorkerState("loading"))
+        backend = self._thread.submit(self._load).result()
+        self._now(WorkerState("idle"))
+        return backend
+
+    def _load(self) -> str:
+        assert self._config.threads is not None
+        torch.set_num_threads(self._config.threads)
+        checkpoints = open_checkpoints(self._config)
+        for checkpoint, digest in zip(checkpoints, self._digests, strict=True):
+            if checkpoint.sha256 != digest:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint.name} has sha256 {checkpoint.sha256[:12]}… here and {digest[:12]}… where "
+                    "the run was started; expected the same files on every machine: copy them"
+                )
+        self._labeler = Labeler.from_config(self._config, checkpoints)
+        self._store = open_store(self._store_uri)
+        return self._labeler.backend
+
+    def label(self, task: Task, following: Task | None = None) -> Report:
+        """Label and commit a segment.
+
+        Args:
+            task: Which.
+            following: What the next call will be for, if that is known.
+
+        Raises:
+            SourceError: If the source is not, or is no longer, what the run was planned with.
+            StoreError: If the labels cannot be written.
+        """
+        job, self._next = self._next, None
+        if job is not None and job.task != task:
+            job.drop()
+            job = None
+        if job is None:
+            job = self._queue(task, None)
+        if following is not None:
+            self._next = self._queue(following, job)
+        self._current = job
+        try:
+            return job.labelled.result().commit()
+        finally:
+            self._state = WorkerState("idle")
+
+    def try_task(self, task: Task) -> None:
+        """Read and label frames without writing anything, to see whether it can be done."""
+        on_frames = self._counted(f"searching {task.segment}", task.frames)
+        try:
+            source = self._sources.open(task.uri, task.fingerprint)
+            self._thread.submit(try_segment, source, task.segment, self._labeler, on_frames).result()
+        finally:
+            self._state = WorkerState("idle")
+
+    def state(self) -> WorkerState:
+        """What it is doing now; may be called from another thread."""
+        return self._state
+
+    def close(self) -> None:
+        """Drop what is under way, and release the open sources."""
+        for job in (self._current, self._next):
+            if job is not None:
+                job.drop()
+        self._thread.shutdown(cancel_futures=True)
+        self._sources.close()
+
+    def _queue(self, task: Task, after: _Job | None) -> _Job:
+        """Have a task read when the reading of another has ended, and labelled when its labelling has."""
+        job = _Job(task, lambda: self._sources.open(task.uri, task.fingerprint), 2 * self._labeler.batch_size)
+        if after is None:
+            job.begin()
+        else:
+            after.read.add_done_callback(lambda _: job.begin())
+        job.labelled = self._thread.submit(self._label, job)
+        return job
+
+    def _label(self, job: _Job) -> Labelled:
+        task = job.task
+        on_frames = self._counted(str(task.segment), task.frames)
+        try:
+            rounded = self._labeler.rounds(job.source().probe())
+            return label_frames(
+                job.frames(),
+                task.segment,
+                self._labeler,
+                self._store,
+                on_frames,
+                rounded=rounded,
+                only=task.only or None,
+            )
+        finally:
+            job.end_reading()
+            job.release()
+
+    def _counted(self, doing: str, frames: int) -> Callable[[int], None]:
+        """What is told how many frames are done, beginning with none."""
+        steps = count()
+
+        def on_frames(done: int) -> None:
+            self._now(WorkerState(doing, done, frames, next(steps)))
+
+        on_frames(0)
+        return on_frames
+
+    def _now(self, state: WorkerState) -> None:
+        self._state = state
+        self.on_state(state)

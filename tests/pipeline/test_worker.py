@@ -1,0 +1,90 @@
+import threading
+
+import pytest
+
+from depthmill.pipeline import store as stores
+from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.model.labeler import open_checkpoints
+from depthmill.pipeline.plan import Task
+from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.store import Layout
+from depthmill.pipeline.worker import Worker
+from depthmill.tests import media
+from depthmill.tests.pipeline.store.samples import files
+
+
+@pytest.fixture
+def config(checkpoints):
+    names = {"checkpoint": str(checkpoints / "depth"), "normals_checkpoint": str(checkpoints / "normals")}
+    return LabelConfig(**names, device="cpu", dtype="float32", batch_size=3, threads=1)
+
+
+@pytest.fixture
+def video(tmp_path):
+    return media.write_video(tmp_path / "clip.mp4", frames=30)
+
+
+@pytest.fixture
+def start(config, video, tmp_path):
+    """A loaded worker with a store of its own, and the tasks that make up the video."""
+    workers = []
+
+    def start(name):
+        source = open_source(str(video)).probe()
+        store = stores.create(tmp_path / name, Layout(shard_frames=4, segment_frames=8), {})
+        store.add(source)
+        workers.append(Worker(config, store.uri, tuple(one.sha256 for one in open_checkpoints(config))))
+        workers[-1].load()
+        return workers[-1], [Task(str(video), source.fingerprint, segment) for segment in store.segments(source.id)]
+
+    yield start
+    for worker in workers:
+        worker.close()
+    assert not [one.name for one in threading.enumerate() if one.name.startswith("depthmill-")]
+
+
+def test_labels_are_the_same_whether_or_not_the_next_task_was_begun(start, tmp_path):
+    alone, tasks = start("alone")
+    for task in tasks:
+        alone.label(task)
+    told, tasks = start("told")
+    reports = [told.label(task, following) for task, following in zip(tasks, [*tasks[1:], None], strict=True)]
+    assert [report.segment for report in reports] == [task.segment for task in tasks]
+    assert sum(report.labelled for report in reports) == 30
+    assert files(tmp_path / "told") == files(tmp_path / "alone")
+
+
+def test_what_was_begun_is_not_seen_and_dropped_for_another_task(start, tmp_path):
+    worker, tasks = start("some")
+    worker.label(tasks[0], tasks[1])
+    worker._next.labelled.result()  # all of it but the commit
+    assert len(stores.open_store(tmp_path / "some").pending(tasks[0].segment.source_id)) == len(tasks) - 1
+    worker.label(tasks[3], tasks[2])
+    worker.label(tasks[1])
+    worker.label(tasks[2])
+    assert stores.open_store(tmp_path / "some").pending(tasks[0].segment.source_id) == []
+    whole, tasks = start("whole")
+    for task in tasks:
+        whole.label(task)
+    assert files(tmp_path / "some") == files(tmp_path / "whole")
+
+
+def test_what_goes_wrong_is_said_of_the_task_that_it_went_wrong_with(start):
+    worker, tasks = start("some")
+    gone = Task(tasks[1].uri, "another fingerprint", tasks[1].segment)
+    elsewhere = Task(str(tasks[1].uri) + "-gone.mp4", tasks[1].fingerprint, tasks[1].segment)
+    assert worker.label(tasks[0], elsewhere).labelled == 8
+    with pytest.raises(SourceError, match="gone"):
+        worker.label(elsewhere, tasks[1])
+    assert worker.label(tasks[1]).labelled == 8
+    worker.try_task(tasks[2])
+    fresh, _ = start("fresh")
+    with pytest.raises(SourceError, match="not the file that the run was planned with"):
+        fresh.label(gone)
+
+
+def test_a_worker_can_be_closed_in_the_middle(start):
+    worker, tasks = start("some")
+    worker.label(tasks[0], tasks[1])
+    worker.close()
