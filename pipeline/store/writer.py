@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -14,24 +16,30 @@ from zarr.abc.store import Store as ZarrStore
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store.files import Directory
 from depthmill.pipeline.store.layout import (
-    DEPTH_INVALID,
+    MAX_SHARD_BYTES,
     Document,
     Layout,
+    checksum,
     file_key,
     pack_depth,
     pack_normals,
     segment_files,
 )
+from depthmill.pipeline.store.shard import assemble, encode_chunk
 from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
+
+_MOST_THREADS = 8  # that compress: enough for several hundred frames a second of 640x480
+_SHARDS_WRITTEN_AT_ONCE = 4  # a write to object storage takes longer than a shard takes to fill
 
 
 class SegmentWriter:
     """Takes the labels of one segment and commits them. Made by `Store.writer`.
 
-    Rows are packed as they come and held until their shard is full; it is then compressed and written by a thread of
-    the writer's own, while the next one fills. So memory holds two shards where rows come in order, and `waiting_bytes`
-    and a shard where they do not.
+    Rows are packed and compressed as they come, each by one of several threads, and held so until their shard is full;
+    others write it while the next ones fill. Who gives rows faster than that goes waits in `put`. So memory holds a few
+    rows as they were given, the others compressed: a few shards where they come in order, and less than
+    `waiting_bytes` where they do not.
 
     Two writers of one segment, a worker given up for dead and its successor, do not hinder each other: both write the
     same bytes, and whichever commits first has committed it.
@@ -73,11 +81,15 @@ class SegmentWriter:
         self._stored: dict[str, zarr.Array[Any]] = {}
         if redo is not None:
             self._keep(redo)
-        # Row in the segment -> packed labels by name, until the row's shard is written.
-        self._rows: dict[int, dict[str, npt.NDArray[Any]]] = {}
-        self._waiting_bytes = 0
-        self._thread = ThreadPoolExecutor(1, "shard-writer")
-        self._writing: Future[None] | None = None
+        # Row in the segment -> its chunks by name, until its shard is written.
+        self._rows: dict[int, Future[dict[str, bytes]]] = {}
+        self._packed_bytes: dict[int, int] = {}
+        row_bytes = sum(_row_bytes(documents[name], size) for name in layout.arrays)
+        self._threads = max(1, min(os.cpu_count() or 1, _MOST_THREADS, MAX_SHARD_BYTES // row_bytes))
+        self._compressors = ThreadPoolExecutor(self._threads, "shard-compressor")
+        self._compressing: deque[Future[dict[str, bytes]]] = deque()
+        self._writers = ThreadPoolExecutor(_SHARDS_WRITTEN_AT_ONCE, "shard-writer")
+        self._writing: deque[Future[None]] = deque()
         for key in (*self._keys, *self._last_keys()):
             directory.clear_partial(key)
 
@@ -104,13 +116,17 @@ class SegmentWriter:
                 raise StoreError(f"frame {index} of {self._segment} has {given}{name}, but {self._expected()}")
             if label is not None:
                 self._check_shape(index, name, label)
-                labels[name] = self._packed(index, name, label)
+                self._check_dtype(index, name, label)
+                labels[name] = label
         sizes = {label.shape[:2] for label in labels.values()}
         if len(sizes) > 1:
             raise StoreError(f"frame {index} of {self._segment} has labels of different sizes: {sizes}")
-        self._size[row] = sizes.pop()
-        self._rows[row] = labels
-        self._waiting_bytes += sum(label.nbytes for label in labels.values())
+        size = self._size[row] = sizes.pop()
+        self._packed_bytes[row] = sum(_row_bytes(self._documents[name], size) for name in labels)
+        while len(self._compressing) > self._threads:
+            self._compressing.popleft().result()
+        self._rows[row] = self._compressors.submit(self._compress, labels)
+        self._compressing.append(self._rows[row])
         self._finish_row(row, LABELLED)
 
     def fail(self, index: int, reason: str) -> None:
@@ -121,8 +137,8 @@ class SegmentWriter:
 
     @property
     def waiting_bytes(self) -> int:
-        """Of the packed labels that are held until their shard is full; it depends on the rows given, not on time."""
-        return self._waiting_bytes
+        """Of labels, packed, that wait until their shard is full; it depends on the rows given, not on time."""
+        return sum(self._packed_bytes.values())
 
     def commit(self) -> int:
         """Publish the segment. Every frame must have been given.
@@ -138,7 +154,8 @@ class SegmentWriter:
         if missing.size:
             raise StoreError(f"{self._segment} cannot be committed: frames {missing.tolist()} were never given")
         self._finish_writing()
-        self._thread.shutdown()
+        self._compressors.shutdown()
+        self._writers.shutdown()
         rows = slice(self._segment.start, self._segment.stop)
         if "size" in self._arrays:
             self._arrays["size"][rows] = self._size
@@ -193,15 +210,12 @@ class SegmentWriter:
             raise StoreError(f"frame {index} of {self._segment} was given twice")
         return row
 
-    def _packed(self, index: int, name: str, label: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        if label.dtype == self._documents[name]["data_type"]:
-            return label
-        if label.dtype.kind != "f":
+    def _check_dtype(self, index: int, name: str, label: npt.NDArray[Any]) -> None:
+        if label.dtype != self._documents[name]["data_type"] and label.dtype.kind != "f":
             raise StoreError(
                 f"{name} of frame {index} of {self._segment} is {label.dtype}; expected float32, or packed as "
                 f"{self._documents[name]['data_type']}, as this store keeps it"
             )
-        return pack_normals(label, self._layout.normals_dtype) if name == "normals" else pack_depth(label)
 
     def _check_shape(self, index: int, name: str, label: npt.NDArray[np.float32]) -> None:
         height, width, *rest = label.shape if label.ndim >= 2 else (0, 0)
@@ -221,30 +235,51 @@ class SegmentWriter:
         stop = min(start + self._shard_frames, self._segment.frames)
         if (self._status[start:stop] == PENDING).any():
             return
-        given = {row - start: self._rows.pop(row, {}) for row in range(start, stop) if row not in self._kept}
-        self._waiting_bytes -= sum(label.nbytes for labels in given.values() for label in labels.values())
-        self._finish_writing()
-        self._writing = self._thread.submit(self._write_shard, self._segment.start + start, stop - start, given)
+        given = {one: self._rows.pop(one) for one in range(start, stop) if one in self._rows}
+        for one in given:
+            del self._packed_bytes[one]
+        while len(self._writing) >= _SHARDS_WRITTEN_AT_ONCE:
+            self._writing.popleft().result()
+        self._writing.append(self._writers.submit(self._write_shard, range(start, stop), given))
 
     def _finish_writing(self) -> None:
-        """Wait for the shard that is being written; raises what went wrong with it."""
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+        """Wait for the shards that are being written; raises what went wrong with one."""
+        while self._writing:
+            self._writing.popleft().result()
 
-    def _write_shard(self, start: int, frames: int, given: Mapping[int, Mapping[str, npt.NDArray[Any]]]) -> None:
-        """Write the shard whose first frame is `start`; `given` has the labels of its rows, but for those kept."""
-        for name in self._layout.arrays:
-            array = self._arrays[name]
-            fill = 0 if name == "normals" else DEPTH_INVALID
-            rows = slice(start, start + frames)
-            if len(given) < frames:
-                shard = np.array(self._stored[name][rows])
-                shard[list(given)] = fill
+    def _compress(self, labels: Mapping[str, npt.NDArray[Any]]) -> dict[str, bytes]:
+        """Pack a row's labels, unless they are, and compress them."""
+        chunks = {}
+        for name, label in labels.items():
+            if label.dtype == self._documents[name]["data_type"]:
+                packed = label
             else:
-                shard = np.full((frames, *array.shape[1:]), fill, array.dtype)
-            for row, labels in given.items():
-                if name in labels:
-                    height, width = labels[name].shape[:2]
-                    shard[row, :height, :width] = labels[name]
-            array[rows] = shard
+                packed = pack_normals(label, self._layout.normals_dtype) if name == "normals" else pack_depth(label)
+            chunks[name] = encode_chunk(packed, self._documents[name])
+        return chunks
+
+    def _write_shard(self, rows: range, given: Mapping[int, Future[dict[str, bytes]]]) -> None:
+        """Write the shard of some rows; those that are neither given nor kept have failed, and are empty."""
+        done = {row: future.result() for row, future in given.items()}
+        for name in self._layout.arrays:
+            document = self._documents[name]
+            chunks = []
+            for row in rows:
+                if row in self._kept:
+                    kept = np.asarray(self._stored[name][self._segment.start + row])
+                    chunks.append(encode_chunk(kept, document))
+                else:
+                    chunks.append(done[row][name] if row in done else b"")
+            key = file_key(self._segment.source_id, name, document, self._segment.start + rows.start)
+            data = assemble(chunks, document)
+            if data is None:
+                self._files.directory.delete(key)
+            else:
+                self._files.directory.write(key, data)
+            self._files.written[key] = 0 if data is None else checksum(data)
+
+
+def _row_bytes(array: Document, size: Sequence[int]) -> int:
+    """Bytes of a row of an array, packed; `size` is its height and width."""
+    planes: int = array["shape"][3] if len(array["shape"]) == 4 else 1
+    return int(size[0]) * int(size[1]) * planes * np.dtype(array["data_type"]).itemsize

@@ -1,0 +1,66 @@
+"""Shards, encoded: to the byte what zarr-python writes, but by many threads at once and without its copies.
+
+Zarr encodes the chunks of a shard one after the other, around which it spends as much time as in compressing them. The
+format is `sharding_indexed` of the Zarr v3 specification: the chunks that are not empty, one behind the other, then for
+each chunk its offset and its length, 64 bits each, then a CRC-32C of that index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+from numcodecs import Blosc
+
+from depthmill.pipeline.store.layout import Document
+
+_EMPTY = 2**64 - 1  # offset and length of a chunk that is not there: nothing but fill
+
+_SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
+
+
+def encode_chunk(labels: npt.NDArray[Any], array: Document) -> bytes:
+    """One frame's labels, compressed; b"" if they are nothing but fill, of which no chunk is stored.
+
+    Args:
+        labels: (H, W) or (H, W, 3), packed; put at the top left of the array's canvas, with fill around it.
+        array: The zarr.json of a sharded array.
+    """
+    dtype = np.dtype(array["data_type"])
+    canvas, fill = tuple(array["shape"][1:]), array["fill_value"]
+    chunk = labels
+    if labels.shape != canvas:
+        chunk = np.full(canvas, fill, dtype)
+        chunk[: labels.shape[0], : labels.shape[1]] = labels
+    bits = f"u{dtype.itemsize}"  # -0.0 is not 0.0
+    if (chunk.view(bits) == np.array(fill, dtype).view(bits)).all():
+        return b""
+    *before, _, blosc = array["codecs"][0]["configuration"]["codecs"]
+    for transpose in before:
+        order = transpose["configuration"]["order"]
+        chunk = chunk.transpose([axis - 1 for axis in order[1:]])  # the first is the frames', of which there is one
+    options = blosc["configuration"]
+    codec = Blosc(options["cname"], options["clevel"], _SHUFFLES[options["shuffle"]], options["blocksize"])
+    return bytes(codec.encode(np.ascontiguousarray(chunk, dtype.newbyteorder("<"))))
+
+
+def assemble(chunks: Sequence[bytes], array: Document) -> bytes | None:
+    """The file of a shard; None if all of its chunks are empty, when there is no file.
+
+    Args:
+        chunks: Of its frames, in order, each from `encode_chunk`; fewer than a shard's where the array ends.
+        array: The zarr.json of the array.
+    """
+    if not any(chunks):
+        return None
+    index = np.full((array["chunk_grid"]["configuration"]["chunk_shape"][0], 2), _EMPTY, "<u8")
+    offset = 0
+    for row, chunk in enumerate(chunks):
+        if chunk:
+            index[row] = offset, len(chunk)
+            offset += len(chunk)
+    listed = index.tobytes()
+    return b"".join((*chunks, listed, google_crc32c.value(listed).to_bytes(4, "little")))
