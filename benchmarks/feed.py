@@ -169,7 +169,7 @@ def run(path: Path, labels: Labels, rate: float, frames: int, ahead: bool, *, se
         store = create(Path(into) / "labels.zarr", Layout(), {})
         store.add(probed)
         worker = Worker(LabelConfig(device="cpu"), store.uri, ())
-        worker._labeler, worker._store = device, _ = Device(labels, rate), store
+        worker._labeler, worker._store = Device(labels, rate), store
         tasks = [Task(str(path), probed.fingerprint, segment) for segment in store.segments(probed.id)]
         tasks = tasks[: max(4, frames // 64)]
         ends = []

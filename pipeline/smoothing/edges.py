@@ -11,23 +11,19 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
+from depthmill.pipeline.smoothing.flow import Preset, dense_flow
+
 Floats = npt.NDArray[np.floating[Any]]
-Flow = Literal["ultrafast", "fast", "medium"]
 
 GAPS = (1, 2, 4, 8, 16, 32)
 FIELDS = ("log_scale", "later", "earlier", "scale_weight", "shift_weight", "coverage")
 
-_PRESETS = {
-    "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
-    "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
-    "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
-}
 _QUANTUM = 1 / 5120  # the store's step of depth
 _STEP = 0.15  # of the spread of depth in 3x3 pixels: more is a depth edge
 _FLAT = 0.02  # of the whole range of depth: less never is an edge
@@ -79,7 +75,7 @@ def view(image: npt.NDArray[np.uint8], depth: npt.NDArray[np.float32]) -> View:
 
 
 def segment_edges(
-    views: Iterable[View | None], halo: int, *, max_edge: int = 32, flow: Flow = "fast"
+    views: Iterable[View | None], halo: int, *, max_edge: int = 32, flow: Preset = "fast"
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Edges of a run of frames, each with the frames before it.
 
@@ -102,7 +98,6 @@ def segment_edges(
             is missing.
     """
     gaps = [gap for gap in GAPS if gap <= max_edge]
-    dis = cv2.DISOpticalFlow.create(_PRESETS[flow])
     views = iter(views)
     past: deque[View | None] = deque(islice(views, halo), maxlen=max_edge)
     edges, scores = [], []
@@ -112,7 +107,7 @@ def segment_edges(
         for row, gap in zip(rows, gaps, strict=True):
             earlier = past[-gap] if gap <= len(past) else None
             if later is not None and earlier is not None:
-                row[:] = _edge(dis, later, earlier, _SLOPE_ERROR * gap)
+                row[:] = _edge(flow, later, earlier, _SLOPE_ERROR * gap)
         if later is not None and past and past[-1] is not None:
             score = _difference(later.grey, past[-1].grey)
         edges.append(rows)
@@ -127,10 +122,10 @@ def _difference(grey: npt.NDArray[np.uint8], before: npt.NDArray[np.uint8]) -> f
     return float(np.abs(counts[0] - counts[1]).sum() / 2)
 
 
-def _edge(dis: Any, later: View, earlier: View, floor: float) -> tuple[float, ...]:
+def _edge(flow: Preset, later: View, earlier: View, floor: float) -> tuple[float, ...]:
     """The fields of one edge; the line's are NaN, and its weights 0, where too few pairs are left."""
-    there = dis.calc(later.grey, earlier.grey, None)
-    back = dis.calc(earlier.grey, later.grey, None)
+    there = dense_flow(later.grey, earlier.grey, flow)
+    back = dense_flow(earlier.grey, later.grey, flow)
     x0, y0, share0 = _pairs(later, earlier, there, back)
     y1, x1, share1 = _pairs(earlier, later, back, there)
     coverage = (share0 + share1) / 2

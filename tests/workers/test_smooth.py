@@ -109,7 +109,7 @@ def test_again_does_nothing_and_another_leak_solves_alone(tmp_path, video):
     assert run(store, leak=0.5).frames == 0
     assert Temporal(store, name).attributes()["leak"] == 0.5
     assert Temporal(store, name).solved()
-    assert run(store, flow="fast").frames == FRAMES
+    assert run(store, flow="medium").frames == FRAMES
 
 
 def test_labels_done_again_make_it_stale(tmp_path, video):
