@@ -37,8 +37,7 @@ _SHOWN_WORKERS = 16
 # a long one, no step may take _STEP_FRAMES times that: opening it, labelling a batch, writing the last shard.
 _START_FRAMES = 16
 _STEP_FRAMES = 32
-_PACES = 20.0  # times the measured pace is too long, but
-_LEAST_LIMIT_S = 1.0  # a frame is always granted this, or `frame_limit_s` if that is less
+_PACES = 20.0  # times the measured pace is too long
 _LABELERS_A_PROBER = 8
 _PROBE_FRAMES = 30.0  # frames' limits that probing may take
 _EXCUSED = 10  # losses of a machine with which something has nothing to do
@@ -54,12 +53,14 @@ class Options:
         frame_limit_s: Most seconds that a frame may take.
         workers: Labelers to ask for; None for as many as there is room for, at any time.
         probers: Sources probed at once, by few workers; by many, one for every _LABELERS_A_PROBER.
+        least_limit_s: What a frame is granted at least, however quick the others were, if `frame_limit_s` is not less.
     """
 
     attempts: int
     frame_limit_s: float
     workers: int | None
     probers: int
+    least_limit_s: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class Driver:
     def _frame_limit(self) -> float:
         most = self._options.frame_limit_s
         if self._frames:
-            most = min(most, max(_PACES * self._seconds / self._frames, _LEAST_LIMIT_S))
+            most = min(most, max(_PACES * self._seconds / self._frames, self._options.least_limit_s))
         return most
 
     def _straggler(self) -> Task | None:

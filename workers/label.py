@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -111,7 +111,7 @@ def label(
 
             driver = Driver(
                 pool,
-                Options(config.attempts, config.frame_limit_s, config.workers, _PROBERS),
+                _options(config),
                 Calls(publish=store.publish, fail=partial(fail_task, store=store), show=show, say=say),
                 uris or (),
                 planned,
@@ -153,6 +153,13 @@ def label(
     if standing.counts.done or store.read_file("run.json") is None:
         _write_run(summary, store, config, checkpoints, started)
     return summary
+
+
+def _options(config: LabelConfig) -> Options:
+    options = Options(config.attempts, config.frame_limit_s, config.workers, _PROBERS)
+    # The first batch of each shape is compiled in the middle of a segment, which can take minutes.
+    compiles = config.device.startswith("cuda") and config.compile != "off"
+    return replace(options, least_limit_s=10.0) if compiles else options
 
 
 def _cluster(config: LabelConfig) -> AbstractContextManager[int]:
