@@ -9,7 +9,7 @@ import pytest
 from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources import MAX_FRAMES, open_source
+from depthmill.pipeline.sources import MAX_FRAMES, open_source, video_pixels
 from depthmill.pipeline.sources.video_pixels import to_rgb
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import SourceContract, read_all
@@ -219,6 +219,20 @@ def test_tagged_range_of_a_raw_frame(pix_fmt: str, color_range: int, black: int,
         frame.color_range = color_range
         picture = to_rgb(frame, VideoReformatter(), codec="h264", height=48, width=64)
         assert (picture == expected).all()
+
+
+@pytest.mark.parametrize("pix_fmt", sorted(video_pixels._QUICK_IN_PLANES))
+@pytest.mark.parametrize("size", [(48, 64), (46, 62), (50, 61), (47, 64)])
+def test_the_quick_way_changes_no_bit(pix_fmt: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    height, width = size
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    frame = av.VideoFrame.from_ndarray(noise, format="rgb24").reformat(format=pix_fmt)
+    for scaled in (height, height + 2):
+        quick = to_rgb(frame, VideoReformatter(), codec="h264", height=scaled, width=width)
+        with monkeypatch.context() as patch:
+            patch.setattr(video_pixels, "_QUICK_IN_PLANES", frozenset())
+            slow = to_rgb(frame, VideoReformatter(), codec="h264", height=scaled, width=width)
+        assert np.array_equal(quick, slow)
 
 
 @pytest.mark.parametrize(
