@@ -158,7 +158,7 @@ class Decoder:
 
     def _landing_places(self, first: int) -> list[int]:
         """Packets to ask the demuxer for, so that it lands at or before packet `first`: it may land late."""
-        if not self.seeks or not self._table.ordinals or first == 0:
+        if not self.seeks or first == 0 or not self._table.told_apart:
             return []
         entries = self._table.group_first
         number = int(np.searchsorted(entries, first, side="right")) - 1
@@ -168,7 +168,7 @@ class Decoder:
         """After a seek: the packets from `first` on, or None if this place lies behind it."""
         packets = demux(self._container, self._stream)
         for tried, packet in enumerate(packets):
-            ordinal = self._table.ordinals.get(_key(packet))
+            ordinal = self._table.find(*_key(packet))
             if ordinal is not None and ordinal <= first:
                 return self._numbered(itertools.chain([packet], packets), ordinal, first)
             if ordinal is not None or tried > 50:

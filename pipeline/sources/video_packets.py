@@ -8,6 +8,7 @@ keyframe on.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,11 +82,16 @@ class PacketTable:
         return np.maximum.reduceat(self.order, self.group_start)
 
     @cached_property
-    def ordinals(self) -> dict[tuple[int, int, int], int]:
-        """Which packet has this timestamp, position and size; empty where that does not tell packets apart."""
-        keys = zip(self.pts.tolist(), self.pos.tolist(), self.size.tolist(), strict=True)
-        table = {key: ordinal for ordinal, key in enumerate(keys)}
-        return table if len(table) == len(self.size) else {}
+    def told_apart(self) -> bool:
+        """Whether no two packets have the same timestamp, position and size."""
+        by_key = np.lexsort((self.size, self.pos, self.pts))
+        same = [np.diff(column[by_key]) == 0 for column in (self.pts, self.pos, self.size)]
+        return not np.logical_and.reduce(same).any()
+
+    def find(self, pts: int, pos: int, size: int) -> int | None:
+        """The packet with this timestamp, position and size, if there is one and they are `told_apart`."""
+        found = np.flatnonzero((self.pts == pts) & (self.pos == pos) & (self.size == size))
+        return int(found[0]) if len(found) else None
 
     def group_of(self, frame: int) -> int:
         """Number of the group that holds `frame`."""
@@ -160,17 +166,19 @@ def scan(uri: str, max_frames: int) -> PacketTable:
     container, stream = open_container(uri)
     with container:
         hides = stream.codec_context.name in ("vp8", "libvpx")
-        rows = [_row(packet, hides) for packet in islice(demux(container, stream), max_frames + 1)]
+        table = array("q")  # a tenth of the memory of a list of tuples
+        for packet in islice(demux(container, stream), max_frames + 1):
+            table.extend(_row(packet, hides))
         # AVI has no presentation timestamps: where pictures are reordered, libav's are the order of the file.
         invented = "avi" in container.format.name.split(",") and stream.codec_context.has_b_frames
         time_base = float(stream.time_base or 0)
         rate = float(stream.average_rate or stream.guessed_rate or 25)
+    rows = np.frombuffer(table, np.int64).reshape(-1, 7)
     check_frames(uri, len(rows), max_frames)
-    if not rows:
+    if not len(rows):
         raise SourceError(f"{uri}: its video stream holds no packets; expected at least one frame: leave it out")
-    columns = [np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)]
-    pts, dts, pos, size = columns[:4]
-    key, corrupt, hidden = (column.astype(bool) for column in columns[4:])
+    pts, dts, pos, size = (rows[:, column].copy() for column in range(4))
+    key, corrupt, hidden = (rows[:, column].astype(bool) for column in range(4, 7))
     visible = pts[~hidden]
     if invented or (visible == NO_VALUE).any() or len(np.unique(visible)) < len(visible):
         rank = _decoded_order(uri, hidden)
