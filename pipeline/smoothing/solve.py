@@ -27,6 +27,8 @@ _TIE = 1e-6  # of the median weight: holds neighbours together where no edge doe
 _LEVEL = 1e-9  # how little the trend may slope, against how little it may bend
 _LEAST_LEAK = 1e-3  # below, a trend is a constant to the digits of float64
 _LEAST_WEIGHT = 1e-3  # of the median weight: less is no trust at all
+# What the solve finds in rendered clips that do not flicker, panning and forward (benchmarks/smoothing.md).
+_SCALE_ERROR, _SHIFT_ERROR = 0.003, 0.001
 _LEAST_SCALE_WEIGHT = 100.0  # a log-scale that is off by 0.1 tells nothing: depth is flat there
 
 
@@ -72,14 +74,32 @@ def _shot(edges: Doubles, labelled: npt.NDArray[np.bool_], leak: float) -> tuple
     )
     frames = len(edges)
     scale_weight = np.where(scale_weight >= _LEAST_SCALE_WEIGHT, scale_weight, 0.0)
-    log = _without_trend(_track(log_scale, scale_weight), labelled, leak)
+    log = _trusted(_without_trend(_track(log_scale, scale_weight), labelled, leak), _SCALE_ERROR)
     scale = np.exp(log)
     # scale[t - g] * earlier + shift[t - g] = scale[t] * later + shift[t]
     step = np.full_like(later, np.nan)
     for row, gap in enumerate(GAPS[: edges.shape[1]]):
         if gap < frames:
             step[gap:, row] = scale[:-gap] * earlier[gap:, row] - scale[gap:] * later[gap:, row]
-    return scale, _without_trend(_track(step, shift_weight), labelled, leak)
+    shift = _without_trend(_track(step, shift_weight), labelled, leak)
+    # What becomes of the middle of the depths, which no longer depends on the scale.
+    inside = later[np.isfinite(step)]
+    middle = float(np.median(inside)) if inside.size else 0.5
+    moved = _trusted(scale * middle + shift - middle, _SHIFT_ERROR)
+    return scale, middle + moved - scale * middle
+
+
+def _trusted(correction: Doubles, error: float) -> Doubles:
+    """A correction without the share of its variance that is the solve's own error: a Wiener filter of one gain.
+
+    A shot that hardly flickers is so left as it is, rather than given the errors of its flow.
+
+    Args:
+        correction: (N,) of a shot.
+        error: Standard deviation that it has where nothing flickers.
+    """
+    variance = float(np.square(correction).mean())
+    return correction * max(0.0, 1 - error**2 / variance) if variance > 0 else correction
 
 
 def _track(step: Doubles, weight: Doubles) -> Doubles:
