@@ -1,32 +1,43 @@
-"""Does the network ever wait? `python benchmarks/feed.py`, on a machine with nothing else to do.
+"""Measure whether the network ever waits for its frames, on a machine with nothing else to do.
+
+    python benchmarks/feed.py [--heights 240 480 1080] [--rates 25 100 400] [--quick]
 
 Three parts, on the demo's clip, scaled and repeated. (1) What a frame costs a core in each part of the way, and so how
 many cores feed a device of a given pace. (2) A whole run, decoding to commit, with a stand-in for the device that takes
 exactly its time for a batch and no core: its frames a second beside the device's own. (3) The way without a model,
-beside a bare PyAV decoding loop with as many threads.
+beside a bare PyAV decoding loop with as many threads. Writes feed.md.
 """
 
+from __future__ import annotations
+
 import argparse
+import datetime
 import os
 import platform
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import av
 import cv2
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
+from depthmill.pipeline.bench.timing import cores
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources.video_pixels import to_rgb
 from depthmill.pipeline.store import Layout, create
 from depthmill.pipeline.store.layout import pack_depth, pack_normals
 from depthmill.pipeline.types import Labels
 from depthmill.pipeline.worker import Worker
 
+OUT = Path(__file__).resolve().parent / "feed.md"
 CLIP = Path(__file__).parent.parent / "demo/pedestrians.mp4"
 
 
@@ -43,7 +54,7 @@ class Device:
     def batch_shape(self, height: int, width: int, *, rounded: bool = False) -> tuple[int, int]:
         return height, width
 
-    def submit(self, frames: list, keys: object, *, rounded: bool, packing: str) -> "Answer":
+    def submit(self, frames: list, keys: object, *, rounded: bool, packing: str) -> Answer:
         took_s = len(frames) / self.rate
         self.free_s = max(self.free_s, time.perf_counter()) + took_s
         return Answer([self.labels] * len(frames), self.free_s, took_s)
@@ -58,52 +69,109 @@ class Answer:
         return self.labels
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=1536)
     parser.add_argument("--heights", type=int, nargs="+", default=[240, 480, 1080])
     parser.add_argument("--rates", type=float, nargs="+", default=[25, 100, 400])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=12.0, help="of a run of part 2, about")
-    options = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
-    print("milliseconds of one core for a frame, and the cores that a device of a given pace needs\n")
-    print(
-        "| frame | decode | pack on the CPU | compress and write | "
-        + " | ".join(f"{r:.0f}/s" for r in options.rates)
+    parser.add_argument("--quick", action="store_true", help="small and once: that it runs, not what it says")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.heights, options.rates, options.frames, options.rounds = [96], [400.0], 256, 1
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        inputs = {height: make_input(folder, height, options.frames) for height in options.heights}
+        spent = {height: costs(*inputs[height], folder) for height in inputs}
+        shares = [
+            (height, rate, ahead, busy_share(*inputs[height], rate, options, ahead=ahead))
+            for height in inputs
+            for rate in options.rates
+            for ahead in (True, False)
+        ]
+        ratios = {height: path_ratios(*inputs[height], options) for height in inputs}
+    paces = " | ".join(f"{rate:.0f}/s" for rate in options.rates)
+    cost_rows = [
+        f"| {_size(inputs[height])} | {decode * 1e3:.2f} | {pack * 1e3:.2f} | {write * 1e3:.2f} | "
+        + " | ".join(f"{rate * (decode + write):.1f}" for rate in options.rates)
         + " |"
+        for height, (decode, pack, write) in spent.items()
+    ]
+    busy_rows = [
+        f"| {_size(inputs[height])} | {rate:.0f} | {rate * sum(spent[height][::2]) / cores():.0%} | {_spread(ahead)} | "
+        f"{_spread(alone)} |"
+        for (height, rate, _, ahead), (*_, alone) in zip(shares[::2], shares[1::2], strict=True)
+    ]
+    path_rows = [f"| {_size(inputs[height])} | {' | '.join(map(_spread, found))} |" for height, found in ratios.items()]
+    options.out.write_text(
+        f"""# The feed
+
+Written by `benchmarks/feed.py`, {datetime.date.today()}, on {cores()} cores of {platform.machine()}, Python
+{platform.python_version()}, PyAV {av.__version__}; load average {load:.1f} when it began. The demo's clip, scaled, in
+H.264 (veryfast, crf 23), 4:2:0; depth and normals as the embedded checkpoint predicts them. Medians of
+{options.rounds} runs in turn, with the smallest and the largest.
+
+## Cores that a device needs
+
+Milliseconds of one core for a frame, and the cores that a device of a given pace keeps busy with decoding (to RGB) and
+with compressing and writing. A GPU packs labels itself; where the CPU is the device, packing is to be added.
+
+| frame | decode | pack | compress, write | {paces} |
+| --- | {"---: | " * (3 + len(options.rates))}
+{chr(10).join(cost_rows)}
+
+## A whole run, beside its device
+
+Frames a second of a run, over those of a stand-in for the device, which takes exactly its time for a batch of eight and
+no core. Where the cores of this machine are needed to more than 100 %, they set the pace. *One at a time* is without
+the next segment's being read and labelled while one is committed.
+
+| frame | device, frames/s | cores needed | ratio | one segment at a time |
+| --- | ---: | ---: | --- | --- |
+{chr(10).join(busy_rows)}
+
+## Without a model
+
+Frames a second from decoding to commit, labels given, over those of a bare PyAV loop with as many threads: one that
+converts to RGB as PyAV does by default, repeating chroma, and one that converts as exactly as depthmill does; and over
+what the cores could do at most if they did nothing else, going by what the run itself took of them.
+
+| frame | default conversion | exact conversion | cores' limit |
+| --- | --- | --- | --- |
+{chr(10).join(path_rows)}
+"""
     )
-    print("| --- |" + " ---: |" * (3 + len(options.rates)))
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = {height: make_input(Path(folder), height, options.frames) for height in options.heights}
-        for path, labels in inputs.values():
-            decode, pack, write = costs(path, labels, Path(folder))
-            cores = " | ".join(f"{rate * (decode + write):.1f}" for rate in options.rates)
-            size = "x".join(map(str, labels.depth.shape[:0:-1]))
-            print(f"| {size} | {decode * 1e3:.2f} | {pack * 1e3:.2f} | {write * 1e3:.2f} | {cores} |", flush=True)
-        print("\nframes a second of a whole run over the device's own; `alone`: one segment at a time\n")
-        print("| frame | device, frames/s | ahead | alone |\n| --- | ---: | ---: | ---: |")
-        for height, (path, labels) in inputs.items():
-            for rate in options.rates:
-                frames = min(options.frames, int(rate * options.seconds))
-                shares = {True: [], False: []}
-                for _ in range(options.rounds):
-                    for ahead, found in shares.items():
-                        found.append(run(path, labels, rate, frames, ahead))
-                best, alone = (
-                    f"{np.median(found):.3f} ({min(found):.3f} to {max(found):.3f})" for found in shares.values()
-                )
-                print(f"| {height} rows | {rate:.0f} | {best} | {alone} |", flush=True)
-        print("\nwithout a model: decoding to commit over a bare decoding loop\n")
-        print("| frame | ratio |\n| --- | ---: |")
-        for height, (path, labels) in inputs.items():
-            found = []
-            for _ in range(options.rounds):
-                frames = min(options.frames, 512)
-                bare = bare_decode(path, frames)
-                found.append(run(path, labels, 1e9, frames, True, seconds=True))
-                found[-1] = bare / found[-1]
-            print(f"| {height} rows | {np.median(found):.2f} ({min(found):.2f} to {max(found):.2f}) |", flush=True)
+
+
+def busy_share(path: Path, labels: Labels, rate: float, options: argparse.Namespace, *, ahead: bool) -> list[float]:
+    """Of some runs: their frames a second over the device's."""
+    frames = min(options.frames, int(rate * options.seconds))
+    return [run(path, labels, rate, frames, ahead)[0] for _ in range(options.rounds)]
+
+
+def path_ratios(path: Path, labels: Labels, options: argparse.Namespace) -> list[list[float]]:
+    """Frames a second without a model over those of both bare loops, and over the cores' limit; each in some rounds."""
+    found: list[list[float]] = [[], [], []]
+    frames = min(options.frames, 512)
+    for _ in range(options.rounds):
+        ours, core = run(path, labels, 1e9, frames, True)[1:]
+        found[0].append(bare_decode(path, frames, exact=False) / ours)
+        found[1].append(bare_decode(path, frames, exact=True) / ours)
+        found[2].append(core / cores() / ours)
+    return found
+
+
+def _size(made: tuple[Path, Labels]) -> str:
+    depth = made[1].depth
+    assert depth is not None
+    return f"{depth.shape[2]}x{depth.shape[1]}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def make_input(folder: Path, height: int, frames: int) -> tuple[Path, Labels]:
@@ -134,6 +202,7 @@ def spent_s() -> float:
 def costs(path: Path, labels: Labels, folder: Path, frames: int = 256) -> tuple[float, float, float]:
     """CPU seconds of a frame: decoded, packed, and compressed and written."""
     source = open_source(str(path))
+    frames = min(frames, source.probe().frames)
     began = spent_s()
     for _ in source.read(0, frames):
         pass
@@ -160,8 +229,8 @@ def costs(path: Path, labels: Labels, folder: Path, frames: int = 256) -> tuple[
     return decode, pack, write
 
 
-def run(path: Path, labels: Labels, rate: float, frames: int, ahead: bool, *, seconds: bool = False) -> float:
-    """Share of a run's time that the device works, start-up aside; or the run's seconds."""
+def run(path: Path, labels: Labels, rate: float, frames: int, ahead: bool) -> tuple[float, float, float]:
+    """A run's frames a second over its device's; and what it took of a frame: seconds, and seconds of a core."""
     with tempfile.TemporaryDirectory() as into:
         source = open_source(str(path))
         probed = source.probe()
@@ -172,25 +241,32 @@ def run(path: Path, labels: Labels, rate: float, frames: int, ahead: bool, *, se
         worker._labeler, worker._store = Device(labels, rate), store
         tasks = [Task(str(path), probed.fingerprint, segment) for segment in store.segments(probed.id)]
         tasks = tasks[: max(4, frames // 64)]
-        ends = []
+        marks = []
         for task, following in zip(tasks, [*tasks[1:], None], strict=True):
             worker.label(task, following if ahead else None)
-            ends.append(time.perf_counter())
+            marks.append((time.perf_counter(), spent_s()))
         worker.close()
-        a_segment_s = (ends[-2] - ends[0]) / (len(ends) - 2)  # from commit to commit, start and end aside
-        return a_segment_s if seconds else 64 / rate / a_segment_s
+        done = sum(task.frames for task in tasks[1:-1])  # from commit to commit, start and end aside
+        took_s, core_s = ((last - first) / done for first, last in zip(marks[0], marks[-2], strict=True))
+        return 1 / rate / took_s, took_s, core_s
 
 
-def bare_decode(path: Path, frames: int) -> float:
-    """Seconds for a segment of 64 frames, decoded to RGB by PyAV and thrown away."""
+def bare_decode(path: Path, frames: int, *, exact: bool) -> float:
+    """Seconds for a frame, decoded to RGB and thrown away."""
+    reformatter = VideoReformatter()
     with av.open(str(path)) as container:
-        container.streams.video[0].thread_type = "AUTO"
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        height, width = stream.codec_context.height, stream.codec_context.width
         began = time.perf_counter()
         for number, frame in enumerate(container.decode(video=0), 1):
-            frame.to_ndarray(format="rgb24")
+            if exact:
+                to_rgb(frame, reformatter, codec="h264", height=height, width=width, threads=0)
+            else:
+                frame.to_ndarray(format="rgb24")
             if number == frames:
                 break
-        return (time.perf_counter() - began) / number * 64
+        return (time.perf_counter() - began) / number
 
 
 if __name__ == "__main__":

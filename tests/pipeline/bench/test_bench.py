@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 
 import diffusers
@@ -116,3 +117,23 @@ def test_the_startup_benchmark_writes_its_table(tmp_path):
     out = tmp_path / "startup.md"
     load("startup").main(["--quick", "--out", str(out)])
     assert "| rerun of a finished job | " in out.read_text()
+
+
+def test_the_feed_benchmark_writes_its_tables(tmp_path):
+    out = tmp_path / "feed.md"
+    load("feed").main(["--quick", "--out", str(out)])
+    costs, busy, path = (
+        [float(value) for value in re.findall(r"(?<=\| )\d+\.\d+", line)]
+        for line in out.read_text().splitlines()
+        if line.startswith("| 128x96 |")
+    )
+    assert all(value > 0 for value in (*costs, *busy, *path))
+    assert busy[1] <= 1, "one segment at a time, no run is faster than its device"
+
+
+@pytest.mark.slow
+def test_the_length_benchmark_writes_its_table(tmp_path):
+    out = tmp_path / "length.md"
+    load("length").main(["--quick", "--out", str(out)])
+    assert "for 2,560 frames" in out.read_text()
+    assert "frames a second of CPU time" in out.read_text()
