@@ -7,7 +7,6 @@ included (`zarr_files.py`).
 from __future__ import annotations
 
 import errno
-import glob
 import json
 import os
 import shutil
@@ -176,25 +175,28 @@ class LocalDirectory:
 
     def clear_partial(self, key: str) -> None:
         """See `Directory`."""
-        path = self.path / key
-        for partial in path.parent.glob(f".{glob.escape(path.name)}.*.{_PARTIAL}"):
-            partial.unlink(missing_ok=True)
+        folder = _partials(self.path / key)
+        with suppress(OSError):  # there is none, or another is writing the same file
+            for partial in folder.iterdir():
+                partial.unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that appears whole or not at all, and survives a power cut once this returns.
 
-    A killed write leaves `.<name>.<random>.partial` beside it, which `Directory.clear_partial` clears. The name is
-    random because a worker that was given up for dead may still be writing the same file as its successor; and if the
-    successor cleared what this one was writing, it is written again.
+    A killed write leaves `.<name>.partial/.<random>.partial` beside it, which `Directory.clear_partial` clears: a
+    folder for each file, lest every segment list the files of all others. The name is random because a worker that was
+    given up for dead may still be writing the same file as its successor; and if the successor cleared what this one
+    was writing, it is written again.
     """
     while not _written(path, data):
         pass
 
 
 def _written(path: Path, data: bytes) -> bool:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{_PARTIAL}")
+    partial = _partials(path) / f".{uuid.uuid4().hex}.{_PARTIAL}"
+    partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -207,7 +209,15 @@ def _written(path: Path, data: bytes) -> bool:
         if not cleared:
             raise
         return False
+    finally:
+        with suppress(OSError):  # another is writing the same file
+            partial.parent.rmdir()
     return True
+
+
+def _partials(path: Path) -> Path:
+    """The folder of unfinished writes of one file."""
+    return path.with_name(f".{path.name}.{_PARTIAL}")
 
 
 def json_bytes(document: Mapping[str, Any]) -> bytes:

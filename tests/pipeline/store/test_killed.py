@@ -35,10 +35,12 @@ def test_leftovers_of_a_worker_are_cleared_by_whoever_takes_its_segment(store):
     (Path(store.uri) / "video" / "status" / "c" / "1").unlink()
     for file in ("depth/c/2/0/0", "normals/c/3/0/0/0", "status/c/1", "reason/c/1"):
         path = Path(store.uri) / "video" / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name(f".{path.name}.0123abcd.partial").write_bytes(b"half")
+        folder = path.with_name(f".{path.name}.partial")
+        folder.mkdir(parents=True)
+        (folder / ".0123abcd.partial").write_bytes(b"half")
     write(store, Segment("video", 8, 16))
     assert files(store.uri) == clean
+    assert not list(Path(store.uri).rglob("*.partial")), "nor an empty folder of them"
 
 
 def test_labels_of_an_abandoned_attempt_do_not_outlive_it(store, tmp_path):
