@@ -49,8 +49,8 @@ def test_flicker_goes_and_what_does_not_flicker_stays(seed, camera):
     stored = (np.round(depth * 5120) / 5120).astype(np.float32)
     calm, kept = absrel(stored, clip), absrel(applied(smoothed(clip.rgb, stored), stored), clip)
     print(
-        f"\nscene {seed}, {camera}: flicker {before / after:.0f} times less, AbsRel {was:.4f} -> {now:.4f}, undisturbed "
-        f"{calm:.4f} -> {kept:.4f}"
+        f"\nscene {seed}, {camera}: flicker {before / after:.0f} times less, AbsRel {was:.4f} -> {now:.4f}, "
+        f"undisturbed {calm:.4f} -> {kept:.4f}"
     )
     assert now < was
     assert kept <= calm + 1e-4 * (1 if camera != "pan" else 6)
