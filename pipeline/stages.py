@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from depthmill.pipeline.batches import in_batches
 from depthmill.pipeline.errors import SourceError
@@ -67,7 +68,11 @@ class WorkerState:
 
 @dataclass(eq=False)
 class Labelled:
-    """A segment whose frames all have labels, or a reason; nothing of it is visible in the store before `commit`."""
+    """A segment whose frames all have labels, but for a last batch that may still be under way, or a reason.
+
+    Nothing of it is visible in the store before `commit`, which may be called from another thread: meanwhile the device
+    goes on with the next segment.
+    """
 
     segment: Segment
     writer: SegmentWriter
@@ -78,6 +83,7 @@ class Labelled:
     batches: int = 0
     label_s: float = 0.0
     reasons: Counter[str] = field(default_factory=Counter)
+    take_last: Callable[[], None] = lambda: None
 
     def commit(self) -> Report:
         """Publish it.
@@ -85,6 +91,7 @@ class Labelled:
         Raises:
             StoreError: If something of it cannot be written.
         """
+        self.take_last()
         written = self.writer.commit()
         return Report(
             segment=self.segment,
@@ -135,7 +142,7 @@ def label_frames(
     rounded: bool,
     only: Sequence[int] | None = None,
 ) -> Labelled:
-    """Label the frames of a segment and write them, up to its commit.
+    """Label the frames of a segment and write them, up to its last batch and its commit.
 
     Frames that share a padded shape are labelled in full batches, in the order in which those fill, in bounded memory
     (`pipeline/batches.py`): which frames meet in a batch depends on the segment alone. Frames that could not be read
@@ -185,7 +192,7 @@ def label_frames(
             take(*asked)
         asked = batch, answer
     if asked is not None:
-        take(*asked)
+        done.take_last = partial(take, *asked)
     return done
 
 
