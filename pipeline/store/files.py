@@ -20,7 +20,8 @@ from depthmill.pipeline.errors import StoreError, StoreFullError
 
 _PARTIAL = "partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_GONE = (errno.ENOENT, errno.ESTALE)
+_RACED = (errno.ENOENT, errno.EEXIST, errno.ESTALE)  # another writer of the same file removed the folder
+_TRIES = 100
 
 
 class Directory(Protocol):
@@ -187,14 +188,20 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     A killed write leaves `.<name>.partial/.<random>.partial` beside it, which `Directory.clear_partial` clears: a
     folder for each file, lest every segment list the files of all others. The name is random because a worker that was
-    given up for dead may still be writing the same file as its successor; and if the successor cleared what this one
-    was writing, it is written again.
+    given up for dead may still be writing the same file as its successor. The folder goes when its last writer is done,
+    perhaps between two steps of another's write: that one begins again.
     """
-    while not _written(path, data):
-        pass
+    for _ in range(_TRIES):
+        try:
+            _write_once(path, data)
+            return
+        except OSError as error:
+            if error.errno not in _RACED:
+                raise
+    _write_once(path, data)
 
 
-def _written(path: Path, data: bytes) -> bool:
+def _write_once(path: Path, data: bytes) -> None:
     partial = _partials(path) / f".{uuid.uuid4().hex}.{_PARTIAL}"
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -203,16 +210,10 @@ def _written(path: Path, data: bytes) -> bool:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException as error:
-        cleared = isinstance(error, OSError) and error.errno in _GONE and not partial.exists()
-        partial.unlink(missing_ok=True)
-        if not cleared:
-            raise
-        return False
     finally:
-        with suppress(OSError):  # another is writing the same file
+        with suppress(OSError):  # it has become the file, or another is writing the same file
+            partial.unlink(missing_ok=True)
             partial.parent.rmdir()
-    return True
 
 
 def _partials(path: Path) -> Path:
