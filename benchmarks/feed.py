@@ -110,8 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"""# The feed
 
 Written by `benchmarks/feed.py`, {datetime.date.today()}, on {cores()} cores of {platform.machine()}, Python
-{platform.python_version()}, PyAV {av.__version__}; load average {load:.1f} when it began. The demo's clip, scaled, in
-H.264 (veryfast, crf 23), 4:2:0; depth and normals as the embedded checkpoint predicts them. Medians of
+{platform.python_version()}, PyAV {av.__version__}; load average {load:.1f} when it began and
+{os.getloadavg()[0]:.1f} when it ended: what else ran took cores from it. The demo's clip,
+scaled, in H.264 (veryfast, crf 23), 4:2:0; depth and normals as the embedded checkpoint predicts them. Medians of
 {options.rounds} runs in turn, with the smallest and the largest.
 
 ## Cores that a device needs
