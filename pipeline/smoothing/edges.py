@@ -29,6 +29,7 @@ _QUANTUM = 1 / 5120  # the store's step of depth
 _STEP = 0.3  # of the spread of depth in 3x3 pixels: more is a depth edge
 _FLAT = 0.02  # of the whole range of depth: less never is an edge
 _GREY_LEVELS = 20.0  # two pixels that differ by more, after the frames' median difference, show different things
+_BLANK = 5.0  # standard deviation of the greys: less is no picture that flow could know again
 _CAUCHY = 2.385  # 95 % efficient on normal residuals
 _ROUNDS = 8
 _LEAST_PAIRS = 64
@@ -97,7 +98,8 @@ def segment_edges(
             The line of frame t and the earlier t - g is depth[t - g] - earlier = exp(log_scale) * (depth[t] - later),
             with `earlier` and `later` the middles of the paired depths: a shift there does not depend on the scale.
             scale_weight is the inverse variance of log_scale, near 0 where depth is flat and has no scale to tell;
-            shift_weight that of earlier - later; coverage the share of pixels that flow pairs.
+            shift_weight that of earlier - later; coverage the share of pixels that flow pairs, 0 where a frame is
+            blank.
         score: (stop - start,) float32 in [0, 1], how different the greys are from the frame before's; NaN where either
             is missing.
     """
@@ -132,7 +134,7 @@ def _edge(flow: Preset, later: View, earlier: View, floor: float) -> tuple[float
     back = dense_flow(earlier.grey, later.grey, flow)
     x0, y0, share0 = _pairs(later, earlier, there, back)
     y1, x1, share1 = _pairs(earlier, later, back, there)
-    coverage = (share0 + share1) / 2
+    coverage = (share0 + share1) / 2 * (min(later.grey.std(), earlier.grey.std()) > _BLANK)
     x, y = np.concatenate([x0, x1]), np.concatenate([y0, y1])
     if len(x) < _LEAST_PAIRS:
         return np.nan, np.nan, np.nan, 0.0, 0.0, coverage

@@ -13,17 +13,19 @@ Floats = npt.NDArray[np.floating[Any]]
 
 _COVERAGE = FIELDS.index("coverage")
 _DIFFERENT = 0.1  # score of a cut at least
-_UNUSUAL = 3.0  # and so many times the median of the scores around it
+_UNUSUAL = 2.5  # and so many times the median of the scores around it
 _AROUND = 12  # frames to either side
-_BRIDGED = 0.25  # two frames that share this much of their pixels show the same scene
+_BRIDGED = 0.25  # two frames that share this much of their pixels show the same scene,
+_FOLLOWED = 0.5  # and two neighbours that flow leads between with ease this much
 
 
 def find_shots(score: Floats, edges: Floats, labelled: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
     """Number the shots.
 
-    A cut needs two witnesses: greys that changed more than they do around it, and no flow that leads from any frame
-    after it to any frame before it. A flash changes the greys, but flow leads across it; a fast pan breaks the flow,
-    but changes the greys little by little. Where a frame is missing there is no score, and flow decides alone.
+    A cut needs two witnesses. One is that no flow leads from any frame after it to any frame before it: it does across
+    a flash. The other tells it from a pan that is too fast for flow: greys that changed more than they do around it, or
+    flow that leads with ease up to it and from it on. Where a frame is missing there is no score, and flow decides
+    alone. A dissolve is no cut.
 
     Args:
         score: (N,) of `segment_edges`.
@@ -43,6 +45,8 @@ def find_shots(score: Floats, edges: Floats, labelled: npt.NDArray[np.bool_]) ->
     usual = np.nanmedian(around, axis=0)
     unknown = np.isnan(score)
     changed = unknown | (score >= np.maximum(_DIFFERENT, _UNUSUAL * usual))
+    followed = np.nan_to_num(edges[:, 0, _COVERAGE]) >= _FOLLOWED
+    changed[2:-1] |= followed[1:-2] & followed[3:]
     cut = changed & (bridge < _BRIDGED) & labelled
     seen = np.flatnonzero(labelled)
     if len(seen):

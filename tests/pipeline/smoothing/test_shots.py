@@ -1,7 +1,12 @@
-import numpy as np
+from pathlib import Path
 
-from depthmill.pipeline.smoothing.edges import FIELDS, GAPS
+import cv2
+import numpy as np
+import pytest
+
+from depthmill.pipeline.smoothing.edges import FIELDS, GAPS, segment_edges, view
 from depthmill.pipeline.smoothing.shots import find_shots
+from depthmill.pipeline.sources import open_source
 
 
 def video(frames=60, cuts=(), flashes=()):
@@ -50,3 +55,49 @@ def test_a_cut_behind_missing_frames():
     for row, gap in enumerate(GAPS):
         edges[18 + gap : 21 + gap, row] = np.nan
     assert starts((score, edges, labelled)) == [20]
+
+
+def test_a_cut_between_pictures_of_the_same_greys():
+    score, edges, labelled = video(cuts=(20,))
+    score[20] = 0.02
+    assert starts((score, edges, labelled)) == [19]
+
+
+@pytest.fixture(scope="module")
+def street():
+    """24 pictures of the shipped clip, (24, 144, 192, 3), and its first as it is, (576, 768, 3)."""
+    source = open_source(Path(__file__).parents[3] / "demo" / "pedestrians.mp4")
+    images = [frame.image for frame in source.read(0, 24)]
+    source.close()
+    return np.stack([cv2.resize(one, (192, 144), interpolation=cv2.INTER_AREA) for one in images]), images[0]
+
+
+def panned(picture, px):
+    return np.stack([picture[200:344, x : x + 192] for x in range(0, 576, px)])
+
+
+def faded(images, to):
+    return np.stack([one * share for one, share in zip(images, np.linspace(1 - to, to, len(images)), strict=True)])
+
+
+REAL = {
+    "another scene": (lambda clip, _: [clip[:12], clip[12:, ::-1, ::-1] // 2], [12]),
+    "its mirror image": (lambda clip, _: [clip[:12], clip[12:, :, ::-1]], [12]),
+    "through black": (lambda clip, _: [faded(clip[:12], 0), faded(clip[12:, :, ::-1], 1)], [11, 13]),
+    "frames missed": (lambda clip, _: [clip[:8], clip[20:]], []),
+    "a flash": (lambda clip, _: [clip[:8], np.minimum(clip[8:11] * 1.8 + 40, 255), clip[11:]], []),
+    "white frames": (lambda clip, _: [clip[:8], np.full_like(clip[8:10], 255), clip[10:]], []),
+    "noise": (lambda clip, _: [clip + np.random.default_rng(0).normal(0, 12, clip.shape)], []),
+    "a pan": (lambda _, picture: [panned(picture, 8)], []),
+    "a pan too fast for flow": (lambda _, picture: [panned(picture, 64)], []),
+}
+
+
+@pytest.mark.parametrize("what", REAL)
+def test_cuts_of_a_real_clip(street, what):
+    parts, cuts = REAL[what]
+    images = np.clip(np.concatenate(parts(*street)), 0, 255).astype(np.uint8)
+    ramp = np.linspace(0.2, 0.7, 192, dtype=np.float32) * np.ones((144, 1), np.float32)
+    edges, score = segment_edges((view(image, ramp) for image in images), 0)
+    shot = find_shots(score, edges, np.ones(len(images), bool))
+    assert (np.flatnonzero(np.diff(shot)) + 1).tolist() == cuts
