@@ -342,10 +342,16 @@ def evaluate(
         str,
         typer.Argument(
             metavar="SET",
-            help="Depth: nyuv2, kitti, eth3d, scannet, diode. Normals: nyuv2-normals, scannet-normals, ibims, sintel.",
+            help="Depth: nyuv2, kitti, eth3d, scannet, diode. Normals: nyuv2-normals, scannet-normals, ibims, sintel. "
+            "With --video: sintel, scannet, kitti, bonn, nyuv2, rendered.",
         ),
     ],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="The set's tar, or its folder.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="The set's tar, or its folder; with --video its index, or folder.")
+    ],
+    video: Annotated[
+        bool, typer.Option("--video", help="Clips: depth under one scale and shift a clip, raw and smoothed, and TAE.")
+    ] = False,
     checkpoint: Annotated[
         str | None, typer.Option(help="What to evaluate: demo, a directory in diffusers layout, or a hub id.")
     ] = None,
@@ -376,6 +382,9 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint, a labelled store or a folder of predictions on a public set.
 
+    With --video on clips, in the layout of Video-Depth-Anything's benchmark; `rendered` needs no download: its clips
+    are rendered to DATA.
+
     Exit status: 0 all pictures scored, 1 some skipped, 2 nothing could start, 130 stopped; a rerun resumes.
     """
     from depthmill.pipeline.config import LabelConfig, load_config
@@ -398,7 +407,9 @@ def evaluate(
         "threads": threads,
         "address": address,
     }
-    wanted = find_set(name)
+    if video and split is not None:
+        raise ConfigError("--split names pictures of a set; with --video give an index of the clips to use as DATA")
+    wanted = None if video else find_set(name)
     given = {key: value for key, value in {**options, "config": config}.items() if value is not None}
     if overwrite:
         given["overwrite"] = True
@@ -416,9 +427,16 @@ def evaluate(
     elif store is not None:
         what = LabelledStore(store)
     else:
-        what = load_config(LabelConfig, config, label_options(wanted, options))
+        labelled = label_options(wanted, options) if wanted else {**options, "labels": ("depth",)}
+        what = load_config(LabelConfig, config, labelled)
     quiet_libraries()
-    if run(wanted, data, out or Path("evaluations") / name, what, split=split, overwrite=overwrite).skipped:
+    if wanted is None:
+        from depthmill.workers.evaluate_clips import evaluate_clips
+
+        scores = evaluate_clips(name, data, out or Path("evaluations") / f"{name}-video", what, overwrite=overwrite)
+        if any(one.skipped for one in scores.values()):
+            raise typer.Exit(SOME_FAILED)
+    elif run(wanted, data, out or Path("evaluations") / name, what, split=split, overwrite=overwrite).skipped:
         raise typer.Exit(SOME_FAILED)
 
 

@@ -205,7 +205,7 @@ class SmoothConfig(BaseModel):
 
     max_edge: int = Field(default=32, ge=1)
     flow: Literal["ultrafast", "fast", "medium"] = "fast"
-    leak: float = Field(default=0.05, ge=0)
+    leak: float = Field(default=0.1, ge=0)
     filter: bool = False
     workers: int | None = Field(default=None, ge=0)
     address: str | None = None

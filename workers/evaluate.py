@@ -129,7 +129,7 @@ def _label(
     overwrite: bool,
     console: Console,
 ) -> Predictions:
-    _claim(wanted, samples, out, overwrite)
+    claim(wanted.name, samples, out, overwrite=overwrite)
     pictures = out / "pictures"
     if overwrite:
         shutil.rmtree(pictures, ignore_errors=True)
@@ -148,14 +148,14 @@ def _label(
     return from_store(store, samples, wanted.modality)
 
 
-def _claim(wanted: EvaluationSet, samples: Sequence[Sample], out: Path, overwrite: bool) -> None:
+def claim(name: str, samples: Sequence[Sample], out: Path, *, overwrite: bool) -> None:
     """Mark `out` as this evaluation's, so that `overwrite` never removes what no evaluation wrote."""
     marker = out / "evaluation.json"
-    text = json.dumps({"set": wanted.name, "pictures": [sample.name for sample in samples]}, indent=1) + "\n"
+    text = json.dumps({"set": name, "pictures": [sample.name for sample in samples]}, indent=1) + "\n"
     if marker.is_file():
         if not overwrite and marker.read_text(encoding="utf-8") != text:
             raise EvaluationError(f"{out} was made of another set or split: give another --out, or --overwrite")
-    elif out.exists() and {entry.name for entry in out.iterdir()} - {"metrics.json", "per_image.csv"}:
+    elif out.exists() and {entry.name for entry in out.iterdir()} - {"metrics.json", "per_image.csv", "per_clip.csv"}:
         raise EvaluationError(
             f"{out} has files in it that no evaluation wrote: give another --out; nothing was touched"
         )

@@ -88,22 +88,28 @@ def from_folder(
     return Predictions(read, origin=origin)
 
 
-def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality) -> Predictions:
+def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality, *, smooth: bool = False) -> Predictions:
     """Predictions of a labelled store. A row is a sample's if the path of its picture ends in the sample's name.
+
+    Args:
+        path: The store.
+        samples: Whose predictions are wanted.
+        modality: What they are.
+        smooth: Whether to take smoothed labels.
 
     Raises:
         EvaluationError: If the store has other labels, is not finished, or lacks a sample.
-        StoreError: If there is no such store.
+        StoreError: If there is no such store, or nothing in it is smoothed, though that is asked for.
     """
     store = open_store(path)
     if modality not in store.layout.labels:
         raise EvaluationError(f"{path} holds {', '.join(store.layout.labels)}; the set asks for {modality}")
-    datasets = open_datasets(path)
+    datasets = open_datasets(path, smooth=smooth)
     depths = {len(PurePosixPath(sample.name).parts) for sample in samples}
     wanted = {sample.name for sample in samples}
     rows: dict[str, tuple[str, int]] = {}
     seen = ""
-    for source in store.sources():
+    for source in datasets:
         attributes = store.attributes(source)
         if attributes["kind"] != "images":
             continue

@@ -6,12 +6,20 @@ flickers would say of it.
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
+from depthmill.pipeline.store import write_atomically
+from depthmill.pipeline.store.files import json_bytes
 from depthmill.pipeline.training import props, scenes
 from depthmill.pipeline.training.raycast import concatenate, render
 from depthmill.pipeline.training.shapes import Scene
@@ -22,6 +30,7 @@ Camera = Literal["static", "pan", "forward"]
 _PAN_DEG = 0.25  # a frame
 _TRAVEL = 0.25  # of the median depth, in the whole clip; less where something is in the way
 _RENDERED_AT_ONCE = 4
+_DEEPEST = 65535  # steps of a 16-bit PNG
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +65,9 @@ def render_clip(seed: int, camera: Camera, frames: int, height: int, width: int,
         height: Rows.
         width: Columns.
         samples: Rays that a pixel's colour is averaged over.
+
+    Raises:
+        ValueError: If the camera is unknown, or sees nothing but sky.
     """
     if camera not in get_args(Camera):
         raise ValueError(f"camera is {camera!r}; expected one of {', '.join(get_args(Camera))}")
@@ -81,6 +93,47 @@ def render_clip(seed: int, camera: Camera, frames: int, height: int, width: int,
     )
 
 
+def export_clips(
+    folder: Path, seeds: Sequence[int] = (1, 2, 3, 4), frames: int = 40, height: int = 240, width: int = 320
+) -> Iterator[str]:
+    """Render clips to files, in the layout of `evaluation.clips`, with intrinsics and poses: set `rendered`.
+
+    What is there already is kept; the index is written last.
+
+    Args:
+        folder: Where to.
+        seeds: Of the scenes; each is seen by a camera that stands still, one that turns, and one that goes forward.
+        frames: Of a clip.
+        height: Rows.
+        width: Columns.
+
+    Yields:
+        The name of each clip that is written.
+    """
+    sequences = []
+    for seed, camera in product(seeds, get_args(Camera)):
+        name = f"{camera}_{seed}"
+        about = folder / name / "clip.json"
+        if not about.is_file():
+            clip = render_clip(seed, camera, frames, height, width)
+            factor = _DEEPEST / float(clip.depth_m[clip.valid].max())
+            entries = []
+            for i in range(frames):
+                entry = {"image": f"{name}/rgb/{i:06d}.png", "gt_depth": f"{name}/depth/{i:06d}.png"}
+                depth = np.rint(np.where(clip.valid[i], clip.depth_m[i], 0) * factor).astype(np.uint16)
+                for path, pixels in zip(entry.values(), (clip.rgb[i], depth), strict=True):
+                    buffer = io.BytesIO()
+                    Image.fromarray(pixels).save(buffer, "PNG")
+                    write_atomically(folder / path, buffer.getvalue())
+                entries.append(
+                    {**entry, "factor": factor, "K": clip.intrinsics.tolist(), "pose": clip.poses[i].tolist()}
+                )
+            write_atomically(about, json_bytes({name: entries}))
+        sequences.append(json.loads(about.read_text()))
+        yield name
+    write_atomically(folder / "rendered_video.json", json_bytes({"rendered": sequences}))
+
+
 def _path(scene: Scene, camera: Camera, frames: int) -> list[Scene]:
     steps = np.arange(frames)
     if camera == "static":
@@ -90,6 +143,8 @@ def _path(scene: Scene, camera: Camera, frames: int) -> list[Scene]:
         return [replace(scene, rotation=(props.turn(angle) @ scene.rotation).astype(np.float32)) for angle in angles]
     seen = render([scene], 48, 64)
     depth, ahead = seen.depth[seen.mask], seen.depth[0, 12:36, 16:48].min()
+    if not len(depth):
+        raise ValueError("nothing but sky is in sight of this scene's camera; expected another seed")
     travel_m = min(_TRAVEL * float(depth.median()), float(ahead) / 2)
     forward = -scene.rotation[:, 2]
     places = scene.position + np.outer(steps / max(frames - 1, 1) * travel_m, forward)

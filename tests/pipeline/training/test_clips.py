@@ -1,7 +1,12 @@
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from depthmill.pipeline.training.clips import disturbed, normalised, render_clip
+from depthmill.pipeline.training import scenes
+from depthmill.pipeline.training.clips import disturbed, export_clips, normalised, render_clip
 
 H, W = 96, 128
 
@@ -30,7 +35,9 @@ def test_a_frame_seen_from_the_next_ones_camera_is_the_next_frame(camera, seed):
 def test_only_a_camera_that_moves_changes_the_picture():
     still, pan, forward = (render_clip(3, camera, 4, 48, 64) for camera in ("static", "pan", "forward"))
     assert (still.rgb[0] == still.rgb[3]).all()
-    assert np.ptp(pan.poses[:, :3, 3]) == np.ptp(pan.poses[0, :3, 3])
+    assert (pan.poses[:, :3, 3] == pan.poses[0, :3, 3]).all()
+    turns = pan.poses[1:, :3, :3] @ pan.poses[:-1, :3, :3].transpose(0, 2, 1)
+    np.testing.assert_allclose(np.degrees(np.arccos((np.trace(turns, axis1=1, axis2=2) - 1) / 2)), 0.25, atol=1e-3)
     moved = forward.poses[3, :3, 3] - forward.poses[0, :3, 3]
     np.testing.assert_allclose(moved / np.linalg.norm(moved), forward.poses[0, :3, 2], atol=1e-5)
     lengths = np.linalg.norm(forward.normals[forward.valid], axis=-1)
@@ -51,3 +58,30 @@ def test_disturbed_depth_is_the_depth_scaled_and_shifted():
 def test_an_unknown_camera_is_refused():
     with pytest.raises(ValueError, match="expected one of static, pan, forward"):
         render_clip(0, "spin", 2, 48, 64)
+
+
+def test_a_scene_of_nothing_but_sky_is_refused(monkeypatch):
+    def looks_up(seed):
+        scene = scenes.sample(seed)
+        away = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32)  # from above all, at the sky
+        return replace(scene, rotation=away, position=np.array([0, 1e4, 0], np.float32))
+
+    monkeypatch.setattr("depthmill.pipeline.training.clips.scenes", type("S", (), {"sample": staticmethod(looks_up)}))
+    with pytest.raises(ValueError, match="nothing but sky"):
+        render_clip(3, "forward", 2, 48, 64)
+
+
+def test_an_export_that_was_stopped_goes_on(tmp_path):
+    writing = export_clips(tmp_path, seeds=(3,), frames=2, height=32, width=48)
+    assert next(writing) == "static_3"
+    assert not (tmp_path / "rendered_video.json").exists()
+    before = (tmp_path / "static_3/clip.json").stat().st_mtime_ns
+    assert list(export_clips(tmp_path, seeds=(3,), frames=2, height=32, width=48)) == ["static_3", "pan_3", "forward_3"]
+    assert (tmp_path / "static_3/clip.json").stat().st_mtime_ns == before
+    clip = render_clip(3, "forward", 2, 32, 48)
+    entry = json.loads((tmp_path / "rendered_video.json").read_text())["rendered"][2]["forward_3"][1]
+    depth = np.asarray(Image.open(tmp_path / entry["gt_depth"])) / entry["factor"]
+    np.testing.assert_allclose(depth[clip.valid[1]], clip.depth_m[1][clip.valid[1]], atol=0.51 / entry["factor"])
+    assert (depth[~clip.valid[1]] == 0).all()
+    np.testing.assert_allclose(entry["pose"], clip.poses[1])
+    assert (np.asarray(Image.open(tmp_path / entry["image"])) == clip.rgb[1]).all()

@@ -1,0 +1,165 @@
+"""Predictions of a clip against its truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import cv2
+import numpy as np
+
+from depthmill.pipeline.errors import EvaluationError, UnscorableError
+from depthmill.pipeline.evaluation.clips import ClipFrame, ClipSet, TrueClip, read_true_depth
+from depthmill.pipeline.evaluation.decode import Floats
+from depthmill.pipeline.evaluation.metrics import depth_metrics
+from depthmill.pipeline.evaluation.samples import Sample
+from depthmill.pipeline.evaluation.score import Skip
+from depthmill.pipeline.evaluation.temporal import Moments, alignment_error, steadiness
+
+CLIP_METRICS = ("abs_rel", "delta1", "tae", "scale_spread", "scale_flicker", "shift_spread", "shift_flicker")
+_NEAREST_M = 1e-3
+
+
+@dataclass(frozen=True)
+class ClipRow:
+    """One clip that was scored.
+
+    Attributes:
+        name: Of the clip.
+        metrics: Its figures; NaN for those it has no truth for.
+        frames: How many were scored.
+        pixels: How many.
+        scale: Of the clip's alignment.
+        shift: Likewise, metres.
+        empty: Frames without valid truth: left out.
+        pairs: Pairs of consecutive frames that TAE is the mean of.
+        unpaired: Pairs left out of it, because a pose is missing or they show nothing in common.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    frames: int
+    pixels: int
+    scale: float
+    shift: float
+    empty: int
+    pairs: int
+    unpaired: int
+
+
+@dataclass(frozen=True)
+class ClipScores:
+    """A set's figures, means over its clips; its clips; and those that could not be scored."""
+
+    metrics: dict[str, float]
+    rows: tuple[ClipRow, ...]
+    skipped: tuple[Skip, ...]
+
+
+def score_clips(
+    wanted: ClipSet,
+    clips: Sequence[TrueClip],
+    read: Callable[[Sample], Floats],
+    *,
+    advance: Callable[[], object] = lambda: None,
+) -> ClipScores:
+    """Score a set; a frame's depth and truth are in memory at a time, and its predecessor's.
+
+    Args:
+        wanted: The set.
+        clips: Of it.
+        read: Gives a frame's (h, w) depth; raises UnscorableError if there is none.
+        advance: Called after each clip.
+
+    Raises:
+        EvaluationError: If not one clip can be scored.
+    """
+    rows: list[ClipRow] = []
+    skipped: list[Skip] = []
+    for clip in clips:
+        try:
+            rows.append(_score_clip(wanted, clip, read))
+        except UnscorableError as error:
+            skipped.append(Skip(clip.name, str(error)))
+        advance()
+    if not rows:
+        raise EvaluationError(
+            f"none of the {len(skipped)} clips of {wanted.name} can be scored; {skipped[0].name}: {skipped[0].reason}"
+        )
+    metrics = {}
+    for name in CLIP_METRICS:
+        values = [row.metrics[name] for row in rows if not np.isnan(row.metrics[name])]
+        metrics[name] = float(np.mean(values)) if values else np.nan
+    return ClipScores(metrics, tuple(rows), tuple(skipped))
+
+
+def _score_clip(wanted: ClipSet, clip: TrueClip, read: Callable[[Sample], Floats]) -> ClipRow:
+    found = {frame: moments for frame in clip.frames if (moments := _moments(wanted, frame, read)) is not None}
+    if not found:
+        raise UnscorableError(f"none of its {len(clip.frames)} frames has a pixel of valid depth")
+    whole = Moments.pooled(list(found.values()))
+    scale, shift = whole.affine
+    bounds = (_NEAREST_M, wanted.cap_m)
+    figures: list[dict[str, float]] = []
+    errors: list[float] = []
+    before: tuple[ClipFrame, Floats] | None = None
+    for frame in clip.frames:
+        truth = read_true_depth(wanted, frame)
+        depth = _prediction(frame, truth, read)
+        valid = np.isfinite(truth)
+        if frame in found:
+            figures.append(depth_metrics(depth[valid], truth[valid], scale, shift, bounds))
+        aligned = np.clip(scale * depth + shift, *bounds)
+        if before is not None:
+            errors += _both_ways(*before, frame, aligned)
+        before = frame, aligned
+    known = [one for one in errors if not np.isnan(one)]
+    metrics = {name: float(np.mean([one[name] for one in figures])) for name in ("abs_rel", "delta1")}
+    metrics["tae"] = 100 * float(np.mean(known)) if known else np.nan
+    metrics |= steadiness(list(found.values()))
+    return ClipRow(
+        name=clip.name,
+        metrics=metrics,
+        frames=len(found),
+        pixels=whole.count,
+        scale=scale,
+        shift=shift,
+        empty=len(clip.frames) - len(found),
+        pairs=len(known) // 2,
+        unpaired=len(list(pairwise(clip.frames))) - len(known) // 2,
+    )
+
+
+def _moments(wanted: ClipSet, frame: ClipFrame, read: Callable[[Sample], Floats]) -> Moments | None:
+    truth = read_true_depth(wanted, frame)
+    valid = np.isfinite(truth)
+    p = _prediction(frame, truth, read)[valid]
+    if bad := int((~np.isfinite(p)).sum()):
+        raise UnscorableError(f"prediction of {frame.sample.name} is NaN or infinite at {bad} of {len(p)} valid pixels")
+    return Moments.of(p, truth[valid]) if len(p) else None
+
+
+def _prediction(frame: ClipFrame, truth: Floats, read: Callable[[Sample], Floats]) -> Floats:
+    """The prediction, resized bilinearly to the truth."""
+    try:
+        depth = read(frame.sample)
+    except UnscorableError as error:
+        raise UnscorableError(f"{frame.sample.name}: {error}") from error
+    if depth.ndim != 2:
+        raise UnscorableError(f"{frame.sample.name}: its prediction is of shape {depth.shape}; expected (H, W)")
+    if depth.shape != truth.shape:
+        size = (truth.shape[1], truth.shape[0])
+        return np.asarray(cv2.resize(depth.astype(np.float32), size, interpolation=cv2.INTER_LINEAR), np.float32)
+    return depth
+
+
+def _both_ways(one: ClipFrame, depth: Floats, other: ClipFrame, other_depth: Floats) -> list[float]:
+    """Both terms of a pair, or none where it has no poses or nothing in common."""
+    if one.pose is None or other.pose is None or one.intrinsics is None or other.intrinsics is None:
+        return []
+    errors = [
+        alignment_error(depth, other_depth, one.intrinsics, one.pose, other.pose),
+        alignment_error(other_depth, depth, other.intrinsics, other.pose, one.pose),
+    ]
+    return [] if np.isnan(errors).any() else errors

@@ -1,0 +1,182 @@
+"""Clips with true depth, in the layout that Video-Depth-Anything's benchmark prepares (`benchmark/dataset_extract/`).
+
+An index, `<set>_video.json`, lists sequences: {set: [{sequence: [{image, gt_depth, factor, K?, pose?}]}]}, its paths
+relative to its own folder. Pictures are as the model is to see them; truth is cut to match, as in `benchmark/eval/`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from depthmill.pipeline.errors import EvaluationError, UnscorableError
+from depthmill.pipeline.evaluation.decode import Floats, depth_png
+from depthmill.pipeline.evaluation.samples import Sample, some
+
+Doubles = npt.NDArray[np.float64]
+
+_BENCHMARK = "Video-Depth-Anything's benchmark/dataset_extract"
+
+
+@dataclass(frozen=True)
+class ClipSet:
+    """How a set of clips is scored.
+
+    Attributes:
+        name: On the command line, and in the index.
+        title: For people.
+        cap_m: Depth is valid between 1 mm and this, both excluded; aligned predictions are clipped to it.
+        rows: Of the truth that the pictures show.
+        columns: Likewise.
+    """
+
+    name: str
+    title: str
+    cap_m: float
+    rows: slice = field(default_factory=partial(slice, None))
+    columns: slice = field(default_factory=partial(slice, None))
+
+
+CLIP_SETS = {
+    one.name: one
+    for one in (
+        ClipSet("sintel", "Sintel", 70, slice(0, 436), slice(0, 1024)),
+        ClipSet("scannet", "ScanNet", 10, slice(8, -8), slice(11, -11)),
+        ClipSet("kitti", "KITTI", 80, slice(0, 374), slice(0, 1242)),
+        ClipSet("bonn", "Bonn RGB-D Dynamic", 10, slice(0, 480), slice(0, 640)),
+        ClipSet("nyuv2", "NYUv2 video", 10, slice(45, 471), slice(41, 601)),
+        ClipSet("rendered", "rendered scenes", 1000),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ClipFrame:
+    """One frame.
+
+    Attributes:
+        sample: What predictions call it: the picture's path in the index, without its suffix.
+        picture: Its file.
+        truth: File of its depth, a 16-bit PNG.
+        factor: What the PNG has for a metre.
+        intrinsics: (3, 3) pixels of the cut truth; None if the index has none.
+        pose: (4, 4) camera to world, metres; None if the index has none, or it is not finite: tracking was lost there.
+    """
+
+    sample: Sample
+    picture: Path
+    truth: Path
+    factor: float
+    intrinsics: Doubles | None
+    pose: Doubles | None
+
+
+@dataclass(frozen=True, eq=False)
+class TrueClip:
+    """A sequence: its name, and its frames in order."""
+
+    name: str
+    frames: tuple[ClipFrame, ...]
+
+
+def find_clip_set(name: str) -> ClipSet:
+    """The set of that name.
+
+    Raises:
+        EvaluationError: If there is none.
+    """
+    if name not in CLIP_SETS:
+        raise EvaluationError(f"there is no set of clips {name!r}; expected one of {', '.join(CLIP_SETS)}")
+    return CLIP_SETS[name]
+
+
+def find_index(wanted: ClipSet, data: Path) -> Path:
+    """The index of a set: `data` itself, or in it, or in its folder of the set's name.
+
+    Raises:
+        EvaluationError: If there is none.
+    """
+    file = f"{wanted.name}_video.json"
+    for path in (data, data / file, data / wanted.name / file):
+        if path.is_file():
+            return path
+    raise EvaluationError(
+        f"{data} has no {file}; expected the index that {_BENCHMARK} writes of {wanted.name}: give that file (also "
+        "one of another length, such as *_video_500.json), or its folder"
+    )
+
+
+def open_clips(wanted: ClipSet, data: Path) -> tuple[TrueClip, ...]:
+    """Read the index of a set, and see that its files are there.
+
+    Args:
+        wanted: The set.
+        data: As for `find_index`.
+
+    Raises:
+        EvaluationError: If the index or files are missing, or it says something else than expected.
+    """
+    index = find_index(wanted, data)
+    try:
+        sequences = json.loads(index.read_text(encoding="utf-8"))[wanted.name]
+        clips = tuple(
+            TrueClip(name, tuple(_frame(wanted, index.parent, entry) for entry in frames))
+            for sequence in sequences
+            for name, frames in sequence.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(
+            f"{index} cannot be read ({type(error).__name__}: {error}); expected {{{wanted.name!r}: [{{sequence: "
+            f"[{{image, gt_depth, factor, ...}}, ...]}}, ...]}}, as {_BENCHMARK} writes it"
+        ) from error
+    frames = [frame for clip in clips for frame in clip.frames]
+    missing = [str(path) for frame in frames for path in (frame.picture, frame.truth) if not path.is_file()]
+    if missing or not frames:
+        raise EvaluationError(
+            f"{index} lists {some(missing)} that are not there: prepare the set anew"
+            if missing
+            else f"{index} lists no frame: prepare the set anew"
+        )
+    return clips
+
+
+def read_true_depth(wanted: ClipSet, frame: ClipFrame) -> Floats:
+    """(H, W) metres of what the picture shows; NaN where it is not valid.
+
+    Raises:
+        UnscorableError: If it cannot be read.
+    """
+    try:
+        depth = depth_png(frame.truth.read_bytes(), steps_per_m=frame.factor)[wanted.rows, wanted.columns]
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        raise UnscorableError(f"{frame.truth} cannot be read: {str(error) or type(error).__name__}") from error
+    return np.where((depth > 1e-3) & (depth < wanted.cap_m), depth, np.nan)
+
+
+def _frame(wanted: ClipSet, folder: Path, entry: dict[str, Any]) -> ClipFrame:
+    intrinsics, pose = (None if name not in entry else np.array(entry[name], np.float64) for name in ("K", "pose"))
+    if intrinsics is not None:
+        if intrinsics.shape not in ((3, 3), (4, 4)):
+            raise ValueError(f"K of shape {intrinsics.shape}; expected 3x3 or 4x4")
+        intrinsics = intrinsics[:3, :3].copy()
+        # A negative start would need the truth's size; no set has one.
+        intrinsics[:2, 2] -= (wanted.columns.start or 0, wanted.rows.start or 0)
+    if pose is not None and pose.shape != (4, 4):
+        raise ValueError(f"a pose of shape {pose.shape}; expected 4x4")
+    if not float(entry["factor"]) > 0:
+        raise ValueError(f"a factor of {entry['factor']}; expected more than 0")
+    name = PurePosixPath(entry["image"])
+    return ClipFrame(
+        sample=Sample(name.with_suffix("").as_posix(), name.as_posix(), entry["gt_depth"], None),
+        picture=folder / entry["image"],
+        truth=folder / entry["gt_depth"],
+        factor=float(entry["factor"]),
+        intrinsics=intrinsics,
+        pose=pose if pose is not None and np.isfinite(pose).all() else None,
+    )

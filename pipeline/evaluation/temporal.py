@@ -1,0 +1,114 @@
+"""Figures of a clip: how accurate its depth is under one scale and shift, and how steady.
+
+What a clip's frames share is one affine map, fitted to all of its valid pixels at once, in depth. (Video-Depth-Anything
+fits in disparity, which is what its network predicts: figures of the two fits do not compare.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating[Any]]
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a least-squares fit needs of pairs of prediction p and truth t: a frame's, or a clip's.
+
+    Attributes:
+        count: Pairs.
+        p: Mean of the predictions.
+        t: Mean of the truths.
+        pp: Σ (p - mean)².
+        pt: Σ (p - mean) (t - mean).
+    """
+
+    count: int
+    p: float
+    t: float
+    pp: float
+    pt: float
+
+    @classmethod
+    def of(cls, prediction: Floats, truth: Floats) -> Moments:
+        """Of (N,) pairs, N >= 1, finite."""
+        p, t = prediction.astype(np.float64), truth.astype(np.float64)
+        mean_p, mean_t = float(p.mean()), float(t.mean())
+        p -= mean_p
+        return cls(len(p), mean_p, mean_t, float((p * p).sum()), float((p * (t - mean_t)).sum()))
+
+    @classmethod
+    def pooled(cls, parts: Sequence[Moments]) -> Moments:
+        """Of all pairs of the parts (Chan et al., The American Statistician 37, 1983)."""
+        counts = np.array([one.count for one in parts], np.float64)
+        p, t = (float(np.average([getattr(one, name) for one in parts], weights=counts)) for name in ("p", "t"))
+        pp = sum(one.pp + one.count * (one.p - p) ** 2 for one in parts)
+        pt = sum(one.pt + one.count * (one.p - p) * (one.t - t) for one in parts)
+        return cls(int(counts.sum()), p, t, pp, pt)
+
+    @property
+    def affine(self) -> tuple[float, float]:
+        """Scale and shift that bring the predictions nearest to the truths; scale 0 where they are constant."""
+        scale = self.pt / self.pp if self.pp > 0 else 0.0
+        return scale, self.t - scale * self.p
+
+
+def steadiness(frames: Sequence[Moments]) -> dict[str, float]:
+    """How the affine map that suits each frame alone varies over a clip.
+
+    Args:
+        frames: Of each frame. Those whose best scale is not positive tell no logarithm, and are left out.
+
+    Returns:
+        scale_spread: standard deviation of ln scale over the frames; scale_flicker: of its change from frame to frame.
+        shift_spread, shift_flicker: the same of what a frame's map makes of the clip's mean prediction, as a share of
+        the clip's mean depth. NaN where fewer than two frames are left, or three for a flicker.
+    """
+    clip = Moments.pooled(frames)
+    maps = [one.affine for one in frames]
+    log_scale = np.array([np.log(scale) for scale, _ in maps if scale > 0])
+    middle = np.array([(scale * clip.p + shift) / clip.t for scale, shift in maps if scale > 0])
+    figures = {}
+    for name, values in (("scale", log_scale), ("shift", middle)):
+        figures[f"{name}_spread"] = float(values.std()) if len(values) > 1 else np.nan
+        figures[f"{name}_flicker"] = float(np.diff(values).std()) if len(values) > 2 else np.nan
+    return figures
+
+
+def alignment_error(one: Floats, other: Floats, intrinsics: Doubles, pose: Doubles, other_pose: Doubles) -> float:
+    """How far two frames' depths disagree where they show the same place: a term of the temporal alignment error.
+
+    TAE (Video-Depth-Anything, CVPR 2025, section 4.1) is 100 times the mean of this over consecutive frames, both ways.
+    Each pixel of the one frame is put into the world, and from there into the other frame, at the nearest pixel. Unlike
+    the paper's code, this keeps the nearest of several that fall on one pixel.
+
+    Args:
+        one: (H, W) depth along the optical axis, metres; NaN, infinite or not above 0 where there is none.
+        other: (H, W), likewise.
+        intrinsics: (3, 3), pixels; the centre of the first pixel is at (0, 0).
+        pose: (4, 4) camera to world of the one, axes of OpenCV: x right, y down, z forward.
+        other_pose: (4, 4) of the other.
+
+    Returns:
+        Mean of |other - projected| / other; NaN if no pixel of the one falls on one of the other.
+    """
+    H, W = other.shape
+    rows, columns = np.nonzero(np.isfinite(one) & (one > 0))
+    depth = one[rows, columns].astype(np.float64)
+    points = np.stack([columns * depth, rows * depth, depth])
+    motion = np.linalg.inv(other_pose) @ pose
+    x, y, z = intrinsics @ (motion[:3, :3] @ np.linalg.inv(intrinsics) @ points + motion[:3, 3:])
+    ahead = z > 1e-6
+    x, y, z = (np.rint(x[ahead] / z[ahead]), np.rint(y[ahead] / z[ahead]), z[ahead])
+    inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
+    nearest = np.full(H * W, np.inf)
+    np.minimum.at(nearest, (y[inside] * W + x[inside]).astype(np.intp), z[inside])
+    there = other.ravel().astype(np.float64)
+    seen = np.isfinite(nearest) & np.isfinite(there) & (there > 0)
+    return float((np.abs(there[seen] - nearest[seen]) / there[seen]).mean()) if seen.any() else np.nan

@@ -1,0 +1,164 @@
+"""Every set of clips, in its own layout, against figures computed by their definition."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from depthmill.pipeline.errors import EvaluationError, UnscorableError
+from depthmill.pipeline.evaluation.clip_score import score_clips
+from depthmill.pipeline.evaluation.clips import CLIP_SETS, open_clips
+
+# Height and width of a set's truth, its factor, where its pictures lie, and the part of the truth that they show.
+LAYOUTS = {
+    "sintel": ((436, 1024), 65535 / 650, "clean/frame_{:04d}.png", np.s_[:436, :1024]),
+    "scannet": ((120, 160), 1000, "color/{}.jpg", np.s_[8:112, 11:149]),
+    "kitti": ((375, 1242), 256, "rgb/{:010d}.png", np.s_[:374, :1242]),
+    "bonn": ((480, 640), 5000, "rgb/{:.2f}.png", np.s_[:480, :640]),
+    "nyuv2": ((480, 640), 6000, "rgb/{}.png", np.s_[45:471, 41:601]),
+    "rendered": ((60, 80), 500, "rgb/{:06d}.png", np.s_[:, :]),
+}
+FRAMES = 3
+
+
+def write(folder, name, *, sequences=("a", "b"), **more):
+    """Truth and predictions, {picture: (H, W)}, of a set that is written to a folder; `more` of every frame's entry."""
+    rng = np.random.default_rng(0)
+    (height, width), factor, picture, crop = LAYOUTS[name]
+    truths, found, index = {}, {}, []
+    for sequence in sequences:
+        entries = []
+        for i in range(FRAMES):
+            image, depth = f"{sequence}/{picture.format(i)}", f"{sequence}/depth/{i}.png"
+            steps = rng.uniform(1, 8, (height, width)) * factor
+            steps[rng.random(steps.shape) < 0.1] = 0
+            steps = np.minimum(np.rint(steps), 65535).astype(np.uint16)
+            for path in (folder / image, folder / depth):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            (folder / image).write_bytes(b"a picture")
+            Image.fromarray(steps).save(folder / depth)
+            truths[image] = (steps / factor)[crop]
+            found[image.rpartition(".")[0]] = 0.1 * rng.uniform(0.9, 1.1) * truths[image] * rng.uniform(
+                0.9, 1.1, truths[image].shape
+            ) + rng.uniform(0, 0.1)
+            entries.append({"image": image, "gt_depth": depth, "factor": factor, **more})
+        index.append({sequence: entries})
+    (folder / f"{name}_video.json").write_text(json.dumps({name: index}))
+    return list(truths.values()), found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_set_is_scored_by_the_definition(name, tmp_path):
+    folder = tmp_path / name
+    wanted = CLIP_SETS[name]
+    truths, found = write(folder, name)
+    clips = open_clips(wanted, tmp_path)
+    scores = score_clips(wanted, clips, lambda sample: found[sample.name])
+    assert [row.name for row in scores.rows] == ["a", "b"]
+    assert np.isnan(scores.metrics["tae"])
+    rels, shares = [], []
+    for k in range(2):
+        t = np.stack(truths[k * FRAMES : (k + 1) * FRAMES])
+        p = np.stack(list(found.values())[k * FRAMES : (k + 1) * FRAMES])
+        valid = (t > 1e-3) & (t < wanted.cap_m)
+        a, b = np.polyfit(p[valid], t[valid], 1)
+        aligned = np.clip(a * p + b, 1e-3, wanted.cap_m)
+        assert (scores.rows[k].scale, scores.rows[k].shift) == pytest.approx((a, b))
+        assert scores.rows[k].pixels == valid.sum()
+        for one, other, mask in zip(aligned, t, valid, strict=True):
+            x, y = one[mask], other[mask]
+            rels.append(np.mean(np.abs(x - y) / y))
+            shares.append(np.mean(np.maximum(x / y, y / x) < 1.25))
+    assert scores.metrics["abs_rel"] == pytest.approx(np.mean(rels))
+    assert scores.metrics["delta1"] == pytest.approx(np.mean(shares))
+
+
+def test_intrinsics_follow_the_crop_and_lost_poses_are_left_out(tmp_path):
+    four = np.eye(4)
+    four[0, 0] = four[1, 1] = 100
+    four[:2, 2] = 80, 60
+    write(tmp_path, "scannet", K=four.tolist(), pose=np.eye(4).tolist())
+    index = tmp_path / "scannet_video.json"
+    document = json.loads(index.read_text())
+    document["scannet"][0]["a"][0]["pose"] = np.full((4, 4), -np.inf).tolist()
+    index.write_text(json.dumps(document))
+    clips = open_clips(CLIP_SETS["scannet"], index)
+    assert clips[0].frames[0].pose is None
+    assert clips[0].frames[1].intrinsics.tolist() == [[100, 0, 69], [0, 100, 52], [0, 0, 1]]
+    scores = score_clips(CLIP_SETS["scannet"], clips, lambda _: np.linspace(1, 2, 138) * np.ones((104, 1)))
+    assert [(row.pairs, row.unpaired) for row in scores.rows] == [(1, 1), (2, 0)]
+    assert scores.metrics["tae"] == pytest.approx(0, abs=1e-9)  # it says the same of each frame, and no camera moves
+
+
+def test_tae_is_the_mean_of_both_ways_in_per_cent(tmp_path):
+    k = [[50, 0, 39.5], [0, 50, 29.5], [0, 0, 1]]
+    write(tmp_path, "rendered", sequences=("a",), K=k, pose=np.eye(4).tolist())
+    for i, metres in enumerate((2, 4, 6)):
+        Image.fromarray(np.full((60, 80), 500 * metres, np.uint16)).save(tmp_path / f"a/depth/{i}.png")
+    # Predicted are 1, 3 and 2: of truths 2, 4 and 6 the fit makes 3, 5 and 4.
+    said = dict(zip(("a/rgb/000000", "a/rgb/000001", "a/rgb/000002"), (1.0, 3.0, 2.0), strict=True))
+    wanted = CLIP_SETS["rendered"]
+    (row,) = score_clips(wanted, open_clips(wanted, tmp_path), lambda s: np.full((60, 80), said[s.name])).rows
+    assert (row.scale, row.shift) == pytest.approx((1, 2))
+    assert row.metrics["tae"] == pytest.approx(100 * np.mean([2 / 5, 2 / 3, 1 / 4, 1 / 5]))
+
+
+def test_a_smaller_prediction_is_resized(tmp_path):
+    truths, _ = write(tmp_path, "rendered", sequences=("a",))
+    wanted = CLIP_SETS["rendered"]
+    clips = open_clips(wanted, tmp_path)
+    ramp = np.linspace(0.25, 1.75, 40)  # whose bilinear enlargement NumPy knows, but at the border
+    large = np.interp(np.arange(80) / 2 - 0.25, np.arange(40), ramp) * np.ones((60, 1))
+    (small,) = score_clips(wanted, clips, lambda _: ramp * np.ones((30, 1))).rows
+    (same,) = score_clips(wanted, clips, lambda _: large).rows
+    assert small.metrics["abs_rel"] == pytest.approx(same.metrics["abs_rel"], rel=1e-5)
+
+
+def test_a_clip_that_cannot_be_scored_is_skipped_with_the_reason(tmp_path):
+    _, found = write(tmp_path, "rendered")
+    wanted = CLIP_SETS["rendered"]
+    clips = open_clips(wanted, tmp_path)
+    bad = {**found, "a/rgb/000001": np.full((60, 80), np.nan)}
+    scores = score_clips(wanted, clips, lambda sample: bad[sample.name])
+    assert [row.name for row in scores.rows] == ["b"]
+    assert "a/rgb/000001 is NaN or infinite at" in scores.skipped[0].reason
+
+    def none(sample):
+        raise UnscorableError("it has no labels")
+
+    with pytest.raises(EvaluationError, match="none of the 2 clips of rendered can be scored; a: a/rgb/000000: it has"):
+        score_clips(wanted, clips, none)
+
+
+def test_frames_without_truth_are_counted(tmp_path):
+    _, found = write(tmp_path, "rendered", sequences=("a",))
+    Image.fromarray(np.zeros((60, 80), np.uint16)).save(tmp_path / "a/depth/1.png")
+    wanted = CLIP_SETS["rendered"]
+    (row,) = score_clips(wanted, open_clips(wanted, tmp_path), lambda sample: found[sample.name]).rows
+    assert (row.frames, row.empty) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: {"kitti": d["rendered"]}, "KeyError: 'rendered'"),
+        (lambda d: {"rendered": [{"a": [{"image": "a/rgb/000000.png"}]}]}, "gt_depth"),
+        (lambda d: {"rendered": [{"a": [{**d["rendered"][0]["a"][0], "K": [1, 2]}]}]}, "expected 3x3 or 4x4"),
+        (lambda d: {"rendered": [{"a": [{**d["rendered"][0]["a"][0], "pose": [1, 2]}]}]}, "expected 4x4"),
+        (lambda d: {"rendered": [{"a": [{**d["rendered"][0]["a"][0], "factor": 0}]}]}, "expected more than 0"),
+        (lambda d: {"rendered": [{"a": [{**d["rendered"][0]["a"][0], "image": "a/x.png"}]}]}, "x.png that are not"),
+        (lambda d: {"rendered": []}, "lists no frame"),
+    ],
+)
+def test_a_wrong_index_is_refused(tmp_path, change, message):
+    write(tmp_path, "rendered")
+    index = tmp_path / "rendered_video.json"
+    index.write_text(json.dumps(change(json.loads(index.read_text()))))
+    with pytest.raises(EvaluationError, match=message):
+        open_clips(CLIP_SETS["rendered"], tmp_path)
+
+
+def test_a_missing_index_is_named(tmp_path):
+    with pytest.raises(EvaluationError, match="has no kitti_video.json; expected the index"):
+        open_clips(CLIP_SETS["kitti"], tmp_path)

@@ -1,0 +1,92 @@
+"""Figures of clips, against hand and NumPy."""
+
+import numpy as np
+import pytest
+
+from depthmill.pipeline.evaluation.temporal import Moments, alignment_error, steadiness
+
+K = np.array([[50.0, 0, 19.5], [0, 50.0, 14.5], [0, 0, 1]])
+H, W = 30, 40
+
+
+def pose(*position_m, turn_deg=0.0):
+    c, s = np.cos(np.radians(turn_deg)), np.sin(np.radians(turn_deg))
+    made = np.eye(4)
+    made[:3, :3] = [[c, 0, s], [0, 1, 0], [-s, 0, c]]
+    made[:3, 3] = position_m or 0
+    return made
+
+
+def test_a_wall_that_comes_nearer_agrees_with_itself():
+    far, near = np.full((H, W), 4.0), np.full((H, W), 3.5)
+    assert alignment_error(far, near, K, pose(), pose(0, 0, 0.5)) == pytest.approx(0, abs=1e-12)
+    assert alignment_error(near, far, K, pose(0, 0, 0.5), pose()) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_wrong_depth_counts_as_a_share_of_the_other():
+    depth = np.full((H, W), 4.0)
+    assert alignment_error(depth, depth, K, pose(), pose(0, 0, 0.5)) == pytest.approx(0.5 / 4)
+    assert alignment_error(depth, 1.25 * depth, K, pose(), pose()) == pytest.approx(0.2)
+
+
+def test_sideways_only_what_both_see_counts():
+    depth = np.full((H, W), 5.0)
+    wrong = depth.copy()
+    wrong[:, 30:] = 10.0  # what the one frame, a metre to the left, does not see of the other: its last 10 columns
+    assert alignment_error(depth, wrong, K, pose(), pose(1, 0, 0)) == pytest.approx(0, abs=1e-12)
+    assert alignment_error(depth, wrong, K, pose(1, 0, 0), pose()) == pytest.approx(0.5 * 10 / 30)
+
+
+def test_the_nearest_of_several_is_seen():
+    one = np.full((1, 40), 10.0)
+    one[0, 10] = 2.0  # moves by 25 / 2 pixels where the wall moves by 2.5, over it
+    k = K.copy()
+    k[1, 2] = 0
+    other = np.full((1, 40), 10.0)
+    other[0, 22] = 2.0
+    assert alignment_error(one, other, k, pose(), pose(-0.48, 0, 0)) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_turning_camera_and_pixels_without_depth():
+    v, u = np.mgrid[:H, :W]
+    rays = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(K).T
+
+    def wall(at):  # the plane z = 6 of the world, seen by a camera at the origin
+        return 6.0 / (rays @ at[:3, :3].T)[..., 2]
+
+    here, there = pose(), pose(turn_deg=5)
+    assert alignment_error(wall(here), wall(there), K, here, there) < 0.003  # half a pixel beside
+    holes = wall(here).copy()
+    holes[::2] = np.nan
+    holes[1::4] = 0
+    assert alignment_error(holes, wall(there), K, here, there) < 0.003
+
+
+def test_no_overlap_is_no_figure():
+    depth = np.full((H, W), 4.0)
+    assert np.isnan(alignment_error(depth, depth, K, pose(), pose(turn_deg=180)))
+    assert np.isnan(alignment_error(depth, np.full((H, W), np.nan), K, pose(), pose()))
+
+
+def test_pooled_moments_are_the_whole_ones():
+    rng = np.random.default_rng(0)
+    p, t = rng.normal(5, 1, 900), rng.uniform(1, 3, 900)
+    whole = Moments.pooled([Moments.of(p[i:j], t[i:j]) for i, j in ((0, 10), (10, 500), (500, 900))])
+    assert whole.affine == pytest.approx(np.polyfit(p, t, 1))
+    assert whole.count == 900
+    assert Moments.of(np.ones(3), np.array([1.0, 2, 3])).affine == (0.0, 2.0)
+
+
+def test_steadiness_is_of_the_maps_that_suit_each_frame():
+    rng = np.random.default_rng(1)
+    truth = rng.uniform(2, 6, (8, 200))
+    scale, shift = rng.uniform(1.5, 3, 8), rng.uniform(-0.5, 0.5, 8)
+    frames = [Moments.of((t - b) / a, t) for t, a, b in zip(truth, scale, shift, strict=True)]
+    found = steadiness(frames)
+    assert found["scale_spread"] == pytest.approx(np.log(scale).std())
+    assert found["scale_flicker"] == pytest.approx(np.diff(np.log(scale)).std())
+    middle = (scale * np.mean((truth - shift[:, None]) / scale[:, None]) + shift) / truth.mean()
+    assert found["shift_spread"] == pytest.approx(middle.std())
+    assert found["shift_flicker"] == pytest.approx(np.diff(middle).std())
+    assert np.isnan(steadiness(frames[:1])["scale_spread"])
+    assert np.isnan(steadiness(frames[:2])["scale_flicker"])

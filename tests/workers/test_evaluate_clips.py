@@ -1,0 +1,85 @@
+"""`depthmill evaluate --video`, whole: in this process."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from depthmill.cli import app
+from depthmill.pipeline.errors import DepthmillError
+from depthmill.pipeline.evaluation.clips import CLIP_SETS, open_clips, read_true_depth
+from depthmill.pipeline.training.clips import export_clips
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rendered")
+    assert list(export_clips(folder, seeds=(3,), frames=3, height=48, width=64)) == ["static_3", "pan_3", "forward_3"]
+    return folder
+
+
+def evaluate(*arguments, name="rendered"):
+    """Exit status and output; 2 and the message if nothing could start, as `depthmill` itself does it."""
+    result = CliRunner().invoke(app, ["evaluate", name, *map(str, arguments), "--video"])
+    if isinstance(result.exception, DepthmillError):
+        return 2, str(result.exception)
+    return result.exit_code, result.output
+
+
+def test_a_checkpoint_labels_smooths_and_is_scored(rendered, tmp_path):
+    options = ("--checkpoint", "demo", "--processing-resolution", 64, "--workers", 0, "--out", tmp_path / "out")
+    code, output = evaluate(rendered, *options)
+    assert code == 0, output
+    assert "smoothed" in output
+    document = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert set(document["metrics"]) == {"raw", "smoothed"}
+    assert document["checkpoint"] == "demo"
+    assert all(value is not None for value in document["metrics"]["raw"].values())
+    with (tmp_path / "out/per_clip.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["name"], row["labels"], row["frames"]) for row in rows] == [
+        (name, which, "3") for which in ("raw", "smoothed") for name in ("static_3", "pan_3", "forward_3")
+    ]
+    code, again = evaluate(rendered, "--store", tmp_path / "out/labels.zarr", "--out", tmp_path / "other")
+    assert code == 2
+    assert "are missing" in again  # its pictures are numbered, not called as in the index
+    assert evaluate(rendered, *options)[0] == 0
+
+
+def test_exact_predictions_are_exact_and_missing_ones_named(rendered, tmp_path):
+    wanted = CLIP_SETS["rendered"]
+    files = []
+    for clip in open_clips(wanted, rendered):
+        for frame in clip.frames:
+            path = tmp_path / "npy/rendered" / f"{frame.sample.name}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, 3 * read_true_depth(wanted, frame) + 1)
+            files.append(path)
+    code, output = evaluate(rendered, "--predictions", tmp_path / "npy", "--out", tmp_path / "out")
+    assert code == 0, output
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["raw"]
+    assert metrics["abs_rel"] == pytest.approx(0, abs=1e-6)
+    assert metrics["delta1"] == 1
+    assert metrics["scale_spread"] == pytest.approx(0, abs=1e-6)
+    assert metrics["tae"] < 2  # pixels of 48 rows are large
+    files[4].unlink()
+    code, output = evaluate(rendered, "--predictions", tmp_path / "npy", "--out", tmp_path / "out")
+    assert code == 2
+    assert "8 of 9 pictures; pan_3/rgb/000001.npy are missing" in " ".join(output.split())
+
+
+def test_clips_are_rendered_where_there_are_none(tmp_path, monkeypatch):
+    from depthmill.pipeline.training import clips
+
+    monkeypatch.setattr(clips.export_clips, "__defaults__", ((3,), 2, 32, 48))
+    code, output = evaluate(tmp_path / "made", "--predictions", tmp_path, "--out", tmp_path / "out")
+    assert code == 2
+    assert "0 of 6 pictures" in " ".join(output.split())
+    assert (tmp_path / "made/rendered_video.json").is_file()
+
+
+def test_options_that_make_no_sense_are_refused(rendered, tmp_path):
+    assert "--split names pictures" in evaluate(rendered, "--split", tmp_path)[1]
+    assert "no set of clips 'diode'" in evaluate(rendered, name="diode")[1]

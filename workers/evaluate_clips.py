@@ -1,0 +1,138 @@
+"""`depthmill evaluate --video`, whole: clips, their labels as they are and smoothed, the figures of both."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from depthmill.pipeline.config import LabelConfig, SmoothConfig
+from depthmill.pipeline.errors import ConfigError, EvaluationError, StoreError
+from depthmill.pipeline.evaluation.clip_report import clip_reasons, clip_table, write_clip_report
+from depthmill.pipeline.evaluation.clip_score import ClipScores, score_clips
+from depthmill.pipeline.evaluation.clips import TrueClip, find_clip_set, open_clips
+from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, from_store
+from depthmill.pipeline.evaluation.samples import Sample
+from depthmill.pipeline.store import open_store, write_atomically
+from depthmill.workers.evaluate import Folder, LabelledStore, claim
+from depthmill.workers.label import label
+from depthmill.workers.smooth import smooth
+
+
+def evaluate_clips(
+    name: str,
+    data: Path,
+    out: Path,
+    what: LabelConfig | LabelledStore | Folder,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> dict[str, ClipScores]:
+    """Evaluate on clips: label and smooth them, unless they are labelled, score them, and write a report.
+
+    Args:
+        name: Of the set (`clips.CLIP_SETS`).
+        data: Its index, or a folder that has it; of `rendered`, a folder that it is rendered to if it is not there.
+        out: Folder for `metrics.json` and `per_clip.csv`; a labelling run also leaves `pictures/` and `labels.zarr`
+            there, and goes on with what an earlier run left.
+        what: How to label, or what was labelled.
+        overwrite: Label anew, whatever `out` holds.
+        console: Where progress and the table are shown; by default standard output.
+
+    Returns:
+        The figures of the labels as they are, `raw`, and, where they are smoothed, of those, `smoothed`.
+
+    Raises:
+        EvaluationError: If files are missing, or not one clip can be scored.
+        DepthmillError: Also whatever labelling raises.
+    """
+    console = console or Console(highlight=False)
+    wanted = find_clip_set(name)
+    if name == "rendered" and not any(data.glob("**/rendered_video.json")) and not data.is_file():
+        from depthmill.pipeline.training.clips import export_clips
+
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+            for _ in progress.track(export_clips(data), description="rendering"):
+                pass
+    clips = open_clips(wanted, data)
+    samples = [frame.sample for clip in clips for frame in clip.frames]
+    config: LabelConfig | None = None
+    if isinstance(what, Folder):
+        folder = what.path / name if (what.path / name).is_dir() else what.path
+        compared = {"raw": from_folder(folder, samples, "depth")}
+    elif isinstance(what, LabelledStore):
+        compared = _compared(what.path, {sample: sample for sample in samples}, console)
+    else:
+        if what.labels != ("depth",):
+            raise ConfigError(f"labels is {list(what.labels)}; clips are scored by depth alone")
+        config = what
+        named = {
+            frame.sample: Sample(f"{clip.name}/{i:06d}", f"{clip.name}/{i:06d}{frame.picture.suffix}", "", None)
+            for clip in clips
+            for i, frame in enumerate(clip.frames)
+        }
+        claim(name, samples, out, overwrite=overwrite)
+        compared = _compared(_label(clips, named, out, what, overwrite, console), named, console)
+    scores = {}
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        for which, predictions in compared.items():
+            task = progress.add_task(f"scoring {which}", total=len(clips))
+            scores[which] = score_clips(wanted, clips, predictions.read, advance=partial(progress.advance, task))
+    checkpoint = compared["raw"].checkpoint
+    write_clip_report(out, wanted, scores, compared, None if config is None else config.model_dump(mode="json"))
+    console.print(clip_table(wanted, scores, checkpoint))
+    for line in clip_reasons(scores):
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
+    console.print(f"written: {out / 'metrics.json'}, {out / 'per_clip.csv'}", markup=False, soft_wrap=True)
+    return scores
+
+
+def _label(
+    clips: Sequence[TrueClip],
+    named: Mapping[Sample, Sample],
+    out: Path,
+    config: LabelConfig,
+    overwrite: bool,
+    console: Console,
+) -> Path:
+    """Label each clip as a folder of its own, its pictures numbered in order, and smooth it."""
+    pictures, store = out / "pictures", out / "labels.zarr"
+    if overwrite:
+        shutil.rmtree(pictures, ignore_errors=True)
+    for frame in (frame for clip in clips for frame in clip.frames):
+        path = pictures / named[frame.sample].picture
+        if not path.is_file():
+            write_atomically(path, frame.picture.read_bytes())
+    label([str(pictures / clip.name) for clip in clips], store, config, overwrite=overwrite, console=console)
+    options = SmoothConfig(**config.model_dump(include=set(SmoothConfig.model_fields)))
+    done = smooth(store, options, sources=open_store(store).sources(), console=console)
+    for source_id, why in {**done.left_out, **done.unread}.items():
+        console.print(f"not smoothed: {source_id}: {why}", style="yellow", markup=False, soft_wrap=True)
+    return store
+
+
+def _compared(store: str | Path, named: Mapping[Sample, Sample], console: Console) -> dict[str, Predictions]:
+    """A store's labels as they are and, if all are, smoothed.
+
+    Args:
+        store: The store.
+        named: By the sample of a frame, that of its row in the store.
+        console: Where is said that they are not smoothed.
+    """
+    samples = list(named.values())
+    found = {"raw": from_store(store, samples, "depth")}
+    try:
+        found["smoothed"] = from_store(store, samples, "depth", smooth=True)
+    except (EvaluationError, StoreError) as error:
+        console.print(f"smoothed labels are left out: {error}", style="yellow", markup=False, soft_wrap=True)
+    return {which: _renamed(one, named) for which, one in found.items()}
+
+
+def _renamed(predictions: Predictions, named: Mapping[Sample, Sample]) -> Predictions:
+    """The same by the samples of frames."""
+    return replace(predictions, read=lambda sample: predictions.read(named[sample]))
