@@ -272,7 +272,7 @@ def verify(
         typer.echo(f"{found.unchecked:,} segments have no checksums: that their files decode is all that is known")
     if found.damage:
         if repair:
-            typer.echo("run the same `depthmill label` again to label what was un-committed")
+            typer.echo("run the same `depthmill label`, or `depthmill smooth`, again to do what was un-committed")
         raise typer.Exit(SOME_FAILED)
 
 

@@ -55,9 +55,9 @@ class Display(Protocol):
     ) -> None: ...
 
 
-def open_display(console: Console, rate: Rate) -> Display:
+def open_display(console: Console, rate: Rate, doing: str = "labelling") -> Display:
     """The display for a console: live where it is a terminal, log lines where it is not."""
-    return LiveDisplay(console, rate) if console.is_terminal else LineDisplay(console, rate)
+    return LiveDisplay(console, rate, doing) if console.is_terminal else LineDisplay(console, rate)
 
 
 class LineDisplay:
@@ -109,10 +109,10 @@ class _RateColumn(ProgressColumn):
 class LiveDisplay:
     """A bar for the run and a line for each worker, redrawn in place."""
 
-    def __init__(self, console: Console, rate: Rate):
+    def __init__(self, console: Console, rate: Rate, doing: str = "labelling"):
         self._rate = rate
         self._bar = Progress(
-            TextColumn("labelling"),
+            TextColumn(doing),
             BarColumn(),
             MofNCompleteColumn(),
             _RateColumn(),

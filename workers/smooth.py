@@ -22,7 +22,7 @@ from depthmill.pipeline.smoothing.stage import (
     SmoothTask,
     edges_shape,
     write_empty_edges,
-    write_nothing_filtered,
+    write_unfiltered,
 )
 from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.store.temporal import Temporal
@@ -34,6 +34,7 @@ from depthmill.workers.standing import Counts
 
 _WAIT_S = 0.5
 _LOAD_DEATHS = 3
+_STEP_FRAMES = 8  # a worker may stand still for as long as so many frames may take
 _SHOWN = 8
 
 
@@ -45,7 +46,8 @@ class SmoothSummary:
         store: Where the store is.
         smoothed: Ids of the sources that are smoothed now.
         left_out: Id -> why a source is not.
-        unread: Segments that could not be read again, and have no edges or filtered labels, with the reason.
+        unread: Segments that could not be read again, with the reason: they go without edges, or unfiltered, until a
+            run of the same command reads them.
         frames: Frames that this run worked on, once a phase.
         seconds: Of this run.
     """
@@ -91,7 +93,7 @@ def smooth(
 
                 pool = smoothers(config, store.uri)
             stack.callback(pool.close)
-            run.display = stack.enter_context(open_display(console or Console(highlight=False), run.rate))
+            run.display = stack.enter_context(open_display(console or Console(highlight=False), run.rate, "smoothing"))
             try:
                 run.go(Crew(pool))
             except KeyboardInterrupt:
@@ -157,8 +159,10 @@ class _Run:
             for worker in list(crew.idle):
                 if self.queue:
                     task = self.queue.popleft()
+                    limit_s = self._config.frame_limit_s
+                    still_s = None if task.phase == "solve" else _STEP_FRAMES * limit_s
                     frames = task.frames + self._config.max_edge
-                    crew.call(worker, task, self._config.frame_limit_s * frames, "smooth", task)
+                    crew.call(worker, task, limit_s * frames, "smooth", task, still_s=still_s)
             for event in crew.wait(_WAIT_S):
                 self._ended(crew, event)
             for event in list(crew.end_overdue()):
@@ -210,10 +214,11 @@ class _Run:
             self.queue = deque(one for one in self.queue if one.segment.source_id != source_id)
         else:
             self.unread[str(task)] = _words(event)
+            Temporal(self._store, source_id).mark_unread(task.segment)
             if task.phase == "edges":
                 write_empty_edges(task.segment, self._store, self._config)
             else:
-                write_nothing_filtered(task.segment, self._store)
+                write_unfiltered(task.segment, self._store)
             self._finished(task)
 
 

@@ -17,7 +17,7 @@ from depthmill.pipeline.smoothing.solve import solve
 from depthmill.pipeline.stages import OpenSources, WorkerState
 from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.store.layout import DEPTH_INVALID, DEPTH_STEP, NORMALS_FULL_SCALE
-from depthmill.pipeline.store.temporal import Temporal, stored_rows
+from depthmill.pipeline.store.temporal import SCALED, Temporal, stored_rows
 from depthmill.pipeline.types import LABELLED, FrameSource, Segment
 
 Phase = Literal["edges", "solve", "filter"]
@@ -96,9 +96,11 @@ def filter_segment(
     Temporal(store, segment.source_id).write_filtered(segment, named())
 
 
-def write_nothing_filtered(segment: Segment, store: Store) -> None:
-    """Commit a segment that could not be read again: it has no filtered labels."""
-    Temporal(store, segment.source_id).write_filtered(segment, (None for _ in range(segment.frames)))
+def write_unfiltered(segment: Segment, store: Store) -> None:
+    """Commit a segment that could not be read again: scaled and shifted, which needs no picture, and not filtered."""
+    temporal = Temporal(store, segment.source_id)
+    rows = _label_rows(store, segment.source_id, segment.start, segment.stop)
+    temporal.write_filtered(segment, rows, code=SCALED)
 
 
 class Smoother:
@@ -167,24 +169,34 @@ def _views(
 def _filter_frames(
     source: FrameSource, store: Store, source_id: str, start: int, stop: int, on_frame: Callable[[], None]
 ) -> Iterator[FilterFrame | None]:
+    shot = Temporal(store, source_id).read("shot")[start:stop]
+    rows = _label_rows(store, source_id, start, stop)
+    for frame, labels, number in zip(source.read(start, stop), rows, shot, strict=True):
+        on_frame()
+        if frame.image is None or labels is None:
+            yield None
+            continue
+        yield FilterFrame(frame.image, labels.get("depth"), labels.get("normals"), int(number))
+
+
+def _label_rows(
+    store: Store, source_id: str, start: int, stop: int
+) -> Iterator[dict[str, npt.NDArray[np.float32]] | None]:
+    """Labels of each frame, depth scaled and shifted; None where there are none."""
     temporal = Temporal(store, source_id)
-    scale, shift, shot = (temporal.read(name)[start:stop] for name in ("scale", "shift", "shot"))
+    scale, shift = (temporal.read(name)[start:stop] for name in ("scale", "shift"))
     status = store.status(source_id)[start:stop]
     extents = _extents(store, source_id, start, stop)
     rows = {name: stored_rows(store, source_id, name, start, stop) for name in store.layout.labels}
-    for i, frame in enumerate(source.read(start, stop)):
-        on_frame()
-        packed = {name: next(rows[name])[: extents[i][0], : extents[i][1]] for name in rows}
-        if frame.image is None or status[i] != LABELLED:
+    for i, (height, width) in enumerate(extents):
+        packed = {name: next(one)[:height, :width] for name, one in rows.items()}
+        if status[i] != LABELLED:
             yield None
             continue
-        normals = packed.get("normals")
-        yield FilterFrame(
-            image=frame.image,
-            depth=scale[i] * _depth(packed["depth"]) + shift[i],
-            normals=None if normals is None else _normals(normals),
-            shot=int(shot[i]),
-        )
+        labels = {"depth": scale[i] * _depth(packed["depth"]) + shift[i]}
+        if "normals" in packed:
+            labels["normals"] = _normals(packed["normals"])
+        yield labels
 
 
 def _extents(store: Store, source_id: str, start: int, stop: int) -> npt.NDArray[Any]:

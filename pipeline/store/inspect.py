@@ -7,8 +7,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from depthmill.pipeline.store.root import FAILURES, RUN
+from depthmill.pipeline.store.root import FAILURES, METADATA, RUN
 from depthmill.pipeline.store.store import Store
+from depthmill.pipeline.store.temporal import Temporal
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class SourceSummary:
         height: Of its canvas, in pixels.
         width: Of its canvas, in pixels.
         bytes: Of its files.
+        smoothing: `none`, `smoothed`, `filtered`, `unfinished`, or `stale`: of labels that are others by now.
     """
 
     id: str
@@ -38,6 +40,7 @@ class SourceSummary:
     height: int
     width: int
     bytes: int
+    smoothing: str
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,12 @@ def inspect(store: Store) -> Inspection:
     """Look at a store: one listing of all its files, and the status of the sources that have any."""
     ids = store.sources()
     sizes = Counter[str]()
-    for key, size in store.directory.sizes().items():
+    files = store.directory.sizes()
+    for key, size in files.items():
         sizes[key.partition("/")[0]] += size
-    sources = tuple(_summary(store, source_id, sizes[source_id]) for source_id in ids)
+    sources = tuple(
+        _summary(store, source_id, sizes[source_id], f"{source_id}/temporal/{METADATA}" in files) for source_id in ids
+    )
     committed = sum(source.labelled + source.failed for source in sources)
     reasons = Counter(failure.reason for failure in store.failures())
     return Inspection(
@@ -111,7 +117,7 @@ def inspect(store: Store) -> Inspection:
     )
 
 
-def _summary(store: Store, source_id: str, size: int) -> SourceSummary:
+def _summary(store: Store, source_id: str, size: int, smoothed: bool) -> SourceSummary:
     attributes, progress = store.attributes(source_id), store.progress(source_id)
     height, width = attributes["size"]
     return SourceSummary(
@@ -125,7 +131,17 @@ def _summary(store: Store, source_id: str, size: int) -> SourceSummary:
         height=height,
         width=width,
         bytes=size,
+        smoothing=_smoothing(store, source_id) if smoothed else "none",
     )
+
+
+def _smoothing(store: Store, source_id: str) -> str:
+    temporal = Temporal(store, source_id)
+    if temporal.stale():
+        return "stale"
+    if not temporal.solved():
+        return "unfinished"
+    return "filtered" if temporal.filtered() else "smoothed"
 
 
 def _unopened(store: Store) -> list[str]:
@@ -152,6 +168,11 @@ def as_text(found: Inspection, most: int = 20) -> str:
         f"{found.pending:,} pending",
         f"size         {found.bytes:,} bytes, {found.bytes_per_frame:,.0f} a committed frame",
     ]
+    smoothing = Counter(one.smoothing for one in found.sources if one.smoothing != "none")
+    if smoothing:
+        lines.append(
+            f"smoothing    {', '.join(f'{count:,} sources {how}' for how, count in sorted(smoothing.items()))}"
+        )
     if run:
         lines.append(
             f"last run     {run.get('started', '?')}: {run.get('committed', 0):,} frames in "

@@ -34,11 +34,12 @@ from depthmill.pipeline.types import Segment
 
 # Smoothed depth leaves [0, 1]: the same steps from here on reach to 8.8.
 SMOOTH_OFFSET = -4.0
-FILTERED, UNREAD = 1, 2
+FILTERED, NO_LABELS, SCALED = 1, 2, 3
 
 _VERSION = 1  # of the computation: raised when the same configuration gives other bytes
 _COMMITS = {"edges": "edges", "solution": "shot", "filter": "filtered"}
 _FILTER_ARRAYS = ("depth_smooth", "normals_smooth")
+_UNREAD_SEGMENTS = "unread"  # attribute: first frames of segments that could not be read again
 
 
 class Temporal:
@@ -68,10 +69,16 @@ class Temporal:
         there = self.attributes()
         if there == wanted:
             return
-        if there is None or {**there, "leak": leak} != wanted:
+        unread = None if there is None else there.pop(_UNREAD_SEGMENTS, None)
+        if there == wanted and unread:
+            for segment in self.store.segments(self.source_id):
+                if segment.start in unread:
+                    self.uncommit("edges", segment)
+            self.uncommit_solution()
+        elif there is None or {**there, "leak": leak} != wanted:
             self._directory.remove(self._root)
         else:
-            self._directory.remove(f"{self._root}/shot/c")
+            self.uncommit_solution()
         self._directory.remove(f"{self._root}/filtered/c")
         for name in _FILTER_ARRAYS:
             self._directory.remove(f"{self.source_id}/{name}")
@@ -90,6 +97,25 @@ class Temporal:
             key = f"{self.source_id}/{name}_smooth/{METADATA}"
             if self._directory.read(key) is None:
                 self._directory.write(key, json_bytes(document))
+
+    def mark_unread(self, segment: Segment) -> None:
+        """Note that a segment could not be read again: the next `prepare` un-commits what was made without it."""
+        attributes = self.attributes()
+        assert attributes is not None
+        attributes[_UNREAD_SEGMENTS] = sorted({*attributes.get(_UNREAD_SEGMENTS, []), segment.start})
+        self._directory.write(f"{self._root}/{METADATA}", json_bytes(group_document(attributes)))
+
+    def uncommit(self, what: str, segment: Segment) -> None:
+        """Have a segment's `edges`, or what is `filter`ed of it, made again by the next run."""
+        number = segment.start // self.store.segment_frames(self.source_id)
+        if what == "edges":
+            self._directory.remove(f"{self._root}/edges/c/{number}")
+        else:
+            self._directory.delete(f"{self._root}/filtered/c/{number}")
+
+    def uncommit_solution(self) -> None:
+        """Have the solution made again by the next run."""
+        self._directory.remove(f"{self._root}/shot/c")
 
     def digest(self) -> str:
         """Of the labels: what it was computed from is known by this."""
@@ -118,17 +144,24 @@ class Temporal:
         for name, values in (("scale", scale), ("shift", shift), ("shot", shot)):
             self._write(name, 0, len(values), values)
 
-    def write_filtered(self, segment: Segment, frames: Iterable[Mapping[str, npt.NDArray[np.float32]] | None]) -> None:
+    def write_filtered(
+        self,
+        segment: Segment,
+        frames: Iterable[Mapping[str, npt.NDArray[np.float32]] | None],
+        *,
+        code: int = FILTERED,
+    ) -> None:
         """Write a segment's filtered labels shard by shard, and commit them.
 
         Args:
             segment: Which frames.
             frames: For each its labels by name (`depth`, `normals`); None where there are none.
+            code: What `filtered` says of those that have some.
         """
         attributes = self.store.attributes(self.source_id)
         shard = self.store.layout.frames_per_shard(*attributes["size"])
         rows = iter(frames)
-        codes = np.full(segment.frames, UNREAD, np.uint8)
+        codes = np.full(segment.frames, NO_LABELS, np.uint8)
         names = self.store.layout.labels
         arrays = source_arrays(attributes, self.store.layout)
         for start in range(segment.start, segment.stop, shard):
@@ -145,7 +178,7 @@ class Temporal:
                 labels = next(rows)
                 if labels is None:
                     continue
-                codes[start - segment.start + row] = FILTERED
+                codes[start - segment.start + row] = code
                 for name in names:
                     height, width = labels[name].shape[:2]
                     packed[name][row, :height, :width] = (
@@ -172,10 +205,15 @@ class Temporal:
         remedy = f"run `depthmill smooth {self.store.uri} --source {self.source_id}`"
         if there is None or not self.solved():
             raise StoreError(f"{self.source_id} of {self.store.uri} is not smoothed, or not to the end: {remedy}")
-        if there["labels"] != self.digest():
+        if self.stale():
             raise StoreError(
                 f"{self.source_id} of {self.store.uri} has been labelled again since it was smoothed: {remedy} again"
             )
+
+    def stale(self) -> bool:
+        """Whether the labels are others than those that were smoothed."""
+        there = self.attributes()
+        return there is not None and there["labels"] != self.digest()
 
     def filtered(self) -> bool:
         """Whether all segments have filtered labels."""
@@ -208,7 +246,9 @@ class Temporal:
             "temporal/scale": one("scale", "float32", 0, "smoothed depth = scale * depth + shift"),
             "temporal/shift": one("shift", "float32", 0, "smoothed depth = scale * depth + shift"),
             "temporal/shot": one("shot", "int32", -1, "number of the shot"),
-            "temporal/filtered": one("filtered", "uint8", 0, "0 pending, 1 filtered, 2 no frame", length),
+            "temporal/filtered": one(
+                "filtered", "uint8", 0, "0 pending, 1 filtered, 2 no labels, 3 scaled and shifted alone", length
+            ),
         }
 
 
@@ -230,4 +270,4 @@ def stored_rows(store: Store, source_id: str, name: str, start: int, stop: int) 
         start = end
 
 
-__all__ = ["FILTERED", "SMOOTH_OFFSET", "UNREAD", "Temporal", "pack_smooth_depth", "stored_rows"]
+__all__ = ["FILTERED", "NO_LABELS", "SCALED", "SMOOTH_OFFSET", "Temporal", "pack_smooth_depth", "stored_rows"]

@@ -25,6 +25,7 @@ from depthmill.pipeline.store.layout import (
 )
 from depthmill.pipeline.store.root import METADATA
 from depthmill.pipeline.store.store import Store
+from depthmill.pipeline.store.verify_smoothing import verify_smoothing
 from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
 
@@ -39,7 +40,7 @@ class Damage:
         stop: One past the last.
         file: Its key in the store.
         reason: What is wrong with it.
-        repaired: Whether the next run of `depthmill label` will mend it, or it is mended.
+        repaired: Whether the next run of `depthmill label`, or `smooth`, will mend it, or it is mended.
     """
 
     source_id: str
@@ -89,6 +90,8 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
 
         def check(source_id: str) -> tuple[list[_Checked], list[Damage]]:
             damage = list(_verify_metadata(store, source_id, repair))
+            smoothing = verify_smoothing(store, source_id, repair=repair)
+            damage += [Damage(source_id, start, stop, key, why, repair) for key, start, stop, why in smoothing]
             pending = set(store.pending(source_id))
             segments = [segment for segment in store.segments(source_id) if segment not in pending]
             checked = list(inner.map(_Check(store, source_id), segments))

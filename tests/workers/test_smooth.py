@@ -11,7 +11,9 @@ from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import Layout, create, open_datasets, open_store
-from depthmill.pipeline.store.temporal import Temporal
+from depthmill.pipeline.store.inspect import as_text, inspect
+from depthmill.pipeline.store.temporal import SCALED, Temporal
+from depthmill.pipeline.store.verify import verify
 from depthmill.tests import media
 from depthmill.tests.pipeline.store import samples
 from depthmill.workers.smooth import smooth
@@ -137,22 +139,80 @@ def test_unlabelled_and_missing_sources_are_left_out_with_the_reason(tmp_path, v
         open_datasets(other.uri, smooth=True)
 
 
-def test_a_segment_that_cannot_be_read_again_goes_without_edges(tmp_path, video, monkeypatch):
+@pytest.mark.parametrize("phase", ["edges", "filter"])
+def test_a_segment_that_cannot_be_read_again_is_left_until_it_can(tmp_path, video, monkeypatch, phase):
     from depthmill.pipeline.smoothing import stage
 
-    real = stage.write_segment_edges
+    name = {"edges": "write_segment_edges", "filter": "filter_segment"}[phase]
+    real = getattr(stage, name)
 
     def broken(source, segment, *arguments):
         if segment.start == 8:
             raise MemoryError("decoder")
         real(source, segment, *arguments)
 
-    monkeypatch.setattr(stage, "write_segment_edges", broken)
+    whole, _ = labelled(tmp_path / "whole.zarr", video)
+    run(whole, filter=True)
+    store, source_id = labelled(tmp_path / "a.zarr", video)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, name, broken)
+        for _ in range(2):  # it is tried again, and listed again
+            done = run(store, attempts=2, filter=True)
+            assert list(done.unread.values()) == ["decoder"]
+            assert done.smoothed == (source_id,)
+    temporal = Temporal(store, source_id)
+    if phase == "edges":
+        assert np.isnan(temporal.read("edges")[8:16]).all()
+    else:
+        assert (temporal.read("filtered")[8:16] == SCALED).all()
+        scale, shift = temporal.read("scale"), temporal.read("shift")
+        scaled = open_datasets(store.uri)[source_id].depth.values * scale[:, None, None] + shift[:, None, None]
+        found = open_datasets(store.uri, smooth=True)[source_id]
+        np.testing.assert_allclose(found.depth.values[8:16], scaled[8:16], atol=1.1e-4)
+        assert (found.normals.values[8:16, ..., 2] > 0.99).all()
+    assert not verify(store).damage
+    assert not run(store, filter=True).unread
+    assert written(store) == written(whole)
+
+
+def test_damage_is_found_and_made_again(tmp_path, video):
     store, name = labelled(tmp_path / "a.zarr", video)
-    done = run(store, attempts=2)
-    assert list(done.unread.values()) == ["decoder"]
-    assert np.isnan(Temporal(store, name).read("edges")[8:16]).all()
-    assert (open_store(store.uri).status(name) == 1).all()
+    run(store, filter=True)
+    before = written(store)
+    assert not verify(store).damage
+    whole = ("temporal/scale/c/0", "depth_smooth/c/3/0/0", "normals_smooth/c/0/0/0/0")
+    broken = ("temporal/zarr.json", "temporal/edges/c/1/0/0", "temporal/score/c/1", "temporal/filtered/c/2", *whole)
+    for keys, harm in ((broken, lambda path: path.write_bytes(b"\xffnonsense")), (whole, lambda path: path.unlink())):
+        for key in keys:
+            harm(tmp_path / "a.zarr" / name / key)
+            found = verify(store, repair=True).damage
+            assert [(one.file, one.repaired) for one in found] == [(f"{name}/{key}", True)]
+            run(store, filter=True)
+            assert not verify(store).damage
+            assert written(store) == before
+
+
+def test_an_inspection_says_what_is_smoothed(tmp_path, video):
+    store, name = labelled(tmp_path / "a.zarr", video)
+
+    def said():
+        found = inspect(open_store(store.uri))
+        assert ("smoothing" in as_text(found)) == (found.sources[0].smoothing != "none")
+        return found.sources[0].smoothing
+
+    assert said() == "none"
+    run(store)
+    assert said() == "smoothed"
+    run(store, filter=True)
+    assert said() == "filtered"
+    Temporal(store, name).uncommit_solution()
+    assert said() == "unfinished"
+    run(store)
+    writer = store.writer(store.segments(name)[0])
+    for index in range(8):
+        writer.fail(index, "now broken")
+    writer.commit()
+    assert said() == "stale"
 
 
 def test_filtered_labels_are_unit_and_plain_xarray_reads_them(tmp_path, video):

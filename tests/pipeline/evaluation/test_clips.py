@@ -105,7 +105,7 @@ def test_tae_is_the_mean_of_both_ways_in_per_cent(tmp_path):
 
 
 def test_a_smaller_prediction_is_resized(tmp_path):
-    truths, _ = write(tmp_path, "rendered", sequences=("a",))
+    write(tmp_path, "rendered", sequences=("a",))
     wanted = CLIP_SETS["rendered"]
     clips = open_clips(wanted, tmp_path)
     ramp = np.linspace(0.25, 1.75, 40)  # whose bilinear enlargement NumPy knows, but at the border

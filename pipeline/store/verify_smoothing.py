@@ -1,0 +1,92 @@
+"""Check that what smoothing wrote of a source is there and decodes; un-commit what is not.
+
+It has no checksums: it can be made again of the labels, which have them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.store.layout import file_key, rows_per_file
+from depthmill.pipeline.store.root import METADATA
+from depthmill.pipeline.store.store import Store
+from depthmill.pipeline.store.temporal import FILTERED, SCALED, Temporal
+from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
+from depthmill.pipeline.types import Segment
+
+Found = tuple[str, int, int, str]  # key of a file, first frame, one past the last, what is wrong
+
+
+def verify_smoothing(store: Store, source_id: str, *, repair: bool) -> Iterator[Found]:
+    """What is wrong with the smoothing of one source; nothing if it has none.
+
+    Args:
+        store: The store.
+        source_id: The source.
+        repair: Un-commit it, so that the next `depthmill smooth` makes it again.
+    """
+    temporal = Temporal(store, source_id)
+    frames = store.attributes(source_id)["frames"]
+    root = f"{source_id}/temporal"
+    try:
+        if temporal.attributes() is None:
+            return
+    except (ValueError, KeyError, TypeError):
+        if repair:
+            store.directory.remove(root)
+        yield f"{root}/{METADATA}", 0, frames, "is no JSON of a group"
+        return
+    everything = Segment(source_id, 0, frames)
+    if temporal.solved():
+        found = [one for name in ("scale", "shift", "shot") for one in _wrong(store, f"temporal/{name}", everything)]
+        if found and repair:
+            temporal.uncommit_solution()
+        yield from found
+    labels = [f"{name}_smooth" for name in store.layout.labels]
+    for what, names in (("edges", ["temporal/score", "temporal/edges"]), ("filter", ["temporal/filtered", *labels])):
+        pending = set(temporal.pending(what))
+        for segment in store.segments(source_id):
+            if segment in pending:
+                continue
+            found = [one for name in names for one in _wrong(store, name, segment)]
+            if found and repair:
+                temporal.uncommit(what, segment)
+            yield from found
+
+
+def _wrong(store: Store, name: str, rows: Segment) -> Iterator[Found]:
+    """The files of an array that hold these rows and are missing, or cannot be decoded."""
+    metadata = f"{rows.source_id}/{name}/{METADATA}"
+    try:
+        array = json.loads(store.directory.read(metadata) or b"")
+        length = rows_per_file(array)
+    except (ValueError, KeyError, TypeError):
+        yield metadata, rows.start, rows.stop, "is missing, or no JSON of an array"
+        return
+    for start in range(rows.start, rows.stop, length):
+        stop = min(start + length, rows.stop)
+        key = file_key(rows.source_id, name, array, start)
+        try:
+            there = store.directory.read(key) is not None
+            np.asarray(open_array(ZarrFiles(store.directory), f"{rows.source_id}/{name}", array)[start:stop])
+            reason = "" if there or not _needed(store, name, rows.source_id, start, stop) else "is missing"
+        except StoreError:
+            raise
+        except Exception as error:  # whatever codecs raise of broken bytes
+            reason = f"cannot be decoded: {type(error).__name__}: {error}"
+        if reason:
+            yield key, start, stop, reason
+
+
+def _needed(store: Store, name: str, source_id: str, start: int, stop: int) -> bool:
+    """Whether a file cannot be all fill, which is no file: a shift of nothing but 0 can, and frames without labels."""
+    if name in ("temporal/shift", "temporal/score"):
+        return False
+    if not name.endswith("_smooth"):
+        return True
+    codes = np.asarray(store.array(source_id, "temporal/filtered")[start:stop])
+    return bool(np.isin(codes, (FILTERED, SCALED)).any())
