@@ -52,7 +52,8 @@ def exponential(pictures: Pictures, raw: Floats) -> Floats:
     """A causal exponential mean of the depth maps, as scripts do it."""
     result = raw.copy()
     for i in range(1, len(raw)):
-        result[i] = _ALPHA * raw[i] + (1 - _ALPHA) * result[i - 1]
+        before = np.where(np.isnan(result[i - 1]), raw[i], result[i - 1])  # what comes into view has no past
+        result[i] = _ALPHA * raw[i] + (1 - _ALPHA) * before
     return result
 
 
@@ -98,9 +99,17 @@ def to_filter(pictures: Pictures, depth: Floats) -> Iterator[FilterFrame]:
 
 
 # Causes of rows where something else is better, by what their names contain.
+_STANDS_STILL = (
+    "windows fit every pixel of a frame to one median picture, as if the camera stood still: they take away the slow "
+    "changes that the leak leaves, and the real ones of a camera that goes forward with them (AbsRel there, and "
+    "undisturbed)"
+)
 _WHY_NOT = {
-    "frame to frame": "a causal mean of depth maps is steadier where nothing moves, and smears what does (see lag)",
-    "lag": "the filter averages over five frames; scale and shift alone change no shape",
+    "flicker": _STANDS_STILL,
+    "shift, whole clip": _STANDS_STILL,
+    "TAE": "a mean over frames also evens out what projecting to whole pixels costs; it is wrong by more (AbsRel)",
+    "pixels": "a causal mean of depth maps is steadier where nothing moves, and smears what does (lag)",
+    "lag": "only a mean over frames changes the shape of a frame's depth: raw labels, and a scale and shift, have none",
 }
 
 METHODS: dict[str, Callable[[Pictures, Floats], Floats]] = {

@@ -5,8 +5,11 @@ import io
 import numpy as np
 import pytest
 import xarray
+from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
+from depthmill.cli import app
 from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.sources import open_source
@@ -16,6 +19,7 @@ from depthmill.pipeline.store.temporal import SCALED, Temporal
 from depthmill.pipeline.store.verify import verify
 from depthmill.tests import media
 from depthmill.tests.pipeline.store import samples
+from depthmill.tests.workers.flickering import labelled, written
 from depthmill.workers.smooth import smooth
 
 FRAMES = 21
@@ -26,33 +30,9 @@ def video(tmp_path_factory):
     return media.write_video(tmp_path_factory.mktemp("media") / "clip.mp4", frames=FRAMES)
 
 
-def labelled(path, video, segment_frames=8, upto=None):
-    """A store in which the depth of the video flickers."""
-    source = open_source(str(video))
-    about = source.probe()
-    store = create(path, Layout(shard_frames=4, segment_frames=segment_frames), samples.IDENTITY)
-    store.add(about)
-    rng = np.random.default_rng(0)
-    ramp = np.linspace(0.3, 0.6, about.width, dtype=np.float32) * np.ones((about.height, 1), np.float32)
-    depths = [np.float32(rng.uniform(0.8, 1.2)) * ramp for _ in range(FRAMES)]
-    normals = np.zeros((about.height, about.width, 3), np.float32)
-    normals[..., 2] = 1
-    for segment in store.segments(about.id)[:upto]:
-        writer = store.writer(segment)
-        for index in range(segment.start, segment.stop):
-            writer.put(index, depths[index], normals)
-        writer.commit()
-    source.close()
-    return store, about.id
-
-
 def run(store, **options):
     console = Console(file=io.StringIO())
-    return smooth(store.uri, SmoothConfig(workers=0, max_edge=4, **options), console=console)
-
-
-def written(store):
-    return {k: v for k, v in samples.files(store.uri).items() if "/temporal/" in k or "_smooth/" in k}
+    return smooth(store.uri, SmoothConfig(**{"workers": 0, "max_edge": 4, **options}), console=console)
 
 
 def test_scales_are_written_beside_labels_that_stay(tmp_path, video):
@@ -222,3 +202,66 @@ def test_filtered_labels_are_unit_and_plain_xarray_reads_them(tmp_path, video):
     assert np.allclose(np.linalg.norm(source.normals.values, axis=-1), 1, atol=0.02)
     plain = xarray.open_zarr(store.uri, group=name, consolidated=False, chunks=None)
     assert np.allclose(plain.depth_smooth.values, source.depth.values, atol=1e-6)
+
+
+def test_depth_alone_and_pictures_of_one_size(tmp_path):
+    media.write_image_folder(tmp_path / "photos", count=9, sizes=[(48, 64)])
+    store, name = labelled(tmp_path / "a.zarr", tmp_path / "photos", labels=("depth",))
+    assert run(store).smoothed == ()  # pictures are no video, unless they are named
+    console = Console(file=io.StringIO())
+    done = smooth(store.uri, SmoothConfig(workers=0, filter=True), sources=[name], console=console)
+    assert done.smoothed == (name,)
+    assert "smoothing" not in console.file.getvalue()  # lines say what each worker does
+    found = open_datasets(store.uri, smooth=True)[name]
+    assert np.isfinite(found.depth.values).all()
+    assert not (tmp_path / "a.zarr" / name / "normals_smooth").exists()
+
+
+def test_pictures_of_several_sizes_are_left_out(tmp_path):
+    media.write_image_folder(tmp_path / "photos", count=4, sizes=[(48, 64), (64, 48)])
+    source = open_source(str(tmp_path / "photos"))
+    store = create(tmp_path / "a.zarr", Layout(shard_frames=4, segment_frames=4), samples.IDENTITY)
+    about = source.probe()
+    store.add(about)
+    (segment,) = store.segments(about.id)
+    writer = store.writer(segment)
+    for frame in source.read(0, 4):
+        height, width = frame.image.shape[:2]
+        writer.put(frame.index, np.full((height, width), 0.5, np.float32), np.zeros((height, width, 3), np.float32))
+    writer.commit()
+    done = smooth(store.uri, SmoothConfig(workers=0), sources=[about.id], console=Console(file=io.StringIO()))
+    assert "differ in size" in done.left_out[about.id]
+
+
+def test_the_command_line_labels_smooths_and_previews(tmp_path, video):
+    def depthmill(*arguments):
+        result = CliRunner().invoke(app, [*map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    store = tmp_path / "a.zarr"
+    options = ("--checkpoint", "demo", "--processing-resolution", 64, "--workers", 0, "--segment-frames", 16)
+    assert "1 sources are smoothed" in depthmill("label", video, store, *options, "--smooth")
+    (name,) = open_store(store).sources()
+    before = written(open_store(store))
+    again = depthmill("smooth", store, "--workers", 0, "--source", name)
+    assert "0 frames were done in this run" in again
+    assert written(open_store(store)) == before
+    assert f"{FRAMES} frames were done" in depthmill("smooth", store, "--workers", 0, "--filter", "--leak", 0.2)
+    sizes = []
+    for out, more in ((tmp_path / "plain", ()), (tmp_path / "smooth", ("--smooth",))):
+        depthmill("preview", store, "--out", out, *more)
+        (path,) = out.glob("*.png")
+        with Image.open(path) as picture:
+            sizes.append(picture.size)
+    # One more column; and below, the slices over time and the curves.
+    assert sizes[1][0] > sizes[0][0]
+    assert sizes[1][1] > sizes[0][1] + 400
+
+
+def test_smoothed_depth_moves_less(tmp_path, video):
+    store, name = labelled(tmp_path / "a.zarr", video)
+    run(store, max_edge=8)
+    raw = open_datasets(store.uri)[name].depth.values[:, 20, 30]
+    found = open_datasets(store.uri, smooth=True)[name].depth.values[:, 20, 30]
+    assert np.abs(np.diff(found)).mean() < 0.5 * np.abs(np.diff(raw)).mean()

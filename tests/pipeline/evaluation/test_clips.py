@@ -160,5 +160,5 @@ def test_a_wrong_index_is_refused(tmp_path, change, message):
 
 
 def test_a_missing_index_is_named(tmp_path):
-    with pytest.raises(EvaluationError, match="has no kitti_video.json; expected the index"):
+    with pytest.raises(EvaluationError, match=r"has no kitti_video\.json; expected the index"):
         open_clips(CLIP_SETS["kitti"], tmp_path)

@@ -1,0 +1,32 @@
+"""Stores whose depth flickers, for smoothing; and what smoothing wrote."""
+
+import numpy as np
+
+from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.store import Layout, create
+from depthmill.tests.pipeline.store import samples
+
+
+def labelled(path, video, segment_frames=8, upto=None, labels=("depth", "normals")):
+    """A store in which the depth of a video, or of pictures, flickers: its id too; `upto` segments are labelled."""
+    source = open_source(str(video))
+    about = source.probe()
+    store = create(path, Layout(labels=labels, shard_frames=4, segment_frames=segment_frames), samples.IDENTITY)
+    store.add(about)
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0.3, 0.6, about.width, dtype=np.float32) * np.ones((about.height, 1), np.float32)
+    depths = (np.float32(rng.uniform(0.8, 1.2)) * ramp for _ in range(about.frames))
+    normals = np.zeros((about.height, about.width, 3), np.float32)
+    normals[..., 2] = 1
+    for segment in store.segments(about.id)[:upto]:
+        writer = store.writer(segment)
+        for index in range(segment.start, segment.stop):
+            writer.put(index, next(depths), normals if "normals" in labels else None)
+        writer.commit()
+    source.close()
+    return store, about.id
+
+
+def written(store):
+    """Path -> bytes of every file that smoothing wrote."""
+    return {k: v for k, v in samples.files(store.uri).items() if "/temporal/" in k or "_smooth/" in k}
