@@ -14,6 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -27,14 +28,17 @@ from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.evaluation.temporal import alignment_error
 from depthmill.pipeline.smoothing.edges import segment_edges, view
 from depthmill.pipeline.smoothing.filter import FilterFrame, filter_frames
+from depthmill.pipeline.smoothing.flow import Preset
 from depthmill.pipeline.smoothing.solve import solve
+from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.training import clips
 
 Floats = npt.NDArray[np.float32]
 Pictures = npt.NDArray[np.uint8]
 
 CAMERAS = ("static", "pan", "forward")
-LEAK = SmoothConfig().leak
+LEAK, FLOW = SmoothConfig().leak, SmoothConfig().flow
+CLIP = Path(__file__).parents[1] / "demo" / "pedestrians.mp4"
 _ALPHA = 0.2  # of the exponential mean: how much of a frame is its own
 _WINDOW, _OVERLAP = 32, 8  # of Video-Depth-Anything: frames a window, and frames that two share
 _STILL = 4  # grey levels: what a pixel of a background may vary
@@ -82,9 +86,9 @@ def windows(pictures: Pictures, raw: Floats) -> Floats:
         start += _WINDOW - _OVERLAP
 
 
-def smoothed(pictures: Pictures, raw: Floats, leak: float = LEAK) -> Floats:
+def smoothed(pictures: Pictures, raw: Floats, leak: float = LEAK, max_edge: int = 32, flow: Preset = FLOW) -> Floats:
     """Ours: scale and shift a frame."""
-    edges, score = segment_edges(map(view, pictures, raw), 0)
+    edges, score = segment_edges(map(view, pictures, raw), 0, max_edge=max_edge, flow=flow)
     solution = solve(edges, score, np.ones(len(raw), bool), leak=leak)
     return solution.scale[:, None, None] * raw + solution.shift[:, None, None]
 
@@ -198,10 +202,9 @@ def stop_and_go(clip: clips.Clip, calm: Floats) -> tuple[clips.Clip, Floats]:
 def shipped(frames: int | None) -> tuple[Pictures, Floats, float]:
     """The shipped clip: pictures, labels of the embedded checkpoint, and the seconds that a frame's took."""
     from depthmill.pipeline.model.labeler import Labeler
-    from depthmill.pipeline.sources import open_source
 
-    source = open_source(Path(__file__).parents[1] / "demo" / "pedestrians.mp4")
-    pictures = np.stack([one.image for one in source.read(0, frames or source.probe().frames)])
+    with closing(open_source(CLIP)) as source:
+        pictures = np.stack([one.image for one in source.read(0, frames or source.probe().frames)])
     labeler = Labeler.from_pretrained("demo", None, labels=("depth",))
     labeler(pictures[:1])
     started = time.perf_counter()
@@ -209,9 +212,39 @@ def shipped(frames: int | None) -> tuple[Pictures, Floats, float]:
     return pictures, depth, (time.perf_counter() - started) / len(pictures)
 
 
+def options(
+    made: dict[str, list[tuple[clips.Clip, Floats, Floats]]], pictures: Pictures, raw: Floats
+) -> dict[str, dict[str, float]]:
+    """What the flow's preset, and the longest edge, give and cost."""
+    found = {}
+    tried: list[tuple[Preset, int]] = [
+        ("ultrafast", 32),
+        ("fast", 32),
+        ("medium", 32),
+        ("fast", 16),
+        ("fast", 4),
+        ("fast", 1),
+    ]
+    for flow, max_edge in tried:
+        rows = {}
+        for camera, those in made.items():
+            row = means([against_truth(smoothed(c.rgb, noisy, LEAK, max_edge, flow), c) for c, _, noisy in those])
+            rows |= {f"{camera}, {figure}": row[figure] for figure in ("flicker", "AbsRel")}
+        started = time.perf_counter()
+        real = against_the_background(smoothed(pictures, raw, LEAK, max_edge, flow), raw, pictures)
+        took_s = time.perf_counter() - started
+        rows |= {f"real clip, {name}": real[name] for name in ("scale, frame to frame", "pixels, frame to frame")}
+        found[f"{flow}, {max_edge}"] = rows | {"real clip, ms a frame": 1000 * took_s / len(raw)}
+    return found
+
+
 def timings(pictures: Pictures, raw: Floats) -> dict[str, float]:
     """Seconds a frame of each phase."""
     marks = [time.perf_counter()]
+    with closing(open_source(CLIP)) as source:
+        for _ in source.read(0, len(raw)):
+            pass
+    marks.append(time.perf_counter())
     edges, score = segment_edges(map(view, pictures, raw), 0)
     marks.append(time.perf_counter())
     solution = solve(edges, score, np.ones(len(raw), bool), leak=LEAK)
@@ -221,7 +254,7 @@ def timings(pictures: Pictures, raw: Floats) -> dict[str, float]:
     for _ in filter_frames(to_filter(pictures, depth), 0, 0):
         pass
     marks.append(time.perf_counter())
-    phases = ("edges", "solve", "apply (when read)", "filter (depth alone)")
+    phases = ("decode again", "edges", "solve", "apply (when read)", "filter (depth alone)")
     return dict(zip(phases, np.diff(marks) / len(raw), strict=True))
 
 
@@ -282,6 +315,7 @@ def main() -> None:
 
     pictures, raw, label_s = shipped(8 if quick else None)
     real = {name: against_the_background(method(pictures, raw), raw, pictures) for name, method in METHODS.items()}
+    chosen = options(made, pictures, raw)
     times = {"label (embedded checkpoint, float32, on the CPU)": label_s, **timings(pictures, raw)}
 
     title = f"{len(seeds)} clips a camera of {frames} frames, {height * 4 // 3} x {height}, means over clips"
@@ -321,6 +355,11 @@ def main() -> None:
             "more leak costs less there, and leaves more flicker.",
             "",
             *table(leaks, "camera, figure"),
+            "",
+            "## Flow and the longest edge",
+            f"The defaults are {FLOW} and {SmoothConfig().max_edge}.",
+            "",
+            *table(chosen, "figure"),
             "",
             "## Time",
             "Milliseconds a frame on one process, on the real clip.",

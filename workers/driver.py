@@ -24,7 +24,8 @@ from depthmill.pipeline.stages import Report
 from depthmill.pipeline.types import Failure, Segment
 from depthmill.workers.backlog import Backlog
 from depthmill.workers.crew import Crew, Running
-from depthmill.workers.inquest import DIED, TOO_LONG, Inquest, Trial, hear, open_inquest
+from depthmill.workers.inquest import Inquest, Trial, cause_of, hear, open_inquest, reason, words_of
+from depthmill.workers.pace import Pace
 from depthmill.workers.pool import Event, Pool
 from depthmill.workers.standing import Standing
 
@@ -32,12 +33,6 @@ _POLL_S = 0.5
 _SHOW_EVERY_S = 0.2
 _WATCH_S = 60.0  # of nothing happening, until the run says what it waits for
 _SHOWN_WORKERS = 16
-
-# A segment of n frames may take (n + _START_FRAMES) times the limit of a frame: opening a source takes a while too. In
-# a long one, no step may take _STEP_FRAMES times that: opening it, labelling a batch, writing the last shard.
-_START_FRAMES = 16
-_STEP_FRAMES = 32
-_PACES = 20.0  # times the measured pace is too long
 _LABELERS_A_PROBER = 8
 _PROBE_FRAMES = 30.0  # frames' limits that probing may take
 _EXCUSED = 10  # losses of a machine with which something has nothing to do
@@ -136,7 +131,7 @@ class Driver:
         self._void: set[int] = set()  # workers whose answer no longer matters
         self._unpublished: list[str] = []
         self._published = 0
-        self._seconds = self._frames = 0.0  # of what was done, for the pace
+        self._pace = Pace(options.frame_limit_s, options.least_limit_s)
         self._load_deaths = 0
         self._shown_s = self._looked_s = float("-inf")
         self._happened_s = self._crew.now_s
@@ -204,14 +199,14 @@ class Driver:
             task = self._next.pop(worker, None)
             if task is None and self._trials:
                 trial = self._trials.popleft()
-                limit_s, still_s = self._limit(trial.frames), self._step_limit()
+                limit_s, still_s = self._pace.limit(trial.frames), self._pace.step_limit()
                 crew.call(worker, trial, limit_s, "try_task", trial.task, still_s=still_s)
                 continue
             if task is None:
                 task = self._backlog.take(worker, alone=crew.ready == 1) if self._backlog else self._left_over()
             if task is not None:
                 self._at.setdefault(task.segment, set()).add(worker)
-                limit_s, still_s = self._limit(task.frames), self._step_limit()
+                limit_s, still_s = self._pace.limit(task.frames), self._pace.step_limit()
                 crew.call(worker, task, limit_s, "label", task, *self._following(worker, task), still_s=still_s)
             elif not self._backlog:
                 break
@@ -236,27 +231,16 @@ class Driver:
             return self._next.pop(next(iter(self._next)))
         return self._straggler()
 
-    def _limit(self, frames: int) -> float:
-        """Seconds that so many frames may take."""
-        return (frames + _START_FRAMES) * self._frame_limit()
-
-    def _step_limit(self) -> float:
-        """Seconds that a worker may stand still."""
-        return _STEP_FRAMES * self._frame_limit()
-
-    def _frame_limit(self) -> float:
-        most = self._options.frame_limit_s
-        if self._frames:
-            most = min(most, max(_PACES * self._seconds / self._frames, self._options.least_limit_s))
-        return most
-
     def _straggler(self) -> Task | None:
         """A segment that takes far longer than it should, to be tried by a second worker as well."""
-        if not self._frames or self._more or self._probes or self._probing or not self._open:
+        if not self._pace.frame_s or self._more or self._probes or self._probing or not self._open:
             return None
-        pace = self._seconds / self._frames
         late = [
-            ((self._crew.now_s - running.since_s) / (pace * (running.item.frames + 1)), worker, running.item)
+            (
+                (self._crew.now_s - running.since_s) / (self._pace.frame_s * (running.item.frames + 1)),
+                worker,
+                running.item,
+            )
             for worker, running in self._crew.running.items()
             if isinstance(running.item, Task) and len(self._at.get(running.item.segment, ())) == 1
         ]
@@ -275,7 +259,7 @@ class Driver:
             self._void.discard(worker)
             return
         self._happened_s = self._crew.now_s
-        cause = _ours(event.error)
+        cause = cause_of(event.error)
         if isinstance(cause, StoreFullError):
             raise cause
         match running.item:
@@ -318,7 +302,7 @@ class Driver:
             if tried.attempts < self._options.attempts:
                 self._probes.append(tried)
                 return
-            why = f"{shown(probe.uri)}: probing it failed {tried.attempts} times: {_why(event)}"
+            why = f"{shown(probe.uri)}: probing it failed {tried.attempts} times: {words_of(event)}"
         self.failures.append(Failure(uri=shown(probe.uri), source_id=None, frame=None, reason=why))
         self.standing.count_reason(why, 1)
         self._calls.say(f"left out: {why}")
@@ -350,11 +334,11 @@ class Driver:
             self._failed(task, event, cause)
             return
         self._void |= others  # what they write is the same
-        self._paced(task, running)
+        self._pace.add(task.frames, self._crew.now_s - running.since_s)
         self._committed(event.answer)
 
     def _failed(self, task: Task, event: Event, cause: BaseException | None) -> None:
-        tried, why = _after(task, event), _why(event)
+        tried, why = _after(task, event), words_of(event)
         self.standing.retries += 1
         if tried.attempts < self._options.attempts:
             self._backlog.again(tried, event.worker)
@@ -367,9 +351,9 @@ class Driver:
             self._judge(inquest)
 
     def _tried(self, trial: Trial, running: Running, event: Event) -> None:
-        why = None if event.error is None else _why(event)
+        why = None if event.error is None else words_of(event)
         if why is None:
-            self._paced(trial, running)
+            self._pace.add(trial.frames, self._crew.now_s - running.since_s)
         lost = event.lost and trial.losses < _EXCUSED
         # The newest first: one culprit is found before the next is looked for, and few trials wait at any time.
         self._trials.extendleft(reversed(hear(trial, why, lost, self._options.attempts)))
@@ -379,10 +363,6 @@ class Driver:
         verdict = inquest.verdict
         if verdict is not None:
             self._backlog.again(verdict, None)
-
-    def _paced(self, item: Task | Trial, running: Running) -> None:
-        self._seconds += self._crew.now_s - running.since_s
-        self._frames += item.frames
 
     def _committed(self, report: Report) -> None:
         self._open -= 1
@@ -429,23 +409,3 @@ def _after(item: _Tried, event: Event) -> _Tried:
     if event.lost and item.losses < _EXCUSED:
         return replace(item, losses=item.losses + 1)
     return replace(item, attempts=item.attempts + 1)
-
-
-def _why(event: Event) -> str:
-    """What went wrong, in words that are the same each time it does: they are committed with the frame."""
-    if isinstance(event.error, TimeoutError) and event.died:
-        return TOO_LONG
-    return DIED if event.died else reason(event.error)
-
-
-def _ours(error: BaseException | None) -> BaseException | None:
-    """What a worker raised, out of Ray's wrapping."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, BaseException) else error
-
-
-def reason(error: BaseException | None) -> str:
-    """An exception in one line."""
-    cause = _ours(error)
-    text = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {text[0]}" if text else type(cause).__name__

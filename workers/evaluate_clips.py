@@ -15,7 +15,7 @@ from depthmill.pipeline.config import LabelConfig, SmoothConfig
 from depthmill.pipeline.errors import ConfigError, EvaluationError, StoreError
 from depthmill.pipeline.evaluation.clip_report import clip_reasons, clip_table, write_clip_report
 from depthmill.pipeline.evaluation.clip_score import ClipScores, score_clips
-from depthmill.pipeline.evaluation.clips import TrueClip, find_clip_set, open_clips
+from depthmill.pipeline.evaluation.clips import TrueClip, find_clip_set, find_index, open_clips
 from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, from_store
 from depthmill.pipeline.evaluation.samples import Sample
 from depthmill.pipeline.store import open_store, write_atomically
@@ -53,7 +53,11 @@ def evaluate_clips(
     """
     console = console or Console(highlight=False)
     wanted = find_clip_set(name)
-    if name == "rendered" and not any(data.glob("**/rendered_video.json")) and not data.is_file():
+    try:
+        find_index(wanted, data)
+    except EvaluationError:
+        if name != "rendered":
+            raise
         from depthmill.pipeline.training.clips import export_clips
 
         with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:

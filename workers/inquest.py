@@ -8,6 +8,7 @@ from math import ceil, log2
 
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Segment
+from depthmill.workers.pool import Event
 
 TOO_LONG = "it takes longer than its time limit (frame_limit_s)"
 DIED = "its worker dies of it"
@@ -138,3 +139,23 @@ def _split(trial: Trial, why: str) -> list[Trial]:
         inquest.unheard += 2
         return [Trial(inquest, trial.start, middle), Trial(inquest, middle, trial.stop)]
     return []
+
+
+def words_of(event: Event) -> str:
+    """What went wrong, in words that are the same each time it does: they are committed with the frame."""
+    if isinstance(event.error, TimeoutError) and event.died:
+        return TOO_LONG
+    return DIED if event.died else reason(event.error)
+
+
+def cause_of(error: BaseException | None) -> BaseException | None:
+    """What a worker raised, out of Ray's wrapping."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def reason(error: BaseException | None) -> str:
+    """An exception in one line."""
+    cause = cause_of(error)
+    text = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {text[0]}" if text else type(cause).__name__

@@ -28,13 +28,14 @@ from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import LABELLED, Segment
 from depthmill.workers.crew import Crew
+from depthmill.workers.inquest import words_of
+from depthmill.workers.pace import Pace
 from depthmill.workers.pool import Event, InProcess, Pool
 from depthmill.workers.progress import Rate, open_display
 from depthmill.workers.standing import Counts
 
 _WAIT_S = 0.5
 _LOAD_DEATHS = 3
-_STEP_FRAMES = 8  # a worker may stand still for as long as so many frames may take
 _SHOWN = 8
 
 
@@ -125,6 +126,7 @@ class _Run:
         self.left_out: dict[str, str] = {}
         self.unread: dict[str, str] = {}
         self.rate = Rate()
+        self._limits = Pace(config.frame_limit_s, config.frame_limit_s)  # phases differ too much in pace to learn it
         self.display: Any = None
         self.done = self._total = self._load_deaths = 0
         for source_id in source_ids:
@@ -159,10 +161,9 @@ class _Run:
             for worker in list(crew.idle):
                 if self.queue:
                     task = self.queue.popleft()
-                    limit_s = self._config.frame_limit_s
-                    still_s = None if task.phase == "solve" else _STEP_FRAMES * limit_s
-                    frames = task.frames + self._config.max_edge
-                    crew.call(worker, task, limit_s * frames, "smooth", task, still_s=still_s)
+                    still_s = None if task.phase == "solve" else self._limits.step_limit()
+                    limit_s = self._limits.limit(task.frames + self._config.max_edge)
+                    crew.call(worker, task, limit_s, "smooth", task, still_s=still_s)
             for event in crew.wait(_WAIT_S):
                 self._ended(crew, event)
             for event in list(crew.end_overdue()):
@@ -192,8 +193,8 @@ class _Run:
         self._load_deaths += 1
         if not event.died or self._load_deaths >= _LOAD_DEATHS:
             raise RunStoppedError(
-                f"workers cannot start ({_words(event)}): see to it, and run the same command again; what is smoothed "
-                "stays"
+                f"workers cannot start ({words_of(event)}): see to it, and run the same command again; what is "
+                "smoothed stays"
             ) from event.error
 
     def _finished(self, task: SmoothTask) -> None:
@@ -210,17 +211,13 @@ class _Run:
         if task.attempts + 1 < self._config.attempts:
             self.queue.append(replace(task, attempts=task.attempts + 1))
         elif isinstance(event.error, SourceError) or task.phase == "solve":
-            self.left_out[source_id] = _words(event)
+            self.left_out[source_id] = words_of(event)
             self.queue = deque(one for one in self.queue if one.segment.source_id != source_id)
         else:
-            self.unread[str(task)] = _words(event)
+            self.unread[str(task)] = words_of(event)
             Temporal(self._store, source_id).mark_unread(task.segment)
             if task.phase == "edges":
                 write_empty_edges(task.segment, self._store, self._config)
             else:
                 write_unfiltered(task.segment, self._store)
             self._finished(task)
-
-
-def _words(event: Event) -> str:
-    return "its worker died" if event.died else f"{event.error}".splitlines()[0] or type(event.error).__name__

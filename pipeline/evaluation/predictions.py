@@ -64,7 +64,8 @@ def from_folder(
     if missing:
         raise EvaluationError(
             f"{folder} has predictions of {len(files)} of {len(samples)} pictures; {some(missing)} are missing: "
-            "name each after its picture, in the same folders, or give --split with a list of those to score"
+            "name each after its picture, in the same folders, or score those alone: --split with a list of them, with "
+            "--video an index"
         )
 
     def read(sample: Sample) -> Floats:
@@ -128,8 +129,8 @@ def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality, 
     if missing:
         raise EvaluationError(
             f"{path} has {len(rows)} of {len(samples)} pictures; {some(missing)} are missing (the last of its own "
-            f"is {seen or 'none: it has no pictures'}): label the set's folder whole, or give --split with a list of "
-            "those to score"
+            f"is {seen or 'none: it has no pictures'}): label the set's folder whole, or score those alone: --split "
+            "with a list of them, with --video an index"
         )
     status = {source: store.status(source) for source in {source for source, _ in rows.values()}}
     pending = [name for name, (source, row) in rows.items() if status[source][row] == PENDING]

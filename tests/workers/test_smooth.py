@@ -138,7 +138,7 @@ def test_a_segment_that_cannot_be_read_again_is_left_until_it_can(tmp_path, vide
         patch.setattr(stage, name, broken)
         for _ in range(2):  # it is tried again, and listed again
             done = run(store, attempts=2, filter=True)
-            assert list(done.unread.values()) == ["decoder"]
+            assert list(done.unread.values()) == ["MemoryError: decoder"]
             assert done.smoothed == (source_id,)
     temporal = Temporal(store, source_id)
     if phase == "edges":
