@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from depthmill.pipeline.plan import Planned
-from depthmill.pipeline.stages import Report, WorkerState
+from depthmill.pipeline.types import Report, WorkerState
 from depthmill.tests.workers.simulated import SimulatedPool
 from depthmill.workers.driver import Calls, Driver, Options
 from depthmill.workers.pool import Event

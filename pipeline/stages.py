@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,60 +9,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from depthmill.pipeline.batches import in_batches
-from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.model.transfer import NormalsDtype, Pending
 from depthmill.pipeline.plan import Task
-from depthmill.pipeline.sources import open_source, prefetch, shown
+from depthmill.pipeline.sources import prefetch
 from depthmill.pipeline.store import Store
 from depthmill.pipeline.store.writer import SegmentWriter
-from depthmill.pipeline.types import Frame, FrameSource, Segment
-
-_OPEN_SOURCES = 2  # kept open by a worker, so that its next segment of the same video goes on where the last ended
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of a segment.
-
-    Attributes:
-        segment: Which.
-        labelled: Frames with labels.
-        failed: Frames without; their reasons are in the store.
-        seconds: Wall time from the first read to the commit.
-        batches: Forward passes.
-        slots: Frames that those had room for.
-        label_s: Seconds spent labelling.
-        bytes: Written.
-        reasons: Failed frames by reason.
-    """
-
-    segment: Segment
-    labelled: int
-    failed: int
-    seconds: float
-    batches: int = 0
-    slots: int = 0
-    label_s: float = 0.0
-    bytes: int = 0
-    reasons: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class WorkerState:
-    """What a worker is doing.
-
-    Attributes:
-        doing: A word or two: `loading`, `idle`, or the segment.
-        frames: Frames of the segment that are done.
-        of: Frames of the segment.
-        steps: Rises with each frame that is read and each batch that is labelled; standing still, it hangs.
-    """
-
-    doing: str
-    frames: int = 0
-    of: int = 0
-    steps: int = 0
+from depthmill.pipeline.types import Frame, FrameSource, Report, Segment
 
 
 @dataclass(eq=False)
@@ -271,41 +223,3 @@ def fail_task(task: Task, reason: str, store: Store) -> Report:
             writer.fail(index, skip.get(index, reason))
         writer.commit()
     return Report(task.segment, labelled=0, failed=task.frames, seconds=0.0, reasons=reasons)
-
-
-class OpenSources:
-    """The sources that a worker has open."""
-
-    def __init__(self, max_pixels: int, max_frames: int) -> None:
-        """None yet; the limits are `open_source`'s."""
-        self._limits = (max_pixels, max_frames)
-        self._sources: dict[str, FrameSource] = {}
-        self._lock = threading.Lock()
-
-    def open(self, uri: str, fingerprint: str) -> FrameSource:
-        """The source at `uri`; it stays open.
-
-        Raises:
-            SourceError: If it is not the one with this fingerprint.
-        """
-        with self._lock:
-            if uri in self._sources:
-                self._sources[uri] = self._sources.pop(uri)  # last used, last to go
-                return self._sources[uri]
-            while len(self._sources) >= _OPEN_SOURCES:
-                self._sources.pop(next(iter(self._sources))).close()
-            max_pixels, max_frames = self._limits
-            source = open_source(uri, max_pixels=max_pixels, max_frames=max_frames)
-            if source.probe().fingerprint != fingerprint:
-                source.close()
-                raise SourceError(
-                    f"{shown(uri)} is not the file that the run was planned with; expected it unchanged, and the same "
-                    "on every machine: put it back, or label it into another store"
-                )
-            self._sources[uri] = source
-            return source
-
-    def close(self) -> None:
-        """Release all of them."""
-        while self._sources:
-            self._sources.popitem()[1].close()

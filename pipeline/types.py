@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -141,3 +141,47 @@ class FrameSource(Protocol):
     def close(self) -> None:
         """Release files and threads."""
         ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a segment.
+
+    Attributes:
+        segment: Which.
+        labelled: Frames with labels.
+        failed: Frames without; their reasons are in the store.
+        seconds: Wall time from the first read to the commit.
+        batches: Forward passes.
+        slots: Frames that those had room for.
+        label_s: Seconds spent labelling.
+        bytes: Written.
+        reasons: Failed frames by reason.
+    """
+
+    segment: Segment
+    labelled: int
+    failed: int
+    seconds: float
+    batches: int = 0
+    slots: int = 0
+    label_s: float = 0.0
+    bytes: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """What a worker is doing.
+
+    Attributes:
+        doing: A word or two: `loading`, `idle`, or the segment.
+        frames: Frames of the segment that are done.
+        of: Frames of the segment.
+        steps: Rises with each frame that is read and each batch that is labelled; standing still, it hangs.
+    """
+
+    doing: str
+    frames: int = 0
+    of: int = 0
+    steps: int = 0

@@ -14,17 +14,15 @@ from depthmill.pipeline.errors import CheckpointError
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.sources import Prefetch
+from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.stages import (
     Labelled,
-    OpenSources,
-    Report,
-    WorkerState,
     label_frames,
     read_segment,
     try_segment,
 )
 from depthmill.pipeline.store import Store, open_store
-from depthmill.pipeline.types import Frame, FrameSource
+from depthmill.pipeline.types import Frame, FrameSource, Report, WorkerState
 
 
 class _DroppedError(Exception):

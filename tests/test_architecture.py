@@ -49,3 +49,9 @@ def test_nothing_heavy_is_loaded_for_the_help(module):
     code = f"import {module}, sys; print([name for name in {heavy} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
+
+
+def test_a_worker_that_smooths_loads_no_network():
+    code = "import depthmill.workers.smooth_actors, sys; print([n for n in ('torch', 'diffusers') if n in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "[]"

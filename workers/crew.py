@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from depthmill.pipeline.stages import WorkerState
+from depthmill.pipeline.types import WorkerState
 from depthmill.workers.pool import Event, Kind, Pool
 
 _LOOKS = 4  # times that a worker is asked how far it is, in the time that it may stand still

@@ -20,8 +20,7 @@ from typing import TypeVar
 from depthmill.pipeline.errors import DepthmillError, RunStoppedError, SourceError, StoreFullError, StoreMismatchError
 from depthmill.pipeline.plan import Planned, Task
 from depthmill.pipeline.sources import shown
-from depthmill.pipeline.stages import Report
-from depthmill.pipeline.types import Failure, Segment
+from depthmill.pipeline.types import Failure, Report, Segment
 from depthmill.workers.backlog import Backlog
 from depthmill.workers.crew import Crew, Running
 from depthmill.workers.inquest import Inquest, Trial, cause_of, hear, open_inquest, reason, words_of

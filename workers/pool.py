@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from depthmill.pipeline.stages import WorkerState
+from depthmill.pipeline.types import WorkerState
 
 Kind = Literal["labeler", "prober"]
 

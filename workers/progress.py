@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from depthmill.pipeline.stages import WorkerState
+    from depthmill.pipeline.types import WorkerState
     from depthmill.workers.resume import Summary
     from depthmill.workers.standing import Counts
 

@@ -90,7 +90,7 @@ def smooth(
                 from depthmill.workers.cluster import connect
 
                 stack.enter_context(connect(config))
-                from depthmill.workers.actors import smoothers
+                from depthmill.workers.smooth_actors import smoothers
 
                 pool = smoothers(config, store.uri)
             stack.callback(pool.close)

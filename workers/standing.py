@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from depthmill.pipeline.plan import Planned
-from depthmill.pipeline.stages import Report, WorkerState
+from depthmill.pipeline.types import Report, WorkerState
 
 _MOST_REASONS = 50
 

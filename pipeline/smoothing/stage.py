@@ -14,11 +14,11 @@ from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.smoothing.edges import FIELDS, GAPS, View, segment_edges, view
 from depthmill.pipeline.smoothing.filter import REACH, FilterFrame, filter_frames
 from depthmill.pipeline.smoothing.solve import solve
-from depthmill.pipeline.stages import OpenSources, WorkerState
+from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.store.layout import DEPTH_INVALID, DEPTH_STEP, NORMALS_FULL_SCALE
 from depthmill.pipeline.store.temporal import SCALED, Temporal, stored_rows
-from depthmill.pipeline.types import LABELLED, FrameSource, Segment
+from depthmill.pipeline.types import LABELLED, FrameSource, Segment, WorkerState
 
 Phase = Literal["edges", "solve", "filter"]
 

@@ -6,7 +6,7 @@ import random
 import time
 
 from depthmill.pipeline.plan import Planned
-from depthmill.pipeline.stages import Report, WorkerState
+from depthmill.pipeline.types import Report, WorkerState
 from depthmill.workers.driver import Calls, Driver, Options
 from depthmill.workers.pool import Event
 

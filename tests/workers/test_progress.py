@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from depthmill.pipeline.stages import WorkerState
+from depthmill.pipeline.types import WorkerState
 from depthmill.workers import progress
 from depthmill.workers.progress import LineDisplay, LiveDisplay, Rate, open_display
 from depthmill.workers.standing import Counts

@@ -1,0 +1,131 @@
+"""A pool of actors on Ray."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayActorError
+
+from depthmill.pipeline.types import WorkerState
+from depthmill.workers.pool import Event, Kind
+
+_ASK_CAPACITY_EVERY_S = 2.0
+
+
+class RayPool:
+    """Workers on a Ray cluster that is connected.
+
+    Ray must not restart an actor by itself: the driver counts the attempts at a segment, and replaces dead workers. An
+    actor that there is no room for yet is what makes an autoscaling cluster grow; one starts wherever room appears.
+    """
+
+    def __init__(self, make: Mapping[Kind, Callable[[], Any]], per: Literal["GPU", "CPU", "machine"]) -> None:
+        """Nothing is started yet.
+
+        Args:
+            make: Asks the cluster for an actor of each kind.
+            per: What there is room for one labeler on.
+        """
+        self._make, self._per = make, per
+        self._actors: dict[int, Any] = {}
+        self._calls: dict[int, Any] = {}  # a call's reference is held until it has ended
+        self._ended: queue.SimpleQueue[tuple[int, Future[Any]]] = queue.SimpleQueue()
+        self._states: dict[int, WorkerState] = {}
+        self._asked: dict[int, Any] = {}
+        self._nodes: dict[int, str] = {}
+        self._started = 0
+        self._capacity, self._capacity_s = 0, float("-inf")
+
+    def capacity(self) -> int:
+        """The cluster's GPUs, cores or machines."""
+        if self.now() - self._capacity_s > _ASK_CAPACITY_EVERY_S:
+            self._capacity_s = self.now()
+            by_machine = self._per == "machine"
+            self._capacity = len(_alive()) if by_machine else int(ray.cluster_resources().get(self._per, 0))
+        return self._capacity
+
+    def start(self, kind: Kind) -> int:
+        """Ask the cluster for an actor; returns at once, before there is one."""
+        worker = self._started
+        self._started += 1
+        self._actors[worker] = self._make[kind]()
+        self.call(worker, "load")
+        if kind == "labeler":
+            self._ask(worker, "node", self._nodes)
+        return worker
+
+    def call(self, worker: int, method: str, *arguments: Any) -> None:
+        """Call an actor's method."""
+        self._calls[worker] = getattr(self._actors[worker], method).remote(*arguments)
+        self._calls[worker].future().add_done_callback(lambda future: self._ended.put((worker, future)))
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        """What has ended; callbacks fill a queue, so this costs the same however many workers there are."""
+        ended = []
+        try:
+            ended.append(self._ended.get(timeout=timeout_s))
+            while True:
+                ended.append(self._ended.get_nowait())
+        except queue.Empty:
+            pass
+        return [self._event(worker, future) for worker, future in ended if worker in self._actors]
+
+    def state(self, worker: int) -> WorkerState:
+        """The last answer; it is asked again, and nobody waits for that."""
+        if worker in self._actors:
+            self._ask(worker, "state", self._states)
+        return self._states.get(worker, WorkerState("starting"))
+
+    def stop(self, worker: int) -> None:
+        """Kill an actor."""
+        actor = self._actors.pop(worker, None)
+        for known in (self._calls, self._states, self._asked, self._nodes):
+            known.pop(worker, None)
+        if actor is not None:
+            ray.kill(actor)
+
+    def now(self) -> float:
+        """A clock that only goes forward."""
+        return time.perf_counter()
+
+    def close(self) -> None:
+        """Kill all actors."""
+        for worker in list(self._actors):
+            self.stop(worker)
+
+    def _event(self, worker: int, future: Future[Any]) -> Event:
+        self._calls.pop(worker, None)
+        error = future.exception()
+        if not isinstance(error, RayActorError):
+            return Event(worker, error=error) if error else Event(worker, future.result())
+        lost = worker in self._nodes and self._nodes[worker] not in _alive()
+        self.stop(worker)  # one that is out of reach may be alive
+        return Event(worker, error=error, died=True, lost=lost)
+
+    def _ask(self, worker: int, method: str, answers: dict[int, Any]) -> None:
+        """Ask something whose answer is put into `answers` when it comes; nothing while one is awaited."""
+        if worker in self._asked:
+            return
+
+        def answered(future: Future[Any]) -> None:
+            self._asked.pop(worker, None)
+            if future.exception() is None and worker in self._actors:
+                answers[worker] = future.result()
+
+        self._asked[worker] = getattr(self._actors[worker], method).remote()
+        self._asked[worker].future().add_done_callback(answered)
+
+
+def remote(worker: type, **options: Any) -> Any:
+    """An actor class; a second thread, where it has one, answers `state` while the first works."""
+    return ray.remote(worker).options(max_restarts=0, max_task_retries=0, **options)
+
+
+def _alive() -> set[str]:
+    """Ids of the machines that are in the cluster now."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

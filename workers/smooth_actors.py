@@ -1,0 +1,23 @@
+"""Smoothing on Ray: actors that need no model, and so import no torch."""
+
+from __future__ import annotations
+
+import ray
+
+from depthmill.pipeline.config import SmoothConfig
+from depthmill.pipeline.smoothing.stage import Smoother
+from depthmill.workers.ray_pool import RayPool, remote
+
+
+class SmoothWorker(Smoother):
+    """A smoothing worker that can say where it is."""
+
+    def node(self) -> str:
+        """Id of its machine."""
+        return str(ray.get_runtime_context().get_node_id())
+
+
+def smoothers(config: SmoothConfig, store: str) -> RayPool:
+    """A pool of workers that smooth: a core each."""
+    smoother = remote(SmoothWorker, num_cpus=1, max_concurrency=2)
+    return RayPool({"labeler": lambda: smoother.remote(config, store)}, per="CPU")
