@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from depthmill.pipeline.smoothing.edges import FIELDS, GAPS
 
@@ -15,6 +16,7 @@ _COVERAGE = FIELDS.index("coverage")
 _DIFFERENT = 0.1  # score of a cut at least
 _UNUSUAL = 2.5  # and so many times the median of the scores around it
 _AROUND = 12  # frames to either side
+_BLOCK = 4096  # frames whose surroundings are in memory at a time
 _BRIDGED = 0.25  # two frames that share this much of their pixels show the same scene,
 _FOLLOWED = 0.5  # and two neighbours that flow leads between with ease this much
 
@@ -37,12 +39,13 @@ def find_shots(score: Floats, edges: Floats, labelled: npt.NDArray[np.bool_]) ->
     """
     frames = len(score)
     bridge = _bridges(np.nan_to_num(edges[..., _COVERAGE]))
-    around = np.full((2 * _AROUND + 1, frames), np.nan)
-    padded = np.pad(score.astype(np.float64), _AROUND, constant_values=np.nan)
-    for row in range(len(around)):
-        around[row] = padded[row : row + frames]
-    around[_AROUND] = 0.0  # not the frame's own; and some number in every column
-    usual = np.nanmedian(around, axis=0)
+    padded = np.pad(score.astype(np.float32), _AROUND, constant_values=np.nan)
+    around = sliding_window_view(padded, 2 * _AROUND + 1)
+    usual = np.empty(frames, np.float32)
+    for start in range(0, frames, _BLOCK):
+        window = around[start : start + _BLOCK].copy()
+        window[:, _AROUND] = 0.0  # not the frame's own; and some number in every row
+        usual[start : start + _BLOCK] = np.nanmedian(window, axis=1)
     unknown = np.isnan(score)
     changed = unknown | (score >= np.maximum(_DIFFERENT, _UNUSUAL * usual))
     followed = np.nan_to_num(edges[:, 0, _COVERAGE]) >= _FOLLOWED

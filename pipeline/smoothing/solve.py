@@ -63,17 +63,17 @@ def solve(edges: Floats, score: Floats, labelled: npt.NDArray[np.bool_], *, leak
     starts = np.flatnonzero(np.diff(shot, prepend=-1))
     for start, stop in zip(starts, [*starts[1:], len(shot)], strict=True):
         part = slice(start, stop)
-        scale[part], shift[part] = _shot(edges[part].astype(np.float64), labelled[part], leak)
+        scale[part], shift[part] = _shot(edges[part], labelled[part], leak)
     return Solution(scale.astype(np.float32), shift.astype(np.float32), shot)
 
 
-def _shot(edges: Doubles, labelled: npt.NDArray[np.bool_], leak: float) -> tuple[Doubles, Doubles]:
+def _shot(edges: Floats, labelled: npt.NDArray[np.bool_], leak: float) -> tuple[Doubles, Doubles]:
     """Scale and shift of the frames of one shot."""
     log_scale, later, earlier, scale_weight, shift_weight = (
         edges[..., FIELDS.index(name)] for name in ("log_scale", "later", "earlier", "scale_weight", "shift_weight")
     )
     frames = len(edges)
-    scale_weight = np.where(scale_weight >= _LEAST_SCALE_WEIGHT, scale_weight, 0.0)
+    scale_weight = np.where(scale_weight >= _LEAST_SCALE_WEIGHT, scale_weight, np.float32(0))
     log = _trusted(_without_trend(_track(log_scale, scale_weight), labelled, leak), _SCALE_ERROR)
     scale = np.exp(log)
     # scale[t - g] * earlier + shift[t - g] = scale[t] * later + shift[t]
@@ -102,11 +102,12 @@ def _trusted(correction: Doubles, error: float) -> Doubles:
     return correction * max(0.0, 1 - error**2 / variance) if variance > 0 else correction
 
 
-def _track(step: Doubles, weight: Doubles) -> Doubles:
+def _track(step: Floats, weight: Floats) -> Doubles:
     """Values u, up to a constant, with u[t] - u[t - g] nearest to step[t, g]: robust least squares.
 
     Iteratively reweighted by Huber's function of the residuals in units of their own spread (Holland and Welsch, Comm.
-    Statist. A6, 1977). The normal equations are banded, `max_edge` wide: time and memory are linear in the frames.
+    Statist. A6, 1977). The normal equations are banded, `max_edge` wide: time and memory are linear in the frames. Pairs
+    are in float32, as they were measured.
 
     Args:
         step: (N, gaps); NaN where unknown.
@@ -120,9 +121,9 @@ def _track(step: Doubles, weight: Doubles) -> Doubles:
     if frames == 1 or not known.any():
         return np.zeros(frames)
     typical = np.median(weight[known])
-    weight = np.where(known & (weight >= _LEAST_WEIGHT * typical), weight / typical, 0.0)
-    step = np.where(weight > 0, step, 0.0)
+    weight = np.where(known & (weight >= _LEAST_WEIGHT * typical), weight / typical, np.float32(0))
     used, robust = weight > 0, weight
+    step = np.where(used, step, np.float32(0))
     for _ in range(_ROUNDS):
         u = _least_squares(step, robust, spans)
         residual = np.zeros_like(step)
@@ -136,20 +137,22 @@ def _track(step: Doubles, weight: Doubles) -> Doubles:
     return u
 
 
-def _least_squares(step: Doubles, weight: Doubles, spans: list[int]) -> Doubles:
+def _least_squares(step: Floats, weight: Floats, spans: list[int]) -> Doubles:
     """Solve the normal equations of `_track` for given weights, the first value held near 0."""
     frames = len(step)
-    bands, right = np.zeros((spans[-1] + 1, frames)), np.zeros(frames)  # lower form: bands[g, t] is A[t + g, t]
+    # Lower form: bands[g, t] is A[t + g, t]; in the order that LAPACK wants, lest it copy.
+    bands, right = np.zeros((spans[-1] + 1, frames), order="F"), np.zeros(frames)
     for row, gap in enumerate(spans):
-        w = weight[gap:, row] + (_TIE if gap == 1 else 0.0)
-        pull = weight[gap:, row] * step[gap:, row]
+        w = weight[gap:, row].astype(np.float64)
+        pull = w * step[gap:, row]
+        w += _TIE if gap == 1 else 0.0
         bands[0, gap:] += w
         bands[0, :-gap] += w
         bands[gap, :-gap] -= w
         right[gap:] += pull
         right[:-gap] -= pull
     bands[0, 0] += 1.0
-    u: Doubles = solveh_banded(bands, right, lower=True)
+    u: Doubles = solveh_banded(bands, right, lower=True, overwrite_ab=True, overwrite_b=True, check_finite=False)
     return u
 
 
@@ -175,5 +178,5 @@ def _without_trend(track: Doubles, labelled: npt.NDArray[np.bool_], leak: float)
         for i, a in enumerate(stencil):
             for j, b in enumerate(stencil[: i + 1]):
                 bands[i - j, j : frames - order + j] += penalty * a * b
-    trend: Doubles = solveh_banded(bands, data * x, lower=True)
+    trend: Doubles = solveh_banded(bands, data * x, lower=True, overwrite_ab=True, overwrite_b=True)
     return x - trend
