@@ -106,8 +106,8 @@ def _track(step: Floats, weight: Floats) -> Doubles:
     """Values u, up to a constant, with u[t] - u[t - g] nearest to step[t, g]: robust least squares.
 
     Iteratively reweighted by Huber's function of the residuals in units of their own spread (Holland and Welsch, Comm.
-    Statist. A6, 1977). The normal equations are banded, `max_edge` wide: time and memory are linear in the frames. Pairs
-    are in float32, as they were measured.
+    Statist. A6, 1977). The normal equations are banded, `max_edge` wide: time and memory are linear in the frames. The
+    pairs are float32, as they were measured.
 
     Args:
         step: (N, gaps); NaN where unknown.
