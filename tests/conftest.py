@@ -10,6 +10,10 @@ import pytest
 # Before anything imports them: no test asks a hub, and none waits for one.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray's workers are nice (15) by default: beside other tests on busy cores they would hardly run, and Ray takes for dead
+# those that have not registered in time.
+os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
 # The networks here are tiny: on busy cores, threads that wait for each other cost ten times what they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -39,6 +39,7 @@ def is_worker(process):
     return any("ray::SmoothWorker" in word for word in process.cmdline())
 
 
+@pytest.mark.slow
 def test_two_workers_write_the_bytes_of_none(tmp_path, video, undisturbed):
     store, _ = labelled(tmp_path / "a.zarr", video, segment_frames=4)
     done = subprocess.run(command(store, "--workers", "2"), capture_output=True, text=True, timeout=240)
