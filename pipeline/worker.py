@@ -11,6 +11,7 @@ import torch
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import CheckpointError
+from depthmill.pipeline.model.backend import keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.sources import Prefetch
@@ -129,6 +130,8 @@ class Worker:
             CheckpointError: If they cannot be loaded, or are not those that the run was planned with.
         """
         self._now(WorkerState("loading"))
+        if self._config.device == "cpu":
+            keep_freed_memory()
         backend = self._thread.submit(self._load).result()
         self._now(WorkerState("idle"))
         return backend

@@ -18,6 +18,7 @@ from depthmill.pipeline.bench.flops import label_flops, matmuls
 from depthmill.pipeline.bench.timing import Clock, Ratio, Spent, cores, interleave, ratio, typical
 from depthmill.pipeline.bench.verdict import Verdict, judge
 from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.model.backend import keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import Layout
@@ -138,12 +139,16 @@ def bench(
 def measure_speed(labeler: Labeler, pictures: peers.Pictures, rounds: int, *, compiled: bool = False) -> Speed:
     """Time the labeler, diffusers' pipelines on the same weights, and matrix products, in turn.
 
+    On CPUs this process keeps the memory that it frees, as workers do, and the pipelines profit from that, too.
+
     Args:
         labeler: Labels the pictures in one batch.
         pictures: (H, W, 3) uint8, all of one size.
         rounds: Counted ones.
         compiled: Whether to time diffusers' pipelines compiled, too, which takes them minutes to become.
     """
+    if labeler.device.type == "cpu":
+        keep_freed_memory()
     ways: dict[str, Callable[[], int]] = {OURS: peers.ours(labeler, pictures)}
     why_not = next(filter(None, map(peers.why_not, labeler.checkpoints)), "")
     if not why_not:
