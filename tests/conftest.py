@@ -26,6 +26,14 @@ def _one_thread():
         sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _float32():
+    """The same labels on every machine, to 1e-4: not bfloat16 where the CPU multiplies it."""
+    with pytest.MonkeyPatch.context() as patch:  # of its own: tests undo theirs
+        patch.setattr("depthmill.pipeline.model.backend.cpu_multiplies_bfloat16", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """A folder with a `depth` and a `normals` checkpoint of random weights, which share a VAE; 48 pixels wide."""

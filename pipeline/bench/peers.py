@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import MarigoldDepthPipeline, MarigoldNormalsPipeline
+from diffusers.pipelines.marigold.marigold_image_processing import MarigoldImageProcessor
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 
@@ -38,6 +39,8 @@ def load_pipelines(labeler: Labeler, *, compiled: bool = False) -> list[Any]:
     """
     pipelines = []
     disable_progress_bar()
+    if labeler.device.type == "cpu" and labeler.dtype != torch.float32:
+        _resize_in_float32()
     for checkpoint in labeler.checkpoints:
         # Cast after loading: the option for it has had two names in the versions of diffusers that we accept.
         pipeline = _KINDS[checkpoint.modality].from_pretrained(checkpoint.directory, local_files_only=True)
@@ -80,6 +83,16 @@ def batched(pipelines: Sequence[Any], labeler: Labeler, pictures: Pictures) -> C
 def ours(labeler: Labeler, pictures: Pictures) -> Callable[[], int]:
     """All pictures, of one size, through the labeler."""
     return lambda: len(labeler.label(pictures))
+
+
+def _resize_in_float32() -> None:
+    """Half precision on CPUs: torch has no antialiased resizing in it, without which the pipelines stop at once."""
+    resize = MarigoldImageProcessor.resize_antialias
+
+    def wide(image: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        return resize(image.float(), *arguments, **options).to(image.dtype)
+
+    MarigoldImageProcessor.resize_antialias = staticmethod(wide)
 
 
 def _options(labeler: Labeler) -> dict[str, Any]:

@@ -8,7 +8,9 @@ Damage. Reading runs fast and multithreaded from a group of pictures to the next
 picture. At the first sign of damage, the group is decoded again, alone, by one thread, from its keyframe: that pass
 alone says which frames are lost, and since it does not depend on where reading started, neither do they. What is
 decoded behind the first damaged packet of a group counts as lost up to the next keyframe: the decoder would invent
-those pictures from damaged ones, and labels of invented pictures are worse than none.
+those pictures from damaged ones, and labels of invented pictures are worse than none. So does the packet before the
+first that the decoder objects to: most codecs have no checksums, and damage that begins in the middle of a packet is
+often decoded as if it were a picture.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -74,12 +77,14 @@ class _Verdict:
 
     Attributes:
         first: Packet to decode the group from.
-        lost_from: First packet that gives no picture, or a damaged one; the table's length if all is well.
-        why: What is wrong with it.
+        lost_from: First packet whose picture is lost; the table's length if all is well.
+        damaged: First packet with something wrong; the same, or the one behind it.
+        why: What is wrong with that.
     """
 
     first: int
     lost_from: int
+    damaged: int
     why: str
 
 
@@ -235,12 +240,12 @@ class VideoSource:
         """Decode a damaged group alone, to see from which packet on it is lost."""
         number = table.group_of(group.start)
         packets = table.packets_of(group)
-        best = _Verdict(group.first, -1, "")
+        best = _Verdict(group.first, -1, -1, "")
         for back in range(min(number, _MAX_GROUPS_BACK) + 1):
             verdict = self._inspect(table, group, packets, int(table.group_first[number - back]))
-            if verdict.lost_from > best.lost_from:
+            if verdict.damaged > best.damaged:
                 best = verdict
-            if best.lost_from > packets[0]:
+            if best.damaged > packets[0]:
                 break  # its keyframe is whole: starting earlier would change nothing
         return best
 
@@ -251,16 +256,16 @@ class VideoSource:
         with closing(Decoder(self._uri, table, 1, self._seeks)) as decoder:
             for ordinal, frame in decoder.decode(first, group.last, errors):
                 (flawed if frame.is_corrupt else whole).add(ordinal)
-        for ordinal in packets:
+        for before, ordinal in pairwise([packets[0], *packets]):
             if ordinal in errors:
-                return _Verdict(first, ordinal, f"the decoder rejects it ({errors[ordinal]})")
+                return _Verdict(first, before, ordinal, f"the decoder rejects it ({errors[ordinal]})")
             if table.corrupt[ordinal]:
-                return _Verdict(first, ordinal, "bytes of it are missing in the file")
+                return _Verdict(first, ordinal, ordinal, "bytes of it are missing in the file")
             if ordinal in flawed:
-                return _Verdict(first, ordinal, "the decoder met errors in it")
+                return _Verdict(first, before, ordinal, "the decoder met errors in it")
             if ordinal not in whole:
-                return _Verdict(first, ordinal, "the decoder makes no picture of it")
-        return _Verdict(first, len(table.size), "")
+                return _Verdict(first, before, ordinal, "the decoder makes no picture of it")
+        return _Verdict(first, len(table.size), len(table.size), "")
 
     def _rescue(
         self, table: PacketTable, group: Group, verdict: _Verdict, start: int, stop: int
@@ -279,7 +284,9 @@ class VideoSource:
 
 
 def _why_lost(table: PacketTable, verdict: _Verdict, index: int) -> str:
-    damaged = int(table.shown[verdict.lost_from])
+    damaged = int(table.shown[verdict.damaged])
     if damaged == index:
         return f"cannot be decoded: {verdict.why}"
+    if table.order[index] < verdict.damaged:
+        return f"may be damaged, like frame {damaged}, which comes right behind it in the file: {verdict.why}"
     return f"cannot be decoded: depends on frame {damaged}, which is lost: {verdict.why}"
