@@ -90,7 +90,7 @@ def _resize_in_float32() -> None:
     resize = MarigoldImageProcessor.resize_antialias
 
     def wide(image: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        return resize(image.float(), *arguments, **options).to(image.dtype)
+        return resize(image.float(), *arguments, **options).to(image.dtype)  # type: ignore[no-any-return]
 
     MarigoldImageProcessor.resize_antialias = staticmethod(wide)
 

@@ -9,7 +9,7 @@ Time step, prompt and noise never change, and of two convolutions without anythi
 - attention to the prompt, whose keys and values are constants, is two small matrices (`PromptAttention`);
 - the decoder's enlargements, each pixel made four and convolved, are transposed convolutions of 4/9 of the work;
 - on CPUs, in float32, the VAE's wide convolutions have a quarter of the products, its wide enlargements 2/5 of what
-  was left (`winograd.py`);
+  was left (`winograd.py`); in bfloat16 all weights lie as they are multiplied (`packed.py`);
 - depth's last convolution has one channel, the mean of three.
 """
 
@@ -28,6 +28,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from depthmill.pipeline.model.packed import PackedConvolution, pack
 from depthmill.pipeline.model.single_step import Head, decode_depth, decode_normals
 from depthmill.pipeline.model.winograd import use_winograd
 from depthmill.pipeline.types import Modality
@@ -93,6 +94,8 @@ class Specialized(nn.Module):
             # Not in the UNet, the weights of which are most of the memory already.
             use_winograd(folded.encoders)
             use_winograd(folded.decoders)
+        if device.type == "cpu" and dtype == torch.bfloat16:
+            pack(folded)
         self.folded = folded
         self.compiled: Callable[[torch.Tensor], list[torch.Tensor]] | None = None  # the same, for full batches
         self._wide: Folded | None = None
@@ -205,8 +208,12 @@ class Residual(nn.Module):
     def forward(self, x: torch.Tensor, temb: None = None) -> torch.Tensor:
         """(B, C, h, w) to (B, C', h, w)."""
         y = self.conv1(F.silu(self.norm1(x), inplace=True))
-        y = self.conv2(F.silu(self.norm2(y), inplace=True))
-        y += self.shortcut(x)
+        y = F.silu(self.norm2(y), inplace=True)
+        if isinstance(self.conv2, PackedConvolution):
+            y = self.conv2(y, self.shortcut(x))  # two passes over memory less
+        else:
+            y = self.conv2(y)
+            y += self.shortcut(x)
         return y if self.scale == 1 else y / self.scale  # type: ignore[no-any-return]
 
 

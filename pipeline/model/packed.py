@@ -1,0 +1,82 @@
+"""Layers for CPUs that multiply bfloat16, whose weights are laid out once: torch's own lay them out at every call.
+
+There products are so fast that what is done to memory counts: laying out weights is half of a small picture's
+convolution, and adding the shortcut half as long as the convolution before it, which here does it, too. The operators
+are oneDNN's, those that `torch.compile` puts in such layers' place; torch has them under private names.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+
+# Of the pictures that the layout is chosen for; others have to be right, and were as fast.
+_SIDE = 64
+
+
+class PackedConvolution(nn.Module):
+    """What a convolution answers, and its sum with another picture."""
+
+    def __init__(self, convolution: nn.Conv2d):
+        super().__init__()
+        self.bias = convolution.bias
+        self._how = (
+            list(convolution.padding),
+            list(convolution.stride),
+            list(convolution.dilation),
+            convolution.groups,
+        )
+        shape = [1, convolution.in_channels, _SIDE, _SIDE]
+        self._weight = torch.ops.mkldnn._reorder_convolution_weight(convolution.weight.data, *self._how, shape)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # which cannot look into the weights
+    def forward(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, inputs, h, w) to (B, outputs, h', w'), plus `added`, of that shape."""
+        layer = (self._weight, self.bias, *self._how)
+        if added is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, *layer, "none", [], "")  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, added, *layer, "add", None, None, [], None)  # type: ignore[no-any-return]
+
+
+class PackedLinear(nn.Module):
+    """What a linear layer answers."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.bias = linear.bias
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, None)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, inputs) to (…, outputs)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def pack(network: nn.Module) -> None:
+    """Replace, within `network`, which is on a CPU and stays there, the layers in bfloat16, if oneDNN multiplies it."""
+    if not can_pack():
+        return
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if getattr(child, "weight", None) is None or child.weight.dtype != torch.bfloat16:
+                continue
+            if type(child) is nn.Conv2d and child.padding_mode == "zeros":
+                setattr(parent, name, PackedConvolution(child))
+            elif type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear(child))
+
+
+@cache
+def can_pack() -> bool:
+    """Whether this CPU multiplies bfloat16, and torch's oneDNN has the operators."""
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        picture = torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16)
+        PackedConvolution(nn.Conv2d(1, 1, 1, dtype=torch.bfloat16))(picture, picture)
+        PackedLinear(nn.Linear(2, 2, dtype=torch.bfloat16))(picture)
+    except (AttributeError, RuntimeError, TypeError):  # other names, other arguments, none of it
+        return False
+    return True
