@@ -179,6 +179,7 @@ def scan(uri: str, max_frames: int) -> PacketTable:
         raise SourceError(f"{uri}: its video stream holds no packets; expected at least one frame: leave it out")
     pts, dts, pos, size = (rows[:, column].copy() for column in range(4))
     key, corrupt, hidden = (rows[:, column].astype(bool) for column in range(4, 7))
+    del rows, table  # as much again as all that is kept of them
     visible = pts[~hidden]
     if invented or (visible == NO_VALUE).any() or len(np.unique(visible)) < len(visible):
         rank = _decoded_order(uri, hidden)
@@ -187,8 +188,8 @@ def scan(uri: str, max_frames: int) -> PacketTable:
     ordinals = np.flatnonzero((rank >= 0) & ~hidden)
     order = ordinals[np.argsort(rank[ordinals], kind="stable")]
     if not len(order):
-        raise SourceError(f"{uri}: none of its {len(rows)} packets can be decoded; expected one frame: leave it out")
-    shown = np.full(len(rows), -1, dtype=np.int64)
+        raise SourceError(f"{uri}: none of its {len(pts)} packets can be decoded; expected one frame: leave it out")
+    shown = np.full(len(pts), -1, dtype=np.int64)
     shown[order] = np.arange(len(order))
     group_start, group_first = _groups(rank, key, order)
     time_s = _times(pts[order], time_base, rate)
@@ -203,7 +204,8 @@ def fingerprint(uri: str, table: PacketTable) -> str:
     digest = hashlib.sha256()
     size, _ = stat(uri)
     digest.update(f"{size} {len(table.size)}".encode())
-    digest.update(table.size.astype("<i8").tobytes() + table.pts.astype("<i8").tobytes())
+    for column in (table.size, table.pts):
+        digest.update(np.ascontiguousarray(column, "<i8").data)
     with open_binary(uri) as file:
         digest.update(file.read(1 << 16))
         file.seek(max(0, size - (1 << 16)))
