@@ -111,6 +111,7 @@ def build(
     seed: int,
     prediction_type: PredictionType = "v_prediction",
     in_channels: int | None = None,
+    out_channels: int | None = None,
 ) -> Parts:
     """Make a checkpoint's modules with random weights, float32, in eval mode.
 
@@ -119,10 +120,11 @@ def build(
         seed: Of the weights; torch's global generator is left as it was.
         prediction_type: What the UNet's output means to the scheduler.
         in_channels: Of the UNet; by default twice the latent's: [rgb latent, noisy latent], as Marigold has it.
+        out_channels: Of the UNet; by default the latent's.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = build_unet(architecture, in_channels=in_channels)
+        unet = build_unet(architecture, in_channels=in_channels, out_channels=out_channels)
         vae = build_vae(architecture)
         text_encoder = _build_text_encoder(architecture)
     return Parts(
@@ -134,12 +136,14 @@ def build(
     )
 
 
-def build_unet(architecture: Architecture, *, in_channels: int | None = None) -> UNet2DConditionModel:
+def build_unet(
+    architecture: Architecture, *, in_channels: int | None = None, out_channels: int | None = None
+) -> UNet2DConditionModel:
     """Make a UNet with random weights from torch's global generator."""
     a = architecture
     return UNet2DConditionModel(
         in_channels=in_channels or 2 * a.latent_channels,
-        out_channels=a.latent_channels,
+        out_channels=out_channels or a.latent_channels,
         block_out_channels=a.unet_channels,
         layers_per_block=a.unet_layers,
         down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in a.unet_attention),

@@ -336,12 +336,34 @@ def _still_life(rng: Rng) -> Scene:
     return _outdoors(rng, camera)
 
 
+def _portrait(rng: Rng) -> Scene:
+    """One to three people within a few steps of the camera, before a wall, trees, houses or nothing."""
+    shapes = [_ground(rng, _any_ground(rng) if rng.random() < 0.7 else "floor")]
+    fov_deg = rng.uniform(35, 70)
+    for _ in range(int(rng.integers(1, 4))):
+        x = rng.uniform(1.1, 5)
+        y = x * rng.uniform(-0.7, 0.7) * np.tan(np.radians(fov_deg) / 2)
+        shapes += props.person(rng, (float(x), float(y)), 0.0, rng.uniform(0, 2 * np.pi))
+    shapes += _backdrop(rng, float(np.exp(rng.uniform(np.log(4), np.log(50)))))
+    for _ in range(int(rng.integers(0, 5))):
+        x, yaw = rng.uniform(3, 20), rng.uniform(0, 2 * np.pi)
+        at = (x, float(x * rng.uniform(-0.7, 0.7)))
+        if rng.random() < 0.5:
+            shapes += (props.clutter, props.tree)[rng.integers(2)](rng, at, 0.0)
+        else:
+            shapes += (props.seat, props.car)[rng.integers(2)](rng, at, 0.0, yaw)
+    height, pitch = rng.uniform(1.0, 1.9), rng.normal(-0.05, 0.12)
+    camera = _camera(rng, shapes, (0, 0, height), rng.normal(0, 0.1), pitch, fov_deg)
+    return _outdoors(rng, camera)
+
+
 # How often each kind of place is made. Yards lead, because seen from above is how most fixed cameras see.
 PLACES: dict[Callable[[Rng], Scene], float] = {
     _room: 0.2,
     _street: 0.2,
-    _yard: 0.3,
-    _towers: 0.08,
-    _open_ground: 0.12,
+    _yard: 0.26,
+    _towers: 0.06,
+    _open_ground: 0.1,
     _still_life: 0.1,
+    _portrait: 0.08,
 }

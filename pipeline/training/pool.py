@@ -1,7 +1,7 @@
 """Rendered scenes on disk, so that several epochs, stages and runs share the price of rendering them.
 
-A pool is a folder of shards, each `SHARD` consecutive seeds at one size; a shard appears under its name only when it is
-complete, so that any number of processes may fill one pool and any of them may be killed.
+A pool is a folder of shards, each `SHARD` consecutive seeds at one size, of one version of the scenes; a shard appears
+under its name only when it is complete, so that any number of processes may fill one pool and any may be killed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def open_pool(directory: Path, count: int, height: int, width: int, *, processes
         processes: How many processes render, each on one core.
         first: Seed of the first scene; a multiple of `SHARD`.
     """
-    folder = directory / f"{height}x{width}"
+    folder = directory / f"v{scenes.VERSION}-{height}x{width}"
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(first, first + count, SHARD)
     paths = [folder / f"{start:07d}.npy" for start in starts]

@@ -33,10 +33,14 @@ class Role:
 
 
 ROLES: dict[str, Role] = {
-    "asphalt": Role(("grain", "clouds", "blotches"), (2, 12), saturation=(0, 0.1), value=(0.05, 0.4)),
-    "paving": Role(("tiles", "bricks", "cells", "grain", "clouds"), (1, 5), (0, 0.15), (0, 0.25), (0.15, 0.6)),
-    "grass": Role(("grass", "grain", "clouds", "blotches"), (1, 8), (0.16, 0.32), (0.4, 0.9), (0.04, 0.3)),
-    "earth": Role(("grain", "clouds", "blotches", "cells"), (1, 8), (0.04, 0.14), (0.2, 0.7), (0.1, 0.5)),
+    "asphalt": Role(("grain", "clouds", "blotches", "gravel"), (2, 12), saturation=(0, 0.1), value=(0.05, 0.4)),
+    "paving": Role(
+        ("tiles", "bricks", "cells", "grain", "clouds", "gravel"), (1, 5), (0, 0.15), (0, 0.25), (0.15, 0.6)
+    ),
+    "grass": Role(
+        ("grass", "grain", "clouds", "blotches", "lawn", "lawn"), (1, 8), (0.16, 0.32), (0.4, 0.9), (0.04, 0.3)
+    ),
+    "earth": Role(("grain", "clouds", "blotches", "cells", "gravel"), (1, 8), (0.04, 0.14), (0.2, 0.7), (0.1, 0.5)),
     "paint": Role(("grain", "clouds"), (0.5, 3), (0.1, 0.18), (0, 0.8), (0.5, 0.9)),
     "brick": Role(("bricks", "bricks", "tiles"), (1, 4), (0.0, 0.1), (0.2, 0.75), (0.1, 0.6)),
     "facade": Role(("windows",), (5, 25), (0.0, 1.0), (0, 0.4), (0.2, 0.8)),
@@ -52,7 +56,7 @@ ROLES: dict[str, Role] = {
     "metal": Role(("clouds", "grain"), (0.5, 3), (0, 1), (0, 0.15), (0.05, 0.7)),
     "enamel": Role(("clouds",), (2, 6), (0, 1), (0, 0.95), (0.02, 0.8)),
     "sign": Role(("text", "stripes", "clutter"), (0.5, 2), (0, 1), (0, 0.9), (0.2, 0.9)),
-    "leaves": Role(("grain", "grass", "blotches", "clouds"), (0.5, 3), (0.15, 0.4), (0.3, 0.9), (0.02, 0.3)),
+    "leaves": Role(("grain", "grass", "blotches", "clouds", "lawn"), (0.5, 3), (0.15, 0.4), (0.3, 0.9), (0.02, 0.3)),
     "anything": Role(textures.PATTERNS, (0.3, 6), (0, 1), (0, 0.9), (0.02, 0.9)),
 }
 

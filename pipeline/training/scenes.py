@@ -1,8 +1,8 @@
 """Procedurally generated scenes: a seed in, a furnished world with a camera and a light out.
 
-Six kinds of place in three families: rooms and corridors; streets at eye level, yards seen from above as surveillance
-cameras see them, and towers seen from below; open ground with a sky. Everything about a scene follows from its seed,
-whatever else is in the batch.
+Seven kinds of place: rooms and corridors; streets at eye level, yards seen from above as surveillance cameras see them,
+and towers seen from below; open ground with a sky; people close by; things at arm's length. Everything about a scene
+follows from its seed, whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 from depthmill.pipeline.training.places import PLACES
 from depthmill.pipeline.training.raycast import Views, concatenate, render
 from depthmill.pipeline.training.shapes import Scene
+
+# Of what a seed makes: raised with every change to places, props or textures, so that pools do not mix old and new.
+VERSION = 2
 
 # Scenes rendered at once on a CPU: few enough that one shape's working set stays in the cache.
 _BATCH = 2

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 SIZE = 256
@@ -152,6 +154,14 @@ def _windows(rng: np.random.Generator) -> Pattern:
     return np.asarray(np.clip(np.where(frame, 0.7, value) + 0.12 * (_noise(rng, 0.9) - 0.5), 0, 1), np.float32)
 
 
+def _photograph(rng: np.random.Generator, *, number: int) -> Pattern:
+    """One of the photographed textures (`photographs.LICENSE.txt`), in one of its eight positions."""
+    with Image.open(Path(__file__).with_name("photographs.png")) as picture:
+        tile = np.asarray(picture)[number * SIZE : (number + 1) * SIZE].astype(np.float32)
+    turned = np.rot90(tile, int(rng.integers(4)))
+    return _rescaled(turned.T if rng.random() < 0.5 else turned)
+
+
 _DRAW: dict[str, tuple[Callable[[np.random.Generator], Pattern], int]] = {
     "clouds": (_clouds, 6),
     "grain": (_grain, 4),
@@ -168,6 +178,8 @@ _DRAW: dict[str, tuple[Callable[[np.random.Generator], Pattern], int]] = {
     "text": (_text, 3),
     "clutter": (_clutter, 6),
     "windows": (_windows, 10),
+    "lawn": (partial(_photograph, number=0), 2),
+    "gravel": (partial(_photograph, number=1), 2),
 }
 PATTERNS = tuple(_DRAW)
 

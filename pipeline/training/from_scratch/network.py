@@ -1,4 +1,8 @@
-"""The network that is trained: one VAE, one UNet for each modality, and the constants of the single step."""
+"""The network that is trained: one VAE, one UNet for both modalities, and the constants of the single step.
+
+The UNet answers with both latents, one behind the other, for the price of one. A checkpoint has a UNet for each
+modality: they are the same in all but the last convolution, each with its half of the trained one's.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from depthmill.pipeline.model import scratch
@@ -20,7 +25,7 @@ class Network:
     """Modules of both checkpoints.
 
     Attributes:
-        modules: `vae`, and a UNet named after each modality.
+        modules: `vae`, and `unet`, which answers with the latents of `MODALITIES`, in this order.
         parts: What else a checkpoint is made of.
         prompt: (1, tokens, cross_attention_dim) the empty prompt's embedding.
     """
@@ -41,17 +46,17 @@ class Network:
         picture: Tensor = vae.decode(latent / vae.config.scaling_factor).sample
         return picture
 
-    def step(self, modality: Modality, latent: Tensor) -> Tensor:
-        """One step at the last time step with zero noise: the picture's latent to the answer's.
+    def step(self, latent: Tensor) -> Tensor:
+        """One step at the last time step with zero noise: pictures' latents (B, C, h, w) to answers' (2B, C, h, w).
 
         By DDIM's `pred_original_sample` for v-prediction, x0 = sqrt(a) x - sqrt(1 - a) v, with x = 0.
         """
         scheduler = self.parts.scheduler
         last = scheduler.config.num_train_timesteps - 1
         prompt = self.prompt.expand(latent.shape[0], -1, -1)
-        v = self.modules[modality](torch.cat([latent, torch.zeros_like(latent)], 1), last, prompt).sample
+        v = self.parts.unet(torch.cat([latent, torch.zeros_like(latent)], 1), last, prompt).sample
         answer: Tensor = -((1 - scheduler.alphas_cumprod[last].to(v)) ** 0.5) * v
-        return answer
+        return torch.cat(answer.chunk(len(MODALITIES), dim=1))
 
     def predict(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
         """Both answers, as they come out of the decoder.
@@ -62,16 +67,14 @@ class Network:
         Returns:
             Depth (B, H, W), near -1 and far +1, not clipped; normals (B, 3, H, W), of any length.
         """
-        latent = self.encode(rgb * 2 - 1)
-        decoded = self.decode(torch.cat([self.step(modality, latent) for modality in MODALITIES]))
-        depth, normals = decoded.chunk(2)
+        depth, normals = self.decode(self.step(self.encode(rgb * 2 - 1))).chunk(2)
         return depth.mean(1), normals
 
     def save(self, directory: Path, *, processing_resolution: int, dtype: torch.dtype) -> None:
         """Write `depth/` and `normals/`, two checkpoints with one and the same VAE."""
-        for modality in MODALITIES:
+        for index, modality in enumerate(MODALITIES):
             parts = Parts(
-                unet=self.modules[modality],
+                unet=self._unet(index),
                 vae=self.parts.vae,
                 scheduler=self.parts.scheduler,
                 text_encoder=self.parts.text_encoder,
@@ -86,14 +89,22 @@ class Network:
                 clip_normals=False,  # the mean angle says nothing of their length
             )
 
+    def _unet(self, index: int) -> UNet2DConditionModel:
+        """The UNet of one modality alone."""
+        both = self.parts.unet
+        channels = both.config["out_channels"] // len(MODALITIES)
+        one = UNet2DConditionModel.from_config({**both.config, "out_channels": channels})
+        weights = both.state_dict()
+        for name in ("conv_out.weight", "conv_out.bias"):
+            weights[name] = weights[name][index * channels : (index + 1) * channels]
+        one.load_state_dict(weights)
+        return one
+
 
 def build(architecture: Architecture, seed: int, device: torch.device) -> Network:
     """Make a network with random weights, in training mode; all but the text encoder is trained."""
-    parts = scratch.build(architecture, seed=seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
-        normals = scratch.build_unet(architecture)
-    modules = torch.nn.ModuleDict({"vae": parts.vae, "depth": parts.unet, "normals": normals}).to(device)
+    parts = scratch.build(architecture, seed=seed, out_channels=len(MODALITIES) * architecture.latent_channels)
+    modules = torch.nn.ModuleDict({"vae": parts.vae, "unet": parts.unet}).to(device)
     tokens = torch.tensor([parts.tokenizer("").input_ids])
     with torch.no_grad():
         prompt = parts.text_encoder(tokens).last_hidden_state.to(device)

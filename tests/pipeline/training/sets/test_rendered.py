@@ -38,11 +38,12 @@ def test_truth_is_the_renderers(config: SceneOptions, seed: int) -> None:
 
 
 def test_a_scene_of_sky_alone_and_one_with_nan(tmp_path: Path) -> None:
-    (tmp_path / "24x32").mkdir()
+    folder = tmp_path / f"v{scenes.VERSION}-24x32"
+    folder.mkdir()
     pixels = np.tile(pool.render([4], H, W), (pool.SHARD, 1, 1))
     pixels["depth"][3] = np.inf
     pixels["depth"][5, 2, 2] = np.nan
-    np.save(tmp_path / "24x32" / "0000000.npy", pixels)
+    np.save(folder / "0000000.npy", pixels)
     pictures = open_set(SceneOptions(path=tmp_path, scenes=pool.SHARD, height=H, width=W), "depth")
     assert pictures.read(4).mask.any()
     with pytest.raises(SampleError, match=r"scene 3 .*near enough"):
