@@ -5,7 +5,7 @@
 Three parts, on the demo's clip, scaled and repeated. (1) What a frame costs a core in each part of the way, and so how
 many cores feed a device of a given pace. (2) A whole run, decoding to commit, with a stand-in for the device that takes
 exactly its time for a batch and no core: its frames a second beside the device's own. (3) The way without a model,
-beside a bare PyAV decoding loop with as many threads. Writes feed.md.
+beside a bare PyAV decoding loop with as many threads, one and one a core. Writes feed.md.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.bench.timing import cores
 from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.model.backend import keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources.video import VideoSource
 from depthmill.pipeline.sources.video_pixels import to_rgb
 from depthmill.pipeline.store import Layout, create
 from depthmill.pipeline.store.layout import pack_depth, pack_normals
@@ -82,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         options.heights, options.rates, options.frames, options.rounds = [96], [400.0], 256, 1
     load = os.getloadavg()[0]
+    keep_freed_memory()  # as a worker does
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         inputs = {height: make_input(folder, height, options.frames) for height in options.heights}
@@ -92,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for rate in options.rates
             for ahead in (True, False)
         ]
-        ratios = {height: path_ratios(*inputs[height], options) for height in inputs}
+        ways = {
+            (height, threads): path_ratios(*inputs[height], threads, options) for height in inputs for threads in (1, 0)
+        }
     paces = " | ".join(f"{rate:.0f}/s" for rate in options.rates)
     cost_rows = [
         f"| {_size(inputs[height])} | {decode * 1e3:.2f} | {pack * 1e3:.2f} | {write * 1e3:.2f} | "
@@ -105,9 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{_spread(alone)} |"
         for (height, rate, _, ahead), (*_, alone) in zip(shares[::2], shares[1::2], strict=True)
     ]
-    path_rows = [f"| {_size(inputs[height])} | {' | '.join(map(_spread, found))} |" for height, found in ratios.items()]
-    options.out.write_text(
-        f"""# The feed
+    path_rows = [
+        f"| {_size(inputs[height])} | {threads or cores()} | {' | '.join(map(_spread, found[:3]))} | "
+        f"{' | '.join(f'{median(needed):.1f}' for needed in found[3:])} |"
+        for (height, threads), found in ways.items()
+    ]
+    report = f"""# The feed
 
 Written by `benchmarks/feed.py`, {datetime.date.today()}, on {cores()} cores of {platform.machine()}, Python
 {platform.python_version()}, PyAV {av.__version__}; load average {load:.1f} when it began and
@@ -136,33 +144,41 @@ the next segment's being read and labelled while one is committed.
 
 ## Without a model
 
-Frames a second from decoding to commit, labels given, over those of a bare PyAV loop with as many threads: one that
-converts to RGB as PyAV does by default, repeating chroma, and one that converts as exactly as depthmill does; and over
-what the cores could do at most if they did nothing else, going by what the run itself took of them.
+Frames a second from decoding to commit, labels given, over those of a bare PyAV loop that decodes with as many threads:
+one that converts to RGB as PyAV does by default, repeating chroma, and one that converts as exactly as depthmill does;
+and over what the cores could do at most if they did nothing else, going by what the run itself took of them. The last
+two columns are computed: what the run took of a core for a frame, over the time in which either loop does 0.8 frames.
 
-| frame | default conversion | exact conversion | cores' limit |
-| --- | --- | --- | --- |
+| frame | threads | default conversion | exact conversion | cores' limit | cores for 0.8 of default | of exact |
+| --- | ---: | --- | --- | --- | ---: | ---: |
 {chr(10).join(path_rows)}
 """
-    )
+    if options.quick:
+        print(report)
+    else:
+        options.out.write_text(report)
 
 
 def busy_share(path: Path, labels: Labels, rate: float, options: argparse.Namespace, *, ahead: bool) -> list[float]:
     """Of some runs: their frames a second over the device's."""
     frames = min(options.frames, int(rate * options.seconds))
-    return [run(path, labels, rate, frames, ahead)[0] for _ in range(options.rounds)]
+    return [1 / rate / run(path, labels, rate, frames, ahead=ahead)[0] for _ in range(options.rounds)]
 
 
-def path_ratios(path: Path, labels: Labels, options: argparse.Namespace) -> list[list[float]]:
-    """Frames a second without a model over those of both bare loops, and over the cores' limit; each in some rounds."""
-    found: list[list[float]] = [[], [], []]
+def path_ratios(path: Path, labels: Labels, threads: int, options: argparse.Namespace) -> list[list[float]]:
+    """Of some rounds without a model, decoding with some threads, 0 for one a core.
+
+    Returns:
+        Frames a second over those of the bare loop, default and exact, and over the cores' limit; and the cores that
+        0.8 of either loop would take.
+    """
+    rows = []
     frames = min(options.frames, 512)
     for _ in range(options.rounds):
-        ours, core = run(path, labels, 1e9, frames, True)[1:]
-        found[0].append(bare_decode(path, frames, exact=False) / ours)
-        found[1].append(bare_decode(path, frames, exact=True) / ours)
-        found[2].append(core / cores() / ours)
-    return found
+        bare = [bare_decode(path, frames, threads, exact=exact) for exact in (False, True)]
+        ours, core = run(path, labels, 1e9, frames, threads=threads)
+        rows.append([*(one / ours for one in bare), core / cores() / ours, *(core / one * 0.8 for one in bare)])
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def _size(made: tuple[Path, Labels]) -> str:
@@ -230,16 +246,18 @@ def costs(path: Path, labels: Labels, folder: Path, frames: int = 256) -> tuple[
     return decode, pack, write
 
 
-def run(path: Path, labels: Labels, rate: float, frames: int, ahead: bool) -> tuple[float, float, float]:
-    """A run's frames a second over its device's; and what it took of a frame: seconds, and seconds of a core."""
+def run(
+    path: Path, labels: Labels, rate: float, frames: int, *, ahead: bool = True, threads: int = 0
+) -> tuple[float, float]:
+    """What a run took of a frame, beside a device of a given pace: seconds, and seconds of a core."""
     with tempfile.TemporaryDirectory() as into:
-        source = open_source(str(path))
+        source = VideoSource(path, max_frames=1_000_000, threads=threads)
         probed = source.probe()
-        source.close()
         store = create(Path(into) / "labels.zarr", Layout(), {})
         store.add(probed)
         worker = Worker(LabelConfig(device="cpu"), store.uri, ())
         worker._labeler, worker._store = Device(labels, rate), store
+        worker._sources._sources[str(path)] = source
         tasks = [Task(str(path), probed.fingerprint, segment) for segment in store.segments(probed.id)]
         tasks = tasks[: max(4, frames // 64)]
         marks = []
@@ -249,20 +267,21 @@ def run(path: Path, labels: Labels, rate: float, frames: int, ahead: bool) -> tu
         worker.close()
         done = sum(task.frames for task in tasks[1:-1])  # from commit to commit, start and end aside
         took_s, core_s = ((last - first) / done for first, last in zip(marks[0], marks[-2], strict=True))
-        return 1 / rate / took_s, took_s, core_s
+        return took_s, core_s
 
 
-def bare_decode(path: Path, frames: int, *, exact: bool) -> float:
-    """Seconds for a frame, decoded to RGB and thrown away."""
+def bare_decode(path: Path, frames: int, threads: int, *, exact: bool) -> float:
+    """Seconds for a frame, decoded to RGB and thrown away; by so many threads, 0 for one a core."""
     reformatter = VideoReformatter()
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
+        stream.codec_context.thread_count = threads
         stream.thread_type = "AUTO"
         height, width = stream.codec_context.height, stream.codec_context.width
         began = time.perf_counter()
         for number, frame in enumerate(container.decode(video=0), 1):
             if exact:
-                to_rgb(frame, reformatter, codec="h264", height=height, width=width, threads=0)
+                to_rgb(frame, reformatter, codec="h264", height=height, width=width, threads=threads)
             else:
                 frame.to_ndarray(format="rgb24")
             if number == frames:

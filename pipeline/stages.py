@@ -43,7 +43,8 @@ class Labelled:
         Raises:
             StoreError: If something of it cannot be written.
         """
-        self.take_last()
+        take_last, self.take_last = self.take_last, lambda: None  # else it holds a batch of pictures, and a cycle
+        take_last()
         written = self.writer.commit()
         return Report(
             segment=self.segment,

@@ -130,9 +130,12 @@ class Worker:
             CheckpointError: If they cannot be loaded, or are not those that the run was planned with.
         """
         self._now(WorkerState("loading"))
-        if self._config.device == "cpu":
+        on_cpu = self._config.device == "cpu"
+        if on_cpu:
             keep_freed_memory()
         backend = self._thread.submit(self._load).result()
+        if not on_cpu:
+            keep_freed_memory()  # now that weights have gone to the device, and what they took here is given back
         self._now(WorkerState("idle"))
         return backend
 

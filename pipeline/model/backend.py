@@ -81,11 +81,11 @@ def cache_directory() -> Path:
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep the memory that it frees, for the next batch, which needs the same again.
+    """Have this process keep the memory that it frees, for the next frame or batch, which needs the same again.
 
     glibc gives large blocks back at once, and the kernel clears each page that it hands out anew: a sixth of a worker's
-    time on CPUs. What a process has taken at its highest it then keeps to its end, and that is a seventh more. Only
-    threads that start afterwards share the heap. Without glibc nothing is done.
+    time on CPUs, a third of what decoding takes. What a process has taken at its highest it then keeps to its end, and
+    that is a seventh more. Only threads that start afterwards share the heap. Without glibc nothing is done.
     """
     if platform.libc_ver()[0] == "glibc":
         for option, value in _KEEPING.items():

@@ -31,6 +31,8 @@ Bool = npt.NDArray[np.bool_]
 
 NO_VALUE = np.iinfo(np.int64).min  # where a packet has no timestamp or no position
 
+_KEY, _CORRUPT, _HIDDEN = 1, 2, 4  # flags of a packet while it is read
+
 # A demuxer that meets damage may answer with an error and go on behind it; one that does nothing else is left.
 _MAX_DEMUX_ERRORS = 16
 
@@ -166,20 +168,22 @@ def scan(uri: str, max_frames: int) -> PacketTable:
     container, stream = open_container(uri)
     with container:
         hides = stream.codec_context.name in ("vp8", "libvpx")
-        table = array("q")  # a tenth of the memory of a list of tuples
+        numbers = [array("q") for _ in range(4)]  # they become the table's columns, without a copy
+        flags = bytearray()
         for packet in islice(demux(container, stream), max_frames + 1):
-            table.extend(_row(packet, hides))
+            *row, flag = _row(packet, hides)
+            for column, number in zip(numbers, row, strict=True):
+                column.append(number)
+            flags.append(flag)
         # AVI has no presentation timestamps: where pictures are reordered, libav's are the order of the file.
         invented = "avi" in container.format.name.split(",") and stream.codec_context.has_b_frames
         time_base = float(stream.time_base or 0)
         rate = float(stream.average_rate or stream.guessed_rate or 25)
-    rows = np.frombuffer(table, np.int64).reshape(-1, 7)
-    check_frames(uri, len(rows), max_frames)
-    if not len(rows):
+    check_frames(uri, len(flags), max_frames)
+    if not flags:
         raise SourceError(f"{uri}: its video stream holds no packets; expected at least one frame: leave it out")
-    pts, dts, pos, size = (rows[:, column].copy() for column in range(4))
-    key, corrupt, hidden = (rows[:, column].astype(bool) for column in range(4, 7))
-    del rows, table  # as much again as all that is kept of them
+    pts, dts, pos, size = (np.frombuffer(column, np.int64) for column in numbers)
+    key, corrupt, hidden = ((np.frombuffer(flags, np.uint8) & flag).astype(bool) for flag in (_KEY, _CORRUPT, _HIDDEN))
     visible = pts[~hidden]
     if invented or (visible == NO_VALUE).any() or len(np.unique(visible)) < len(visible):
         rank = _decoded_order(uri, hidden)
@@ -218,7 +222,8 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _row(packet: av.Packet[Any], hides: bool) -> tuple[int, ...]:
+def _row(packet: av.Packet[Any], hides: bool) -> tuple[int, int, int, int, int]:
+    """Presentation timestamp, decoding timestamp, position, size, flags."""
     hidden = packet.is_discard  # decoded but not shown: an edit list cuts it off
     if hides and not hidden:
         hidden = not bytes(packet)[0] & 0x10  # VP8's show_frame bit: alternate references are packets of their own
@@ -227,9 +232,7 @@ def _row(packet: av.Packet[Any], hides: bool) -> tuple[int, ...]:
         NO_VALUE if packet.dts is None else packet.dts,
         NO_VALUE if packet.pos is None else packet.pos,
         packet.size,
-        packet.is_keyframe,
-        packet.is_corrupt,
-        hidden,
+        _KEY * packet.is_keyframe | _CORRUPT * packet.is_corrupt | _HIDDEN * hidden,
     )
 
 

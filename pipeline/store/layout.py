@@ -305,10 +305,10 @@ def label_codecs(dtype: str, ndim: int) -> list[Document]:
     Only codecs of the Zarr v3 specification itself, so that every implementation reads them.
     """
     itemsize = np.dtype(dtype).itemsize
-    # Planes of x, y and z compress better than interleaved vectors; big blocks let even a quick level do well.
+    # Planes of x, y and z compress better than interleaved vectors; big blocks let even the quickest level do well.
     planes = [{"name": "transpose", "configuration": {"order": [0, 3, 1, 2]}}] if ndim == 4 else []
     shuffle = "bitshuffle" if itemsize > 1 else "noshuffle"
-    return [*planes, _bytes(itemsize), _blosc(shuffle, itemsize, clevel=2, blocksize=2**20)]
+    return [*planes, _bytes(itemsize), _blosc(shuffle, itemsize, clevel=1, blocksize=2**20)]
 
 
 def _sharded(

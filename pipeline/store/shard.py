@@ -36,7 +36,8 @@ def encode_chunk(labels: npt.NDArray[Any], array: Document) -> bytes:
         chunk = np.full(canvas, fill, dtype)
         chunk[: labels.shape[0], : labels.shape[1]] = labels
     bits = f"u{dtype.itemsize}"  # -0.0 is not 0.0
-    if (chunk.view(bits) == np.array(fill, dtype).view(bits)).all():
+    filled, values = np.array(fill, dtype).view(bits), chunk.view(bits)
+    if values.flat[0] == filled and (values == filled).all():  # nearly always the first says that it is not
         return b""
     *before, _, blosc = array["codecs"][0]["configuration"]["codecs"]
     for transpose in before:

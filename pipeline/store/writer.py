@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -37,9 +37,9 @@ class SegmentWriter:
     """Takes the labels of one segment and commits them. Made by `Store.writer`.
 
     Rows are packed and compressed as they come, each by one of several threads, and held so until their shard is full;
-    others write it while the next ones fill. Who gives rows faster than that goes waits in `put`. So memory holds a few
-    rows as they were given, the others compressed: a few shards where they come in order, and less than
-    `waiting_bytes` where they do not.
+    others write it while the next ones fill. Who is ahead of that by as many rows as a shard has waits in `put`: room
+    for a batch. So memory holds that many rows as they were given, the others compressed: a few shards where they come
+    in order, and less than `waiting_bytes` where they do not.
 
     Two writers of one segment, a worker given up for dead and its successor, do not hinder each other: both write the
     same bytes, and whichever commits first has committed it.
@@ -69,7 +69,6 @@ class SegmentWriter:
         self._layout = layout
         self._documents = documents
         self._files = WholeFiles(directory)
-        self._arrays = self._open(self._files)
         self._keys = list(segment_files(segment, documents))
         self._shard_frames = layout.frames_per_shard(*size)
         self._status = np.full(segment.frames, PENDING, np.uint8)
@@ -86,6 +85,7 @@ class SegmentWriter:
         self._packed_bytes: dict[int, int] = {}
         row_bytes = sum(_row_bytes(documents[name], size) for name in layout.arrays)
         self._threads = max(1, min(os.cpu_count() or 1, _MOST_THREADS, MAX_SHARD_BYTES // row_bytes))
+        self._most_waiting = max(self._shard_frames, self._threads)
         self._compressors = ThreadPoolExecutor(self._threads, "shard-compressor")
         self._compressing: deque[Future[dict[str, bytes]]] = deque()
         self._writers = ThreadPoolExecutor(_SHARDS_WRITTEN_AT_ONCE, "shard-writer")
@@ -123,7 +123,7 @@ class SegmentWriter:
             raise StoreError(f"frame {index} of {self._segment} has labels of different sizes: {sizes}")
         size = self._size[row] = sizes.pop()
         self._packed_bytes[row] = sum(_row_bytes(self._documents[name], size) for name in labels)
-        while len(self._compressing) > self._threads:
+        while len(self._compressing) >= self._most_waiting:
             self._compressing.popleft().result()
         self._rows[row] = self._compressors.submit(self._compress, labels)
         self._compressing.append(self._rows[row])
@@ -156,27 +156,25 @@ class SegmentWriter:
         self._finish_writing()
         self._compressors.shutdown()
         self._writers.shutdown()
+        arrays = self._open(self._files, [name for name in self._documents if name not in self._layout.arrays])
         rows = slice(self._segment.start, self._segment.stop)
-        if "size" in self._arrays:
-            self._arrays["size"][rows] = self._size
-        self._arrays["reason"][rows] = np.array(self._reasons, dtype=object)
-        if "checksum" in self._arrays:
+        if "size" in arrays:
+            arrays["size"][rows] = self._size
+        arrays["reason"][rows] = np.array(self._reasons, dtype=object)
+        if "checksum" in arrays:
             for column, key in enumerate(self._keys):
                 if key in self._files.written:
                     self._checksums[column] = self._files.written[key]
-            self._arrays["checksum"][self._number] = self._checksums
-        self._arrays["status"][rows] = self._status
+            arrays["checksum"][self._number] = self._checksums
+        arrays["status"][rows] = self._status
         return sum(value >> 32 for value in self._files.written.values())
 
-    def _open(self, files: ZarrStore) -> dict[str, zarr.Array[Any]]:
-        return {
-            name: open_array(files, f"{self._segment.source_id}/{name}", document)
-            for name, document in self._documents.items()
-        }
+    def _open(self, files: ZarrStore, names: Iterable[str]) -> dict[str, zarr.Array[Any]]:
+        return {name: open_array(files, f"{self._segment.source_id}/{name}", self._documents[name]) for name in names}
 
     def _keep(self, redo: Sequence[int]) -> None:
         """Take over what was committed of the rows that are not given anew."""
-        self._stored = self._open(ZarrFiles(self._files.directory))
+        self._stored = self._open(ZarrFiles(self._files.directory), self._documents)
         start, stop = self._segment.start, self._segment.stop
         status = np.asarray(self._stored["status"][start:stop], np.uint8)
         if not redo or not set(redo) <= set(range(start, stop)) or (status == PENDING).any():
@@ -221,8 +219,8 @@ class SegmentWriter:
         height, width, *rest = label.shape if label.ndim >= 2 else (0, 0)
         fits = 0 < height <= self._height and 0 < width <= self._width
         whole = (height, width) == (self._height, self._width)
-        if rest != ([3] if name == "normals" else []) or not (fits if "size" in self._arrays else whole):
-            bound = "at most " if "size" in self._arrays else ""
+        if rest != ([3] if name == "normals" else []) or not (fits if "size" in self._documents else whole):
+            bound = "at most " if "size" in self._documents else ""
             expected = (self._height, self._width, *([3] if name == "normals" else []))
             raise StoreError(f"{name} of frame {index} of {self._segment} is {label.shape}, not {bound}{expected}")
 

@@ -1,10 +1,13 @@
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
 import depthmill
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.model.labeler import Labeler
-from depthmill.pipeline.stages import label_segment, try_segment
+from depthmill.pipeline.stages import label_frames, label_segment, try_segment
 from depthmill.pipeline.store import Layout
 from depthmill.pipeline.types import FAILED, LABELLED, Frame, Source
 from depthmill.tests.pipeline.store.samples import files
@@ -128,3 +131,21 @@ def test_trying_writes_nothing_and_fails_as_labelling_does(labeler, store, monke
     with pytest.raises(AssertionError, match="the process is gone"):
         try_segment(Pictures(deadly=[9]), segment, labeler)
     assert files(store.uri) == before
+
+
+def test_pictures_are_let_go_with_the_commit(labeler, store):
+    seen = []
+
+    def frames():
+        for frame in Pictures().read(0, len(SIZES)):
+            seen.append(weakref.ref(frame))
+            yield frame
+
+    gc.disable()  # whose turn may come only many segments later
+    try:
+        done = label_frames(frames(), store.segments("pictures")[0], labeler, store, rounded=False)
+        assert any(frame() for frame in seen), "the last batch is still under way"
+        done.commit()
+        assert not any(frame() for frame in seen)
+    finally:
+        gc.enable()

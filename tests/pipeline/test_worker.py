@@ -88,3 +88,14 @@ def test_a_worker_can_be_closed_in_the_middle(start):
     worker, tasks = start("some")
     worker.label(tasks[0], tasks[1])
     worker.close()
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", ["keep", "load"]), ("cuda", ["load", "keep"])])
+def test_freed_memory_is_kept_but_not_that_of_weights_on_their_way_to_a_device(monkeypatch, device, expected):
+    done = []
+    monkeypatch.setattr("depthmill.pipeline.worker.keep_freed_memory", lambda: done.append("keep"))
+    monkeypatch.setattr(Worker, "_load", lambda self: done.append("load") or "a backend")
+    worker = Worker(LabelConfig(device=device), "nowhere", ())
+    assert worker.load() == "a backend"
+    assert done == expected
+    worker.close()

@@ -8,9 +8,10 @@ import zarr
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import StoreError, StoreMismatchError
-from depthmill.pipeline.store import Layout
+from depthmill.pipeline.store import Layout, layout
+from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import Segment
-from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, write
+from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels, write
 
 
 def test_resume_goes_on_where_it_stopped(store):
@@ -22,6 +23,38 @@ def test_resume_goes_on_where_it_stopped(store):
     assert again.layout == LAYOUT
     assert again.identity == IDENTITY
     assert again.sources() == ["images", "video"]
+
+
+def test_a_store_whose_labels_were_compressed_otherwise_is_gone_on_with(tmp_path, monkeypatch):
+    now = layout.label_codecs
+
+    def slower(dtype, ndim):
+        codecs = now(dtype, ndim)
+        codecs[-1]["configuration"] |= {"clevel": 2, "blocksize": 2**18}
+        return codecs
+
+    segments = Segment("video", 0, 8), Segment("video", 8, 16), Segment("video", 16, 18)
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "label_codecs", slower)
+        old = stores.create(tmp_path / "old", LAYOUT, IDENTITY)
+        old.add(VIDEO)
+        write(old, segments[0])
+    again = stores.create(tmp_path / "old", LAYOUT, IDENTITY)
+    again.add(VIDEO)
+    write(again, segments[1])
+    write(again, segments[2])
+    writer = again.writer(segments[0], redo=[3])
+    writer.put(3, *labels(3))
+    writer.commit()
+    new = stores.create(tmp_path / "new", LAYOUT, IDENTITY)
+    new.add(VIDEO)
+    for segment in segments:
+        write(new, segment)
+    for name in ("depth", "normals"):
+        ours, theirs = (zarr.open_array(f"{store.uri}/video/{name}", mode="r") for store in (again, new))
+        assert ours.metadata.codecs != theirs.metadata.codecs
+        assert np.array_equal(ours[:], theirs[:])
+    assert verify(again).damage == ()
 
 
 def test_a_store_of_another_run_is_refused_naming_every_difference(store):

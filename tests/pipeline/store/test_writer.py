@@ -1,4 +1,5 @@
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import depthmill
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store import layout
+from depthmill.pipeline.store.shard import encode_chunk
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Failure, Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels, write
 
@@ -41,6 +43,27 @@ def test_a_shard_is_written_as_soon_as_it_is_full_and_then_let_go(store):
     assert writer._rows == {}
     assert writer.waiting_bytes == 0
     assert store.status("video").max() == PENDING, "not committed yet"
+
+
+def test_rows_wait_to_be_compressed_up_to_a_shard_of_them(store, monkeypatch):
+    free = threading.Event()
+
+    def encode(label, document):
+        free.wait()
+        return encode_chunk(label, document)
+
+    monkeypatch.setattr("depthmill.pipeline.store.writer.encode_chunk", encode)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    writer = store.writer(Segment("video", 0, 8))
+    for index in range(4):
+        writer.put(index, *labels(index))  # a batch comes at once: who gives it does not wait
+    more = threading.Thread(target=writer.put, args=(4, *labels(4)))
+    more.start()
+    more.join(0.2)
+    assert more.is_alive(), "memory is bounded"
+    free.set()
+    more.join(10)
+    assert not more.is_alive()
 
 
 def test_no_two_segments_share_a_file(store):
