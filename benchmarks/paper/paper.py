@@ -182,9 +182,10 @@ def report(paper: Paper, seconds: Mapping[str, float]) -> str:
             "",
             f"`make paper`, finished {datetime.now(UTC):%Y-%m-%d}: {os.cpu_count()} CPU cores of {platform.machine()}"
             f"{', ' + torch.cuda.get_device_name() if torch.cuda.is_available() else ''}, torch {torch.__version__}.",
-            f"Trained from nothing on rendered scenes, at {s['width']} x {s['height']}; scored on {s['held_out']}",
-            "other scenes, through `Labeler`. One seed. AbsRel and δ1 after affine alignment to metric depth, means",
-            "over scenes; normals over all pixels. Times are of this run, on a machine shared with others.",
+            f"Trained from nothing on rendered scenes (version {scenes.VERSION}), at {s['width']} x {s['height']};",
+            f"scored on {s['held_out']} other scenes, through `Labeler`. One seed. AbsRel and δ1 after affine",
+            "alignment to metric depth, means over scenes; normals over all pixels. Times are of this run, on a",
+            "machine shared with others.",
             "",
             "## The diffusion estimator: schedule, steps, ensembles",
             *table("sampling, gaussian noise", estimator),
