@@ -1,4 +1,4 @@
-"""Tileable grey patterns, drawn once from fixed seeds, and a filtered look-up into them.
+"""Tileable grey patterns, drawn once from fixed seeds or photographed, and a filtered look-up into them.
 
 A pattern is a square of values in [0, 1] that repeats without a seam; a material colours it. Drawing them once into an
 atlas with a mip pyramid, instead of evaluating them at each pixel, makes a texture's price independent of its
