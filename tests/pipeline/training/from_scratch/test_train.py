@@ -164,7 +164,7 @@ def test_learning_rate_warms_up_and_decays(scene_pool: Path) -> None:
 
 def test_the_demos_config_is_valid() -> None:
     demo = load_config(StagedConfig, ROOT / "configs" / "train-demo.yaml", {})
-    assert demo.architecture.latent_channels == 4
+    assert demo.architecture.latent_channels == 16
 
 
 def test_sizes_that_the_network_cannot_take_are_refused(scene_pool: Path) -> None:
