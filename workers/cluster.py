@@ -14,6 +14,7 @@ from depthmill.pipeline.config import LabelConfig, SmoothConfig
 from depthmill.pipeline.errors import ConfigError
 
 _REACHABLE_S = 10.0
+_STARTS = 3  # of a cluster on this machine: Ray grants its processes 30 s, which is little where cores are starved
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def connect(config: LabelConfig | SmoothConfig) -> Iterator[int]:
         The number of GPUs in it.
 
     Raises:
-        ConfigError: If there is no cluster at the address.
+        ConfigError: If there is no cluster at the address, or none starts on this machine.
     """
     if ray.is_initialized():
         yield _gpus()
@@ -37,8 +38,7 @@ def connect(config: LabelConfig | SmoothConfig) -> Iterator[int]:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             # Actors ask for one CPU each; on this machine the run alone decides how many share the cores.
-            cpus = max(os.cpu_count() or 1, config.workers or 1)
-            ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            _start(max(os.cpu_count() or 1, config.workers or 1))
     except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
         raise ConfigError(
             f"no Ray cluster at {address} ({str(error).splitlines()[0]}); expected a running one: start it "
@@ -48,6 +48,23 @@ def connect(config: LabelConfig | SmoothConfig) -> Iterator[int]:
         yield _gpus()
     finally:
         ray.shutdown()
+
+
+def _start(cpus: int) -> None:
+    """Start a cluster on this machine."""
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error):  # Ray raises no class of its own
+                raise
+            ray.shutdown()
+            if not left:
+                raise ConfigError(
+                    f"Ray did not start on this machine in {_STARTS} times 30 s; expected cores that are free for it: "
+                    "stop other work, or label without it (--workers 0)"
+                ) from error
 
 
 def _check_reachable(address: str) -> None:
