@@ -76,23 +76,27 @@ class StagedConfig(_Strict):
     Attributes:
         seed: Of the initial weights and of everything drawn in training.
         architecture: Of the network to make from nothing.
+        start: Weights to go on from instead of random ones: `demo`, or what an earlier run left in its `checkpoint`.
         processing_resolution: What the checkpoint will say that it wants its pictures' longer side to be.
         data: Where scenes come from.
         stages: One after the other.
         save_steps: A resumable state and a checkpoint are written every so many steps.
         picture_steps: Held-out scenes are drawn every so many steps.
         gradient_clip: Largest norm of a step's gradient.
+        dtype: Of the network's products, by autocast; weights, losses and the optimizer stay in float32.
         cpu_threads: On a CPU, into how many parts a batch is split, each on one core; at most the batch size.
     """
 
     seed: int = 0
     architecture: Architecture
+    start: str | None = None
     processing_resolution: int = Field(gt=0)
     data: Data = Field(default_factory=Data)
     stages: tuple[Stage, ...] = Field(min_length=1)
     save_steps: int = Field(default=500, gt=0)
     picture_steps: int = Field(default=500, gt=0)
     gradient_clip: float = Field(default=1.0, gt=0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
     cpu_threads: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")

@@ -13,11 +13,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.model import scratch
+from depthmill.pipeline.model.checkpoint import load_unet, load_vae, open_checkpoint
 from depthmill.pipeline.model.scratch import Architecture, Parts
 from depthmill.pipeline.types import Modality
 
 MODALITIES: tuple[Modality, ...] = ("depth", "normals")
+
+_OWN = ("conv_out.weight", "conv_out.bias")  # of which each modality has its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +93,43 @@ class Network:
                 clip_normals=False,  # the mean angle says nothing of their length
             )
 
+    def load(self, name: str) -> None:
+        """Take over the weights of a pair of checkpoints that `save` has written.
+
+        Args:
+            name: `demo`, or the folder with `depth/` and `normals/`.
+
+        Raises:
+            CheckpointError: If one of them cannot be loaded.
+            TrainingError: If they are of another architecture, or were not trained as one network.
+        """
+        pair = [open_checkpoint(name if name == "demo" else str(Path(name) / m), m) for m in MODALITIES]
+        weights, *others = (load_unet(checkpoint).state_dict() for checkpoint in pair)
+        for key, value in weights.items():
+            theirs = [other[key] for other in others]
+            if key in _OWN:
+                weights[key] = torch.cat([value, *theirs])
+            elif not all(torch.equal(value, one) for one in theirs):
+                raise TrainingError(
+                    f"start is {name}, whose two UNets differ in {key}; expected a pair trained as one network: "
+                    "the checkpoint folder of a run with stages"
+                )
+        try:
+            self.parts.unet.load_state_dict(weights)
+            self.parts.vae.load_state_dict(load_vae(pair[0]).state_dict())
+        except RuntimeError as error:
+            raise TrainingError(
+                f"start is {name}, which does not fit the run's architecture ({str(error).splitlines()[1].strip()}); "
+                "expected the same: see the config.json of its unet and vae"
+            ) from error
+
     def _unet(self, index: int) -> UNet2DConditionModel:
         """The UNet of one modality alone."""
         both = self.parts.unet
         channels = both.config["out_channels"] // len(MODALITIES)
         one = UNet2DConditionModel.from_config({**both.config, "out_channels": channels})
         weights = both.state_dict()
-        for name in ("conv_out.weight", "conv_out.bias"):
+        for name in _OWN:
             weights[name] = weights[name][index * channels : (index + 1) * channels]
         one.load_state_dict(weights)
         return one

@@ -7,7 +7,6 @@ been stopped: weights and the optimizer's moments are all there is to remember.
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -76,6 +75,8 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
         begin, first, moments = saved["stage"], saved["step"], saved["optimizer"]
         _refuse_another_run(config, output, begin + (first > 0))
         net.modules.load_state_dict(saved["modules"])
+    elif config.start is not None:
+        net.load(config.start)
     (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
     rows = _rows_before(output / "losses.csv", config, begin, first)
     held_out = _held_out(config)
@@ -134,7 +135,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     views = Views(*(getattr(views, name).to(net.prompt.device) for name in ("rgb", "depth", "normals", "mask")))
-    terms = _gradients(net, views, stage, config.cpu_threads)
+    terms = _gradients(net, views, stage, config)
     norm = torch.nn.utils.clip_grad_norm_(_trained(net, stage), config.gradient_clip)
     if not bool(torch.isfinite(norm)):
         raise TrainingError(
@@ -147,22 +148,22 @@ def _step(
     return {name: values.get(name, float("nan")) for name in _COLUMNS[2:]}
 
 
-def _gradients(net: Network, views: Views, stage: Stage, threads: int) -> dict[str, float]:
+def _gradients(net: Network, views: Views, stage: Stage, config: StagedConfig) -> dict[str, float]:
     """Leave the batch's mean gradient in the parameters; the losses, by name.
 
     On a CPU the batch is split among threads that meet once a step. OpenMP's own threads meet in every operation, which
     on a busy machine leaves most of them waiting most of the time.
     """
-    parameters = _trained(net, stage)
+    parameters, kind = _trained(net, stage), net.prompt.device.type
 
     def part(piece: Views) -> tuple[dict[str, float], Sequence[Tensor | None]]:
-        terms = _autoencoder(net, piece) if stage.objective == "autoencoder" else _end_to_end(net, piece, stage)
+        with torch.autocast(kind, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            terms = _autoencoder(net, piece) if stage.objective == "autoencoder" else _end_to_end(net, piece, stage)
         # Not backward(): the threads would add to the same gradients at once.
         gradients = torch.autograd.grad(terms["loss"], parameters, allow_unused=True)
         return {name: float(term.detach()) for name, term in terms.items()}, gradients
 
-    if net.prompt.device.type != "cpu":
-        threads = 1
+    threads = config.cpu_threads if kind == "cpu" else 1
     pieces = [views[slice(i * len(views.rgb) // threads, (i + 1) * len(views.rgb) // threads)] for i in range(threads)]
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
         results = list(executor.map(part, pieces)) if threads > 1 else [part(views)]
@@ -258,13 +259,14 @@ def _save(
 def _refuse_another_run(config: StagedConfig, output: Path, stages: int) -> None:
     """Between two calls only paths, intervals and stages after the first `stages`, which have begun, may change."""
 
-    def begun(run: dict[str, Any]) -> dict[str, Any]:
+    def begun(config: StagedConfig) -> dict[str, Any]:
+        run = config.model_dump(mode="json")
         size = run["data"]["height"], run["data"]["width"]
-        kept = {name: run[name] for name in ("seed", "architecture", "gradient_clip")}
-        return json.loads(json.dumps({**kept, "size": size, "stages": run["stages"][:stages]}))  # type: ignore[no-any-return]
+        kept = {name: run[name] for name in ("seed", "architecture", "start", "dtype", "gradient_clip")}
+        return {**kept, "size": size, "stages": run["stages"][:stages]}
 
     path = output / "config.json"
-    old, new = begun(json.loads(path.read_text())), begun(config.model_dump(mode="json"))
+    old, new = begun(StagedConfig.model_validate_json(path.read_text())), begun(config)
     if different := [name for name in new if new[name] != old[name]]:
         raise TrainingError(
             f"{output} holds a run with another {', '.join(different)} (see {path}): train into another folder, or "

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from depthmill.pipeline.config import load_config
-from depthmill.pipeline.errors import TrainingError
+from depthmill.pipeline.errors import CheckpointError, TrainingError
+from depthmill.pipeline.model import scratch
 from depthmill.pipeline.training.from_scratch import network
 from depthmill.pipeline.training.from_scratch import train as train_module
 from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
@@ -134,16 +135,16 @@ def test_a_loss_that_is_no_number_stops_the_run(
 
 
 def test_threads_give_the_mean_of_their_parts_gradients(scene_pool: Path) -> None:
-    run = config(scene_pool)
+    run = config(scene_pool, cpu_threads=2)
     net = network.build(run.architecture, 0, torch.device("cpu"))
     views = open_pool(scene_pool, 100, 24, 32, processes=1).read(np.arange(6))
     parameter = net.modules["unet"].conv_out.weight
     stage = run.stages[1]
-    together = train_module._gradients(net, views, stage, threads=2)
+    together = train_module._gradients(net, views, stage, run)
     gradient = parameter.grad.clone()
     parts = []
     for half in (views[:3], views[3:]):
-        terms = train_module._gradients(net, half, stage, threads=1)
+        terms = train_module._gradients(net, half, stage, config(scene_pool))
         parts.append((terms["loss"], parameter.grad.clone()))
     assert together["loss"] == pytest.approx((parts[0][0] + parts[1][0]) / 2, rel=1e-5)
     torch.testing.assert_close(gradient, (parts[0][1] + parts[1][1]) / 2, rtol=1e-4, atol=1e-6)
@@ -153,6 +154,47 @@ def test_training_lowers_the_loss(scene_pool: Path, tmp_path: Path) -> None:
     train(config(scene_pool, small_steps=24), tmp_path)
     rows = [float(row[3]) for row in losses(tmp_path)[1:] if row[0] == "both"]
     assert sum(rows[-8:]) < 0.9 * sum(rows[:8])
+
+
+def test_a_run_goes_on_from_what_another_left(scene_pool: Path, tmp_path: Path) -> None:
+    first = config(scene_pool)
+    checkpoints = train(first, tmp_path / "first")
+    state = torch.load(tmp_path / "first" / "state.pt")["modules"]
+    net = network.build(first.architecture, 7, torch.device("cpu"))
+    net.load(str(checkpoints))
+    for name, value in net.modules.state_dict().items():  # written in half precision
+        torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-4)
+
+    second = config(scene_pool, start=str(checkpoints), dtype="bfloat16", stages=[{**first.model_dump()["stages"][1]}])
+    train(second, tmp_path / "second")
+    gone_on = float(losses(tmp_path / "second")[1][3])
+    assert gone_on < float(losses(tmp_path / "first")[3][3])  # less than that stage's first loss in the first run
+
+
+def test_a_start_that_does_not_fit_is_refused(scene_pool: Path, tmp_path: Path) -> None:
+    checkpoints = train(config(scene_pool), tmp_path / "first")
+    wider = config(scene_pool).model_dump()["architecture"] | {"unet_channels": (32, 32)}
+    with pytest.raises(TrainingError, match="does not fit the run's architecture"):
+        train(config(scene_pool, start=str(checkpoints), architecture=wider), tmp_path / "wider")
+    parts = scratch.build(config(scene_pool).architecture, seed=3)
+    scratch.save(parts, checkpoints / "normals", "normals", processing_resolution=32)
+    with pytest.raises(TrainingError, match="expected a pair trained as one network"):
+        train(config(scene_pool, start=str(checkpoints)), tmp_path / "pair")
+    with pytest.raises(CheckpointError):
+        train(config(scene_pool, start=str(tmp_path / "nowhere")), tmp_path / "nowhere")
+
+
+def test_bfloat16_gives_nearly_the_gradients_of_float32(scene_pool: Path) -> None:
+    views = open_pool(scene_pool, 100, 24, 32, processes=1).read(np.arange(3))
+    gradients = []
+    for dtype in ("float32", "bfloat16"):
+        run = config(scene_pool, dtype=dtype)
+        net = network.build(run.architecture, 0, torch.device("cpu"))
+        train_module._gradients(net, views, run.stages[1], run)
+        gradients.append(torch.cat([p.grad.flatten() for p in net.modules.parameters() if p.grad is not None]))
+    assert gradients[1].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
+    assert not torch.equal(*gradients)
 
 
 def test_learning_rate_warms_up_and_decays(scene_pool: Path) -> None:
