@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.store import Store, open_store
-from depthmill.pipeline.types import Segment
+from depthmill.pipeline.types import Segment, Source
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ class Planned:
 class Prober:
     """Probes sources and puts them into the store. In-process, or as a Ray actor (`workers/actors.py`)."""
 
-    def __init__(self, store: str, max_pixels: int, max_frames: int, retry_failed: bool) -> None:
+    def __init__(
+        self, store: str, max_pixels: int, max_frames: int, retry_failed: bool, sources: OpenSources | None = None
+    ) -> None:
         """Nothing is opened yet.
 
         Args:
@@ -108,10 +111,12 @@ class Prober:
             max_pixels: Pictures with more are failed frames.
             max_frames: Sources with more are refused.
             retry_failed: Whether failed frames of earlier runs are to be labelled again.
+            sources: Where to leave open what has frames to label, for a worker in the same process.
         """
         self._uri = store
         self._limits = (max_pixels, max_frames)
         self._retry_failed = retry_failed
+        self._sources = sources
 
     def load(self) -> str:
         """Open the store."""
@@ -128,9 +133,17 @@ class Prober:
         max_pixels, max_frames = self._limits
         opened = open_source(uri, max_pixels=max_pixels, max_frames=max_frames)
         try:
-            source = opened.probe()
-        finally:
+            planned = self._plan(uri, opened.probe())
+        except BaseException:
             opened.close()
+            raise
+        if self._sources is not None and planned.segments:
+            self._sources.keep(uri, opened)
+        else:
+            opened.close()
+        return planned
+
+    def _plan(self, uri: str, source: Source) -> Planned:
         self._store.add_source(source)
         progress = self._store.progress(source.id)
         redo = self._store.failed_segments(source.id) if self._retry_failed and progress.failed else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,20 +103,23 @@ class Worker:
     call comes instead, that work is dropped: nothing of it was visible.
     """
 
-    def __init__(self, config: LabelConfig, store: str, digests: tuple[str, ...]):
+    def __init__(
+        self, config: LabelConfig, store: str, digests: tuple[str, ...], sources: OpenSources | None = None
+    ) -> None:
         """Nothing is loaded yet.
 
         Args:
             config: The run's, with `device`, `dtype` and `threads` settled.
             store: Where the store is, which exists.
             digests: sha256 of the run's checkpoints: on another machine the same name could mean other files.
+            sources: Where a prober in the same process leaves what it has opened.
         """
         self._config = config
         self._store_uri = store
         self._digests = digests
         self._state = WorkerState("starting")
         self.on_state: Callable[[WorkerState], None] = lambda state: None  # told of each change, in-process
-        self._sources = OpenSources(config.max_pixels, config.max_frames)
+        self._sources = sources or OpenSources(config.max_pixels, config.max_frames)
         # One for all: CUDA graphs belong to the thread that recorded them.
         self._thread = ThreadPoolExecutor(1, "depthmill-label")
         self._current: _Job | None = None
@@ -136,6 +140,9 @@ class Worker:
         backend = self._thread.submit(self._load).result()
         if not on_cpu:
             keep_freed_memory()  # now that weights have gone to the device, and what they took here is given back
+        # What is loaded stays: looking through it for garbage again would stop all threads for a fifth of a second.
+        gc.collect()
+        gc.freeze()
         self._now(WorkerState("idle"))
         return backend
 
@@ -198,6 +205,7 @@ class Worker:
                 job.drop()
         self._thread.shutdown(cancel_futures=True)
         self._sources.close()
+        gc.unfreeze()
 
     def _queue(self, task: Task, after: _Job | None) -> _Job:
         """Have a task read when the reading of another has ended, and labelled when its labelling has."""

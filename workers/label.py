@@ -29,6 +29,7 @@ from depthmill.pipeline.model.checkpoint import Checkpoint
 from depthmill.pipeline.model.labeler import open_checkpoints
 from depthmill.pipeline.plan import Prober
 from depthmill.pipeline.sources import expand_inputs, open_source
+from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.stages import fail_task
 from depthmill.pipeline.store import Store, create, remove_empty, write_failures
 from depthmill.pipeline.worker import Worker
@@ -80,13 +81,17 @@ def label(
         if overwrite:
             given = _if_one_is_there(given)
         store = create(store_uri, layout(config), identity(config, checkpoints), overwrite=overwrite)
-        prober = Prober(store.uri, config.max_pixels, config.max_frames, retry_failed)
+        here = None
+        if config.workers == 0:  # what is probed here is labelled here
+            here = OpenSources(config.max_pixels, config.max_frames)
+            stack.callback(here.close)
+        prober = Prober(store.uri, config.max_pixels, config.max_frames, retry_failed, here)
         uris, planned = planned_here(given, store, prober)
         clock_s = time.perf_counter()
         with open_display(console, rate) as display:
             digests = tuple(checkpoint.sha256 for checkpoint in checkpoints)
             pool: Pool = InProcess(
-                {"labeler": lambda: Worker(config, store.uri, digests), "prober": lambda: prober},
+                {"labeler": lambda: Worker(config, store.uri, digests, here), "prober": lambda: prober},
                 lambda state: display.show(driver.standing.counts, {"this process": state}),
             )
             metrics: Metrics | None = None

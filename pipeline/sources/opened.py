@@ -43,6 +43,14 @@ class OpenSources:
             self._sources[uri] = source
             return source
 
+    def keep(self, uri: str, source: FrameSource) -> None:
+        """Take over a source that was opened to be probed, for whoever opens it next; without room it is closed."""
+        with self._lock:
+            if uri not in self._sources and len(self._sources) < _OPEN_SOURCES:
+                self._sources[uri] = source
+                return
+        source.close()
+
     def close(self) -> None:
         """Release all of them."""
         while self._sources:

@@ -137,13 +137,10 @@ class Decoder:
 
     def _packets(self, first: int) -> Iterator[tuple[int, av.Packet[Any]]]:
         """Yield packets, each with its number, from number `first` on: by a seek, or from the start."""
-        for ordinal in self._landing_places(first):
-            timestamp = self._table.dts[ordinal] if self._table.dts[ordinal] != NO_VALUE else self._table.pts[ordinal]
-            if timestamp == NO_VALUE:
-                continue
+        for timestamp in self._landing_places(first):
             self._started = True
             try:
-                self._container.seek(int(timestamp), stream=self._stream)
+                self._container.seek(timestamp, stream=self._stream)
             except av.FFmpegError:
                 continue
             found = self._find(first)
@@ -157,12 +154,15 @@ class Decoder:
         yield from self._numbered(demux(self._container, self._stream), 0, first)
 
     def _landing_places(self, first: int) -> list[int]:
-        """Packets to ask the demuxer for, so that it lands at or before packet `first`: it may land late."""
+        """Timestamps to ask the demuxer for, so that it lands at or before packet `first`, which begins a group.
+
+        It may land late: hence also those of groups before.
+        """
         if not self.seeks or first == 0 or not self._table.told_apart:
             return []
-        entries = self._table.group_first
-        number = int(np.searchsorted(entries, first, side="right")) - 1
-        return [first, *(int(entries[number - back]) for back in (1, 4) if number >= back)]
+        number = int(np.searchsorted(self._table.group_first, first))
+        places = [int(self._table.group_seek[number - back]) for back in (0, 1, 4) if number >= back]
+        return [timestamp for timestamp in places if timestamp != NO_VALUE]
 
     def _find(self, first: int) -> Iterator[tuple[int, av.Packet[Any]]] | None:
         """After a seek: the packets from `first` on, or None if this place lies behind it."""

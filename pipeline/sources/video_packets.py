@@ -8,7 +8,6 @@ keyframe on.
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,11 +26,15 @@ from depthmill.pipeline.sources.limits import check_frames
 from depthmill.pipeline.sources.opening import open_binary, stat
 
 Int = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 
 NO_VALUE = np.iinfo(np.int64).min  # where a packet has no timestamp or no position
 
 _KEY, _CORRUPT, _HIDDEN = 1, 2, 4  # flags of a packet while it is read
+_COLUMNS = {"pts": np.int64, "dts": np.int64, "pos": np.int64, "size": np.int32, "flags": np.uint8}
+_PACKET = np.dtype(list(_COLUMNS.items()))
+_BLOCK = 4096  # packets read at once: a column that grew as a whole would leave its former selves behind in the heap
 
 # A demuxer that meets damage may answer with an error and go on behind it; one that does nothing else is left.
 _MAX_DEMUX_ERRORS = 16
@@ -56,31 +59,32 @@ class PacketTable:
 
     Attributes:
         pts: (P,) int64 presentation timestamp in units of the stream's time base, or NO_VALUE.
-        dts: (P,) int64 decoding timestamp, likewise.
         pos: (P,) int64 byte offset in the file, or NO_VALUE.
-        size: (P,) int64 bytes.
+        size: (P,) int32 bytes.
         corrupt: (P,) bool, True where the demuxer says that bytes are missing.
-        shown: (P,) int64 index of the frame that the packet holds, or -1 if it holds none that is shown.
-        order: (F,) int64 packet of each frame.
+        shown: (P,) int32 index of the frame that the packet holds, or -1 if it holds none that is shown.
+        order: (F,) int32 packet of each frame.
         time_s: (F,) float64 seconds since the first frame.
         group_start: (G,) int64 first frame of each group.
         group_first: (G,) int64 packet from which each group is decoded.
+        group_seek: (G,) int64 timestamp by which the demuxer finds that packet: when it is decoded, or, where the file
+            does not say, shown; or NO_VALUE.
     """
 
     pts: Int
-    dts: Int
     pos: Int
-    size: Int
+    size: Int32
     corrupt: Bool
-    shown: Int
-    order: Int
+    shown: Int32
+    order: Int32
     time_s: npt.NDArray[np.float64]
     group_start: Int
     group_first: Int
+    group_seek: Int
 
     @cached_property
-    def group_last(self) -> Int:
-        """(G,) int64 last packet that each group needs."""
+    def group_last(self) -> Int32:
+        """(G,) int32 last packet that each group needs."""
         return np.maximum.reduceat(self.order, self.group_start)
 
     @cached_property
@@ -168,22 +172,20 @@ def scan(uri: str, max_frames: int) -> PacketTable:
     container, stream = open_container(uri)
     with container:
         hides = stream.codec_context.name in ("vp8", "libvpx")
-        numbers = [array("q") for _ in range(4)]  # they become the table's columns, without a copy
-        flags = bytearray()
-        for packet in islice(demux(container, stream), max_frames + 1):
-            *row, flag = _row(packet, hides)
-            for column, number in zip(numbers, row, strict=True):
-                column.append(number)
-            flags.append(flag)
+        rows = (_row(packet, hides) for packet in islice(demux(container, stream), max_frames + 1))
+        blocks = []
+        while len(block := np.fromiter(islice(rows, _BLOCK), _PACKET)):
+            blocks.append(block)
         # AVI has no presentation timestamps: where pictures are reordered, libav's are the order of the file.
         invented = "avi" in container.format.name.split(",") and stream.codec_context.has_b_frames
         time_base = float(stream.time_base or 0)
         rate = float(stream.average_rate or stream.guessed_rate or 25)
-    check_frames(uri, len(flags), max_frames)
-    if not flags:
+    if not blocks:
         raise SourceError(f"{uri}: its video stream holds no packets; expected at least one frame: leave it out")
-    pts, dts, pos, size = (np.frombuffer(column, np.int64) for column in numbers)
-    key, corrupt, hidden = ((np.frombuffer(flags, np.uint8) & flag).astype(bool) for flag in (_KEY, _CORRUPT, _HIDDEN))
+    pts, dts, pos, size, flags = (np.concatenate([block[name] for block in blocks]) for name in _COLUMNS)
+    del blocks
+    check_frames(uri, len(pts), max_frames)
+    key, corrupt, hidden = ((flags & flag).astype(bool) for flag in (_KEY, _CORRUPT, _HIDDEN))
     visible = pts[~hidden]
     if invented or (visible == NO_VALUE).any() or len(np.unique(visible)) < len(visible):
         rank = _decoded_order(uri, hidden)
@@ -193,11 +195,22 @@ def scan(uri: str, max_frames: int) -> PacketTable:
     order = ordinals[np.argsort(rank[ordinals], kind="stable")]
     if not len(order):
         raise SourceError(f"{uri}: none of its {len(pts)} packets can be decoded; expected one frame: leave it out")
-    shown = np.full(len(pts), -1, dtype=np.int64)
+    shown = np.full(len(pts), -1, dtype=np.int32)
     shown[order] = np.arange(len(order))
     group_start, group_first = _groups(rank, key, order)
-    time_s = _times(pts[order], time_base, rate)
-    return PacketTable(pts, dts, pos, size, corrupt, shown, order, time_s, group_start, group_first)
+    timestamp = dts[group_first]
+    return PacketTable(
+        pts=pts,
+        pos=pos,
+        size=size,
+        corrupt=corrupt,
+        shown=shown,
+        order=order.astype(np.int32),
+        time_s=_times(pts[order], time_base, rate),
+        group_start=group_start,
+        group_first=group_first,
+        group_seek=np.where(timestamp == NO_VALUE, pts[group_first], timestamp),
+    )
 
 
 def fingerprint(uri: str, table: PacketTable) -> str:
@@ -297,9 +310,10 @@ def _groups(rank: Int, key: Bool, order: Int) -> tuple[Int, Int]:
 
 def _times(pts: Int, time_base: float, rate: float) -> npt.NDArray[np.float64]:
     """(F,) float64 seconds since the first frame, from the timestamps as shown; gaps are filled in between."""
-    index = np.arange(len(pts))
     known = np.flatnonzero(pts != NO_VALUE)
     if not len(known) or time_base == 0 or (np.diff(pts[known]) < 0).any():
-        return index / rate
-    seconds = np.interp(index, known, (pts[known] - pts[known[0]]).astype(np.float64)) * time_base
-    return np.asarray(seconds - seconds[0], dtype=np.float64)
+        return np.arange(len(pts)) / rate
+    since = (pts[known] - pts[known[0]]).astype(np.float64)
+    if len(known) < len(pts):
+        since = np.interp(np.arange(len(pts)), known, since)
+    return np.asarray(since * time_base, dtype=np.float64)

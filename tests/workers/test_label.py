@@ -9,6 +9,7 @@ import xarray
 from PIL import Image
 from rich.console import Console
 
+from depthmill.pipeline import sources
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import RunStoppedError, SourceError, StoreMismatchError
 from depthmill.pipeline.model.labeler import Labeler
@@ -59,6 +60,18 @@ def test_a_video_is_labelled_as_the_labeler_labels_it(video, tmp_path, config, c
     assert np.abs(source.normals.values - labels.normals).max() <= 0.5 / 127 + 1e-5
     assert np.allclose(source.time, np.arange(19) / 25)
     assert (source.status == 1).all()
+
+
+def test_a_video_is_read_through_once_to_be_probed(tmp_path, config, monkeypatch):
+    videos = [media.write_video(tmp_path / f"{name}.mp4", frames=9) for name in "abcd"]
+    scans, closed = [], []
+    scan, close = sources.video.scan, sources.VideoSource.close
+    monkeypatch.setattr(sources.video, "scan", lambda uri, most: scans.append(uri) or scan(uri, most))
+    monkeypatch.setattr(sources.VideoSource, "close", lambda self: closed.append(self) or close(self))
+    assert run(videos, tmp_path / "out.zarr", config).labelled == 36
+    # Two stay open from the probe on; for more there is no room, and they are opened again.
+    assert [scans.count(str(video)) for video in videos] == [1, 1, 2, 2]
+    assert len(set(closed)) == len(scans)
 
 
 def test_run_json_says_what_was_done(video, tmp_path, config):
