@@ -25,7 +25,7 @@ from depthmill.pipeline.bench.bench import BATCHED, COMPILED, DOCUMENTED, OURS, 
 from depthmill.pipeline.bench.timing import cores, interleave, ratio, typical
 from depthmill.pipeline.config import DEMO
 from depthmill.pipeline.model import scratch
-from depthmill.pipeline.model.backend import cpu_multiplies_bfloat16, pick_device
+from depthmill.pipeline.model.backend import cpu_bfloat16, pick_device
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.workers.progress import quiet_libraries
 
@@ -41,16 +41,13 @@ STABLE_DIFFUSION_2 = scratch.Architecture(
     norm_groups=32,
 )
 ARCHITECTURES = {"small": scratch.Architecture(), "sd2": STABLE_DIFFUSION_2}
-# A CPU that multiplies it, where it is what a run takes by itself: other networks, an eighth of the time.
-BFLOAT16 = "cpu with bfloat16"
 # Height and width of the pictures, and how many are in a batch.
 PICTURES = {
     ("small", "cpu"): (96, 128, 8),
     ("demo", "cpu"): (576, 768, 8),
     ("sd2", "cpu"): (192, 256, 1),
-    ("small", BFLOAT16): (96, 128, 8),
-    ("demo", BFLOAT16): (576, 768, 8),
-    ("sd2", BFLOAT16): (576, 768, 1),
+    ("sd2", "cpu with AMX"): (576, 768, 1),
+    ("sd2", "cpu with AVX512-BF16"): (576, 768, 1),
     ("small", "cuda"): (576, 768, 8),
     ("demo", "cuda"): (576, 768, 8),
     ("sd2", "cuda"): (576, 768, 8),
@@ -86,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
     torch.set_num_threads(cores())
     device = pick_device(options.device)
-    kind = BFLOAT16 if device.type == "cpu" and cpu_multiplies_bfloat16() else device.type
+    # Where a CPU multiplies bfloat16, a run takes that by itself.
+    unit = cpu_bfloat16() if device.type == "cpu" else ""
+    kind = f"cpu with {unit}" if unit else device.type
     for size in options.sizes:
         write_section(options.out, f"{size}, {kind}", section(size, device, kind, options))
     for missing in [f"{size}, cuda" for size in ARCHITECTURES] if not torch.cuda.is_available() else []:
@@ -95,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def section(size: str, device: torch.device, kind: str, options: Any) -> str:
-    height, width, batch = (32, 48, 2) if options.quick else PICTURES[size, kind]
+    height, width, batch = (32, 48, 2) if options.quick else PICTURES.get((size, kind), PICTURES[size, device.type])
     rounds = 1 if options.quick else options.rounds
     frames = list(np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), np.uint8))
     dtypes = options.dtypes or ["float32" if kind == "cpu" else "bfloat16"]

@@ -30,7 +30,7 @@ def _one_thread():
 def _float32():
     """The same labels on every machine, to 1e-4: not bfloat16 where the CPU multiplies it."""
     with pytest.MonkeyPatch.context() as patch:  # of its own: tests undo theirs
-        patch.setattr("depthmill.pipeline.model.backend.cpu_multiplies_bfloat16", lambda: False)
+        patch.setattr("depthmill.pipeline.model.backend.cpu_bfloat16", lambda: "")
         yield
 
 

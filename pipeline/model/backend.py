@@ -61,18 +61,19 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     if device.type == "cpu":
-        return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+        return torch.bfloat16 if cpu_bfloat16() else torch.float32
     if device.type != "cuda":
         return torch.float32
     return torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else torch.bfloat16
 
 
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for it; without, bfloat16 is slower than float32."""
+def cpu_bfloat16() -> str:
+    """What this CPU multiplies bfloat16 with: `AMX`, `AVX512-BF16` or, where it is slower than float32, nothing."""
     # Private, but the only thing that asks; where a version of torch lacks one, the answer is no.
-    return any(
-        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
+    for unit, name in {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}.items():
+        if getattr(torch.cpu, name, lambda: False)():
+            return unit
+    return ""
 
 
 def cache_directory() -> Path:

@@ -19,9 +19,9 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "depthmill" / "memory"
 
 
-@pytest.mark.parametrize(("has", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize(("has", "dtype"), [("AMX", torch.bfloat16), ("", torch.float32)])
 def test_bfloat16_on_cpus_that_multiply_it(monkeypatch, has, dtype):
-    monkeypatch.setattr(backend, "cpu_multiplies_bfloat16", lambda: has)
+    monkeypatch.setattr(backend, "cpu_bfloat16", lambda: has)
     assert pick_dtype("auto", CPU) == dtype
     assert pick_dtype("float32", CPU) == torch.float32
 
