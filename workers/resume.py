@@ -14,7 +14,7 @@ from typing import Any
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import DepthmillError, SourceError, StoreMismatchError
-from depthmill.pipeline.model.checkpoint import Checkpoint, open_checkpoint
+from depthmill.pipeline.model.checkpoint import Checkpoint, open_named
 from depthmill.pipeline.plan import Planned, Prober
 from depthmill.pipeline.sources import expand_inputs, source_id
 from depthmill.pipeline.store import Layout, Store, create, open_store, write_failures
@@ -78,15 +78,7 @@ def finished(
         store = open_store(store_uri)
         if store.read_file("run.json") is None:  # the earlier run did not come to its end
             return None
-        checkpoints = [
-            open_checkpoint(
-                name,
-                modality,
-                normals_axes=config.normals_axes if modality == "normals" else None,
-                domain=config.domain,
-            )
-            for modality, name in config.checkpoints.items()
-        ]
+        checkpoints = open_named(config)
         if config.dtype == "auto":
             config = config.model_copy(update={"dtype": store.identity.get("dtype")})
         store = create(store_uri, layout(config), identity(config, checkpoints))  # another job's is refused

@@ -1,11 +1,11 @@
-"""Checkpoints on disk: found, checked before anything is loaded, described, and loaded strictly.
+"""Checkpoints on disk: found, checked and described; `modules.py` loads them.
 
 A checkpoint is a directory in diffusers layout, `unet/ vae/ scheduler/ tokenizer/ text_encoder/`, in safetensors: a
 pickle can run code when it is opened, and is refused. A joint one (GeoWizard) answers depth and normals together, and
 has `image_encoder/ feature_extractor/` in place of the last two. What the files do not say of themselves (where the
 normals' axes point, how the empty prompt is padded) is the checkpoint's description: `_PUBLISHED` for the known ones,
 `depthmill.json` beside `model_index.json` for those trained here, options for the rest. The libraries that load it are
-imported there: to find that a run is finished takes none of them, and seconds less.
+not imported here: to find that a run is finished takes none of them, and seconds less.
 """
 
 from __future__ import annotations
@@ -16,17 +16,12 @@ import re
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from depthmill.pipeline.config import DEMO
+from depthmill.pipeline.config import DEMO, LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
 from depthmill.pipeline.types import Domain, Modality
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
 
 DEFAULT_RESOLUTION = 768  # Marigold's and E2E-FT's, where a checkpoint does not carry its own
 DESCRIPTION_FILE = "depthmill.json"
@@ -158,106 +153,22 @@ def open_checkpoint(
     )
 
 
-def load_vae(checkpoint: Checkpoint) -> AutoencoderKL:
-    """The autoencoder, float32, on the CPU, frozen."""
-    from diffusers import AutoencoderKL
-
-    return load_part(checkpoint, AutoencoderKL, "vae", low_cpu_mem_usage=False)
-
-
-def load_unet(checkpoint: Checkpoint) -> UNet2DConditionModel:
-    """The UNet, float32, on the CPU, frozen.
+def open_named(config: LabelConfig) -> list[Checkpoint]:
+    """The checkpoints that a run names, depth first, each by itself: whether the run's options suit them is not asked.
 
     Raises:
-        CheckpointError: Also if its input is neither the picture's latent alone nor that and the noisy latent.
+        CheckpointError: As `open_checkpoint`.
+        ConfigError: As `open_checkpoint`.
     """
-    from diffusers import UNet2DConditionModel
-
-    unet = load_part(checkpoint, UNet2DConditionModel, "unet", low_cpu_mem_usage=False)
-    channels, latent = unet.config.in_channels, unet.config.out_channels
-    if channels not in (latent, 2 * latent):
-        raise CheckpointError(
-            f"{checkpoint.name}: the UNet takes {channels} channels; expected {latent} (picture) or {2 * latent} "
-            "(picture, noisy label): it was made for another task, inpainting perhaps"
+    return [
+        open_checkpoint(
+            name,
+            modality,
+            normals_axes=config.normals_axes if modality == "normals" else None,
+            domain=config.domain,
         )
-    return unet
-
-
-def load_scheduler(checkpoint: Checkpoint) -> DDIMScheduler:
-    """The noise schedule.
-
-    Raises:
-        CheckpointError: If it is no DDIM-type schedule, or its prediction type is unknown.
-    """
-    from diffusers import DDIMScheduler
-
-    config = read_json(checkpoint.directory / "scheduler" / "scheduler_config.json")
-    kind, prediction = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
-    if kind not in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler"):
-        raise CheckpointError(
-            f"{checkpoint.name}: its scheduler is {kind or 'unnamed'}; expected a DDIM-type one, whose single step "
-            "from zero noise is x0 (LCM checkpoints are of another kind): use the checkpoint that it was distilled from"
-        )
-    if prediction not in ("v_prediction", "epsilon", "sample"):
-        raise CheckpointError(
-            f"{checkpoint.name}: its scheduler's prediction_type is {prediction!r}; expected v_prediction, epsilon or "
-            "sample: correct scheduler/scheduler_config.json"
-        )
-    if config.get("thresholding"):
-        raise CheckpointError(
-            f"{checkpoint.name}: its scheduler asks for dynamic thresholding, which is for pixel-space models; "
-            "set thresholding to false in scheduler/scheduler_config.json"
-        )
-    # Fields of other schedulers (PNDM's `skip_prk_steps`) are no concern of ours and would only be warned about.
-    fields = set(DDIMScheduler().config) - {"_class_name", "_diffusers_version"}
-    return DDIMScheduler.from_config({key: config[key] for key in config if key in fields})
-
-
-def load_text(checkpoint: Checkpoint) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """The tokenizer, and the text encoder, float32, on the CPU, frozen."""
-    import torch
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(checkpoint.directory / "tokenizer", local_files_only=True)
-    except Exception as error:
-        raise _unloadable(checkpoint, "tokenizer", error) from error
-    return tokenizer, load_part(checkpoint, CLIPTextModel, "text_encoder", dtype=torch.float32)
-
-
-def empty_prompt(checkpoint: Checkpoint) -> torch.Tensor:
-    """Embed the empty prompt, once; the text encoder is not kept.
-
-    Returns:
-        (1, tokens, width) float32: 2 tokens (begin, end), or 77 where the checkpoint's description says so.
-    """
-    import torch
-
-    tokenizer, encoder = load_text(checkpoint)
-    tokens = tokenizer(
-        "",
-        padding=checkpoint.description.prompt_padding,
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-    with torch.inference_mode():
-        embedding: torch.Tensor = encoder(tokens)[0]
-    return embedding.clone()
-
-
-def same_vae(one: AutoencoderKL, other: AutoencoderKL) -> bool:
-    """Whether two autoencoders are the same, bit for bit, so that one can serve for both."""
-
-    def settings(vae: AutoencoderKL) -> dict[str, Any]:
-        return {key: value for key, value in vae.config.items() if not key.startswith("_")}
-
-    mine, its = one.state_dict(), other.state_dict()
-    return (
-        settings(one) == settings(other)
-        and mine.keys() == its.keys()
-        and all(mine[key].equal(its[key]) for key in mine)
-    )
+        for modality, name in config.checkpoints.items()
+    ]
 
 
 def _parts(directory: Path) -> tuple[str, ...]:
@@ -342,58 +253,6 @@ def _describe(name: str, directory: Path, index: dict[str, Any]) -> Description:
         raise CheckpointError(
             f"{directory / DESCRIPTION_FILE} holds {sorted(extra)}; expected keys of {sorted(Description().__dict__)}"
         ) from error
-
-
-def load_part(checkpoint: Checkpoint, kind: type[Any], part: str, **options: Any) -> Any:
-    """A module of a checkpoint, on the CPU, frozen, in eval mode.
-
-    Args:
-        checkpoint: Whose.
-        kind: The class, of diffusers or transformers.
-        part: The directory of its config and weights.
-        options: What its `from_pretrained` is given besides.
-
-    Raises:
-        CheckpointError: If it cannot be loaded, or a weight is missing, left over or of another shape.
-    """
-    try:
-        module, info = kind.from_pretrained(
-            checkpoint.directory / part,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
-    except Exception as error:
-        raise _unloadable(checkpoint, part, error) from error
-    _check_strict(checkpoint, part, info)
-    return module.eval().requires_grad_(False)
-
-
-def _check_strict(checkpoint: Checkpoint, part: str, info: dict[str, Any]) -> None:
-    """Refuse what the libraries let pass with a warning: weights left random, or left over."""
-    wrong = {
-        kind: sorted(map(str, info.get(kind) or ()))
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-    }
-    wrong = {kind: keys for kind, keys in wrong.items() if keys}
-    if wrong:
-        shown = "; ".join(
-            f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-            for kind, keys in wrong.items()
-        )
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name}: {part}/ does not fit its own config.json ({shown}); "
-            "expected every weight, once: the files are damaged or of different checkpoints; fetch it again"
-        )
-
-
-def _unloadable(checkpoint: Checkpoint, part: str, error: Exception) -> CheckpointError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CheckpointError(
-        f"checkpoint {checkpoint.name}: {part}/ cannot be loaded ({reason}); expected a Stable-Diffusion {part} in "
-        f"diffusers layout: check {checkpoint.directory / part}, or fetch it again"
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

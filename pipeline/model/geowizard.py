@@ -21,14 +21,8 @@ from transformers import CLIPVisionModelWithProjection
 
 from depthmill.pipeline.config import Sampling
 from depthmill.pipeline.errors import CheckpointError, ConfigError
-from depthmill.pipeline.model.checkpoint import (
-    Checkpoint,
-    load_part,
-    load_scheduler,
-    load_unet,
-    load_vae,
-    read_json,
-)
+from depthmill.pipeline.model.checkpoint import Checkpoint, read_json
+from depthmill.pipeline.model.modules import load_part, load_scheduler, load_unet, load_vae
 from depthmill.pipeline.model.single_step import decode_depth, decode_normals, x0_factor
 from depthmill.pipeline.types import Domain, Modality
 

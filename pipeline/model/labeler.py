@@ -17,7 +17,7 @@ from depthmill.pipeline.config import DEMO, LabelConfig, Noise, Sampling, Timest
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.geometry import from_network, padded_size, processed_size, rounded_size, to_network
 from depthmill.pipeline.model.backend import CPU_BATCH, Compile, compile_network, fitting_batch, pick_device, pick_dtype
-from depthmill.pipeline.model.checkpoint import Checkpoint, is_joint, open_checkpoint
+from depthmill.pipeline.model.checkpoint import Checkpoint, is_joint, open_named
 from depthmill.pipeline.model.geowizard import GeoWizard, check_joint
 from depthmill.pipeline.model.sampling import Sampler
 from depthmill.pipeline.model.single_step import SingleStep, load_heads, unit
@@ -390,14 +390,6 @@ def open_checkpoints(config: LabelConfig) -> list[Checkpoint]:
             f"normals are asked for, but only a depth checkpoint is given ({config.checkpoint}); "
             "add normals_checkpoint (--normals-checkpoint), or set labels to depth (--labels depth)"
         )
-    checkpoints = [
-        open_checkpoint(
-            name,
-            modality,
-            normals_axes=config.normals_axes if modality == "normals" else None,
-            domain=config.domain,
-        )
-        for modality, name in config.checkpoints.items()
-    ]
+    checkpoints = open_named(config)
     check_joint(checkpoints, config.sampling)
     return checkpoints

@@ -14,15 +14,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from depthmill.pipeline.errors import CheckpointError
 from depthmill.pipeline.geometry import axes_signs
-from depthmill.pipeline.model.checkpoint import (
-    Checkpoint,
-    Description,
-    empty_prompt,
-    load_scheduler,
-    load_unet,
-    load_vae,
-    same_vae,
-)
+from depthmill.pipeline.model.checkpoint import Checkpoint, Description
+from depthmill.pipeline.model.modules import empty_prompt, load_scheduler, load_unet, load_vae, same_vae
 from depthmill.pipeline.types import Modality
 
 

@@ -12,14 +12,8 @@ from torch import Tensor
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.geometry import STORED_AXES
 from depthmill.pipeline.model import scratch
-from depthmill.pipeline.model.checkpoint import (
-    empty_prompt,
-    load_scheduler,
-    load_text,
-    load_unet,
-    load_vae,
-    open_checkpoint,
-)
+from depthmill.pipeline.model.checkpoint import open_checkpoint
+from depthmill.pipeline.model.modules import empty_prompt, load_scheduler, load_text, load_unet, load_vae
 from depthmill.pipeline.model.scratch import Parts
 from depthmill.pipeline.training.config import TrainConfig
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.model import scratch
-from depthmill.pipeline.model.checkpoint import load_unet, load_vae, open_checkpoint
+from depthmill.pipeline.model.checkpoint import open_checkpoint
+from depthmill.pipeline.model.modules import load_unet, load_vae
 from depthmill.pipeline.model.scratch import Architecture, Parts
 from depthmill.pipeline.types import Modality
 

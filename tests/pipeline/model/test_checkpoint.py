@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from depthmill.pipeline.errors import CheckpointError, ConfigError
-from depthmill.pipeline.model.checkpoint import empty_prompt, load_scheduler, load_unet, load_vae, open_checkpoint
+from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.labeler import Labeler
+from depthmill.pipeline.model.modules import empty_prompt, load_scheduler, load_unet, load_vae
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

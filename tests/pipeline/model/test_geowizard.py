@@ -19,9 +19,10 @@ from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError, StoreMismatchError
 from depthmill.pipeline.geometry import processed_size, to_network
 from depthmill.pipeline.model import scratch
-from depthmill.pipeline.model.checkpoint import load_unet, load_vae, open_checkpoint
+from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.geowizard import switch
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
+from depthmill.pipeline.model.modules import load_unet, load_vae
 from depthmill.workers.label import label
 
 RESOLUTION = 48

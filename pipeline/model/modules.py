@@ -1,0 +1,155 @@
+"""A checkpoint's modules, loaded strictly: every weight there is, once, or a clear error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from depthmill.pipeline.errors import CheckpointError
+from depthmill.pipeline.model.checkpoint import Checkpoint, read_json
+
+
+def load_vae(checkpoint: Checkpoint) -> AutoencoderKL:
+    """The autoencoder, float32, on the CPU, frozen."""
+    return load_part(checkpoint, AutoencoderKL, "vae", low_cpu_mem_usage=False)
+
+
+def load_unet(checkpoint: Checkpoint) -> UNet2DConditionModel:
+    """The UNet, float32, on the CPU, frozen.
+
+    Raises:
+        CheckpointError: Also if its input is neither the picture's latent alone nor that and the noisy latent.
+    """
+    unet = load_part(checkpoint, UNet2DConditionModel, "unet", low_cpu_mem_usage=False)
+    channels, latent = unet.config.in_channels, unet.config.out_channels
+    if channels not in (latent, 2 * latent):
+        raise CheckpointError(
+            f"{checkpoint.name}: the UNet takes {channels} channels; expected {latent} (picture) or {2 * latent} "
+            "(picture, noisy label): it was made for another task, inpainting perhaps"
+        )
+    return unet
+
+
+def load_scheduler(checkpoint: Checkpoint) -> DDIMScheduler:
+    """The noise schedule.
+
+    Raises:
+        CheckpointError: If it is no DDIM-type schedule, or its prediction type is unknown.
+    """
+    config = read_json(checkpoint.directory / "scheduler" / "scheduler_config.json")
+    kind, prediction = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
+    if kind not in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler"):
+        raise CheckpointError(
+            f"{checkpoint.name}: its scheduler is {kind or 'unnamed'}; expected a DDIM-type one, whose single step "
+            "from zero noise is x0 (LCM checkpoints are of another kind): use the checkpoint that it was distilled from"
+        )
+    if prediction not in ("v_prediction", "epsilon", "sample"):
+        raise CheckpointError(
+            f"{checkpoint.name}: its scheduler's prediction_type is {prediction!r}; expected v_prediction, epsilon or "
+            "sample: correct scheduler/scheduler_config.json"
+        )
+    if config.get("thresholding"):
+        raise CheckpointError(
+            f"{checkpoint.name}: its scheduler asks for dynamic thresholding, which is for pixel-space models; "
+            "set thresholding to false in scheduler/scheduler_config.json"
+        )
+    # Fields of other schedulers (PNDM's `skip_prk_steps`) are no concern of ours and would only be warned about.
+    fields = set(DDIMScheduler().config) - {"_class_name", "_diffusers_version"}
+    return DDIMScheduler.from_config({key: config[key] for key in config if key in fields})
+
+
+def load_text(checkpoint: Checkpoint) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The tokenizer, and the text encoder, float32, on the CPU, frozen."""
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(checkpoint.directory / "tokenizer", local_files_only=True)
+    except Exception as error:
+        raise _unloadable(checkpoint, "tokenizer", error) from error
+    return tokenizer, load_part(checkpoint, CLIPTextModel, "text_encoder", dtype=torch.float32)
+
+
+def empty_prompt(checkpoint: Checkpoint) -> torch.Tensor:
+    """Embed the empty prompt, once; the text encoder is not kept.
+
+    Returns:
+        (1, tokens, width) float32: 2 tokens (begin, end), or 77 where the checkpoint's description says so.
+    """
+    tokenizer, encoder = load_text(checkpoint)
+    tokens = tokenizer(
+        "",
+        padding=checkpoint.description.prompt_padding,
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    with torch.inference_mode():
+        embedding: torch.Tensor = encoder(tokens)[0]
+    return embedding.clone()
+
+
+def same_vae(one: AutoencoderKL, other: AutoencoderKL) -> bool:
+    """Whether two autoencoders are the same, bit for bit, so that one can serve for both."""
+
+    def settings(vae: AutoencoderKL) -> dict[str, Any]:
+        return {key: value for key, value in vae.config.items() if not key.startswith("_")}
+
+    mine, its = one.state_dict(), other.state_dict()
+    return (
+        settings(one) == settings(other)
+        and mine.keys() == its.keys()
+        and all(mine[key].equal(its[key]) for key in mine)
+    )
+
+
+def load_part(checkpoint: Checkpoint, kind: type[Any], part: str, **options: Any) -> Any:
+    """A module of a checkpoint, on the CPU, frozen, in eval mode.
+
+    Args:
+        checkpoint: Whose.
+        kind: The class, of diffusers or transformers.
+        part: The directory of its config and weights.
+        options: What its `from_pretrained` is given besides.
+
+    Raises:
+        CheckpointError: If it cannot be loaded, or a weight is missing, left over or of another shape.
+    """
+    try:
+        module, info = kind.from_pretrained(
+            checkpoint.directory / part,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:
+        raise _unloadable(checkpoint, part, error) from error
+    _check_strict(checkpoint, part, info)
+    return module.eval().requires_grad_(False)
+
+
+def _check_strict(checkpoint: Checkpoint, part: str, info: dict[str, Any]) -> None:
+    """Refuse what the libraries let pass with a warning: weights left random, or left over."""
+    wrong = {
+        kind: sorted(map(str, info.get(kind) or ()))
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    }
+    wrong = {kind: keys for kind, keys in wrong.items() if keys}
+    if wrong:
+        shown = "; ".join(
+            f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+            for kind, keys in wrong.items()
+        )
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name}: {part}/ does not fit its own config.json ({shown}); "
+            "expected every weight, once: the files are damaged or of different checkpoints; fetch it again"
+        )
+
+
+def _unloadable(checkpoint: Checkpoint, part: str, error: Exception) -> CheckpointError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(
+        f"checkpoint {checkpoint.name}: {part}/ cannot be loaded ({reason}); expected a Stable-Diffusion {part} in "
+        f"diffusers layout: check {checkpoint.directory / part}, or fetch it again"
+    )
