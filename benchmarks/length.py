@@ -110,8 +110,8 @@ is that of the process, all threads: other work on the machine does not slow it 
 | --- | ---: | ---: | ---: | --- |
 {chr(10).join(rows)}
 
-What grows with a video is its table of packets and libav's own index of the file, about 125 bytes a frame together in
-each process that has it open, and copies of them in passing: {grown:,.0f} bytes a frame here, where
+What grows with a video is its table of packets and libav's own index of the file, about 100 bytes a frame together in
+each process that has it open, and what reading them leaves in the heap: {grown:,.0f} bytes a frame here, where
 one process probes and labels.
 """
     )

@@ -1,3 +1,4 @@
+import gc
 import threading
 
 import pytest
@@ -42,6 +43,13 @@ def start(config, video, tmp_path):
     for worker in workers:
         worker.close()
     assert not [one.name for one in threading.enumerate() if one.name.startswith("depthmill-")]
+
+
+def test_what_is_loaded_is_kept_out_of_full_collections_until_the_end(start):
+    worker, _ = start("store")
+    assert gc.get_freeze_count() > 100_000  # torch's and the network's; going through them stops all threads
+    worker.close()
+    assert gc.get_freeze_count() == 0
 
 
 def test_labels_are_the_same_whether_or_not_the_next_task_was_begun(start, tmp_path):
