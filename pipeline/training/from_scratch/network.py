@@ -105,12 +105,11 @@ class Network:
             TrainingError: If they are of another architecture, or were not trained as one network.
         """
         pair = [open_checkpoint(name if name == "demo" else str(Path(name) / m), m) for m in MODALITIES]
-        weights, *others = (load_unet(checkpoint).state_dict() for checkpoint in pair)
+        weights, others = (load_unet(checkpoint).state_dict() for checkpoint in pair)
         for key, value in weights.items():
-            theirs = [other[key] for other in others]
             if key in _OWN:
-                weights[key] = torch.cat([value, *theirs])
-            elif not all(torch.equal(value, one) for one in theirs):
+                weights[key] = torch.cat([value, others[key]])
+            elif key not in others or not torch.equal(value, others[key]):
                 raise TrainingError(
                     f"start is {name}, whose two UNets differ in {key}; expected a pair trained as one network: "
                     "the checkpoint folder of a run with stages"
