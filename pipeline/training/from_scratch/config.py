@@ -83,7 +83,7 @@ class StagedConfig(_Strict):
         save_steps: A resumable state and a checkpoint are written every so many steps.
         picture_steps: Held-out scenes are drawn every so many steps.
         gradient_clip: Largest norm of a step's gradient.
-        dtype: Of the network's products, by autocast; weights, losses and the optimizer stay in float32.
+        mixed_precision: Of the network; weights, losses and the optimizer stay in float32.
         cpu_threads: On a CPU, into how many parts a batch is split, each on one core; at most the batch size.
     """
 
@@ -96,7 +96,7 @@ class StagedConfig(_Strict):
     save_steps: int = Field(default=500, gt=0)
     picture_steps: int = Field(default=500, gt=0)
     gradient_clip: float = Field(default=1.0, gt=0)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    mixed_precision: Literal["no", "bf16"] = "no"
     cpu_threads: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")

@@ -157,7 +157,7 @@ def _gradients(net: Network, views: Views, stage: Stage, config: StagedConfig) -
     parameters, kind = _trained(net, stage), net.prompt.device.type
 
     def part(piece: Views) -> tuple[dict[str, float], Sequence[Tensor | None]]:
-        with torch.autocast(kind, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        with torch.autocast(kind, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             terms = _autoencoder(net, piece) if stage.objective == "autoencoder" else _end_to_end(net, piece, stage)
         # Not backward(): the threads would add to the same gradients at once.
         gradients = torch.autograd.grad(terms["loss"], parameters, allow_unused=True)
@@ -262,7 +262,7 @@ def _refuse_another_run(config: StagedConfig, output: Path, stages: int) -> None
     def begun(config: StagedConfig) -> dict[str, Any]:
         run = config.model_dump(mode="json")
         size = run["data"]["height"], run["data"]["width"]
-        kept = {name: run[name] for name in ("seed", "architecture", "start", "dtype", "gradient_clip")}
+        kept = {name: run[name] for name in ("seed", "architecture", "start", "mixed_precision", "gradient_clip")}
         return {**kept, "size": size, "stages": run["stages"][:stages]}
 
     path = output / "config.json"

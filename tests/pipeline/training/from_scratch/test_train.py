@@ -165,7 +165,9 @@ def test_a_run_goes_on_from_what_another_left(scene_pool: Path, tmp_path: Path) 
     for name, value in net.modules.state_dict().items():  # written in half precision
         torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-4)
 
-    second = config(scene_pool, start=str(checkpoints), dtype="bfloat16", stages=[{**first.model_dump()["stages"][1]}])
+    second = config(
+        scene_pool, start=str(checkpoints), mixed_precision="bf16", stages=[{**first.model_dump()["stages"][1]}]
+    )
     train(second, tmp_path / "second")
     gone_on = float(losses(tmp_path / "second")[1][3])
     assert gone_on < float(losses(tmp_path / "first")[3][3])  # less than that stage's first loss in the first run
@@ -187,8 +189,8 @@ def test_a_start_that_does_not_fit_is_refused(scene_pool: Path, tmp_path: Path) 
 def test_bfloat16_gives_nearly_the_gradients_of_float32(scene_pool: Path) -> None:
     views = open_pool(scene_pool, 100, 24, 32, processes=1).read(np.arange(3))
     gradients = []
-    for dtype in ("float32", "bfloat16"):
-        run = config(scene_pool, dtype=dtype)
+    for precision in ("no", "bf16"):
+        run = config(scene_pool, mixed_precision=precision)
         net = network.build(run.architecture, 0, torch.device("cpu"))
         train_module._gradients(net, views, run.stages[1], run)
         gradients.append(torch.cat([p.grad.flatten() for p in net.modules.parameters() if p.grad is not None]))
