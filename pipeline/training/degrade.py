@@ -15,7 +15,7 @@ def degrade(rgb: Tensor, rng: np.random.Generator) -> Tensor:
 
     Args:
         rgb: (B, 3, H, W) float32 in [0, 1], display-referred.
-        rng: Draws everything, noise included.
+        rng: Draws everything; noise by a generator of the pictures' device, which this one seeds.
 
     Returns:
         (B, 3, H, W) float32 in [0, 1].
@@ -41,7 +41,8 @@ def degrade(rgb: Tensor, rng: np.random.Generator) -> Tensor:
     picture = picture * (1 - per_picture(rng.uniform(0, 0.35, B) * sometimes(0.3)) * (x * x + y * y) / 2)
     picture = _blur(picture, per_picture(rng.uniform(0, 0.7, B) * sometimes(0.5)))
     sigma = per_picture(np.exp(rng.uniform(np.log(0.002), np.log(0.03), B)) * sometimes(0.5))
-    noise = torch.from_numpy(rng.standard_normal((B, 3, H, W), dtype=np.float32)).to(rgb.device)
+    generator = torch.Generator(rgb.device).manual_seed(int(rng.integers(2**63)))
+    noise = torch.randn((B, 3, H, W), generator=generator, device=rgb.device)
     picture = (picture + sigma * noise).clamp(0, 1)
     step = per_picture(np.where(sometimes(0.3), np.exp(rng.uniform(np.log(0.01), np.log(0.06), B)), 0))
     return _blocks(picture, step).clamp(0, 1)

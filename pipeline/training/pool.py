@@ -12,12 +12,13 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from depthmill.pipeline.training import scenes
 from depthmill.pipeline.training.raycast import MEASURED_M, Views
@@ -25,7 +26,7 @@ from depthmill.pipeline.training.raycast import MEASURED_M, Views
 logger = logging.getLogger(__name__)
 
 SHARD = 100
-# One row is one pixel; float16 keeps depth to 0.05 %, int8 keeps normals to a quarter of a degree.
+# One row is one pixel, 8 bytes; float16 keeps depth to 0.05 %, int8 keeps normals to a quarter of a degree.
 _PIXEL = np.dtype([("rgb", np.uint8, 3), ("depth", np.float16), ("normals", np.int8, 3)])
 
 
@@ -35,23 +36,34 @@ class Pool:
 
     Attributes:
         shards: Each (SHARD, H, W) of `_PIXEL`, mapped from its file.
+        resident: All of them in a GPU's memory, (scenes, H, W, 8) uint8, if they were put there.
     """
 
     shards: tuple[npt.NDArray[np.void], ...]
+    resident: Tensor | None = None
 
     def __len__(self) -> int:
         return SHARD * len(self.shards)
 
+    def to(self, device: torch.device) -> Pool:
+        """The same in a GPU's memory, 150 kB a scene of 120x160, from where it gives its scenes; on a CPU itself."""
+        if device.type == "cpu":
+            return self
+        return replace(self, resident=torch.cat([_bytes(shard).to(device) for shard in self.shards]))
+
     def read(self, indices: npt.NDArray[np.integer]) -> Views:
         """Scenes by index, all at the pool's size."""
-        pixels = np.stack([self.shards[i // SHARD][i % SHARD] for i in indices.tolist()])
-        normals = torch.from_numpy(pixels["normals"].astype(np.float32)).permute(0, 3, 1, 2)
-        depth = torch.from_numpy(pixels["depth"].astype(np.float32))
+        if self.resident is not None:
+            raw = self.resident[torch.from_numpy(indices).to(self.resident.device)]
+        else:
+            raw = _bytes(np.stack([self.shards[i // SHARD][i % SHARD] for i in indices.tolist()]))
+        rgb, depth, normals = raw[..., :3], raw[..., 3:5].contiguous().view(torch.float16)[..., 0].float(), raw[..., 5:]
         mask = depth <= MEASURED_M
+        unit = torch.nn.functional.normalize(normals.view(torch.int8).permute(0, 3, 1, 2).float(), dim=1)
         return Views(
-            rgb=torch.from_numpy(pixels["rgb"].astype(np.float32)).permute(0, 3, 1, 2) / 255,
+            rgb=rgb.permute(0, 3, 1, 2).float() / 255,
             depth=torch.where(mask, depth, torch.inf),
-            normals=torch.nn.functional.normalize(normals, dim=1) * mask[:, None],
+            normals=unit * mask[:, None],
             mask=mask,
         )
 
@@ -91,6 +103,11 @@ def render(seeds: Sequence[int], height: int, width: int) -> npt.NDArray[np.void
     pixels["depth"] = views.depth.numpy()
     pixels["normals"] = (views.normals * 127).round().permute(0, 2, 3, 1).numpy()
     return pixels
+
+
+def _bytes(pixels: npt.NDArray[np.void]) -> Tensor:
+    """(…) of `_PIXEL` as (…, 8) uint8."""
+    return torch.from_numpy(np.array(pixels).view(np.uint8).reshape(*pixels.shape, _PIXEL.itemsize))
 
 
 def _fill(path: Path, first_seed: int, height: int, width: int) -> None:

@@ -33,7 +33,7 @@ def batch(pool: Pool, stage: Stage, seed: int, step: int) -> Views:
     rng = np.random.default_rng((seed, 1, step))
     views = pool.read(order[start : start + stage.batch_size])
     views = cut(views, stage.height, stage.width, rng.uniform(stage.smallest_cut, 1, stage.batch_size), rng)
-    views = flip(views, torch.from_numpy(rng.random(stage.batch_size) < 0.5))
+    views = flip(views, torch.from_numpy(rng.random(stage.batch_size) < 0.5).to(views.rgb.device))
     return Views(degrade(views.rgb, rng), views.depth, views.normals, views.mask)
 
 
@@ -50,25 +50,52 @@ def cut(views: Views, height: int, width: int, share: np.ndarray, rng: np.random
         share: (B,) share of the scene's width and height to cut.
         rng: Draws the places.
     """
-    H, W = views.depth.shape[1:]
-    pieces = []
-    for b, part in enumerate(share):
-        h, w = max(round(H * part), 1), max(round(W * part), 1)
-        top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
-        rows = top + ((torch.arange(height) + 0.5) * h / height).long()
-        columns = left + ((torch.arange(width) + 0.5) * w / width).long()
-        piece = views.rgb[b : b + 1, :, top : top + h, left : left + w]
-        rgb = torch.nn.functional.interpolate(piece, (height, width), mode="bilinear", antialias=True)
-        pick = rows[:, None], columns
-        pieces.append((rgb[0], views.depth[b][pick], views.normals[b][:, pick[0], pick[1]], views.mask[b][pick]))
-    return Views(*(torch.stack(column) for column in zip(*pieces, strict=True)))
+    B, H, W = views.depth.shape
+    device = views.depth.device
+
+    def along(size: int, wanted: int) -> tuple[Tensor, Tensor]:
+        length = np.maximum(np.rint(size * share), 1).astype(np.int64)
+        start = rng.integers(size - length + 1)
+        return _taken(torch.from_numpy(start).to(device), torch.from_numpy(length).to(device), size, wanted)
+
+    (by_rows, rows), (by_columns, columns) = along(H, height), along(W, width)
+    pick = torch.arange(B, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]
+    return Views(
+        rgb=by_rows[:, None] @ views.rgb @ by_columns[:, None].mT,
+        depth=views.depth[pick],
+        normals=views.normals.permute(0, 2, 3, 1)[pick].permute(0, 3, 1, 2),
+        mask=views.mask[pick],
+    )
+
+
+def _taken(start: Tensor, length: Tensor, size: int, wanted: int) -> tuple[Tensor, Tensor]:
+    """How pieces of rows (or columns) [start, start + length) of `size` become `wanted` each.
+
+    Args:
+        start: (B,) int64.
+        length: (B,) int64.
+        size: Of the scenes.
+        wanted: Of the pictures.
+
+    Returns:
+        Weights (B, wanted, size) of a triangle filter as wide as the pixels that are averaged, as antialiased bilinear
+        resizing has them; and the nearest ones (B, wanted) int64.
+    """
+    start, length = start[:, None], length[:, None]
+    scale = length / wanted
+    centre = (torch.arange(wanted, device=start.device) + 0.5) * scale  # (B, wanted), within the piece
+    at = torch.arange(size, device=start.device) - start  # (B, size), within the piece
+    distance = (at[:, None] + 0.5 - centre[..., None]).abs()
+    inside = ((at >= 0) & (at < length))[:, None]
+    weight = (1 - distance / scale.clamp(min=1)[..., None]).clamp(min=0) * inside
+    return weight / weight.sum(-1, keepdim=True), start + centre.long()
 
 
 def flip(views: Views, rows: Tensor) -> Views:
     """Mirror those pictures left to right where `rows` (B,) is True; a normal's x changes its sign with it."""
     mirror = rows.view(-1, 1, 1, 1)
     rgb = torch.where(mirror, views.rgb.flip(3), views.rgb)
-    sign = torch.tensor([-1.0, 1.0, 1.0]).view(1, 3, 1, 1)
+    sign = views.normals.new_tensor([-1, 1, 1]).view(1, 3, 1, 1)
     normals = torch.where(mirror, views.normals.flip(3) * sign, views.normals)
     depth = torch.where(mirror[:, 0], views.depth.flip(2), views.depth)
     mask = torch.where(mirror[:, 0], views.mask.flip(2), views.mask)

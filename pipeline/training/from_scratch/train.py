@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import isfinite
 from pathlib import Path
@@ -29,6 +29,8 @@ from depthmill.pipeline.training.pool import open_pool
 from depthmill.pipeline.training.raycast import Views
 
 logger = logging.getLogger(__name__)
+
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 # Scenes from this seed on are never trained on: pools count up from 0.
 HELD_OUT_SEED = 1_000_000_000
@@ -106,12 +108,13 @@ def _stage(
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Train through one stage from step `first`; after each step, yield how many are done and the table's row."""
     stage, d = config.stages[index], config.data
-    pool = open_pool(d.pool, stage.scenes, d.height, d.width, processes=d.render_processes)
+    pool = open_pool(d.pool, stage.scenes, d.height, d.width, processes=d.render_processes).to(net.prompt.device)
     logger.info("stage %s: %d steps from step %d, %d scenes", stage.name, stage.steps, first, len(pool))
     batches = (data.batch(pool, stage, config.seed * 1000 + index, step) for step in range(first, stage.steps))
+    objective = _objective(net, stage, config)
     started, begun = time.monotonic(), first
     for step, views in enumerate(prefetch(batches, _BATCHES_AHEAD), first):
-        row = _step(net, optimizer, views, stage, config, step)
+        row = _step(net, optimizer, views, stage, config, step, objective)
         done = step + 1
         if done % _LOG_STEPS == 0 or done == stage.steps:
             pace = (done - begun) * stage.batch_size / (time.monotonic() - started)
@@ -129,13 +132,13 @@ def _step(
     stage: Stage,
     config: StagedConfig,
     step: int,
+    objective: Objective,
 ) -> dict[str, float]:
     """One optimizer step; the row of the loss table, less the stage's name and the step."""
     rate = learning_rate(stage, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    views = Views(*(getattr(views, name).to(net.prompt.device) for name in ("rgb", "depth", "normals", "mask")))
-    terms = _gradients(net, views, stage, config)
+    terms = _gradients(objective, _trained(net, stage), views, config.cpu_threads)
     norm = torch.nn.utils.clip_grad_norm_(_trained(net, stage), config.gradient_clip)
     if not bool(torch.isfinite(norm)):
         raise TrainingError(
@@ -148,28 +151,47 @@ def _step(
     return {name: values.get(name, float("nan")) for name in _COLUMNS[2:]}
 
 
-def _gradients(net: Network, views: Views, stage: Stage, config: StagedConfig) -> dict[str, float]:
+def _objective(net: Network, stage: Stage, config: StagedConfig) -> Objective:
+    """A stage's losses, by name, of what `Views` holds, in the order of its fields; `loss` is their sum to train on."""
+    device = net.prompt.device.type
+
+    def terms(rgb: Tensor, depth: Tensor, normals: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        views = Views(rgb, depth, normals, mask)
+        with torch.autocast(device, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            return _autoencoder(net, views) if stage.objective == "autoencoder" else _end_to_end(net, views, stage)
+
+    if not config.compile:
+        return terms
+    # On CUDA the forward pass and the backward pass are launched as one graph each.
+    return torch.compile(terms, dynamic=False, mode="reduce-overhead" if device == "cuda" else "default")
+
+
+def _gradients(
+    objective: Objective, parameters: Sequence[torch.nn.Parameter], views: Views, cpu_threads: int
+) -> dict[str, float]:
     """Leave the batch's mean gradient in the parameters; the losses, by name.
 
     On a CPU the batch is split among threads that meet once a step. OpenMP's own threads meet in every operation, which
     on a busy machine leaves most of them waiting most of the time.
     """
-    parameters, kind = _trained(net, stage), net.prompt.device.type
 
     def part(piece: Views) -> tuple[dict[str, float], Sequence[Tensor | None]]:
-        with torch.autocast(kind, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-            terms = _autoencoder(net, piece) if stage.objective == "autoencoder" else _end_to_end(net, piece, stage)
+        terms = objective(piece.rgb, piece.depth, piece.normals, piece.mask)
         # Not backward(): the threads would add to the same gradients at once.
         gradients = torch.autograd.grad(terms["loss"], parameters, allow_unused=True)
-        return {name: float(term.detach()) for name, term in terms.items()}, gradients
+        values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
+        return dict(zip(terms, values, strict=True)), gradients
 
-    threads = config.cpu_threads if kind == "cpu" else 1
+    for parameter in parameters:
+        parameter.grad = None
+    threads = cpu_threads if views.rgb.device.type == "cpu" else 1
     pieces = [views[slice(i * len(views.rgb) // threads, (i + 1) * len(views.rgb) // threads)] for i in range(threads)]
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
         results = list(executor.map(part, pieces)) if threads > 1 else [part(views)]
     for i, parameter in enumerate(parameters):
-        shares = [gradients[i] for _, gradients in results]
-        parameter.grad = None if shares[0] is None else torch.stack([s for s in shares if s is not None]).mean(0)
+        shares = [share for _, gradients in results if (share := gradients[i]) is not None]
+        if shares:
+            parameter.grad = shares[0] if threads == 1 else torch.stack(shares).mean(0)
     return {name: sum(terms[name] for terms, _ in results) / threads for name in results[0][0]}
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,24 @@ def test_pool_gives_back_what_was_rendered(small_pool: pool.Pool) -> None:
     mask = read.mask
     torch.testing.assert_close(read.depth[mask], rendered.depth[mask], rtol=1e-3, atol=0)
     assert (read.normals - rendered.normals).abs().max() < 0.01
+
+
+def test_a_pool_in_a_devices_memory_gives_the_same(small_pool: pool.Pool) -> None:
+    resident = replace(small_pool, resident=torch.cat([pool._bytes(shard) for shard in small_pool.shards]))
+    one, other = (some.read(np.array([7, 99, 3])) for some in (small_pool, resident))
+    for name in ("rgb", "depth", "normals", "mask"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.gpu
+def test_a_batch_is_made_on_the_gpu(small_pool: pool.Pool) -> None:
+    resident = small_pool.to(torch.device("cuda"))
+    ours, theirs = (data.batch(some, stage(), seed=3, step=30) for some in (resident, small_pool))
+    assert ours.rgb.device.type == "cuda"
+    for name in ("depth", "normals", "mask"):
+        torch.testing.assert_close(getattr(ours, name).cpu(), getattr(theirs, name))
+    # Noise is of the device's own generator.
+    assert (ours.rgb.cpu() - theirs.rgb).abs().mean() < 0.02
 
 
 def test_a_shard_is_rendered_once_and_left_no_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +114,19 @@ def test_a_whole_cut_at_the_same_size_changes_nothing() -> None:
     torch.testing.assert_close(same.rgb, views.rgb)
     for name in ("depth", "normals", "mask"):
         assert torch.equal(getattr(same, name), getattr(views, name))
+
+
+def test_cuts_are_resized_as_antialiased_bilinear_resizing_does() -> None:
+    views = scenes.view([1, 2, 3], H, W)
+    share = np.array([1.0, 0.75, 0.25])  # to fewer pixels, to as many, and to more
+    start = np.random.default_rng(4)
+    rows, columns = (start.integers(size - (size * share).astype(int) + 1) for size in (H, W))
+    found = data.cut(views, 18, 24, share, np.random.default_rng(4)).rgb
+    for i, (part, top, left) in enumerate(zip(share, rows, columns, strict=True)):
+        h, w = round(H * part), round(W * part)
+        piece = views.rgb[i : i + 1, :, top : top + h, left : left + w]
+        expected = torch.nn.functional.interpolate(piece, (18, 24), mode="bilinear", antialias=True)[0]
+        torch.testing.assert_close(found[i], expected, rtol=0, atol=1e-5)
 
 
 def test_a_cut_takes_labels_from_where_it_takes_colours() -> None:
