@@ -143,6 +143,7 @@ def load_labeler(
         batch_size=batch,
         device=str(device),
         dtype=dtype,
+        compile="auto",  # as `depthmill label` has it
         **more,
     )
 

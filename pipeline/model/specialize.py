@@ -18,24 +18,31 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from depthmill.pipeline.model.packed import PackedConvolution, pack
+from depthmill.pipeline.model.blocks import (
+    PictureAttention,
+    PromptAttention,
+    Residual,
+    SelfAttention,
+    empty,
+    filled,
+    use_channels_last_norms,
+    use_upsamplings,
+)
+from depthmill.pipeline.model.packed import pack
 from depthmill.pipeline.model.single_step import Head, decode_depth, decode_normals
 from depthmill.pipeline.model.winograd import use_winograd
 from depthmill.pipeline.types import Modality
 
 log = logging.getLogger(__name__)
-
-Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 # What a UNet's configuration must say for `Denoiser` to be the same function; Stable Diffusion 1, 2 and kin have it so.
 _SIMPLE = {
@@ -89,6 +96,8 @@ class Specialized(nn.Module):
         # Convolutions want it: tensor cores everywhere; on a CPU it measured 1.0 to 1.4 times as fast.
         # Half precision has 256 values between near and far, or 2048: what it rounds to last would show as bands.
         folded.last.float()
+        if device.type == "cuda" and dtype != torch.float32:
+            use_channels_last_norms(folded)
         folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         if device.type == "cpu" and dtype == torch.float32:
             # Not in the UNet, the weights of which are most of the memory already.
@@ -165,6 +174,7 @@ class Denoiser(nn.Module):
         unet, vae = head.unet, head.vae
         _fold_time(unet, head.timestep)
         _simplify(unet, head.prompt)
+        use_upsamplings(unet)
         latent = vae.config.latent_channels
         self.first = _convolution(unet.conv_in, unet.conv_in.weight[:, :latent], unet.conv_in.bias)
         self.down, self.mid, self.up = unet.down_blocks, unet.mid_block, unet.up_blocks
@@ -194,98 +204,6 @@ class Denoiser(nn.Module):
         if self.clip is not None:
             x = x.clip(-self.clip, self.clip)
         return self.after(x)  # type: ignore[no-any-return]
-
-
-class Residual(nn.Module):
-    """`ResnetBlock2D` whose time step is in its biases: no copies for the activations, the sum and a division by 1."""
-
-    def __init__(self, block: ResnetBlock2D):
-        super().__init__()
-        self.norm1, self.conv1, self.norm2, self.conv2 = block.norm1, block.conv1, block.norm2, block.conv2
-        self.shortcut = block.conv_shortcut or nn.Identity()
-        self.scale = block.output_scale_factor
-
-    def forward(self, x: torch.Tensor, temb: None = None) -> torch.Tensor:
-        """(B, C, h, w) to (B, C', h, w)."""
-        y = self.conv1(F.silu(self.norm1(x), inplace=True))
-        y = F.silu(self.norm2(y), inplace=True)
-        if isinstance(self.conv2, PackedConvolution):
-            y = self.conv2(y, self.shortcut(x))  # two passes over memory less
-        else:
-            y = self.conv2(y)
-            y += self.shortcut(x)
-        return y if self.scale == 1 else y / self.scale  # type: ignore[no-any-return]
-
-
-class SelfAttention(nn.Module):
-    """`Attention` of tokens to themselves, with one matrix for queries, keys and values."""
-
-    def __init__(self, attention: Attention):
-        super().__init__()
-        self.heads = attention.heads
-        parts = (attention.to_q, attention.to_k, attention.to_v)
-        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-        self.qkv = _linear(torch.cat([part.weight for part in parts]), bias)
-        self.out = attention.to_out[0]
-
-    def forward(self, tokens: torch.Tensor, **unused: None) -> torch.Tensor:
-        """(B, N, width) to the same shape."""
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=-1)
-        )  # each (B, heads, N, d)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.out(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-
-
-class PromptAttention(nn.Module):
-    """`Attention` to a prompt that never changes.
-
-    A token x of head h weighs prompt token n by softmax_n(s·(W_q x)ₕ·k_hn), and answers Σ_h W_oh Σ_n weight·v_hn + b.
-    Both k and v are constants, and so are the matrices A, whose rows are s·k_hnᵀ·W_qh, and B, whose columns are
-    W_oh·v_hn: the answer is B·softmax(A x) + b. With two tokens the softmax is a sigmoid of the scores' difference, and
-    A and B have one row and one column a head.
-
-    Args:
-        attention: Whose.
-        prompt: (1, tokens, width) float32.
-    """
-
-    def __init__(self, attention: Attention, prompt: torch.Tensor):
-        super().__init__()
-        self.heads, self.tokens = attention.heads, prompt.shape[1]
-        prompt = prompt[0].double()
-
-        def per_head(matrix: torch.Tensor) -> torch.Tensor:  # (heads·d, …) -> (heads, d, …)
-            return matrix.double().reshape(self.heads, -1, *matrix.shape[1:])
-
-        def project(layer: nn.Linear) -> torch.Tensor:  # (heads, d, tokens)
-            bias = 0 if layer.bias is None else layer.bias.double()
-            return per_head((prompt @ layer.weight.double().T + bias).T)
-
-        keys, values = project(attention.to_k), project(attention.to_v)
-        query, query_bias = per_head(attention.to_q.weight), attention.to_q.bias
-        out = attention.to_out[0]
-        out_heads = out.weight.double().unflatten(1, (self.heads, -1))  # (width, heads, d)
-        constant = 0 if out.bias is None else out.bias.double()
-        if self.tokens == 2:
-            constant = constant + torch.einsum("whd,hd->w", out_heads, values[..., 1])
-            keys, values = (pair[..., :1] - pair[..., 1:] for pair in (keys, values))
-        keys = keys * keys.shape[1] ** -0.5
-        score_bias = None
-        if query_bias is not None:
-            score_bias = torch.einsum("hd,hdn->hn", per_head(query_bias), keys).flatten()
-        self.scores = _linear(torch.einsum("hdw,hdn->hnw", query, keys).flatten(0, 1), score_bias)
-        self.answer = _linear(
-            torch.einsum("whd,hdn->whn", out_heads, values).flatten(1),
-            constant + torch.zeros(len(out.weight), dtype=torch.float64),
-        )
-
-    def forward(self, tokens: torch.Tensor, **unused: None) -> torch.Tensor:
-        """(B, N, width) to the same shape."""
-        scores = self.scores(tokens)
-        if self.tokens == 2:
-            return self.answer(scores.sigmoid_())  # type: ignore[no-any-return]
-        return self.answer(scores.unflatten(-1, (self.heads, -1)).softmax(dim=-1).flatten(-2))  # type: ignore[no-any-return]
 
 
 def _encoder(vae: Any) -> nn.Module:
@@ -329,6 +247,8 @@ def _simplify(network: nn.Module, prompt: torch.Tensor | None = None) -> None:
         for name, child in parent.named_children():
             if isinstance(child, ResnetBlock2D) and isinstance(child.nonlinearity, nn.SiLU):
                 setattr(parent, name, Residual(child))
+            elif isinstance(child, Attention) and child.group_norm is not None:
+                setattr(parent, name, PictureAttention(child))
 
 
 def _fold_time(unet: Any, timestep: int) -> None:
@@ -358,7 +278,7 @@ def _doubling(convolution: Any) -> nn.ConvTranspose2d:
     spread = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float64)
     weight = torch.einsum("oiyx,ky,lx->iokl", convolution.weight.double(), spread, spread)
     inputs, outputs = convolution.in_channels, convolution.out_channels
-    return _filled(_empty(nn.ConvTranspose2d, inputs, outputs, 4, stride=2, padding=1), weight, convolution.bias)
+    return filled(empty(nn.ConvTranspose2d, inputs, outputs, 4, stride=2, padding=1), weight, convolution.bias)
 
 
 def _composed(first: Any, pointwise: Any) -> nn.Conv2d:
@@ -377,21 +297,5 @@ def _scaled(convolution: Any, factor: float) -> nn.Conv2d:
 def _convolution(like: Any, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
     """With `like`'s stride and padding."""
     outputs, inputs, *kernel = weight.shape
-    made = _empty(nn.Conv2d, inputs, outputs, tuple(kernel), stride=like.stride, padding=like.padding)
-    return _filled(made, weight, bias)
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    return _filled(_empty(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None), weight, bias)
-
-
-def _empty(kind: Callable[..., Layer], *sizes: Any, **options: Any) -> Layer:
-    """A new layer without the random numbers that it is filled with: they take time, and from torch's generator."""
-    return kind(*sizes, **options, device="meta").to_empty(device="cpu")
-
-
-def _filled(layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
-    layer.weight.copy_(weight)
-    if bias is not None and layer.bias is not None:
-        layer.bias.copy_(bias)
-    return layer
+    made = empty(nn.Conv2d, inputs, outputs, tuple(kernel), stride=like.stride, padding=like.padding)
+    return filled(made, weight, bias)

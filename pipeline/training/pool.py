@@ -68,7 +68,9 @@ class Pool:
         )
 
 
-def open_pool(directory: Path, count: int, height: int, width: int, *, processes: int, first: int = 0) -> Pool:
+def open_pool(
+    directory: Path, count: int, height: int, width: int, *, processes: int, first: int = 0, device: str = "cpu"
+) -> Pool:
     """Open the scenes of the seeds [first, first + count), rendering those that are missing.
 
     Args:
@@ -76,14 +78,16 @@ def open_pool(directory: Path, count: int, height: int, width: int, *, processes
         count: How many scenes; a multiple of `SHARD`.
         height: Rows.
         width: Columns.
-        processes: How many processes render, each on one core.
+        processes: How many processes render, each on one core, or on a GPU what one core makes up.
         first: Seed of the first scene; a multiple of `SHARD`.
+        device: Where scenes are rendered; another one's differ in a few pixels.
     """
     folder = directory / f"v{scenes.VERSION}-{height}x{width}"
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(first, first + count, SHARD)
     paths = [folder / f"{start:07d}.npy" for start in starts]
-    missing = [(path, start, height, width) for path, start in zip(paths, starts, strict=True) if not path.exists()]
+    jobs = [(path, start, height, width, device) for path, start in zip(paths, starts, strict=True)]
+    missing = [job for job in jobs if not job[0].exists()]
     if missing:
         started = time.monotonic()
         # Spawned, since a forked child of a process that has used OpenMP may hang.
@@ -95,13 +99,13 @@ def open_pool(directory: Path, count: int, height: int, width: int, *, processes
     return Pool(tuple(np.load(path, mmap_mode="r") for path in paths))
 
 
-def render(seeds: Sequence[int], height: int, width: int) -> npt.NDArray[np.void]:
+def render(seeds: Sequence[int], height: int, width: int, device: str = "cpu") -> npt.NDArray[np.void]:
     """Scenes of some seeds as a shard holds them: (len(seeds), H, W) of `_PIXEL`."""
     pixels = np.empty((len(seeds), height, width), _PIXEL)
-    views = scenes.view(seeds, height, width)
-    pixels["rgb"] = (views.rgb * 255).round().permute(0, 2, 3, 1).numpy()
-    pixels["depth"] = views.depth.numpy()
-    pixels["normals"] = (views.normals * 127).round().permute(0, 2, 3, 1).numpy()
+    views = scenes.view(seeds, height, width, device=torch.device(device))
+    pixels["rgb"] = (views.rgb * 255).round().permute(0, 2, 3, 1).cpu().numpy()
+    pixels["depth"] = views.depth.cpu().numpy()
+    pixels["normals"] = (views.normals * 127).round().permute(0, 2, 3, 1).cpu().numpy()
     return pixels
 
 
@@ -110,11 +114,11 @@ def _bytes(pixels: npt.NDArray[np.void]) -> Tensor:
     return torch.from_numpy(np.array(pixels).view(np.uint8).reshape(*pixels.shape, _PIXEL.itemsize))
 
 
-def _fill(path: Path, first_seed: int, height: int, width: int) -> None:
+def _fill(path: Path, first_seed: int, height: int, width: int, device: str = "cpu") -> None:
     if path.exists():
         return
     torch.set_num_threads(1)
-    pixels = render(range(first_seed, first_seed + SHARD), height, width)
+    pixels = render(range(first_seed, first_seed + SHARD), height, width, device)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("wb") as file:
         np.save(file, pixels)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.model import scratch
+from depthmill.pipeline.model.blocks import use_channels_last_norms, use_upsamplings
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.modules import load_unet, load_vae
 from depthmill.pipeline.model.scratch import Architecture, Parts
@@ -35,12 +36,14 @@ class Network:
         parts: What else a checkpoint is made of.
         prompt: (1, tokens, cross_attention_dim) the empty prompt's embedding.
         timestep: () int64, the last one.
+        x0_factor: From the UNet's answer there to x0.
     """
 
     modules: torch.nn.ModuleDict
     parts: Parts
     prompt: Tensor
     timestep: Tensor
+    x0_factor: float
 
     def encode(self, picture: Tensor) -> Tensor:
         """Mean of the VAE's latents, scaled: (B, 3, H, W) in [-1, 1] -> (B, latent channels, h, w)."""
@@ -58,7 +61,7 @@ class Network:
         """One step at the last time step with zero noise: pictures' latents (B, C, h, w) to answers' (2B, C, h, w)."""
         prompt = self.prompt.expand(latent.shape[0], -1, -1)
         v = self.parts.unet(torch.cat([latent, torch.zeros_like(latent)], 1), self.timestep, prompt).sample
-        answer: Tensor = x0_factor(self.parts.scheduler) * v
+        answer: Tensor = self.x0_factor * v
         return torch.cat(answer.chunk(len(MODALITIES), dim=1))
 
     def predict(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,10 +140,12 @@ def build(architecture: Architecture, seed: int, device: torch.device) -> Networ
     """Make a network with random weights, in training mode; all but the text encoder is trained."""
     parts = scratch.build(architecture, seed=seed, out_channels=len(MODALITIES) * architecture.latent_channels)
     modules = torch.nn.ModuleDict({"vae": parts.vae, "unet": parts.unet}).to(device)
+    use_upsamplings(modules)  # diffusers' lays large batches out anew
     if device.type == "cuda":  # what tensor cores want; on CPUs it measured no quicker
+        use_channels_last_norms(modules)
         modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     tokens = torch.tensor([parts.tokenizer("").input_ids])
     with torch.no_grad():
         prompt = parts.text_encoder(tokens).last_hidden_state.to(device)
     last = torch.tensor(parts.scheduler.config.num_train_timesteps - 1, device=device)
-    return Network(modules.train(), parts, prompt, last)
+    return Network(modules.train(), parts, prompt, last, x0_factor(parts.scheduler))

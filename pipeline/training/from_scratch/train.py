@@ -108,7 +108,9 @@ def _stage(
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Train through one stage from step `first`; after each step, yield how many are done and the table's row."""
     stage, d = config.stages[index], config.data
-    pool = open_pool(d.pool, stage.scenes, d.height, d.width, processes=d.render_processes).to(net.prompt.device)
+    device = net.prompt.device
+    pool = open_pool(d.pool, stage.scenes, d.height, d.width, processes=d.render_processes, device=str(device))
+    pool = pool.to(device)
     logger.info("stage %s: %d steps from step %d, %d scenes", stage.name, stage.steps, first, len(pool))
     batches = (data.batch(pool, stage, config.seed * 1000 + index, step) for step in range(first, stage.steps))
     objective = _objective(net, stage, config)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from depthmill.pipeline.training import props
+from depthmill.pipeline.training import props, scenes
 from depthmill.pipeline.training.raycast import Views, render
 from depthmill.pipeline.training.shapes import Scene, Shape
 
@@ -35,6 +35,17 @@ def scene(*shapes: Shape, rotation: np.ndarray = LEVEL, position: tuple[float, .
         cloudiness=0.0,
         fog_per_m=0.0,
     )
+
+
+@pytest.mark.gpu
+def test_a_gpu_renders_the_same() -> None:
+    ours, theirs = (scenes.view(range(8), H, W, device=torch.device(device)) for device in ("cuda", "cpu"))
+    same = ours.mask.cpu() == theirs.mask
+    assert same.float().mean() > 0.995
+    near = (ours.rgb.cpu() - theirs.rgb).abs().amax(1) < 0.05
+    assert near.float().mean() > 0.97, "a ray along an edge may fall to either side"
+    both = ours.mask.cpu() & theirs.mask
+    assert ((ours.depth.cpu() / theirs.depth)[both] - 1).abs().median() < 1e-4
 
 
 def rays(height: int = H, width: int = W) -> Tensor:
