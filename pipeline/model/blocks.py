@@ -22,8 +22,10 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 # Wider heads than this torch's fused attention has no fast kernel for on a GPU; a VAE's are 512 wide.
 _FUSED_WIDTH = 256
-# Tokens up to which their scores may all be kept at once instead, half a gigabyte a picture.
+# Tokens up to which their scores may all be kept at once instead, 1.5 GB a picture.
 _MOST_TOKENS = 1 << 14
+# Products of half precision that are not rounded to it, since torch 2.8.
+_CAN_WIDEN = hasattr(torch.ops.aten.bmm, "dtype")
 
 
 class Residual(nn.Module):
@@ -160,20 +162,20 @@ class ChannelsLastNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to the same shape."""
         B, C, H, W = x.shape
-        rows = x.permute(0, 2, 3, 1).float()  # (B, H, W, C), as it lies
+        rows = x.permute(0, 2, 3, 1)  # (B, H, W, C), as it lies
         each = H * W * (C // self.groups)
 
-        def mean(values: torch.Tensor) -> torch.Tensor:  # (B, groups, 1)
-            return values.sum(2).sum(1).view(B, self.groups, -1).sum(2, keepdim=True) / each
+        def mean(by_row: torch.Tensor) -> torch.Tensor:  # (B, H, C) to (B, groups, 1)
+            return by_row.sum(1).view(B, self.groups, -1).sum(2, keepdim=True) / each
 
-        average = mean(rows)
-        variance = (mean(rows.square()) - average.square()).clamp(min=0)
+        average = mean(rows.sum(2, dtype=torch.float32))
+        square = mean(torch.linalg.vector_norm(rows, dim=2, dtype=torch.float32).square())
+        variance = (square - average.square()).clamp(min=0)
         scale = self.weight.float().view(self.groups, -1) * (variance + self.eps).rsqrt()
         shift = self.bias.float().view(self.groups, -1) - average * scale
         # By way of rows, for the gradient's sums.
         scale, shift = (one.reshape(B, 1, 1, C).expand(B, H, 1, C) for one in (scale, shift))
-        normed: torch.Tensor = (rows * scale + shift).to(x.dtype)
-        return normed.permute(0, 3, 1, 2)
+        return torch.addcmul(shift, rows, scale).to(x.dtype).permute(0, 3, 1, 2)
 
 
 def use_channels_last_norms(network: nn.Module) -> None:
@@ -195,14 +197,16 @@ def use_upsamplings(network: nn.Module) -> None:
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Scaled dot-product attention, each (B, heads, N, d).
 
-    A GPU's wide heads in half precision are plain products, in float16: it has the more digits, and after the scaling
-    scores are far from its end.
+    Where nothing fused is fast, a GPU's wide heads are plain products; scores are float32, as they are within it.
     """
     tokens, width = query.shape[-2:]
-    if not query.is_cuda or query.dtype == torch.float32 or width <= _FUSED_WIDTH or tokens > _MOST_TOKENS:
+    if not _CAN_WIDEN or not query.is_cuda or width <= _FUSED_WIDTH or tokens > _MOST_TOKENS:
         return F.scaled_dot_product_attention(query, key, value)
-    query, key, narrow = ((query * width**-0.5).half(), key.half(), value.half())
-    attended: torch.Tensor = ((query @ key.mT).softmax(dim=-1) @ narrow).to(value.dtype)
+    batch = query.shape[:2]
+    query, key = (one.flatten(0, 1) for one in (query, key))
+    scores = torch.bmm(query, key.mT, out_dtype=torch.float32)
+    weights = (scores * width**-0.5).softmax(dim=-1).to(value.dtype)
+    attended: torch.Tensor = weights.view(*batch, *weights.shape[1:]) @ value
     return attended
 
 

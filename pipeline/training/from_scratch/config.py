@@ -84,7 +84,6 @@ class StagedConfig(_Strict):
         picture_steps: Held-out scenes are drawn every so many steps.
         gradient_clip: Largest norm of a step's gradient.
         mixed_precision: Of the network; weights, losses and the optimizer stay in float32.
-        compile: Run network and losses compiled, after a minute for each stage's picture size; for GPUs.
         cpu_threads: On a CPU, into how many parts a batch is split, each on one core; at most the batch size.
     """
 
@@ -98,7 +97,6 @@ class StagedConfig(_Strict):
     picture_steps: int = Field(default=500, gt=0)
     gradient_clip: float = Field(default=1.0, gt=0)
     mixed_precision: Literal["no", "bf16"] = "no"
-    compile: bool = False
     cpu_threads: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")

@@ -11,6 +11,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ from depthmill.pipeline.training.raycast import Views
 
 logger = logging.getLogger(__name__)
 
-Objective = Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]
+# A stage's losses of a batch, by name, `loss` being what is trained on, and its gradients.
+Differentiated = Callable[[Views], tuple[dict[str, Tensor], Sequence[Tensor | None]]]
 
 # Scenes from this seed on are never trained on: pools count up from 0.
 HELD_OUT_SEED = 1_000_000_000
@@ -81,7 +84,7 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
         net.load(config.start)
     (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
     rows = _rows_before(output / "losses.csv", config, begin, first)
-    held_out = _held_out(config)
+    held_out = _held_out(config, where)
     with (output / "losses.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerows([_COLUMNS, *rows])
@@ -112,11 +115,14 @@ def _stage(
     pool = open_pool(d.pool, stage.scenes, d.height, d.width, processes=d.render_processes, device=str(device))
     pool = pool.to(device)
     logger.info("stage %s: %d steps from step %d, %d scenes", stage.name, stage.steps, first, len(pool))
-    batches = (data.batch(pool, stage, config.seed * 1000 + index, step) for step in range(first, stage.steps))
-    objective = _objective(net, stage, config)
+    seed = config.seed * 1000 + index
+    batches = (data.batch(pool, stage, seed, step) for step in range(first, stage.steps))
+    run = _differentiated(net, stage, config)
+    if device.type == "cuda":
+        run = _captured(run, data.batch(pool, stage, seed, first))
     started, begun = time.monotonic(), first
     for step, views in enumerate(prefetch(batches, _BATCHES_AHEAD), first):
-        row = _step(net, optimizer, views, stage, config, step, objective)
+        row = _step(net, optimizer, views, stage, config, step, run)
         done = step + 1
         if done % _LOG_STEPS == 0 or done == stage.steps:
             pace = (done - begun) * stage.batch_size / (time.monotonic() - started)
@@ -134,67 +140,79 @@ def _step(
     stage: Stage,
     config: StagedConfig,
     step: int,
-    objective: Objective,
+    run: Differentiated,
 ) -> dict[str, float]:
     """One optimizer step; the row of the loss table, less the stage's name and the step."""
     rate = learning_rate(stage, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    terms = _gradients(objective, _trained(net, stage), views, config.cpu_threads)
-    norm = torch.nn.utils.clip_grad_norm_(_trained(net, stage), config.gradient_clip)
-    if not bool(torch.isfinite(norm)):
+    terms = _gradients(run, _trained(net, stage), views, config.cpu_threads)
+    terms["gradient_norm"] = torch.nn.utils.clip_grad_norm_(_trained(net, stage), config.gradient_clip)
+    optimizer.step()
+    # All at once, after all that a GPU was asked for: it is waited for here alone.
+    values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
+    if not isfinite(values["gradient_norm"]):
         raise TrainingError(
-            f"stage {stage.name!r}, step {step}: the loss is {terms['loss']}, "
-            f"its gradient's norm {float(norm)}; "
+            f"stage {stage.name!r}, step {step}: the loss is {values['loss']}, "
+            f"its gradient's norm {values['gradient_norm']}; "
             "lower learning_rate, then run again to go on from the last saved state"
         )
-    optimizer.step()
-    values = {"learning_rate": rate, **terms, "gradient_norm": float(norm)}
+    values["learning_rate"] = rate
     return {name: values.get(name, float("nan")) for name in _COLUMNS[2:]}
 
 
-def _objective(net: Network, stage: Stage, config: StagedConfig) -> Objective:
-    """A stage's losses, by name, of what `Views` holds, in the order of its fields; `loss` is their sum to train on."""
-    device = net.prompt.device.type
+def _differentiated(net: Network, stage: Stage, config: StagedConfig) -> Differentiated:
+    objective = _autoencoder if stage.objective == "autoencoder" else partial(_end_to_end, stage=stage)
+    parameters, device = _trained(net, stage), net.prompt.device.type
 
-    def terms(rgb: Tensor, depth: Tensor, normals: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        views = Views(rgb, depth, normals, mask)
+    def run(views: Views) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
         with torch.autocast(device, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-            return _autoencoder(net, views) if stage.objective == "autoencoder" else _end_to_end(net, views, stage)
+            terms = objective(net, views)
+        # Not backward(): a CPU's threads would add to the same gradients at once.
+        gradients = torch.autograd.grad(terms["loss"], parameters, allow_unused=True)
+        return {name: term.detach().float() for name, term in terms.items()}, gradients
 
-    if not config.compile:
-        return terms
-    # On CUDA the forward pass and the backward pass are launched as one graph each.
-    return torch.compile(terms, dynamic=False, mode="reduce-overhead" if device == "cuda" else "default")
+    return run
+
+
+def _captured(run: Differentiated, example: Views) -> Differentiated:
+    """The same as one CUDA graph: thousands of kernels, each done sooner than a host asks for the next."""
+    ours, others = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+    ours.wait_stream(others)
+    with torch.cuda.stream(ours):
+        for _ in range(3):  # what libraries set up at first cannot be recorded
+            run(example)
+    others.wait_stream(ours)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as that which makes batches, may go on meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = run(example)
+
+    def replay(views: Views) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
+        for field in fields(Views):
+            getattr(example, field.name).copy_(getattr(views, field.name))
+        graph.replay()
+        return results
+
+    return replay
 
 
 def _gradients(
-    objective: Objective, parameters: Sequence[torch.nn.Parameter], views: Views, cpu_threads: int
-) -> dict[str, float]:
+    run: Differentiated, parameters: Sequence[torch.nn.Parameter], views: Views, cpu_threads: int
+) -> dict[str, Tensor]:
     """Leave the batch's mean gradient in the parameters; the losses, by name.
 
     On a CPU the batch is split among threads that meet once a step. OpenMP's own threads meet in every operation, which
     on a busy machine leaves most of them waiting most of the time.
     """
-
-    def part(piece: Views) -> tuple[dict[str, float], Sequence[Tensor | None]]:
-        terms = objective(piece.rgb, piece.depth, piece.normals, piece.mask)
-        # Not backward(): the threads would add to the same gradients at once.
-        gradients = torch.autograd.grad(terms["loss"], parameters, allow_unused=True)
-        values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
-        return dict(zip(terms, values, strict=True)), gradients
-
-    for parameter in parameters:
-        parameter.grad = None
     threads = cpu_threads if views.rgb.device.type == "cpu" else 1
     pieces = [views[slice(i * len(views.rgb) // threads, (i + 1) * len(views.rgb) // threads)] for i in range(threads)]
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-        results = list(executor.map(part, pieces)) if threads > 1 else [part(views)]
+        results = list(executor.map(run, pieces)) if threads > 1 else [run(views)]
     for i, parameter in enumerate(parameters):
         shares = [share for _, gradients in results if (share := gradients[i]) is not None]
-        if shares:
-            parameter.grad = shares[0] if threads == 1 else torch.stack(shares).mean(0)
-    return {name: sum(terms[name] for terms, _ in results) / threads for name in results[0][0]}
+        parameter.grad = None if not shares else shares[0] if threads == 1 else torch.stack(shares).mean(0)
+    return {name: torch.stack([terms[name] for terms, _ in results]).mean(0) for name in results[0][0]}
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -238,11 +256,12 @@ def _end_to_end(net: Network, views: Views, stage: Stage) -> dict[str, Tensor]:
     return {"loss": loss, **terms}
 
 
-def _held_out(config: StagedConfig) -> Views:
+def _held_out(config: StagedConfig, device: torch.device) -> Views:
     d = config.data
     width = config.processing_resolution
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + _HELD_OUT)
-    return scenes.view(seeds, width * d.height // d.width, width)
+    views = scenes.view(seeds, width * d.height // d.width, width, device=device)
+    return Views(*(getattr(views, field.name).cpu() for field in fields(Views)))
 
 
 @torch.no_grad()
@@ -275,9 +294,9 @@ def _save(
     """Write the checkpoints, then the state to resume from, whose `position` is the next stage and step."""
     net.save(output / "checkpoint", processing_resolution=config.processing_resolution, dtype=torch.float16)
     state = {"stage": position[0], "step": position[1], "modules": net.modules.state_dict()}
-    partial = output / "state.pt.partial"
-    torch.save({**state, "optimizer": optimizer.state_dict()}, partial)
-    partial.replace(output / "state.pt")
+    unfinished = output / "state.pt.partial"
+    torch.save({**state, "optimizer": optimizer.state_dict()}, unfinished)
+    unfinished.replace(output / "state.pt")
 
 
 def _refuse_another_run(config: StagedConfig, output: Path, stages: int) -> None:

@@ -141,15 +141,15 @@ def test_threads_give_the_mean_of_their_parts_gradients(scene_pool: Path) -> Non
     net = network.build(run.architecture, 0, torch.device("cpu"))
     views = open_pool(scene_pool, 100, 24, 32, processes=1).read(np.arange(6))
     parameter = net.modules["unet"].conv_out.weight
-    objective = train_module._objective(net, run.stages[1], run)
+    differentiated = train_module._differentiated(net, run.stages[1], run)
     trained = list(net.modules.parameters())
-    together = train_module._gradients(objective, trained, views, 2)
+    together = train_module._gradients(differentiated, trained, views, 2)
     gradient = parameter.grad.clone()
     parts = []
     for half in (views[:3], views[3:]):
-        terms = train_module._gradients(objective, trained, half, 1)
-        parts.append((terms["loss"], parameter.grad.clone()))
-    assert together["loss"] == pytest.approx((parts[0][0] + parts[1][0]) / 2, rel=1e-5)
+        terms = train_module._gradients(differentiated, trained, half, 1)
+        parts.append((float(terms["loss"]), parameter.grad.clone()))
+    assert float(together["loss"]) == pytest.approx((parts[0][0] + parts[1][0]) / 2, rel=1e-5)
     torch.testing.assert_close(gradient, (parts[0][1] + parts[1][1]) / 2, rtol=1e-4, atol=1e-6)
 
 
@@ -196,7 +196,7 @@ def test_bfloat16_gives_nearly_the_gradients_of_float32(scene_pool: Path) -> Non
         run = config(scene_pool, mixed_precision=precision)
         net = network.build(run.architecture, 0, torch.device("cpu"))
         trained = list(net.modules.parameters())
-        train_module._gradients(train_module._objective(net, run.stages[1], run), trained, views, 1)
+        train_module._gradients(train_module._differentiated(net, run.stages[1], run), trained, views, 1)
         gradients.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]))
     assert gradients[1].dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
@@ -204,14 +204,16 @@ def test_bfloat16_gives_nearly_the_gradients_of_float32(scene_pool: Path) -> Non
 
 
 @pytest.mark.gpu
-def test_a_gpu_trains_compiled_as_it_does_otherwise(scene_pool: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_gpu_trains_in_a_graph_as_a_cpu_does(scene_pool: Path, tmp_path: Path, precision: str) -> None:
     tables = []
-    for name, compiled in (("plain", False), ("compiled", True)):
-        train(config(scene_pool, small_steps=8, compile=compiled), tmp_path / name, device="cuda")
-        tables.append([float(row[3]) for row in losses(tmp_path / name)[1:]])
-    assert tables[1] == pytest.approx(tables[0], rel=0.05)
-    checkpoint = open_checkpoint(str(tmp_path / "compiled" / "checkpoint" / "depth"), "depth")
-    assert load_vae(checkpoint).config.block_out_channels == (8, 16, 16)
+    for device in ("cpu", "cuda"):
+        run = config(scene_pool, small_steps=6, mixed_precision=precision)
+        train(run, tmp_path / device, device=device)
+        tables.append([float(row[3]) for row in losses(tmp_path / device)[1:]])
+    assert tables[1] == pytest.approx(tables[0], rel=0.1), "noise is of each device's own generator"
+    checkpoint = open_checkpoint(str(tmp_path / "cuda" / "checkpoint" / "depth"), "depth")
+    assert tuple(load_vae(checkpoint).config.block_out_channels) == (8, 16, 16)
 
 
 def test_learning_rate_warms_up_and_decays(scene_pool: Path) -> None:
