@@ -50,7 +50,7 @@ PICTURES = {
     ("sd2", "cpu with AVX512-BF16"): (576, 768, 1),
     ("small", "cuda"): (576, 768, 8),
     ("demo", "cuda"): (576, 768, 8),
-    ("sd2", "cuda"): (576, 768, 8),
+    ("sd2", "cuda"): (576, 768, 16),
 }
 TITLE = """# Speed: against diffusers, against ensembles, against the machine
 

@@ -81,8 +81,14 @@ def batched(pipelines: Sequence[Any], labeler: Labeler, pictures: Pictures) -> C
 
 
 def ours(labeler: Labeler, pictures: Pictures) -> Callable[[], int]:
-    """All pictures, of one size, through the labeler."""
-    return lambda: len(labeler.label(pictures))
+    """All pictures, of one size, through the labeler; on a GPU four batches of them, queued as workers queue them."""
+    batches = 4 if labeler.device.type == "cuda" else 1
+
+    def run() -> int:
+        pending = [labeler.submit(pictures) for _ in range(batches)]
+        return sum(len(batch.result()) for batch in pending)
+
+    return run
 
 
 def _resize_in_float32() -> None:
