@@ -179,10 +179,10 @@ class ChannelsLastNorm(nn.Module):
 
 
 def use_channels_last_norms(network: nn.Module) -> None:
-    """Replace `GroupNorm` within `network`, all of whose norms are of (B, C, H, W)."""
+    """Replace `GroupNorm` within `network`, where it is of (B, C, H, W): not within diffusers' own attention."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.GroupNorm) and child.affine:
+            if isinstance(child, nn.GroupNorm) and child.affine and not isinstance(parent, Attention):
                 setattr(parent, name, ChannelsLastNorm(child))
 
 
@@ -203,11 +203,12 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
     if not _CAN_WIDEN or not query.is_cuda or width <= _FUSED_WIDTH or tokens > _MOST_TOKENS:
         return F.scaled_dot_product_attention(query, key, value)
     batch = query.shape[:2]
-    query, key = (one.flatten(0, 1) for one in (query, key))
-    scores = torch.bmm(query, key.mT, out_dtype=torch.float32)
-    weights = (scores * width**-0.5).softmax(dim=-1).to(value.dtype)
-    attended: torch.Tensor = weights.view(*batch, *weights.shape[1:]) @ value
-    return attended
+    query, key, value = (one.flatten(0, 1) for one in (query, key, value))
+    scores = torch.bmm(query, key.mT, out_dtype=torch.float32) * width**-0.5
+    # Divided by their sum at the end: the largest weight is 1, which rounding leaves alone.
+    weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
+    attended = torch.bmm(weights.to(value.dtype), value, out_dtype=torch.float32) / weights.sum(dim=-1, keepdim=True)
+    return attended.to(value.dtype).unflatten(0, batch)  # type: ignore[no-any-return]
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

@@ -17,7 +17,7 @@ from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.blocks import use_channels_last_norms, use_upsamplings
 from depthmill.pipeline.model.checkpoint import open_checkpoint
-from depthmill.pipeline.model.modules import load_unet, load_vae
+from depthmill.pipeline.model.modules import empty_prompt, load_text, load_unet, load_vae
 from depthmill.pipeline.model.scratch import Architecture, Parts
 from depthmill.pipeline.model.single_step import x0_factor
 from depthmill.pipeline.types import Modality
@@ -118,11 +118,13 @@ class Network:
         try:
             self.parts.unet.load_state_dict(weights)
             self.parts.vae.load_state_dict(load_vae(pair[0]).state_dict())
+            self.parts.text_encoder.load_state_dict(load_text(pair[0])[1].state_dict())
         except RuntimeError as error:
             raise TrainingError(
                 f"start is {name}, which does not fit the run's architecture ({str(error).splitlines()[1].strip()}); "
                 "expected the same: see the config.json of its unet and vae"
             ) from error
+        self.prompt.copy_(empty_prompt(pair[0]))
 
     def _unet(self, index: int) -> UNet2DConditionModel:
         """The UNet of one modality alone."""

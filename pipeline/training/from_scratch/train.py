@@ -74,14 +74,14 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     output.mkdir(parents=True, exist_ok=True)
     net = network.build(config.architecture, config.seed, where)
+    if config.start is not None:
+        net.load(config.start)
     begin, first, moments = 0, 0, {}
     if (output / "state.pt").exists() and not overwrite:
         saved = torch.load(output / "state.pt", map_location=where, weights_only=True)
         begin, first, moments = saved["stage"], saved["step"], saved["optimizer"]
         _refuse_another_run(config, output, begin + (first > 0))
         net.modules.load_state_dict(saved["modules"])
-    elif config.start is not None:
-        net.load(config.start)
     (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
     rows = _rows_before(output / "losses.csv", config, begin, first)
     held_out = _held_out(config, where)

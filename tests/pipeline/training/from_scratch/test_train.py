@@ -165,6 +165,8 @@ def test_a_run_goes_on_from_what_another_left(scene_pool: Path, tmp_path: Path) 
     state = torch.load(tmp_path / "first" / "state.pt")["modules"]
     net = network.build(first.architecture, 7, torch.device("cpu"))
     net.load(str(checkpoints))
+    prompt = network.build(first.architecture, first.seed, torch.device("cpu")).prompt
+    torch.testing.assert_close(net.prompt, prompt, rtol=1e-2, atol=1e-3)
     for name, value in net.modules.state_dict().items():  # written in half precision
         torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-4)
 
