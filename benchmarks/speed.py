@@ -163,6 +163,7 @@ def many_steps(names: dict[str, str], frames: peers.Pictures, device: torch.devi
     """One step against 50 steps of an ensemble of 10, depth, one picture: all of them really done."""
     steps, members = (2, 3) if quick else (50, 10)
     one = load_labeler(names, "depth", 1, device, dtype)
+    one.compile_at_once()
     many = load_labeler(names, "depth", members, device, dtype, steps=steps, ensemble=members, noise="gaussian")
     documented = peers.as_documented(peers.load_pipelines(many), many, frames)
     ways = {OURS: peers.ours(one, frames), "many": peers.ours(many, frames), "theirs": documented}

@@ -88,8 +88,8 @@ class LabelConfig(BaseModel):
         processing_resolution: Longer side in pixels at which the model sees a frame; left out, the checkpoint's own.
         batch_size: Frames a forward pass; `auto` is 8 on a CPU, and on CUDA as many as fit, by the memory that passes
             of one and of two frames take.
-        compile: Whether full batches run compiled: `auto` on CUDA, where that can be done. The first start with a shape
-            takes a minute or so; what was compiled is kept in the user's cache.
+        compile: Whether full batches run compiled: `auto` on CUDA, where that can be done, once a worker has labelled
+            5000 frames of a shape, since it takes minutes. What was compiled is kept in the user's cache.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, `xpu`, `mps`.
         dtype: Of the network; `auto` is bfloat16 on CUDA (float16 where it has none), bfloat16 on a CPU that
             multiplies it (AVX512-BF16, AMX), and float32 on any other. It is part of what a store was made with: a run

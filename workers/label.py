@@ -162,9 +162,9 @@ def label(
 
 def _options(config: LabelConfig) -> Options:
     options = Options(config.attempts, config.frame_limit_s, config.workers, _PROBERS)
-    # The first batch of each shape is compiled in the middle of a segment, which can take minutes.
+    # Each shape is compiled in the middle of a segment, which can take minutes, and more where many workers do so.
     compiles = config.device.startswith("cuda") and config.compile != "off"
-    return replace(options, least_limit_s=10.0) if compiles else options
+    return replace(options, least_limit_s=30.0) if compiles else options
 
 
 def _cluster(config: LabelConfig) -> AbstractContextManager[int]:

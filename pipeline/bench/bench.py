@@ -149,6 +149,7 @@ def measure_speed(labeler: Labeler, pictures: peers.Pictures, rounds: int, *, co
     """
     if labeler.device.type == "cpu":
         keep_freed_memory()
+    labeler.compile_at_once()
     ways: dict[str, Callable[[], int]] = {OURS: peers.ours(labeler, pictures)}
     why_not = next(filter(None, map(peers.why_not, labeler.checkpoints)), "")
     if not why_not:

@@ -44,7 +44,7 @@ class Labeler:
         checkpoints: What is loaded, one for each label.
         processing_resolution: Longer side in pixels at which the network sees a frame.
         batch_size: Most frames in one forward pass; fewer once the GPU has run out of memory.
-        compiled: Whether full batches run compiled.
+        compiled: Whether full batches run compiled, at once or, by `auto`, after some thousand pictures of a shape.
         round_aspect: Which sources are seen at rounded aspect ratios: `LabelConfig.round_aspect`.
         device: Where the network is.
         dtype: Of the network.
@@ -133,7 +133,8 @@ class Labeler:
             domain: `indoor` (a GeoWizard checkpoint's default), `outdoor` or `object`; other checkpoints have none.
             processing_resolution: Longer side in pixels at which the network sees a frame.
             batch_size: Most frames in one forward pass; `auto` is 8 on a CPU and as many as fit on CUDA.
-            compile: `on`, or `auto`, on CUDA alone: full batches run compiled, after a minute for each shape of them.
+            compile: `on`, or `auto`, on CUDA alone and after 5000 frames of a shape: full batches run compiled, after
+                minutes for each shape of them.
             device: `auto` (CUDA where there is one), or a torch device.
             dtype: `auto`: bfloat16 on CUDA and on CPUs that multiply it, float32 elsewhere.
             steps: UNet calls for a label. This and the rest are for diffusion estimators: `config.Sampling`.
@@ -228,7 +229,14 @@ class Labeler:
         if self.device.type == "cuda":
             name += f" ({torch.cuda.get_device_name(self.device)})"
         how = "compiled" if self.compiled else "not compiled"
+        if self.compiled and self._network.compile_after:
+            how = f"compiled after {self._network.compile_after:,} of a shape"
         return f"{name}, {str(self.dtype).removeprefix('torch.')}, batches of {self.batch_size}, {how}"
+
+    def compile_at_once(self) -> None:
+        """By `auto`, too, the first full batch of a shape runs compiled, as later ones of long runs do: to measure."""
+        if isinstance(self._network, Specialized):
+            self._network.compile_after = 0
 
     def rounds(self, source: Source) -> bool:
         """Whether the frames of a source are to be seen at rounded aspect ratios; a video's, of one size, never are."""

@@ -107,6 +107,7 @@ class Specialized(nn.Module):
             pack(folded)
         self.folded = folded
         self.compiled: Callable[[torch.Tensor], list[torch.Tensor]] | None = None  # the same, for full batches
+        self.compile_after = 0  # pictures of a shape
         self._wide: Folded | None = None
 
     @torch.inference_mode()
@@ -117,7 +118,7 @@ class Specialized(nn.Module):
 
         Args:
             pictures: (B, 3, h, w) float32 in [-1, 1], both sides multiples of `factor`.
-            full: Whether this is a full batch, for which the network runs compiled if it is to.
+            full: Whether this is a full batch, for which the network runs compiled if and when it is to.
 
         Returns:
             For each modality (B, C, h, w) float32: depth C = 1 in [0, 1]; normals C = 3, unit, in the stored axes.

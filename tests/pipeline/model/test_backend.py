@@ -79,6 +79,26 @@ def test_what_is_compiled(checkpoints, monkeypatch, wanted, device, compiles):
     assert (network.compiled is not None) is compiles
 
 
+def test_auto_compiles_shapes_of_which_there_are_many(checkpoints, monkeypatch):
+    labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=2, dtype="float32")
+    network, ran = labeler._network, []
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **options: lambda one: ran.append(tuple(one.shape)) or network.folded(one)
+    )
+    monkeypatch.setattr("depthmill.pipeline.model.backend.COMPILE_AFTER", 4)
+    labeler.compiled = compile_network(network, CUDA, "auto")
+    assert labeler.backend.endswith("compiled after 4 of a shape")
+    wide, tall = torch.zeros(2, 3, 16, 24), torch.zeros(2, 3, 24, 16)
+    for picture in (wide, tall, wide, wide, tall, wide):
+        network(picture, full=True)
+        network(picture[:1])
+    assert ran == [tuple(wide.shape)] * 2
+    labeler.compile_at_once()
+    network(tall, full=True)
+    assert ran[2:] == [tuple(tall.shape)]
+    assert labeler.backend.endswith(", compiled")
+
+
 def test_a_machine_that_cannot_compile(checkpoints, monkeypatch, caplog):
     network = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1, dtype="float32")._network
     dynamo = pytest.importorskip("torch._dynamo")
@@ -90,6 +110,7 @@ def test_a_machine_that_cannot_compile(checkpoints, monkeypatch, caplog):
     picture = torch.zeros(1, 3, 16, 16)
     expected = network(picture)["depth"]
     compile_network(network, CUDA, "auto")
+    network.compile_after = 0
     assert torch.equal(network(picture, full=True)["depth"], expected)
     assert "the network runs uncompiled" in caplog.text
     compile_network(network, CPU, "on")
