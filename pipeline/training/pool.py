@@ -49,7 +49,7 @@ class Pool:
         """The same in a GPU's memory, 150 kB a scene of 120x160, from where it gives its scenes; on a CPU itself."""
         if device.type == "cpu":
             return self
-        return replace(self, resident=torch.cat([_bytes(shard).to(device) for shard in self.shards]))
+        return replace(self, resident=torch.cat([_bytes(np.array(shard)).to(device) for shard in self.shards]))
 
     def read(self, indices: npt.NDArray[np.integer]) -> Views:
         """Scenes by index, all at the pool's size."""
@@ -110,8 +110,8 @@ def render(seeds: Sequence[int], height: int, width: int, device: str = "cpu") -
 
 
 def _bytes(pixels: npt.NDArray[np.void]) -> Tensor:
-    """(…) of `_PIXEL` as (…, 8) uint8."""
-    return torch.from_numpy(np.array(pixels).view(np.uint8).reshape(*pixels.shape, _PIXEL.itemsize))
+    """(…) of `_PIXEL` as (…, 8) uint8, without a copy."""
+    return torch.from_numpy(pixels.view(np.uint8).reshape(*pixels.shape, _PIXEL.itemsize))
 
 
 def _fill(path: Path, first_seed: int, height: int, width: int, device: str = "cpu") -> None:

@@ -162,6 +162,7 @@ def _step(
 
 
 def _differentiated(net: Network, stage: Stage, config: StagedConfig) -> Differentiated:
+    """What a stage asks of the network, which is run in the configured precision."""
     objective = _autoencoder if stage.objective == "autoencoder" else partial(_end_to_end, stage=stage)
     parameters, device = _trained(net, stage), net.prompt.device.type
 
