@@ -108,11 +108,13 @@ _STANDS_STILL = (
     "changes that the leak leaves, and the real ones of a camera that goes forward with them (AbsRel there, and "
     "undisturbed)"
 )
+_SMEARS = "a causal mean of depth maps is steadier where nothing moves, and smears what does (lag)"
 _WHY_NOT = {
     "flicker": _STANDS_STILL,
     "shift, whole clip": _STANDS_STILL,
     "TAE": "a mean over frames also evens out what projecting to whole pixels costs; it is wrong by more (AbsRel)",
-    "pixels": "a causal mean of depth maps is steadier where nothing moves, and smears what does (lag)",
+    "pixels": _SMEARS,
+    "scale": _SMEARS,
     "lag": "only a mean over frames changes the shape of a frame's depth: raw labels, and a scale and shift, have none",
 }
 
