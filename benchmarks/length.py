@@ -97,8 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{last / first:.3f} | 0.95 to 1.05 |"
         for clock, (first, last) in rates.items()
     ]
-    options.out.write_text(
-        f"""# Long videos
+    report = f"""# Long videos
 
 Written by `benchmarks/length.py`, {datetime.date.today()}, on {cores()} cores of {platform.machine()}, Python
 {platform.python_version()}; load average {load:.1f} when it began. Depth of {SIDE}x{SIDE} frames of one H.264 video,
@@ -114,7 +113,10 @@ What grows with a video is its table of packets and libav's own index of the fil
 each process that has it open, and what reading them leaves in the heap: {grown:,.0f} bytes a frame here, where
 one process probes and labels.
 """
-    )
+    if options.quick and options.out == OUT:
+        print(report)
+    else:
+        options.out.write_text(report)
 
 
 def run(folder: Path, frames: int) -> Run:

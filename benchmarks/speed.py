@@ -87,7 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unit = cpu_bfloat16() if device.type == "cpu" else ""
     kind = f"cpu with {unit}" if unit else device.type
     for size in options.sizes:
-        write_section(options.out, f"{size}, {kind}", section(size, device, kind, options))
+        text = section(size, device, kind, options)
+        if options.quick and options.out == OUT:
+            print(text)
+        else:
+            write_section(options.out, f"{size}, {kind}", text)
+    if options.quick:
+        return
     for missing in [f"{size}, cuda" for size in ARCHITECTURES] if not torch.cuda.is_available() else []:
         if missing not in sections(options.out):
             write_section(options.out, missing, "not run: no GPU")

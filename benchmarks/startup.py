@@ -50,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ("rerun", "rerun of a finished job", "< 0.5 s wanted, < 3 s required"),
         )
     ]
-    options.out.write_text(
-        f"""# Start-up
+    report = f"""# Start-up
 
 Written by `benchmarks/startup.py`, {datetime.date.today()}, on {cores()} cores of {platform.machine()}, Python
 {platform.python_version()}, torch {torch.__version__}; load average {load:.1f} when it began. Processes in turn,
@@ -66,7 +65,10 @@ The label is one picture's depth and normals, with the embedded checkpoint and `
 the commit is on disk, its CPU time with the process. A rerun opens the inputs, hashes the checkpoints, and reads what
 is committed.
 """
-    )
+    if options.quick and options.out == OUT:
+        print(report)
+    else:
+        options.out.write_text(report)
 
 
 def measure(folder: Path, rounds: int) -> dict[str, list[Spent]]:
