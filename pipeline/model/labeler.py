@@ -133,8 +133,7 @@ class Labeler:
             domain: `indoor` (a GeoWizard checkpoint's default), `outdoor` or `object`; other checkpoints have none.
             processing_resolution: Longer side in pixels at which the network sees a frame.
             batch_size: Most frames in one forward pass; `auto` is 8 on a CPU and as many as fit on CUDA.
-            compile: `on`, or `auto`, on CUDA alone and after 5000 frames of a shape: full batches run compiled, after
-                minutes for each shape of them.
+            compile: `on`, or `auto`, on CUDA after 5000 frames of a shape: full batches run compiled, minutes later.
             device: `auto` (CUDA where there is one), or a torch device.
             dtype: `auto`: bfloat16 on CUDA and on CPUs that multiply it, float32 elsewhere.
             steps: UNet calls for a label. This and the rest are for diffusion estimators: `config.Sampling`.
@@ -206,11 +205,10 @@ class Labeler:
         if not len(frames):
             shape = frames.shape[:3]
             wanted = {checkpoint.modality for checkpoint in self.checkpoints}
-            spread = "depth" in wanted and self.sampling.ensemble > 1
             return Labels(
                 depth=np.zeros(shape, np.float32) if "depth" in wanted else None,
                 normals=np.zeros((*shape, 3), np.float32) if "normals" in wanted else None,
-                uncertainty=np.zeros(shape, np.float32) if spread else None,
+                uncertainty=np.zeros(shape, np.float32) if "depth" in wanted and self.sampling.ensemble > 1 else None,
             )
         labels = self.label(list(frames), keys)
         depths = [one.depth for one in labels if one.depth is not None]
@@ -228,14 +226,13 @@ class Labeler:
         name = str(self.device)
         if self.device.type == "cuda":
             name += f" ({torch.cuda.get_device_name(self.device)})"
-        how = "compiled" if self.compiled else "not compiled"
-        if self.compiled and self._network.compile_after:
-            how = f"compiled after {self._network.compile_after:,} of a shape"
+        after = self._network.compile_after if self.compiled else 0
+        how = f"compiled after {after:,} of a shape" if after else "compiled" if self.compiled else "not compiled"
         return f"{name}, {str(self.dtype).removeprefix('torch.')}, batches of {self.batch_size}, {how}"
 
     def compile_at_once(self) -> None:
         """By `auto`, too, the first full batch of a shape runs compiled, as later ones of long runs do: to measure."""
-        if isinstance(self._network, Specialized):
+        if self.compiled:
             self._network.compile_after = 0
 
     def rounds(self, source: Source) -> bool:
