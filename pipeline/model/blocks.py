@@ -19,6 +19,7 @@ from torch import nn
 from depthmill.pipeline.model.packed import PackedConvolution
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+Module = TypeVar("Module", bound=nn.Module)
 
 # Wider heads than this torch's fused attention has no fast kernel for on a GPU; a VAE's are 512 wide.
 _FUSED_WIDTH = 256
@@ -178,20 +179,25 @@ class ChannelsLastNorm(nn.Module):
         return torch.addcmul(shift, rows, scale).to(x.dtype).permute(0, 3, 1, 2)
 
 
-def use_channels_last_norms(network: nn.Module) -> None:
+def use_channels_last_norms(network: nn.Module, norm: Callable[[nn.GroupNorm], nn.Module] = ChannelsLastNorm) -> None:
     """Replace `GroupNorm` within `network`, where it is of (B, C, H, W): not within diffusers' own attention."""
-    for parent in list(network.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.GroupNorm) and child.affine and not isinstance(parent, Attention):
-                setattr(parent, name, ChannelsLastNorm(child))
+    replace(network, nn.GroupNorm, lambda old: norm(old) if old.affine else old, outside=Attention)
 
 
-def use_upsamplings(network: nn.Module) -> None:
-    """Replace `Upsample2D` within `network`, which enlarges by a convolution; weights keep their names."""
+def replace(
+    network: nn.Module,
+    kind: type[Module],
+    new: Callable[[Module], nn.Module],
+    *,
+    outside: type[nn.Module] | tuple[type[nn.Module], ...] = (),
+) -> None:
+    """Put `new(child)` in place of every child of `kind` within `network`, but for the children of those `outside`."""
     for parent in list(network.modules()):
+        if isinstance(parent, outside):
+            continue
         for name, child in parent.named_children():
-            if isinstance(child, Upsample2D):
-                setattr(parent, name, Upsampling(child))
+            if isinstance(child, kind):
+                setattr(parent, name, new(child))
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

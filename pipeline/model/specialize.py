@@ -32,10 +32,11 @@ from depthmill.pipeline.model.blocks import (
     PromptAttention,
     Residual,
     SelfAttention,
+    Upsampling,
     empty,
     filled,
+    replace,
     use_channels_last_norms,
-    use_upsamplings,
 )
 from depthmill.pipeline.model.packed import pack
 from depthmill.pipeline.model.single_step import Head, decode_depth, decode_normals
@@ -175,7 +176,7 @@ class Denoiser(nn.Module):
         unet, vae = head.unet, head.vae
         _fold_time(unet, head.timestep)
         _simplify(unet, head.prompt)
-        use_upsamplings(unet)
+        replace(unet, Upsample2D, Upsampling)
         latent = vae.config.latent_channels
         self.first = _convolution(unet.conv_in, unet.conv_in.weight[:, :latent], unet.conv_in.bias)
         self.down, self.mid, self.up = unet.down_blocks, unet.mid_block, unet.up_blocks
@@ -221,10 +222,7 @@ def _decoder(vae: Any) -> nn.Module:
     """What `Denoiser` answers to the features of which `_finish` makes a head's label."""
     decoder: nn.Module = vae.decoder
     _simplify(decoder)
-    for parent in list(decoder.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, Upsample2D):
-                setattr(parent, name, _doubling(child.conv))
+    replace(decoder, Upsample2D, lambda upsample: _doubling(upsample.conv))
     decoder.conv_norm_out = decoder.conv_act = decoder.conv_out = nn.Identity()
     return decoder
 
@@ -240,16 +238,12 @@ def _finish(head: Head) -> nn.Sequential:
 
 def _simplify(network: nn.Module, prompt: torch.Tensor | None = None) -> None:
     """Replace, within `network`, the blocks for which there is a leaner one."""
-    for parent in list(network.modules()):
-        if isinstance(parent, BasicTransformerBlock):
-            parent.attn1 = SelfAttention(parent.attn1)
+    for block in network.modules():
+        if isinstance(block, BasicTransformerBlock):
             assert prompt is not None
-            parent.attn2 = PromptAttention(parent.attn2, prompt)
-        for name, child in parent.named_children():
-            if isinstance(child, ResnetBlock2D) and isinstance(child.nonlinearity, nn.SiLU):
-                setattr(parent, name, Residual(child))
-            elif isinstance(child, Attention) and child.group_norm is not None:
-                setattr(parent, name, PictureAttention(child))
+            block.attn1, block.attn2 = SelfAttention(block.attn1), PromptAttention(block.attn2, prompt)
+    replace(network, ResnetBlock2D, lambda old: Residual(old) if isinstance(old.nonlinearity, nn.SiLU) else old)
+    replace(network, Attention, lambda old: PictureAttention(old) if old.group_norm is not None else old)
 
 
 def _fold_time(unet: Any, timestep: int) -> None:
