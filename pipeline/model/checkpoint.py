@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -22,6 +23,8 @@ from depthmill.pipeline.config import DEMO, LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
 from depthmill.pipeline.types import Domain, Modality
+
+log = logging.getLogger(__name__)
 
 DEFAULT_RESOLUTION = 768  # Marigold's and E2E-FT's, where a checkpoint does not carry its own
 DESCRIPTION_FILE = "depthmill.json"
@@ -236,8 +239,8 @@ def _hash(directory: Path, files: list[Path]) -> str:
 
 
 def _describe(name: str, directory: Path, index: dict[str, Any]) -> Description:
-    if name in _PUBLISHED:
-        return _PUBLISHED[name]
+    if not (directory / DESCRIPTION_FILE).is_file() and (published := _published(name, directory)):
+        return published
     declared = index.get("prediction_type")
     description = replace(
         _JOINT if _parts(directory) == _JOINT_PARTS else Description(),
@@ -253,6 +256,23 @@ def _describe(name: str, directory: Path, index: dict[str, Any]) -> Description:
         raise CheckpointError(
             f"{directory / DESCRIPTION_FILE} holds {sorted(extra)}; expected keys of {sorted(Description().__dict__)}"
         ) from error
+
+
+def _published(name: str, directory: Path) -> Description | None:
+    """Of a known checkpoint: asked for by its hub id, or a copy in a directory of its name or in the hub's cache."""
+    for known, description in _PUBLISHED.items():
+        if name == known:
+            return description
+        if directory.name == known.split("/")[1] or f"models--{known.replace('/', '--')}" in directory.parts:
+            log.info(
+                "checkpoint %s is taken for a copy of %s by its directory's name: normals have axes %s; "
+                "--normals-axes says otherwise",
+                name,
+                known,
+                description.normals_axes,
+            )
+            return description
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

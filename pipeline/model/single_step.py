@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from depthmill.pipeline.errors import CheckpointError
 from depthmill.pipeline.geometry import axes_signs
-from depthmill.pipeline.model.checkpoint import Checkpoint, Description
+from depthmill.pipeline.model.checkpoint import DESCRIPTION_FILE, Checkpoint, Description, read_json
 from depthmill.pipeline.model.modules import empty_prompt, load_scheduler, load_unet, load_vae, same_vae
 from depthmill.pipeline.types import Modality
 
@@ -117,6 +117,15 @@ def load_heads(checkpoints: Sequence[Checkpoint]) -> list[Head]:
 def _load(checkpoint: Checkpoint) -> Head:
     scheduler = load_scheduler(checkpoint)
     vae, unet, prompt = load_vae(checkpoint), load_unet(checkpoint), empty_prompt(checkpoint)
+    pipeline = read_json(checkpoint.directory / "model_index.json").get("_class_name")
+    in_and_out = unet.config.in_channels, unet.config.out_channels
+    if pipeline == "StableDiffusionPipeline" and len(set(in_and_out)) == 1 and checkpoint.description.modality is None:
+        raise CheckpointError(
+            f"{checkpoint.name} is a text-to-image model (model_index.json: {pipeline}, a UNet of {in_and_out[0]} "
+            f"channels); expected one fine-tuned to answer {checkpoint.modality}: `depthmill train` does that; "
+            f"if it was done, say so in {DESCRIPTION_FILE} beside model_index.json: "
+            f'{{"modality": "{checkpoint.modality}"}}'
+        )
     if vae.config.latent_channels != unet.config.out_channels:
         raise CheckpointError(
             f"{checkpoint.name}: the UNet answers {unet.config.out_channels} channels and the VAE's latents have "

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from depthmill.pipeline.errors import CheckpointError, ConfigError
+from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.model.modules import empty_prompt, load_scheduler, load_unet, load_vae
@@ -136,6 +137,19 @@ def test_axes_of_the_published_and_of_others(checkpoints):
         open_checkpoint(str(checkpoints / "normals"), "normals", normals_axes="sideways")
 
 
+@pytest.mark.parametrize(
+    "copy", ["marigold-e2e-ft-normals", "models--GonzaloMG--marigold-e2e-ft-normals/snapshots/0123abcd"]
+)
+def test_a_copy_of_a_published_checkpoint_has_its_axes(checkpoints, tmp_path, copy):
+    directory = shutil.copytree(checkpoints / "normals", tmp_path / copy)
+    (directory / "depthmill.json").unlink(missing_ok=True)
+    description = open_checkpoint(str(directory), "normals").description
+    assert description.normals_axes == "left-up-towards"
+    assert not description.clip_normals
+    (directory / "depthmill.json").write_text('{"normals_axes": "right-up-towards"}')  # its own word is better
+    assert open_checkpoint(str(directory), "normals").description.normals_axes == "right-up-towards"
+
+
 @pytest.mark.parametrize(("padding", "tokens"), [("do_not_pad", 2), ("max_length", 77)])
 def test_the_empty_prompt_is_padded_as_the_checkpoint_says(checkpoints, tmp_path, padding, tokens):
     path = shutil.copytree(checkpoints / "normals", tmp_path / "normals")
@@ -153,3 +167,12 @@ def test_bit_equal_vaes_are_kept_once(checkpoints, tmp_path):
     save_file(weights, path)
     apart = Labeler.from_pretrained(checkpoints / "depth", other, device="cpu")
     assert len(apart._network.folded.encoders) == 2
+
+
+def test_a_text_to_image_model_is_refused_unless_it_says_that_it_answers(tmp_path):
+    parts = scratch.build(scratch.Architecture(), seed=0, in_channels=4)
+    scratch.save(parts, tmp_path / "sd", None, processing_resolution=48)
+    with pytest.raises(CheckpointError, match=r"text-to-image.*depthmill train"):
+        Labeler.from_pretrained(str(tmp_path / "sd"))
+    (tmp_path / "sd" / "depthmill.json").write_text('{"modality": "depth"}')
+    assert Labeler.from_pretrained(str(tmp_path / "sd"))
