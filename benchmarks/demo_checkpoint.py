@@ -24,7 +24,7 @@ from depthmill.pipeline.evaluation import metrics
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.training import losses, scenes
 from depthmill.pipeline.training.from_scratch.train import HELD_OUT_SEED
-from depthmill.pipeline.training.raycast import Views
+from depthmill.pipeline.training.raycast import DEPTH_RANGE_M, Views
 
 HEIGHT, WIDTH = 96, 128
 # Not those that pictures during training were drawn of, with which its course was judged.
@@ -64,8 +64,7 @@ def score(labeler: Labeler, count: int, guessed: tuple[torch.Tensor, torch.Tenso
                 if not mask.any():
                     continue
                 p, t = depth[i].numpy()[mask], views.depth[i].numpy()[mask]
-                # As in Marigold's evaluation, what is aligned is held to the range of depth: here each scene's own.
-                figures = metrics.depth_metrics(p, t, *metrics.fit_affine(p, t), (float(t.min()), float(t.max())))
+                figures = metrics.depth_metrics(p, t, *metrics.fit_affine(p, t), DEPTH_RANGE_M)
                 n_p, n_t = (one[i].permute(1, 2, 0).numpy()[mask] for one in (normals, views.normals))
                 angle = float(metrics.angles_deg(n_p, n_t).mean())
                 rows[name].append({"abs_rel": figures["abs_rel"], "delta1": figures["delta1"], "normals": angle})

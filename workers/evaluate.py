@@ -115,9 +115,12 @@ def _configure(wanted: EvaluationSet, config: LabelConfig) -> LabelConfig:
     if config.labels != (wanted.modality,):
         raise ConfigError(f"labels is {list(config.labels)}; {wanted.name} asks for {wanted.modality} alone")
     (checkpoint,) = open_checkpoints(config)
+    changes: dict[str, Any] = {}
+    if config.round_aspect is None:
+        changes["round_aspect"] = False  # the paper's pictures are not squeezed, however many there are
     if config.processing_resolution is None and checkpoint.processing_resolution == DEFAULT_RESOLUTION:
-        return config.model_copy(update={"processing_resolution": wanted.resolution})
-    return config
+        changes["processing_resolution"] = wanted.resolution
+    return config.model_copy(update=changes)
 
 
 def _label(

@@ -74,6 +74,8 @@ def evaluate_clips(
     else:
         if what.labels != ("depth",):
             raise ConfigError(f"labels is {list(what.labels)}; clips are scored by depth alone")
+        # A clip is a video, however its pictures lie: a long one is not to be squeezed as a corpus's are.
+        what = what if what.round_aspect is not None else what.model_copy(update={"round_aspect": False})
         config = what
         named = {
             frame.sample: Sample(f"{clip.name}/{i:06d}", f"{clip.name}/{i:06d}{frame.picture.suffix}", "", None)

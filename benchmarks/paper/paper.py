@@ -31,7 +31,7 @@ import yaml
 from depthmill.pipeline.evaluation.metrics import angles_deg, depth_metrics, fit_affine
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.training import scenes
-from depthmill.pipeline.training.raycast import Views
+from depthmill.pipeline.training.raycast import DEPTH_RANGE_M, Views
 
 HERE = Path(__file__).parent
 FIRST_SEED = 1_000_020_000  # scenes of the embedded checkpoint's own test begin 10,000 below
@@ -77,15 +77,19 @@ class Paper:
             config["start"] = str(self.out / config["start"] / "checkpoint")
         folder.mkdir(exist_ok=True)
         (folder / "train.yaml").write_text(yaml.safe_dump(config))
-        seconds = folder / "seconds.json"
-        if seconds.exists():
+        done, seconds = folder / "done", folder / "seconds.json"
+        if done.exists():
             return
+        spent = json.loads(seconds.read_text()) if seconds.exists() else 0.0  # before it was interrupted
         print(f"training {name}", flush=True)
         started = time.monotonic()
         command = [sys.executable, "-m", "depthmill.cli", "train", str(folder / "train.yaml"), "--out", str(folder)]
-        with (folder / "train.log").open("a") as log:
-            subprocess.run(command, check=True, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
-        seconds.write_text(json.dumps(time.monotonic() - started))
+        try:
+            with (folder / "train.log").open("a") as log:
+                subprocess.run(command, check=True, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
+        finally:
+            seconds.write_text(json.dumps(spent + time.monotonic() - started))
+        done.touch()
 
     @cache  # noqa: B019  # there is one
     def held_out(self) -> Views:
@@ -120,7 +124,7 @@ class Paper:
             truth = views.normals.permute(0, 2, 3, 1).numpy()
             return {"mean": float(angles_deg(labels.normals[mask], truth[mask]).mean()), "seconds": seconds}
         rows = [
-            depth_metrics(p, t, *fit_affine(p, t), (t.min(), t.max()))
+            depth_metrics(p, t, *fit_affine(p, t), DEPTH_RANGE_M)
             for prediction, truth, valid in zip(labels.depth, views.depth.numpy(), mask, strict=True)
             for p, t in [(prediction[valid], truth[valid])]
             if valid.any()

@@ -68,7 +68,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if cpu_bfloat16() else torch.float32
     if device.type != "cuda":
         return torch.float32
-    return torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else torch.bfloat16
+    # Emulated, as torch does it on GPUs before 2020, it is slower than float32.
+    lacks = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if lacks else torch.bfloat16
 
 
 def cpu_bfloat16() -> str:

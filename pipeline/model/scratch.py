@@ -24,8 +24,7 @@ from diffusers import (
 from pydantic import BaseModel, ConfigDict, model_validator
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from depthmill.pipeline.geometry import STORED_AXES
-from depthmill.pipeline.model.checkpoint import DESCRIPTION_FILE
+from depthmill.pipeline.model.checkpoint import DESCRIPTION_FILE, Description
 from depthmill.pipeline.types import Modality
 
 PredictionType = Literal["v_prediction", "epsilon", "sample"]
@@ -218,8 +217,7 @@ def save(
     *,
     processing_resolution: int,
     dtype: torch.dtype = torch.float32,
-    normals_axes: str = STORED_AXES,
-    clip_normals: bool = True,
+    description: Description | None = None,
 ) -> None:
     """Write a checkpoint: `unet/ vae/ scheduler/ tokenizer/ text_encoder/ model_index.json`, safetensors.
 
@@ -229,8 +227,8 @@ def save(
         modality: What the checkpoint answers; None makes a Stable Diffusion one, which answers nothing yet.
         processing_resolution: Longer side, in pixels, that pictures are resized to unless the user says otherwise.
         dtype: Of the weights on disk.
-        normals_axes: Part of the description (`model/checkpoint.py`): where the normals' axes point.
-        clip_normals: Part of the description (`model/checkpoint.py`); False for a loss that leaves their length free.
+        description: What the files do not say: `depthmill.json` is written where it is not what would be assumed, and
+            beside normals always. Left out, all as it would be assumed.
     """
     modules: dict[str, Any] = {
         # Module.to itself: diffusers' own warns that some models, which these are not, have parts to keep in float32.
@@ -258,9 +256,14 @@ def save(
     # Transformers 5 writes `tokenizer.json` alone; older versions want the two files that it is made from.
     (directory / "tokenizer" / "vocab.json").write_text(json.dumps(_VOCABULARY) + "\n")
     (directory / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    told, assumed = description or Description(), Description()
+    said: dict[str, Any] = {}
     if modality == "normals":
-        description = {"normals_axes": normals_axes, "clip_normals": clip_normals}
-        (directory / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        said |= {"normals_axes": told.normals_axes, "clip_normals": told.clip_normals}
+    if told.prompt_padding != assumed.prompt_padding:
+        said |= {"prompt_padding": told.prompt_padding}
+    if said:
+        (directory / DESCRIPTION_FILE).write_text(json.dumps(said, indent=2) + "\n")
 
 
 def create(

@@ -67,7 +67,9 @@ class MicroBatches(Dataset[Loaded]):
 def augmented(batch: Batch, augment: Augment, rng: np.random.Generator) -> Batch:
     """Cut, flip and degrade one picture as the configuration says."""
     if augment.height is not None and augment.width is not None:
-        batch = cut(batch, augment.height, augment.width, float(rng.uniform(augment.smallest_cut, 1)), rng)
+        piece = cut(batch, augment.height, augment.width, float(rng.uniform(augment.smallest_cut, 1)), rng)
+        # Nothing but sky, say: there is nothing to learn from.
+        batch = piece if piece.mask.any() else cut(batch, augment.height, augment.width, 1.0, rng)
     if augment.flip and rng.random() < 0.5:
         batch = flip(batch, torch.tensor([True]))
     return Batch(degrade(batch.rgb, rng), batch.target, batch.mask) if augment.degrade else batch

@@ -101,7 +101,7 @@ def depth_loss(prediction: Tensor, depth: Tensor, mask: Tensor, *, relative: boo
     """Affine-invariant depth loss: masked L1 after a least-squares fit to clipped metric depth.
 
     The gradient passes through the fit, as in the paper. A picture with no depth range (a bare wall seen head-on, or no
-    valid pixel) counts 0.
+    valid pixel) does not count.
 
     Args:
         prediction: (B, H, W), affine-invariant.
@@ -110,8 +110,8 @@ def depth_loss(prediction: Tensor, depth: Tensor, mask: Tensor, *, relative: boo
         relative: Divide each pixel's difference by its depth, as AbsRel does; depth must be greater than 0 then.
 
     Returns:
-        () float32, in `depth`'s unit, or without one if `relative`: mean over the pictures of the mean over each
-        picture's valid pixels.
+        () float32, in `depth`'s unit, or without one if `relative`: mean over the pictures that count of the mean over
+        each picture's valid pixels; 0 if none counts.
     """
     target, usable = clip_depth(depth, mask)
     valid = mask & usable[:, None, None]
@@ -119,7 +119,7 @@ def depth_loss(prediction: Tensor, depth: Tensor, mask: Tensor, *, relative: boo
     error = (scale[:, None, None] * prediction.float() + shift[:, None, None] - target).abs() * valid
     if relative:
         error = error / torch.where(valid, target, 1)
-    return (error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)).mean()
+    return (error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)).sum() / valid.any(2).any(1).sum().clamp(min=1)
 
 
 def slope_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -177,15 +177,17 @@ def angles_deg(prediction: Tensor, normals: Tensor) -> Tensor:
     return torch.rad2deg(torch.atan2(torch.linalg.cross(a, b, dim=1).norm(dim=1), (a * b).sum(1)))
 
 
-def abs_rel(prediction: Tensor, depth: Tensor, mask: Tensor) -> Tensor:
+def abs_rel(
+    prediction: Tensor, depth: Tensor, mask: Tensor, depth_range: tuple[float, float] = (1e-3, float("inf"))
+) -> Tensor:
     """Mean |aligned prediction - depth| / depth after the least-squares fit, picture by picture.
-
-    As in Marigold's evaluation, the aligned prediction is held to the range of the true depth.
 
     Args:
         prediction: (B, H, W), affine-invariant.
         depth: (B, H, W) metres, greater than 0 where `mask` is True.
         mask: (B, H, W) bool.
+        depth_range: What depths there are in the set, metres: the aligned prediction is held to it, as in Marigold's
+            evaluation.
 
     Returns:
         (B,) float32; NaN for a picture without a valid pixel.
@@ -193,7 +195,5 @@ def abs_rel(prediction: Tensor, depth: Tensor, mask: Tensor) -> Tensor:
     truth = torch.where(mask, depth.float(), 1)
     scale, shift = fit_affine(prediction, truth, mask)
     aligned = scale[:, None, None] * prediction.float() + shift[:, None, None]
-    nearest = torch.where(mask, truth, torch.inf).amin((1, 2))
-    farthest = torch.where(mask, truth, -torch.inf).amax((1, 2))
-    aligned = torch.minimum(torch.maximum(aligned, nearest[:, None, None]), farthest[:, None, None])
+    aligned = aligned.clamp(*depth_range)
     return ((aligned - truth).abs() / truth * mask).sum((1, 2)) / mask.sum((1, 2))

@@ -1,7 +1,7 @@
 """What is learnt, as the loss of one batch: four objectives over the same modules.
 
 With ᾱ the scheduler's cumulative product, z a latent and n noise, z_t = sqrt(ᾱ_t) z + sqrt(1 - ᾱ_t) n. The network runs
-in whatever precision it is told to; losses are taken in float32.
+in whatever precision it is told to; latents are noised, and losses taken, in float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Objective(torch.nn.Module):
         self.unet, self.vae, self.scheduler = start.parts.unet, start.parts.vae, start.parts.scheduler
         self.config = config
         self.register_buffer("prompt", start.prompt, persistent=False)
-        signs = torch.tensor(axes_signs(start.normals_axes)).view(1, 3, 1, 1)
+        signs = torch.tensor(axes_signs(start.description.normals_axes)).view(1, 3, 1, 1)
         self.register_buffer("signs", signs, persistent=False)
         self.register_buffer("alphas", self.scheduler.alphas_cumprod, persistent=False)
         self.requires_grad_(False)
@@ -92,12 +92,12 @@ class Objective(torch.nn.Module):
 
     def _generative(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         with torch.no_grad():
-            latent = self.encode(batch.rgb * 2 - 1)
+            latent = self.encode(batch.rgb * 2 - 1).float()
         return {"loss": self._denoising(latent, None, torch.ones_like(batch.mask), rng)}
 
     def _diffusion(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         with torch.no_grad():
-            picture, truth = self.encode(torch.cat([batch.rgb * 2 - 1, self.drawn(batch)])).chunk(2)
+            picture, truth = self.encode(torch.cat([batch.rgb * 2 - 1, self.drawn(batch)])).float().chunk(2)
         return {"loss": self._denoising(truth, picture, batch.mask, rng)}
 
     def _denoising(self, latent: Tensor, given: Tensor | None, mask: Tensor, rng: torch.Generator) -> Tensor:

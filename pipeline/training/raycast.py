@@ -20,6 +20,8 @@ from depthmill.pipeline.training.shapes import Scene, Slots, first_hit, own_norm
 FAR_M = 200.0  # what lies beyond is not drawn
 # What lies beyond has no labels, like the sky: as Virtual KITTI 2 is used, lest a horizon take up all of depth's range.
 MEASURED_M = 80.0
+# What depths a scene's pixels may have, metres: what predictions are held to where they are scored.
+DEPTH_RANGE_M = (1e-3, MEASURED_M)
 _GAMMA = 2.2
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from depthmill.pipeline.errors import TrainingError
-from depthmill.pipeline.geometry import STORED_AXES
 from depthmill.pipeline.model import scratch
-from depthmill.pipeline.model.checkpoint import open_checkpoint
+from depthmill.pipeline.model.checkpoint import Description, open_checkpoint
 from depthmill.pipeline.model.modules import empty_prompt, load_scheduler, load_text, load_unet, load_vae
 from depthmill.pipeline.model.scratch import Parts
 from depthmill.pipeline.training.config import TrainConfig
@@ -25,12 +25,12 @@ class Start:
     Attributes:
         parts: Its modules, float32, on the CPU.
         prompt: (1, tokens, width) the empty prompt's embedding.
-        normals_axes: Where its normals' axes point; ground truth is turned to them, so that they stay its own.
+        description: Whose axes ground-truth normals are turned to, and how the prompt was tokenised: both stay its own.
     """
 
     parts: Parts
     prompt: Tensor
-    normals_axes: str
+    description: Description
 
 
 def load(config: TrainConfig) -> Start:
@@ -49,7 +49,7 @@ def load(config: TrainConfig) -> Start:
         )
         with torch.no_grad():
             prompt = parts.text_encoder(torch.tensor([parts.tokenizer("").input_ids])).last_hidden_state
-        return Start(parts, prompt, STORED_AXES)
+        return Start(parts, prompt, Description())
     checkpoint = open_checkpoint(config.start, config.modality)
     tokenizer, text_encoder = load_text(checkpoint)
     parts = Parts(load_unet(checkpoint), load_vae(checkpoint), load_scheduler(checkpoint), text_encoder, tokenizer)
@@ -62,8 +62,7 @@ def load(config: TrainConfig) -> Start:
             f"a generative checkpoint takes {parts.unet.config.out_channels}: start from Stable Diffusion, or from an "
             "architecture"
         )
-    axes = checkpoint.description.normals_axes if config.modality == "normals" else STORED_AXES
-    return Start(parts, empty_prompt(checkpoint), axes)
+    return Start(parts, empty_prompt(checkpoint), checkpoint.description)
 
 
 def widen(unet: UNet2DConditionModel) -> None:
@@ -84,13 +83,16 @@ def widen(unet: UNet2DConditionModel) -> None:
 def save(start: Start, directory: Path, config: TrainConfig) -> None:
     """Write the checkpoint: what `depthmill label` and diffusers load, with `trailing` time steps."""
     estimator = config.objective in ("diffusion", "end_to_end")
-    scheduler = DDIMScheduler.from_config(start.parts.scheduler.config, timestep_spacing="trailing")
+    changes: dict[str, Any] = {"timestep_spacing": "trailing"}
+    if config.objective == "end_to_end":
+        changes["clip_sample"] = False  # as it was trained
+    scheduler = DDIMScheduler.from_config(start.parts.scheduler.config, **changes)
     scratch.save(
         replace(start.parts, scheduler=scheduler),
         directory,
         config.modality if estimator else None,
         processing_resolution=config.processing_resolution,
         dtype=getattr(torch, config.save_dtype),
-        normals_axes=start.normals_axes,
-        clip_normals=config.objective != "end_to_end",  # the mean angle says nothing of their length
+        # The mean angle says nothing of the length of normals.
+        description=replace(start.description, clip_normals=config.objective != "end_to_end"),
     )

@@ -38,8 +38,10 @@ log = logging.getLogger(__name__)
 
 _LOG_STEPS = 50
 _SCALE_BATCHES = 8
-# What may change when a run goes on: how long it takes, not what comes out.
+# What may change when a run goes on: how long it takes, not what comes out;
 _FREE = ("save_steps", "picture_steps", "loader_workers", "held_out", "held_out_pictures", "save_dtype")
+# and what a loss that is no longer a number asks for.
+_REMEDIES = ("learning_rate", "mixed_precision")
 
 
 def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device: str | None = None) -> Path:
@@ -76,11 +78,13 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
     average = None
     if config.ema is not None:
         average = EMAModel(objective.trained.parameters(), decay=config.ema)
-        average.to(accelerator.device)
         accelerator.register_for_checkpointing(average)
     first = _resume(accelerator, config, output, overwrite=overwrite)
+    if average is not None:
+        average.to(accelerator.device)  # what was loaded is on the CPU
     if accelerator.is_main_process:
-        (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+        record = config.model_dump(mode="json") | {"processes": accelerator.num_processes}
+        (output / "config.json").write_text(json.dumps(record, indent=2) + "\n")
     accelerator.init_trackers("train")
     held_out = _held_out(config) if accelerator.is_main_process else None
     with _Table(output / "losses.csv", first, write=accelerator.is_main_process) as table:
@@ -146,10 +150,12 @@ def _steps(
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / config.accumulation
         row = {name: float(accelerator.reduce(value, "mean")) for name, value in sums.items()}
-        if not isfinite(row["loss"]):
+        # In float16 a gradient may overflow: accelerate then leaves the step out, and scales less.
+        if not isfinite(row["loss"]) or not (isfinite(norm) or config.mixed_precision == "fp16"):
             raise TrainingError(
-                f"step {step}: the loss is {row['loss']}; expected a number: lower learning_rate, or train in more "
-                "precision (mixed_precision), then run again to go on from the last saved state"
+                f"step {step}: the loss is {row['loss']}, its gradient's norm {float(norm)}; expected numbers: lower "
+                "learning_rate, or train in more precision (mixed_precision), then run again to go on from the last "
+                "saved state"
             )
         done = step + 1
         if done % _LOG_STEPS == 0 or done == config.steps:
@@ -298,10 +304,17 @@ def _resume(accelerator: Accelerator, config: TrainConfig, output: Path, *, over
         return 0
     old = json.loads((output / "config.json").read_text())
     new = config.model_dump(mode="json")
-    if different := [name for name in new if new[name] != old.get(name) and name not in _FREE]:
+    # A step is the same on more processes if each accumulates less.
+    for run, processes in ((old, old.pop("processes", 1)), (new, accelerator.num_processes)):
+        run["accumulation"] *= processes
+    different = [name for name in new if new[name] != old.get(name) and name not in _FREE]
+    if refused := [name for name in different if name not in _REMEDIES]:
+        shown = ", ".join(f"{name} ({old.get(name)}, now {new[name]})" for name in refused)
         raise TrainingError(
-            f"{output} holds a run with another {', '.join(different)} (see {output / 'config.json'}): train into "
-            "another folder, or start over with --overwrite"
+            f"{output} holds a run with another {shown.replace('accumulation', 'accumulation x processes')}: train "
+            "into another folder, or start over with --overwrite"
         )
+    for name in different:
+        log.warning("from step %s on %s is %s, not %s", states[-1].name, name, new[name], old[name])
     accelerator.load_state(str(states[-1]))
     return int(states[-1].name)

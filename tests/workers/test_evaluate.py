@@ -153,7 +153,9 @@ def test_a_checkpoint_for_768_pixels_sees_what_the_papers_models_saw(tmp_path, m
     for resolution, expected in ((768, 1216), (48, None)):
         path = tmp_path / str(resolution)
         scratch.create(path / "depth", architecture, "depth", seed=0, processing_resolution=resolution)
-        assert _configure(wanted, config(wanted, path)).processing_resolution == expected
+        configured = _configure(wanted, config(wanted, path))
+        assert configured.processing_resolution == expected
+        assert configured.round_aspect is False  # sets of 1024 pictures and more, too
         assert _configure(wanted, config(wanted, path, processing_resolution=64)).processing_resolution == 64
 
 

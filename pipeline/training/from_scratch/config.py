@@ -84,7 +84,7 @@ class StagedConfig(_Strict):
         picture_steps: Held-out scenes are drawn every so many steps.
         gradient_clip: Largest norm of a step's gradient.
         mixed_precision: Of the network; weights, losses and the optimizer stay in float32.
-        cpu_threads: On a CPU, into how many parts a batch is split, each on one core; at most the batch size.
+        cpu_threads: On a CPU, into how many equal parts a batch is split, each on one core.
     """
 
     seed: int = 0
@@ -105,6 +105,11 @@ class StagedConfig(_Strict):
             raise ValueError("two stages have the same name: the loss table tells stages apart by their names")
         factor = self.architecture.vae_factor
         for stage in self.stages:
+            if stage.batch_size % self.cpu_threads:
+                raise ValueError(
+                    f"stage {stage.name!r}: batch_size {stage.batch_size} is not divisible by cpu_threads "
+                    f"{self.cpu_threads}, the number of equal parts that a batch is split into"
+                )
             if stage.height % factor or stage.width % factor:
                 raise ValueError(
                     f"stage {stage.name!r}: {stage.height} x {stage.width} is not divisible by {factor}, "

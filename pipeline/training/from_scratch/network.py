@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.blocks import ChannelsLastNorm, Upsampling, replace, use_channels_last_norms
-from depthmill.pipeline.model.checkpoint import open_checkpoint
+from depthmill.pipeline.model.checkpoint import Description, open_checkpoint
 from depthmill.pipeline.model.modules import empty_prompt, load_text, load_unet, load_vae
 from depthmill.pipeline.model.scratch import Architecture, Parts
 from depthmill.pipeline.model.single_step import x0_factor
@@ -94,7 +94,7 @@ class Network:
                 modality,
                 processing_resolution=processing_resolution,
                 dtype=dtype,
-                clip_normals=False,  # the mean angle says nothing of their length
+                description=Description(clip_normals=False),  # the mean angle says nothing of their length
             )
 
     def load(self, name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from depthmill.pipeline.training.from_scratch import data, network
 from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
 from depthmill.pipeline.training.from_scratch.network import Network
 from depthmill.pipeline.training.pool import open_pool
-from depthmill.pipeline.training.raycast import Views
+from depthmill.pipeline.training.raycast import DEPTH_RANGE_M, Views
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +78,14 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
     if config.start is not None:
         net.load(config.start)
     begin, first, moments = 0, 0, {}
-    if (output / "state.pt").exists() and not overwrite:
+    if overwrite:  # now: a run that is stopped before its first save must not go on from the old one's
+        (output / "state.pt").unlink(missing_ok=True)
+        for name in ("checkpoint", "pictures"):
+            shutil.rmtree(output / name, ignore_errors=True)
+    if (output / "state.pt").exists():
         saved = torch.load(output / "state.pt", map_location=where, weights_only=True)
         begin, first, moments = saved["stage"], saved["step"], saved["optimizer"]
-        _refuse_another_run(config, output, begin + (first > 0))
+        _refuse_another_run(config, output, begin, first)
         net.modules.load_state_dict(saved["modules"])
     (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
     rows = _rows_before(output / "losses.csv", config, begin, first)
@@ -155,7 +160,7 @@ def _step(
         raise TrainingError(
             f"stage {stage.name!r}, step {step}: the loss is {values['loss']}, "
             f"its gradient's norm {values['gradient_norm']}; "
-            "lower learning_rate, then run again to go on from the last saved state"
+            "lower this stage's learning_rate, then run again to go on from the last saved state"
         )
     values["learning_rate"] = rate
     return {name: values.get(name, float("nan")) for name in _COLUMNS[2:]}
@@ -274,7 +279,7 @@ def draw(net: Network, views: Views, path: Path) -> str:
     net.modules.eval()
     depth, normals = (part.cpu() for part in net.predict(views.rgb.to(net.prompt.device)))
     net.modules.train()
-    relative = losses.abs_rel(depth, views.depth, views.mask).nanmean()
+    relative = losses.abs_rel(depth, views.depth, views.mask, DEPTH_RANGE_M).nanmean()
     angle = losses.angles_deg(normals, views.normals)[views.mask].mean()
     truth = losses.normalised_depth(views.depth, views.mask)
     unit = torch.nn.functional.normalize(normals, dim=1)
@@ -300,14 +305,18 @@ def _save(
     unfinished.replace(output / "state.pt")
 
 
-def _refuse_another_run(config: StagedConfig, output: Path, stages: int) -> None:
-    """Between two calls only paths, intervals and stages after the first `stages`, which have begun, may change."""
+def _refuse_another_run(config: StagedConfig, output: Path, stage: int, step: int) -> None:
+    """Between two calls only paths, intervals, stages to come and the learning rate of the one begun may change."""
 
     def begun(config: StagedConfig) -> dict[str, Any]:
         run = config.model_dump(mode="json")
         size = run["data"]["height"], run["data"]["width"]
-        kept = {name: run[name] for name in ("seed", "architecture", "start", "mixed_precision", "gradient_clip")}
-        return {**kept, "size": size, "stages": run["stages"][:stages]}
+        same = ("seed", "architecture", "start", "mixed_precision", "gradient_clip", "cpu_threads")
+        kept = {name: run[name] for name in same}
+        going = [
+            {**one, "learning_rate": None, "final_learning_rate": None} for one in run["stages"][stage:][: step > 0]
+        ]
+        return {**kept, "size": size, "stages": [*run["stages"][:stage], *going]}
 
     path = output / "config.json"
     old, new = begun(StagedConfig.model_validate_json(path.read_text())), begun(config)

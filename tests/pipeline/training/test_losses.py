@@ -90,6 +90,8 @@ def test_degenerate_pictures_give_finite_losses_and_gradients(case: str) -> None
     assert prediction.grad is not None
     assert torch.isfinite(prediction.grad).all()
     assert prediction.grad[1].abs().max() > 0
+    if case in ("nothing valid", "flat depth"):  # the other picture weighs as much as if it were alone
+        torch.testing.assert_close(loss, losses.depth_loss(prediction[1:], depth[1:], mask[1:]))
 
 
 def test_depth_gradient_against_differences() -> None:
@@ -175,6 +177,15 @@ def test_abs_rel() -> None:
     # A constant prediction is fitted to the mean, 7 / 3.
     expected = (4 / 3 / 1 + 1 / 3 / 2 + 5 / 3 / 4) / 3
     assert losses.abs_rel(torch.ones(1, 2, 2), depth, mask)[0] == pytest.approx(expected, rel=1e-4)
+    # Held to the set's depths, not to the picture's own.
+    depth, prediction = torch.tensor([[[1.0, 4.0, 4.0]]]), torch.tensor([[[1.0, 3.0, 5.0]]])
+    scale, shift = losses.fit_affine(prediction, depth, depth > 0)
+    fitted = scale * prediction + shift
+    expected = float(((fitted - depth).abs() / depth).mean())
+    assert losses.abs_rel(prediction, depth, depth > 0)[0] == pytest.approx(expected, rel=1e-4)
+    held = float(((fitted.clamp(max=4) - depth).abs() / depth).mean())
+    assert held < expected
+    assert losses.abs_rel(prediction, depth, depth > 0, (1e-3, 4.0))[0] == pytest.approx(held, rel=1e-4)
 
 
 def test_normalised_depth_is_near_at_minus_one_and_sky_at_one() -> None:

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 
 from depthmill.pipeline.config import validated
 from depthmill.pipeline.model import scratch
+from depthmill.pipeline.model.checkpoint import Description
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.training import start
 from depthmill.pipeline.training.batch import Batch
@@ -23,7 +24,8 @@ def objective(prediction="v_prediction", axes=None, **changes):
     config = validated(TrainConfig, settings, where="the test")
     begun = start.load(config)
     parts = replace(begun.parts, scheduler=scratch.build_scheduler(prediction))
-    return Objective(replace(begun, parts=parts, normals_axes=axes or begun.normals_axes), config)
+    description = Description(normals_axes=axes) if axes else begun.description
+    return Objective(replace(begun, parts=parts, description=description), config)
 
 
 def batch(channels=1, seed=0):

@@ -1,6 +1,7 @@
 """The trainer: what it learns, that it resumes exactly, and that what it leaves loads everywhere."""
 
 import csv
+import json
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from depthmill.pipeline.config import load_config, validated
 from depthmill.pipeline.errors import ConfigError, TrainingError
+from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.training import start
 from depthmill.pipeline.training import train as train_module
@@ -198,7 +200,7 @@ def test_widened_conv_in_answers_two_equal_latents_as_one_up_to_the_bias(scene_p
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_state(scene_pool, tmp_path):
-    with pytest.raises(TrainingError, match="step 1: the loss is nan; expected a number: lower learning_rate"):
+    with pytest.raises(TrainingError, match=r"step 1: the loss is nan, its gradient's norm .*: lower learning_rate"):
         # Adam's first steps are as long as the learning rate, whatever the gradient.
         train(config(scene_pool, learning_rate=1e30, warmup_steps=1, save_steps=1), tmp_path)
     assert [path.name for path in (tmp_path / "states").iterdir()] == ["000001"]
@@ -206,9 +208,47 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_state(scene_po
 
 def test_a_run_of_another_configuration_is_refused(scene_pool, tmp_path):
     train(config(scene_pool, steps=2), tmp_path)
-    with pytest.raises(TrainingError, match="another learning_rate, seed"):
-        train(config(scene_pool, steps=2, learning_rate=1e-4, seed=1), tmp_path)
-    train(config(scene_pool, steps=2, learning_rate=1e-4, seed=1), tmp_path, overwrite=True)
+    with pytest.raises(TrainingError, match=r"another warmup_steps \(2, now 1\), seed \(0, now 1\)"):
+        train(config(scene_pool, steps=2, warmup_steps=1, seed=1), tmp_path)
+    train(config(scene_pool, steps=2, warmup_steps=1, seed=1), tmp_path, overwrite=True)
+
+
+def test_a_step_is_of_as_many_pictures_when_processes_change(scene_pool, tmp_path):
+    settings = config(scene_pool, steps=2, accumulation=4)
+    train(settings, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"accumulation": 1, "processes": 4}))  # as four left it
+    train(settings, tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 4}))
+    with pytest.raises(TrainingError, match=r"accumulation x processes \(16, now 4\)"):
+        train(settings, tmp_path)
+
+
+def test_a_run_goes_on_with_the_remedy_for_a_loss_that_was_no_number(scene_pool, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(scene_pool), tmp_path)
+    train(config(scene_pool, learning_rate=1e-4), tmp_path)
+    assert "learning_rate is 0.0001, not 0.001" in caplog.text
+    assert [float(row["learning_rate"]) > 1e-4 for row in table(tmp_path)] == [True, True, False, False]
+
+
+def test_a_gradient_that_is_no_number_is_not_saved(scene_pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_, **__: torch.tensor(torch.inf))
+    with pytest.raises(TrainingError, match="its gradient's norm inf"):
+        train(config(scene_pool, save_steps=1), tmp_path)
+    assert not list(tmp_path.glob("states/*"))
+
+
+def test_what_is_saved_is_what_was_trained(scene_pool, tmp_path):
+    begun = train(config(scene_pool, steps=1), tmp_path / "start")
+    (begun / "depthmill.json").write_text('{"prompt_padding": "max_length"}')
+    schedule = begun / "scheduler" / "scheduler_config.json"
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | {"clip_sample": True}))
+    made = train(config(scene_pool, steps=1, start=str(begun)), tmp_path / "made")
+    assert open_checkpoint(str(made), "depth").description.prompt_padding == "max_length"
+    assert json.loads((made / "scheduler" / "scheduler_config.json").read_text())["clip_sample"] is False
 
 
 def test_a_start_of_the_wrong_kind_is_refused(scene_pool, tmp_path):

@@ -113,14 +113,20 @@ def test_another_run_is_refused_but_for_stages_to_come(
         patch.setattr(train_module, "_step", dying)
         with pytest.raises(KilledError):
             train(config(scene_pool, seed=1), tmp_path)
+    before = losses(tmp_path)
     with pytest.raises(TrainingError, match="another seed"):
         train(config(scene_pool, seed=2), tmp_path)
     changed = config(scene_pool, seed=1).model_dump()
     changed["stages"][0]["learning_rate"] = 5e-4
     with pytest.raises(TrainingError, match="another stages"):
         train(StagedConfig.model_validate(changed), tmp_path)
-    train(config(scene_pool, seed=2), tmp_path, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_step", dying)
+        with pytest.raises(KilledError):  # before anything of its own is saved
+            train(config(scene_pool, seed=2), tmp_path, overwrite=True)
+    train(config(scene_pool, seed=2), tmp_path)
     assert len(losses(tmp_path)) == 1 + 2 + 4
+    assert losses(tmp_path)[1] != before[1]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(
