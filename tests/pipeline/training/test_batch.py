@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from depthmill.pipeline.training.batch import Batch, flip
+from depthmill.pipeline.training.config import Augment
+from depthmill.pipeline.training.loader import augmented
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -24,3 +27,12 @@ def test_flip_mirrors_everything_and_turns_the_normals_x_but_not_depth(channels:
             assert torch.equal(flipped.mask[b], batch.mask[b])
     again = flip(flipped, rows)
     assert torch.equal(again.target, batch.target)
+
+
+def test_a_cut_without_truth_is_not_shown() -> None:
+    mask = torch.zeros(1, 12, 16, dtype=torch.bool)
+    mask[0, 11, 15] = True
+    sky = Batch(torch.rand(1, 3, 12, 16), torch.ones(1, 1, 12, 16), mask)
+    augment = Augment(height=12, width=16, smallest_cut=0.5)
+    pieces = [augmented(sky, augment, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(piece.mask.any() for piece in pieces)

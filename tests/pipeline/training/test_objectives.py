@@ -64,6 +64,16 @@ def test_denoising_is_perfect_for_who_knows_the_answer(kind, prediction):
     assert trained(pictures, torch.Generator().manual_seed(1))["loss"] > 0.1
 
 
+@pytest.mark.parametrize("kind", ["generative", "diffusion"])
+def test_latents_are_noised_in_float32_whatever_the_networks_run_in(kind):
+    pictures = batch()
+    trained = objective(objective=kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        shown = trained.drawn(pictures) if kind == "diffusion" else pictures.rgb * 2 - 1
+        trained.unet = Knowing(trained.encode(shown).detach().float(), "v_prediction")
+        assert trained(pictures, torch.Generator().manual_seed(1))["loss"] < 1e-4
+
+
 def test_cells_that_see_a_pixel_without_truth_do_not_count():
     pictures = batch()
     pictures.mask[:, 5, 7] = False

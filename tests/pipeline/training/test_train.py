@@ -86,6 +86,17 @@ def test_a_resumed_run_equals_an_unbroken_one(scene_pool, tmp_path, monkeypatch,
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
+@pytest.mark.gpu
+def test_an_average_of_weights_resumes_on_a_gpu(scene_pool, tmp_path, monkeypatch):
+    settings = config(scene_pool, steps=3, ema=0.9, save_steps=1)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path)
+    train(settings, tmp_path)
+    assert len(table(tmp_path)) == 3
+
+
 def test_the_papers_whole_way(scene_pool, tmp_path):
     """VAE, generative model, estimator, fine-tuning: each starts from the one before, and the last one labels."""
     runs = []
