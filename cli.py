@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from depthmill import __version__
-from depthmill.pipeline.errors import DepthmillError, RunStoppedError
+from depthmill.pipeline.errors import ConfigError, DepthmillError, RunStoppedError
 
 if TYPE_CHECKING:
     from depthmill.pipeline.config import SmoothConfig
@@ -86,7 +86,9 @@ def label(
     compile_network: Annotated[
         str | None, typer.Option("--compile", help="auto, on or off: whether full batches run compiled.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, xpu or mps; with --workers 0 also cuda:1.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the network.")] = None,
     normals_dtype: Annotated[str | None, typer.Option(help="int8, int16 or float16, of stored normals.")] = None,
     shard_frames: Annotated[int | None, typer.Option(help="Frames in a shard file.")] = None,
@@ -117,7 +119,7 @@ def label(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise.")] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Label again what failed in earlier runs, and only that.")
+        bool, typer.Option("--retry-failed", help="Label again, too, the frames that failed in earlier runs.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an existing store first.")] = False,
     smooth: Annotated[bool, typer.Option("--smooth", help="Then smooth the videos over time.")] = False,
@@ -157,6 +159,11 @@ def label(
     from depthmill.pipeline.config import LabelConfig, load_config
 
     settings = load_config(LabelConfig, config, options)
+    if smooth and "depth" not in settings.labels:
+        raise ConfigError(
+            f"--smooth is given with labels {', '.join(settings.labels)}; expected depth among them, which is what is "
+            "smoothed: add it (--labels depth,normals), or leave out --smooth"
+        )
     from depthmill.workers.progress import print_summary, quiet_libraries
     from depthmill.workers.resume import finished
 
@@ -324,7 +331,6 @@ def train(
         staged = load_config(StagedConfig, config, {})
         typer.echo(run_stages(staged, folder, overwrite=overwrite, device=device))
         return
-    from depthmill.pipeline.errors import ConfigError
     from depthmill.pipeline.training.config import TrainConfig
 
     try:
@@ -373,7 +379,9 @@ def evaluate(
         typer.Option(help="Longer side in pixels at which the model sees a picture; by default the paper's."),
     ] = None,
     batch_size: Annotated[str | None, typer.Option(help="Pictures a forward pass, or auto.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, xpu or mps; with --workers 0 also cuda:1.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the network.")] = None,
     workers: Annotated[int | None, typer.Option(help="Ray workers; 0 labels in this process.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.")] = None,
@@ -388,7 +396,6 @@ def evaluate(
     Exit status: 0 all pictures scored, 1 some skipped, 2 nothing could start, 130 stopped; a rerun resumes.
     """
     from depthmill.pipeline.config import LabelConfig, load_config
-    from depthmill.pipeline.errors import ConfigError
     from depthmill.pipeline.evaluation.datasets import find_set
     from depthmill.pipeline.geometry import STORED_AXES
     from depthmill.workers.evaluate import Folder, LabelledStore, label_options
@@ -458,7 +465,7 @@ def bench(
         int | None, typer.Option(help="Longer side in pixels at which the model sees a frame.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Frames a forward pass.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the network.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the network; by default one a core.")] = None,
 ) -> None:

@@ -5,6 +5,7 @@ Reference of every key, and the defaults: `LabelConfig`. Command-line flags carr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -90,7 +91,7 @@ class LabelConfig(BaseModel):
             of one and of two frames take.
         compile: Whether full batches run compiled: `auto` on CUDA, where that can be done, once a worker has labelled
             5000 frames of a shape, since it takes minutes. What was compiled is kept in the user's cache.
-        device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, `xpu`, `mps`.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda`, `xpu`, `mps`; with `workers` 0 also `cuda:1`.
         dtype: Of the network; `auto` is bfloat16 on CUDA (float16 where it has none), bfloat16 on a CPU that
             multiplies it (AVX512-BF16, AMX), and float32 on any other. It is part of what a store was made with: a run
             resumed on a machine that would choose otherwise must be told.
@@ -106,12 +107,15 @@ class LabelConfig(BaseModel):
             `benchmarks/batches.md`.
         workers: Ray workers; 0 labels in this process; left out, one for each GPU, or one on a machine without.
         threads: CPU threads of each worker's network; left out, the cores of this machine, at most 8. It does not
-            depend on the number of workers, since rounding depends on it: that way any number writes the same bytes.
-        address: An existing Ray cluster (`auto`, `ray://host:10001`); left out, one is started for the run.
+            depend on the number of workers, since rounding depends on it: that way any number writes the same bytes
+            on CPUs of one kind. On CUDA, workers that compile by `auto`, or whose batches differ, round differently.
+        address: An existing Ray cluster (`auto`, `ray://host:10001`); left out, that of the environment's RAY_ADDRESS,
+            or else one is started for the run.
         attempts: How often a segment is tried before the frames that make it fail are searched for, and how often one
             of those is tried before it is marked as failed.
         frame_limit_s: Most seconds that a frame may take. A segment that takes longer than all its frames may is ended
-            with its worker; less is granted, but a second a frame at least, once the run has measured its own pace.
+            with its worker; less is granted, but a second a frame at least (30 on CUDA, unless `compile` is off), once
+            the run has measured its own pace. With `workers` 0 there is no limit: nothing could be ended.
         max_pixels: Pictures larger than this are marked as failed instead of read.
         max_frames: An input with more frames is refused.
         steps: UNet calls for a label; this and the next four are `Sampling`'s, where each is explained.
@@ -139,7 +143,7 @@ class LabelConfig(BaseModel):
     round_aspect: bool | None = None
     workers: int | None = Field(default=None, ge=0)
     threads: int | None = Field(default=None, ge=1)
-    address: str | None = None
+    address: str | None = Field(default_factory=lambda: os.environ.get("RAY_ADDRESS"))
     attempts: int = Field(default=3, ge=1)
     frame_limit_s: float = Field(default=60.0, gt=0)
     max_pixels: int = Field(default=1 << 27, ge=1)
@@ -194,7 +198,7 @@ class SmoothConfig(BaseModel):
         leak: Radians a frame: changes of scale and shift that are slower stay, faster ones go.
         filter: Whether labels are also filtered over five frames, into arrays of their own.
         workers: Ray workers, one core each; 0 smooths in this process; left out, one for each core of the cluster.
-        address: An existing Ray cluster; left out, one is started for the run.
+        address: As in `LabelConfig`.
         attempts: How often a segment is tried before it goes without edges.
         frame_limit_s: Most seconds that a frame may take.
         max_pixels: As in `LabelConfig`.
@@ -208,7 +212,7 @@ class SmoothConfig(BaseModel):
     leak: float = Field(default=0.1, ge=0)
     filter: bool = False
     workers: int | None = Field(default=None, ge=0)
-    address: str | None = None
+    address: str | None = Field(default_factory=lambda: os.environ.get("RAY_ADDRESS"))
     attempts: int = Field(default=3, ge=1)
     frame_limit_s: float = Field(default=60.0, gt=0)
     max_pixels: int = Field(default=1 << 27, ge=1)

@@ -16,6 +16,10 @@ class SourceError(DepthmillError):
     """An input that cannot be opened or probed at all; other inputs go on."""
 
 
+class MissingError(SourceError):
+    """A file that is not there: asking again will not change that."""
+
+
 class CheckpointError(DepthmillError):
     """A checkpoint that is missing, incomplete, unsafe, or of another architecture."""
 

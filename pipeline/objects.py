@@ -16,6 +16,8 @@ from depthmill.pipeline.errors import DepthmillError
 
 EXTRAS = {"s3": "s3", "gs": "gs", "https": "https", "http": "https"}  # scheme -> what pip installs for it
 
+_BUCKETS = ("s3", "gs")
+
 _SECRET_NAME = re.compile(r"(AWS|FSSPEC|GOOGLE)_.*(KEY|SECRET|TOKEN)")  # in the environment
 # Of a query: signed URLs of S3, Google, Azure and CloudFront, and what is called a key, token or password anywhere.
 _SECRET_QUERY = re.compile(
@@ -35,9 +37,20 @@ def shown(uri: str) -> str:
     if not is_url(uri):
         return uri
     parts = urlsplit(uri)
+    if parts.scheme in _BUCKETS:
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path_of(uri)}".rstrip("/")
     query = [(name, value) for name, value in parse_qsl(parts.query, True) if not _SECRET_QUERY.match(name)]
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme.lower(), host, parts.path.rstrip("/"), urlencode(query), ""))
+
+
+def path_of(url: str) -> str:
+    """The path in a URL, with its first slash; `?` and `#` are letters of a key in a bucket, which has no query."""
+    parts = urlsplit(url)
+    if parts.scheme not in _BUCKETS:
+        return parts.path
+    _, slash, key = url.partition("://")[2].partition("/")
+    return slash + key
 
 
 def without_secrets(uri: str) -> str:

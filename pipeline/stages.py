@@ -217,10 +217,11 @@ def fail_task(task: Task, reason: str, store: Store) -> Report:
 
     Frames of a committed segment that were to be labelled again stay as they are.
     """
-    reasons = Counter(dict(task.skip).get(index, reason) for index in range(task.segment.start, task.segment.stop))
+    skip = dict(task.skip)
+    reasons = {index: skip.get(index, reason) for index in task.only or range(task.segment.start, task.segment.stop)}
     if not task.only:
-        writer, skip = store.writer(task.segment), dict(task.skip)
-        for index in range(task.segment.start, task.segment.stop):
-            writer.fail(index, skip.get(index, reason))
+        writer = store.writer(task.segment)
+        for index, why in reasons.items():
+            writer.fail(index, why)
         writer.commit()
-    return Report(task.segment, labelled=0, failed=task.frames, seconds=0.0, reasons=reasons)
+    return Report(task.segment, labelled=0, failed=task.frames, seconds=0.0, reasons=Counter(reasons.values()))

@@ -6,6 +6,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 
 import torch
@@ -37,12 +38,14 @@ class _Job:
     Attributes:
         read: Done when the last frame has been read and taken, whatever became of it.
         labelled: Its labels, but for the commit.
+        state: How far it is.
     """
 
     def __init__(self, task: Task, open_source: Callable[[], FrameSource], ahead: int) -> None:
         self.task = task
         self.read: Future[None] = Future()
         self.labelled: Future[Labelled]
+        self.state = WorkerState(str(task.segment), 0, task.frames)
         self._open = open_source
         self._ahead = ahead
         self._source: Future[FrameSource] = Future()
@@ -177,6 +180,8 @@ class Worker:
             job = None
         if job is None:
             job = self._queue(task, None)
+        else:
+            self._now(job.state)
         if following is not None:
             self._next = self._queue(following, job)
         self._current = job
@@ -187,9 +192,15 @@ class Worker:
 
     def try_task(self, task: Task) -> None:
         """Read and label frames without writing anything, to see whether it can be done."""
-        on_frames = self._counted(f"searching {task.segment}", task.frames)
+        job, self._next = self._next, None
+        if job is not None:
+            job.drop()
+        state = WorkerState(f"searching {task.segment}", 0, task.frames)
+        self._now(state)
+        on_frames = self._counted(state)
         try:
             source = self._sources.open(task.uri, task.fingerprint)
+            on_frames(0)
             self._thread.submit(try_segment, source, task.segment, self._labeler, on_frames).result()
         finally:
             self._state = WorkerState("idle")
@@ -211,6 +222,7 @@ class Worker:
         """Have a task read when the reading of another has ended, and labelled when its labelling has."""
         job = _Job(task, lambda: self._sources.open(task.uri, task.fingerprint), 2 * self._labeler.batch_size)
         if after is None:
+            self._now(job.state)
             job.begin()
         else:
             after.read.add_done_callback(lambda _: job.begin())
@@ -219,9 +231,10 @@ class Worker:
 
     def _label(self, job: _Job) -> Labelled:
         task = job.task
-        on_frames = self._counted(str(task.segment), task.frames)
+        on_frames = self._counted(job.state, job)
         try:
             rounded = self._labeler.rounds(job.source().probe())
+            on_frames(0)
             return label_frames(
                 job.frames(),
                 task.segment,
@@ -235,14 +248,16 @@ class Worker:
             job.end_reading()
             job.release()
 
-    def _counted(self, doing: str, frames: int) -> Callable[[int], None]:
-        """What is told how many frames are done, beginning with none."""
-        steps = count()
+    def _counted(self, state: WorkerState, job: _Job | None = None) -> Callable[[int], None]:
+        """What is told how many frames are done; first, once the source is open, that none is."""
+        steps = count(1)
 
         def on_frames(done: int) -> None:
-            self._now(WorkerState(doing, done, frames, next(steps)))
+            now = replace(state, frames=done, steps=next(steps))
+            if job is not None:
+                job.state = now
+            self._now(now)
 
-        on_frames(0)
         return on_frames
 
     def _now(self, state: WorkerState) -> None:

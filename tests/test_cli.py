@@ -60,6 +60,8 @@ def test_every_option_of_the_config_has_a_flag():
     shown = depthmill_cli("label", "--help").stdout
     for name in LabelConfig.model_fields:
         assert f"--{name.replace('_', '-')}" in shown
+    for device in ("auto", "cpu", "cuda", "xpu", "mps", "cuda:1"):
+        assert device in shown
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,23 @@ def test_what_cannot_start_exits_with_2_and_says_why(cli, clip, tmp_path, argume
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_the_cluster_of_the_environment_is_used_by_workers_alone(label, clip, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    done = label([clip], tmp_path / "out.zarr", "--workers", "1")
+    assert done.returncode == 2
+    assert "no Ray cluster at 127.0.0.1:1" in done.stderr
+    assert not (tmp_path / "out.zarr").exists()
+    done = label([clip], tmp_path / "out.zarr", "--smooth")
+    assert done.returncode == 0, done.stderr
+
+
+def test_normals_alone_cannot_be_smoothed_and_are_not_labelled_first(label, clip, tmp_path):
+    done = label([clip], tmp_path / "out.zarr", "--labels", "normals", "--smooth")
+    assert done.returncode == 2
+    assert "--labels depth,normals" in done.stderr
     assert not (tmp_path / "out.zarr").exists()
 
 

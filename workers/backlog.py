@@ -6,6 +6,20 @@ from collections import deque
 from dataclasses import dataclass
 
 from depthmill.pipeline.plan import Planned, Task
+from depthmill.pipeline.sources import shown
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An input to be probed."""
+
+    uri: str
+    attempts: int = 0
+    losses: int = 0
+    frames: int = 0
+
+    def __str__(self) -> str:
+        return f"probing {shown(self.uri)}"
 
 
 @dataclass

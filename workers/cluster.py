@@ -12,6 +12,7 @@ import ray
 
 from depthmill.pipeline.config import LabelConfig, SmoothConfig
 from depthmill.pipeline.errors import ConfigError
+from depthmill.workers.inquest import reason
 
 _REACHABLE_S = 10.0
 _STARTS = 3  # of a cluster on this machine: Ray grants its processes 30 s, which is little where cores are starved
@@ -30,19 +31,23 @@ def connect(config: LabelConfig | SmoothConfig) -> Iterator[int]:
     if ray.is_initialized():
         yield _gpus()
         return
-    address = config.address or os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray").setLevel(logging.ERROR)  # set up anew by `import ray`, above
     try:
-        if address:
-            _check_reachable(address)
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        if config.address:
+            _check_reachable(config.address)
+            ray.init(config.address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             # Actors ask for one CPU each; on this machine the run alone decides how many share the cores.
             _start(max(os.cpu_count() or 1, config.workers or 1))
     except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
+        if not config.address:
+            raise ConfigError(
+                f"Ray did not start on this machine ({reason(error)}); expected it to: see to that, or work without it "
+                "(--workers 0)"
+            ) from error
         raise ConfigError(
-            f"no Ray cluster at {address} ({str(error).splitlines()[0]}); expected a running one: start it "
-            "(`ray start --head`), correct --address, or leave it out to label on this machine"
+            f"no Ray cluster at {config.address} ({reason(error)}); expected a running one: start it (`ray start "
+            "--head`), correct --address (or RAY_ADDRESS), or leave it out to work on this machine"
         ) from error
     try:
         yield _gpus()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from depthmill.pipeline.types import WorkerState
+from depthmill.workers.pace import Limits
 from depthmill.workers.pool import Event, Kind, Pool
 
 _LOOKS = 4  # times that a worker is asked how far it is, in the time that it may stand still
@@ -30,14 +31,12 @@ class Running:
     Attributes:
         item: That; None while it loads.
         since_s: When it began.
-        limit_s: How long it may take.
-        still_s: How long nothing of it may be seen to be done; None if that cannot be seen.
+        limits: How long it may take.
     """
 
     item: Any
     since_s: float
-    limit_s: float = float("inf")
-    still_s: float | None = None
+    limits: Limits
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Crew:
     def hire(self, kind: Kind) -> None:
         """Ask for one more worker."""
         worker = self._pool.start(kind)
-        self.running[worker] = Running(None, self.now_s)
+        self.running[worker] = Running(None, self.now_s, Limits())
         if kind == "prober":
             self.probers.add(worker)
         else:
@@ -110,12 +109,10 @@ class Crew:
             self._pool.stop(worker)
             self.probers.discard(worker)
 
-    def call(
-        self, worker: int, item: Item, limit_s: float, method: str, *arguments: Any, still_s: float | None = None
-    ) -> None:
+    def call(self, worker: int, item: Item, limits: Limits, method: str, *arguments: Any) -> None:
         """Give an idle worker something to do."""
         self.idle.pop(worker, None)
-        self.running[worker] = Running(item, self.now_s, limit_s, still_s)
+        self.running[worker] = Running(item, self.now_s, limits)
         self._pool.call(worker, method, *arguments)
 
     def wait(self, timeout_s: float) -> list[Event]:
@@ -145,11 +142,11 @@ class Crew:
     def end_overdue(self) -> Iterator[Event]:
         """End the workers that have taken too long, or stand still, and say so of each."""
         for worker, running in list(self.running.items()):
-            took_s = self.now_s - running.since_s
-            if took_s > running.limit_s:
-                why = f"no answer for {took_s:.0f} s, at most {running.limit_s:.0f} s were allowed"
-            elif running.still_s is not None and took_s > running.still_s and self._still(worker, running):
-                why = f"nothing was done for {running.still_s:.0f} s"
+            took_s, limits = self.now_s - running.since_s, running.limits
+            if took_s > limits.all_s:
+                why = f"no answer for {took_s:.0f} s, at most {limits.all_s:.0f} s were allowed"
+            elif limits.still_s is not None and took_s > limits.still_s and self._still(worker, running):
+                why = f"nothing was done for more than {limits.still_s:.0f} s"
             else:
                 continue
             self._pool.stop(worker)
@@ -158,16 +155,17 @@ class Crew:
 
     def _still(self, worker: int, running: Running) -> bool:
         """Whether a worker has not got on for too long. It is asked now and then, and only if it takes long at all."""
-        assert running.still_s is not None
+        still_s = running.limits.still_s
+        assert still_s is not None
         seen = self._seen.get(worker)
-        if seen is not None and seen.running is running and self.now_s - seen.looked_s < running.still_s / _LOOKS:
+        if seen is not None and seen.running is running and self.now_s - seen.looked_s < still_s / _LOOKS:
             return False
         steps = self._pool.state(worker).steps
         if seen is None or seen.running is not running or seen.steps != steps:
             self._seen[worker] = _Seen(running, steps, self.now_s, self.now_s)
             return False
         self._seen[worker] = replace(seen, looked_s=self.now_s)
-        return self.now_s - seen.moved_s > running.still_s
+        return self.now_s - seen.moved_s > (still_s if steps else max(still_s, running.limits.open_s))
 
     def states(self, most: int) -> dict[str, WorkerState]:
         """What the first few labelers do."""
@@ -191,6 +189,6 @@ class Crew:
         for worker, running in sorted(self.running.items(), key=lambda one: one[1].since_s):
             if running.item is not None:
                 took_s = self.now_s - running.since_s
-                words.append(f"worker {worker}, {running.item}: {took_s:.0f} of {running.limit_s:.0f} s")
+                words.append(f"worker {worker}, {running.item}: {took_s:.0f} of {running.limits.all_s:.0f} s")
         more = [f"and {len(words) - most} more"] if len(words) > most else []
         return "; ".join(words[:most] + more)

@@ -14,16 +14,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
-from depthmill.pipeline.errors import DepthmillError, RunStoppedError, SourceError, StoreFullError, StoreMismatchError
+from depthmill.pipeline.errors import (
+    DepthmillError,
+    MissingError,
+    RunStoppedError,
+    SourceError,
+    StoreFullError,
+    StoreMismatchError,
+)
 from depthmill.pipeline.plan import Planned, Task
 from depthmill.pipeline.sources import shown
 from depthmill.pipeline.types import Failure, Report, Segment
-from depthmill.workers.backlog import Backlog
+from depthmill.workers.backlog import Backlog, Probe
 from depthmill.workers.crew import Crew, Running
-from depthmill.workers.inquest import Inquest, Trial, cause_of, hear, open_inquest, reason, words_of
+from depthmill.workers.inquest import Inquest, Trial, after, cause_of, excused, hear, open_inquest, reason, words_of
 from depthmill.workers.pace import Pace
 from depthmill.workers.pool import Event, Pool
 from depthmill.workers.standing import Standing
@@ -33,8 +39,6 @@ _SHOW_EVERY_S = 0.2
 _WATCH_S = 60.0  # of nothing happening, until the run says what it waits for
 _SHOWN_WORKERS = 16
 _LABELERS_A_PROBER = 8
-_PROBE_FRAMES = 30.0  # frames' limits that probing may take
-_EXCUSED = 10  # losses of a machine with which something has nothing to do
 _STRAGGLES = 2.0  # times the time that a segment should take; then another worker may race it
 
 
@@ -48,6 +52,7 @@ class Options:
         workers: Labelers to ask for; None for as many as there is room for, at any time.
         probers: Sources probed at once, by few workers; by many, one for every _LABELERS_A_PROBER.
         least_limit_s: What a frame is granted at least, however quick the others were, if `frame_limit_s` is not less.
+        race: Whether workers that use their devices alike write the same bytes, so that two may be at one segment.
     """
 
     attempts: int
@@ -55,6 +60,7 @@ class Options:
     workers: int | None
     probers: int
     least_limit_s: float = 1.0
+    race: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,22 +78,6 @@ class Calls:
     fail: Callable[[Task, str], Report]
     show: Callable[[Standing], None]
     say: Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """An input to be probed."""
-
-    uri: str
-    attempts: int = 0
-    losses: int = 0
-    frames: int = 0
-
-    def __str__(self) -> str:
-        return f"probing {shown(self.uri)}"
-
-
-_Tried = TypeVar("_Tried", Task, _Probe)
 
 
 class Driver:
@@ -119,7 +109,7 @@ class Driver:
         self.stopped = False
         self._uris = iter(uris)
         self._more = True  # whether there may be more of them
-        self._probes: deque[_Probe] = deque()
+        self._probes: deque[Probe] = deque()
         self._probing = 0
         self._backlog = Backlog()
         self._trials: deque[Trial] = deque()
@@ -131,6 +121,7 @@ class Driver:
         self._unpublished: list[str] = []
         self._published = 0
         self._pace = Pace(options.frame_limit_s, options.least_limit_s)
+        self._backends: set[str] = set()  # how workers use their devices, by their own account
         self._load_deaths = 0
         self._shown_s = self._looked_s = float("-inf")
         self._happened_s = self._crew.now_s
@@ -182,7 +173,7 @@ class Driver:
             if uri is None:
                 self._more = False
             else:
-                self._probes.append(_Probe(uri))
+                self._probes.append(Probe(uri))
 
     def _assign(self) -> None:
         """Give idle workers something to do."""
@@ -190,7 +181,7 @@ class Driver:
         while crew.idle_probers and self._probes:
             probe = self._probes.popleft()
             self._probing += 1
-            crew.call(crew.idle_probers.pop(), probe, _PROBE_FRAMES * self._options.frame_limit_s, "probe", probe.uri)
+            crew.call(crew.idle_probers.pop(), probe, self._pace.to_open(), "probe", probe.uri)
             self._fetch()
         if not self._more and not self._probes and not self._probing:
             crew.dismiss_idle_probers()
@@ -198,16 +189,15 @@ class Driver:
             task = self._next.pop(worker, None)
             if task is None and self._trials:
                 trial = self._trials.popleft()
-                limit_s, still_s = self._pace.limit(trial.frames), self._pace.step_limit()
-                crew.call(worker, trial, limit_s, "try_task", trial.task, still_s=still_s)
+                crew.call(worker, trial, self._pace.to_do(trial.task.frames), "try_task", trial.task)
                 continue
             if task is None:
                 task = self._backlog.take(worker, alone=crew.ready == 1) if self._backlog else self._left_over()
             if task is not None:
                 self._at.setdefault(task.segment, set()).add(worker)
-                limit_s, still_s = self._pace.limit(task.frames), self._pace.step_limit()
-                crew.call(worker, task, limit_s, "label", task, *self._following(worker, task), still_s=still_s)
-            elif not self._backlog:
+                limits = self._pace.to_do(task.frames)
+                crew.call(worker, task, limits, "label", task, *self._following(worker, task))
+            elif not self._backlog and not self._next:
                 break
 
     def _following(self, worker: int, task: Task) -> tuple[Task, ...]:
@@ -225,7 +215,14 @@ class Driver:
         return (following,)
 
     def _left_over(self) -> Task | None:
-        """What somebody is to do next, or a segment that takes too long."""
+        """What somebody is to do next, or a segment that takes too long.
+
+        That worker may have begun it, and writes on after the second one has committed its checksums, so both must
+        write the same bytes. They do not where workers round differently: by what each has compiled so far, or by the
+        size of their batches.
+        """
+        if not self._options.race or len(self._backends) > 1:
+            return None
         if self._next:
             return self._next.pop(next(iter(self._next)))
         return self._straggler()
@@ -262,7 +259,7 @@ class Driver:
         if isinstance(cause, StoreFullError):
             raise cause
         match running.item:
-            case _Probe() as probe:
+            case Probe() as probe:
                 self._probing -= 1
                 self._probed(probe, event, cause)
             case Trial() as trial:
@@ -275,6 +272,8 @@ class Driver:
     def _loaded(self, event: Event, cause: BaseException | None) -> None:
         if event.error is None:
             self.standing.device = self.standing.device or event.answer
+            if event.worker in self._crew.labelers:
+                self._backends.add(event.answer)
             self._load_deaths = 0
             return
         if not event.died:
@@ -286,22 +285,22 @@ class Driver:
                 "is there memory for so many of them? Try fewer --workers"
             ) from event.error
 
-    def _probed(self, probe: _Probe, event: Event, cause: BaseException | None) -> None:
+    def _probed(self, probe: Probe, event: Event, cause: BaseException | None) -> None:
         if event.error is None:
             self._plan(event.answer)
             return
-        if isinstance(cause, DepthmillError):
-            if isinstance(cause, StoreMismatchError):
-                self.mismatch = self.mismatch or cause
-            elif not isinstance(cause, SourceError):
-                raise cause
-            why = str(cause)
+        why = str(cause)
+        if isinstance(cause, StoreMismatchError):
+            self.mismatch = self.mismatch or cause
+        elif isinstance(cause, DepthmillError) and not isinstance(cause, SourceError):
+            raise cause
         else:
-            tried = _after(probe, event)
-            if tried.attempts < self._options.attempts:
+            tried = after(probe, event)
+            if tried.attempts < self._options.attempts and not isinstance(cause, MissingError):
                 self._probes.append(tried)
                 return
-            why = f"{shown(probe.uri)}: probing it failed {tried.attempts} times: {words_of(event)}"
+            if not isinstance(cause, SourceError):
+                why = f"{shown(probe.uri)}: probing it failed {tried.attempts} times: {words_of(event)}"
         self.failures.append(Failure(uri=shown(probe.uri), source_id=None, frame=None, reason=why))
         self.standing.count_reason(why, 1)
         self._calls.say(f"left out: {why}")
@@ -332,12 +331,12 @@ class Driver:
         if event.error is not None:
             self._failed(task, event, cause)
             return
-        self._void |= others  # what they write is the same
+        self._void |= others  # what they write is the same: see `_left_over`
         self._pace.add(task.frames, self._crew.now_s - running.since_s)
         self._committed(event.answer)
 
     def _failed(self, task: Task, event: Event, cause: BaseException | None) -> None:
-        tried, why = _after(task, event), words_of(event)
+        tried, why = after(task, event), words_of(event)
         self.standing.retries += 1
         if tried.attempts < self._options.attempts:
             self._backlog.again(tried, event.worker)
@@ -352,10 +351,9 @@ class Driver:
     def _tried(self, trial: Trial, running: Running, event: Event) -> None:
         why = None if event.error is None else words_of(event)
         if why is None:
-            self._pace.add(trial.frames, self._crew.now_s - running.since_s)
-        lost = event.lost and trial.losses < _EXCUSED
+            self._pace.add(trial.task.frames, self._crew.now_s - running.since_s)
         # The newest first: one culprit is found before the next is looked for, and few trials wait at any time.
-        self._trials.extendleft(reversed(hear(trial, why, lost, self._options.attempts)))
+        self._trials.extendleft(reversed(hear(trial, why, excused(trial, event), self._options.attempts)))
         self._judge(trial.inquest)
 
     def _judge(self, inquest: Inquest) -> None:
@@ -401,10 +399,3 @@ class Driver:
             f"{error}\nThe run was stopped with {at_least}{left} frames left to label, {needed}. "
             "What is committed stays: make room, then run the same command again to go on from there"
         )
-
-
-def _after(item: _Tried, event: Event) -> _Tried:
-    """The same, tried once more in vain; machines that go count against nobody, unless they go again and again."""
-    if event.lost and item.losses < _EXCUSED:
-        return replace(item, losses=item.losses + 1)
-    return replace(item, attempts=item.attempts + 1)

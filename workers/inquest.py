@@ -1,17 +1,22 @@
-"""The search for the frames that make a segment fail: halves of it are tried, down to single frames."""
+"""Whose fault a failure is, and the search for the frames that make a segment fail: halves of it are tried."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, log2
+from typing import TypeVar
 
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Segment
+from depthmill.workers.backlog import Probe
 from depthmill.workers.pool import Event
 
 TOO_LONG = "it takes longer than its time limit (frame_limit_s)"
 DIED = "its worker dies of it"
+_EXCUSED = 10  # losses of a machine with which something has nothing to do
+
+Tried = TypeVar("Tried", Task, Probe)
 
 
 @dataclass
@@ -139,6 +144,18 @@ def _split(trial: Trial, why: str) -> list[Trial]:
         inquest.unheard += 2
         return [Trial(inquest, trial.start, middle), Trial(inquest, middle, trial.stop)]
     return []
+
+
+def excused(item: Task | Probe | Trial, event: Event) -> bool:
+    """Whether it failed with its machine, which counts against nobody, unless that happens again and again."""
+    return event.lost and item.losses < _EXCUSED
+
+
+def after(item: Tried, event: Event) -> Tried:
+    """The same, tried once more in vain."""
+    if excused(item, event):
+        return replace(item, losses=item.losses + 1)
+    return replace(item, attempts=item.attempts + 1)
 
 
 def words_of(event: Event) -> str:

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
+from math import inf
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import RunStoppedError, SourceError
+from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError
 from depthmill.pipeline.model.backend import pick_device, pick_dtype
 from depthmill.pipeline.model.checkpoint import Checkpoint
 from depthmill.pipeline.model.labeler import open_checkpoints
@@ -31,7 +32,7 @@ from depthmill.pipeline.plan import Prober
 from depthmill.pipeline.sources import expand_inputs, open_source
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.stages import fail_task
-from depthmill.pipeline.store import Store, create, remove_empty, write_failures
+from depthmill.pipeline.store import Store, create, write_failures
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.driver import Calls, Driver, Options
 from depthmill.workers.pool import InProcess, Pool
@@ -71,9 +72,14 @@ def label(
     """
     console = console or Console(highlight=False)
     started, rate = datetime.now(UTC), Rate()
+    if config.device.startswith("cuda:") and config.workers != 0:
+        raise ConfigError(
+            f"device is {config.device!r}, but Ray gives each worker a GPU of its own, which is cuda to it; expected "
+            f"--workers 0 with it, or CUDA_VISIBLE_DEVICES={config.device.removeprefix('cuda:')} and --device cuda"
+        )
     with ExitStack() as stack:
         gpus = None
-        if config.address:  # its GPUs, not this machine's, decide the dtype that the store is made with
+        if config.address and config.workers != 0:  # its GPUs, not this machine's, decide the dtype of the store
             gpus = stack.enter_context(_cluster(config))
         config = _resolve(config, gpus)
         checkpoints = open_checkpoints(config)
@@ -133,7 +139,7 @@ def label(
         seconds = time.perf_counter() - clock_s
     standing = driver.standing
     if not standing.sources:
-        remove_empty(store)
+        store.remove_if_empty()
         raise driver.mismatch or SourceError(
             f"none of the {len(driver.failures)} inputs can be opened: nothing to label"
         )
@@ -162,9 +168,12 @@ def label(
 
 def _options(config: LabelConfig) -> Options:
     options = Options(config.attempts, config.frame_limit_s, config.workers, _PROBERS)
-    # Each shape is compiled in the middle of a segment, which can take minutes, and more where many workers do so.
+    if config.workers == 0:  # nothing can be interrupted, and a call's time runs while it waits for the one before it
+        return replace(options, frame_limit_s=inf, least_limit_s=inf)
+    # Each shape is compiled in the middle of a segment, which can take minutes, and more where many workers do so. By
+    # `auto` each worker does so after as many frames of its own: until then, it rounds otherwise than the others.
     compiles = config.device.startswith("cuda") and config.compile != "off"
-    return replace(options, least_limit_s=30.0) if compiles else options
+    return replace(options, least_limit_s=30.0, race=config.compile == "on") if compiles else options
 
 
 def _cluster(config: LabelConfig) -> AbstractContextManager[int]:

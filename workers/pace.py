@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-# A segment of n frames may take (n + _START_FRAMES) times the limit of a frame: opening a source takes a while too. In
-# a long one, no step may take _STEP_FRAMES times that: opening it, labelling a batch, writing the last shard.
+from dataclasses import dataclass
+
+# A segment of n frames may take (n + _START_FRAMES) times the limit of a frame. In a long one, no step may take
+# _STEP_FRAMES times that: labelling a batch, writing the last shard.
 _START_FRAMES = 16
 _STEP_FRAMES = 32
+_OPEN_FRAMES = 30.0  # frames' limits that opening a source may take, of which no pace tells anything
 _PACES = 20.0  # times the measured pace is too long
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long something may take.
+
+    Attributes:
+        all_s: From its beginning to its end.
+        still_s: How long nothing of it may be seen to be done; None if that cannot be seen.
+        open_s: The same before its first step, if that is more: each worker opens a source anew.
+    """
+
+    all_s: float = float("inf")
+    still_s: float | None = None
+    open_s: float = 0.0
 
 
 class Pace:
@@ -33,13 +51,14 @@ class Pace:
         """Seconds a frame so far; 0 if nothing was done."""
         return self._seconds / self._frames if self._frames else 0.0
 
-    def limit(self, frames: int) -> float:
-        """Seconds that so many frames may take."""
-        return (frames + _START_FRAMES) * self._frame_limit()
+    def to_open(self) -> Limits:
+        """For opening a source."""
+        return Limits(_OPEN_FRAMES * self._frame_limit_s)
 
-    def step_limit(self) -> float:
-        """Seconds that a worker may stand still."""
-        return _STEP_FRAMES * self._frame_limit()
+    def to_do(self, frames: int) -> Limits:
+        """For so many frames, and for opening their source."""
+        frame_s, open_s = self._frame_limit(), self.to_open().all_s
+        return Limits((frames + _START_FRAMES) * frame_s + open_s, _STEP_FRAMES * frame_s, open_s)
 
     def _frame_limit(self) -> float:
         if not self._frames:

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from depthmill.pipeline.config import SmoothConfig
-from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError, StoreError
+from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError, StoreError, StoreFullError
 from depthmill.pipeline.smoothing.stage import (
     Phase,
     Smoother,
@@ -28,7 +28,7 @@ from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import LABELLED, Segment
 from depthmill.workers.crew import Crew
-from depthmill.workers.inquest import words_of
+from depthmill.workers.inquest import cause_of, words_of
 from depthmill.workers.pace import Pace
 from depthmill.workers.pool import Event, InProcess, Pool
 from depthmill.workers.progress import Rate, open_display
@@ -74,7 +74,7 @@ def smooth(
 
     Raises:
         DepthmillError: If nothing can start.
-        RunStoppedError: On Ctrl-C, and when workers cannot be kept alive.
+        RunStoppedError: On Ctrl-C, when workers cannot be kept alive, and when the disk is full.
     """
     store = open_store(store_uri)
     if "depth" not in store.layout.labels:
@@ -86,7 +86,7 @@ def smooth(
     if run.queue:
         with ExitStack() as stack:
             pool: Pool = InProcess({"labeler": lambda: Smoother(config, store.uri)}, run.show_state)
-            if config.address or (config.workers is None and (os.cpu_count() or 1) > 1) or config.workers:
+            if config.workers or (config.workers is None and (config.address or (os.cpu_count() or 1) > 1)):
                 from depthmill.workers.cluster import connect
 
                 stack.enter_context(connect(config))
@@ -101,6 +101,11 @@ def smooth(
                 raise RunStoppedError(
                     "stopped: what was smoothed so far stays; run the same command again to go on from there"
                 ) from None
+            except StoreFullError as error:
+                raise RunStoppedError(
+                    f"{error}\nThe run was stopped: what was smoothed so far stays; make room, then run the same "
+                    "command again to go on from there"
+                ) from error
     left_out |= run.left_out
     smoothed = tuple(one for one in wanted if one not in left_out)
     return SmoothSummary(store.uri, smoothed, left_out, run.unread, run.done, time.perf_counter() - started_s)
@@ -161,9 +166,9 @@ class _Run:
             for worker in list(crew.idle):
                 if self.queue:
                     task = self.queue.popleft()
-                    still_s = None if task.phase == "solve" else self._limits.step_limit()
-                    limit_s = self._limits.limit(task.frames + self._config.max_edge)
-                    crew.call(worker, task, limit_s, "smooth", task, still_s=still_s)
+                    limits = self._limits.to_do(task.frames + self._config.max_edge)
+                    limits = replace(limits, still_s=None) if task.phase == "solve" else limits
+                    crew.call(worker, task, limits, "smooth", task)
             for event in crew.wait(_WAIT_S):
                 self._ended(crew, event)
             for event in list(crew.end_overdue()):
@@ -177,9 +182,11 @@ class _Run:
         if running.item is None:
             self._loaded(event)
         elif event.error is None:
+            if event.answer:
+                self.unread[str(running.item)] = event.answer
             self._finished(running.item)
-        elif isinstance(event.error, StoreError):
-            raise event.error
+        elif isinstance(cause := cause_of(event.error), StoreError):
+            raise cause
         elif event.lost:
             self.queue.append(running.item)
         else:

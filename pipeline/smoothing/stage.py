@@ -17,8 +17,8 @@ from depthmill.pipeline.smoothing.solve import solve
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.store.layout import DEPTH_INVALID, DEPTH_STEP, NORMALS_FULL_SCALE
-from depthmill.pipeline.store.temporal import SCALED, Temporal, stored_rows
-from depthmill.pipeline.types import LABELLED, FrameSource, Segment, WorkerState
+from depthmill.pipeline.store.temporal import FILTERED, SCALED, Temporal, stored_rows
+from depthmill.pipeline.types import LABELLED, Frame, FrameSource, Segment, WorkerState
 
 Phase = Literal["edges", "solve", "filter"]
 
@@ -81,26 +81,48 @@ def solve_source(source_id: str, store: Store, config: SmoothConfig) -> None:
 
 def filter_segment(
     source: FrameSource, segment: Segment, store: Store, config: SmoothConfig, on_frame: Callable[[], None]
-) -> None:
-    """Filter and commit a segment, with `REACH` frames on both sides."""
+) -> str:
+    """Filter and commit a segment, with `REACH` frames on both sides.
+
+    A frame whose picture cannot be read again is scaled and shifted alone, and counts for nothing in the others; the
+    next run does it again.
+
+    Returns:
+        Why the first of those pictures could not be read; "" if all could.
+    """
+    temporal = Temporal(store, segment.source_id)
     frames = store.attributes(segment.source_id)["frames"]
     start, stop = max(0, segment.start - REACH), min(frames, segment.stop + REACH)
-    given = _filter_frames(source, store, segment.source_id, start, stop, on_frame)
+    unread: dict[int, dict[str, npt.NDArray[np.float32]]] = {}  # labels of frames without a picture, until their turn
+    why = ""
+
+    def on_unread(frame: Frame, labels: dict[str, npt.NDArray[np.float32]]) -> None:
+        nonlocal why
+        if not why:
+            temporal.mark_unread(segment)  # before it is committed
+            why = f"frame {frame.index}: {frame.error}"
+        unread[frame.index] = labels
+
+    given = _filter_frames(source, store, segment.source_id, start, stop, on_frame, on_unread)
     filtered = filter_frames(given, segment.start - start, stop - segment.stop, flow=config.flow)
 
-    def named() -> Iterator[Mapping[str, npt.NDArray[np.float32]] | None]:
-        for one in filtered:
-            labels = {} if one is None else {"depth": one.depth, "normals": one.normals}
-            yield {name: value for name, value in labels.items() if value is not None} or None
+    def named() -> Iterator[tuple[int, Mapping[str, npt.NDArray[np.float32]]] | None]:
+        for index, one in enumerate(filtered, segment.start):
+            if one is not None:
+                labels = {"depth": one.depth, "normals": one.normals}
+                yield FILTERED, {name: value for name, value in labels.items() if value is not None}
+            else:
+                yield (SCALED, unread.pop(index)) if index in unread else None
 
-    Temporal(store, segment.source_id).write_filtered(segment, named())
+    temporal.write_filtered(segment, named())
+    return why
 
 
 def write_unfiltered(segment: Segment, store: Store) -> None:
     """Commit a segment that could not be read again: scaled and shifted, which needs no picture, and not filtered."""
     temporal = Temporal(store, segment.source_id)
     rows = _label_rows(store, segment.source_id, segment.start, segment.stop)
-    temporal.write_filtered(segment, rows, code=SCALED)
+    temporal.write_filtered(segment, (None if labels is None else (SCALED, labels) for labels in rows))
 
 
 class Smoother:
@@ -120,8 +142,11 @@ class Smoother:
         self._state = WorkerState("idle")
         return "cpu"
 
-    def smooth(self, task: SmoothTask) -> None:
+    def smooth(self, task: SmoothTask) -> str:
         """Do a task, whole.
+
+        Returns:
+            Why a picture could not be read again, without which it was done; "" if all could.
 
         Raises:
             SourceError: If the source is not, or is no longer, what was labelled.
@@ -138,10 +163,12 @@ class Smoother:
         try:
             if task.phase == "solve":
                 solve_source(task.segment.source_id, self._store, self._config)
-                return
+                return ""
             source = self._sources.open(task.uri, task.fingerprint)
-            work = write_segment_edges if task.phase == "edges" else filter_segment
-            work(source, task.segment, self._store, self._config, on_frame)
+            if task.phase == "filter":
+                return filter_segment(source, task.segment, self._store, self._config, on_frame)
+            write_segment_edges(source, task.segment, self._store, self._config, on_frame)
+            return ""
         finally:
             self._state = WorkerState("idle")
 
@@ -167,13 +194,21 @@ def _views(
 
 
 def _filter_frames(
-    source: FrameSource, store: Store, source_id: str, start: int, stop: int, on_frame: Callable[[], None]
+    source: FrameSource,
+    store: Store,
+    source_id: str,
+    start: int,
+    stop: int,
+    on_frame: Callable[[], None],
+    on_unread: Callable[[Frame, dict[str, npt.NDArray[np.float32]]], None],
 ) -> Iterator[FilterFrame | None]:
     shot = Temporal(store, source_id).read("shot")[start:stop]
     rows = _label_rows(store, source_id, start, stop)
     for frame, labels, number in zip(source.read(start, stop), rows, shot, strict=True):
         on_frame()
         if frame.image is None or labels is None:
+            if labels is not None:
+                on_unread(frame, labels)
             yield None
             continue
         yield FilterFrame(frame.image, labels.get("depth"), labels.get("normals"), int(number))

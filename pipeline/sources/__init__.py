@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.objects import is_url, shown, without_secrets
+from depthmill.pipeline.objects import is_url, path_of, shown, without_secrets
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES, ImageSource
 from depthmill.pipeline.sources.inputs import expand_inputs
 from depthmill.pipeline.sources.limits import MAX_FRAMES, MAX_PIXELS
@@ -58,7 +58,7 @@ def open_source(
 
 
 def _name(uri: str) -> str:
-    return (urlsplit(uri).path if is_url(uri) else uri).rpartition("/")[2].lower()
+    return (path_of(uri) if is_url(uri) else uri).rpartition("/")[2].lower()
 
 
 def _suffix(uri: str) -> str:

@@ -13,7 +13,7 @@ from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_url
 from depthmill.pipeline.sources.limits import check_frames
 from depthmill.pipeline.sources.naming import canonical_uri, readable, source_id
-from depthmill.pipeline.sources.opening import list_files, stat
+from depthmill.pipeline.sources.opening import file_size, list_files
 from depthmill.pipeline.sources.pictures import Encoded, Header, Picture, decode_ahead, read_header
 from depthmill.pipeline.types import Frame, Source
 
@@ -47,7 +47,8 @@ class ImageSource:
         """Describe the pictures from their headers.
 
         Raises:
-            SourceError: If there is no file with a picture's suffix, or more than `max_frames`.
+            SourceError: If there is no file with a picture's suffix, or more than `max_frames`; or one cannot be read
+                for a reason that is not its own, as when a disk or network fails.
         """
         return self._open()[0]
 
@@ -119,7 +120,7 @@ def _list_files(path: Path) -> dict[str, Picture]:
 def _list_urls(uri: str) -> dict[str, Picture]:
     """Key -> picture, in order."""
     if _is_picture(uri):
-        stat(uri)  # that it is there
+        file_size(uri)  # that it is there
         return {uri.rpartition("/")[2]: uri}
     found = {url.removeprefix(uri).lstrip("/"): url for url in list_files(uri)}
     pictures: dict[str, Picture] = {

@@ -7,10 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.objects import is_url
+from depthmill.pipeline.objects import is_url, path_of
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES
 from depthmill.pipeline.sources.naming import canonical_uri, natural_key
 from depthmill.pipeline.sources.opening import list_files
@@ -108,13 +107,14 @@ def _sources(given: str) -> Iterator[str | Path]:
 
 def _at_url(given: str) -> Iterator[str]:
     """As for paths: a file, a prefix or a glob. What cannot be listed stays as it is."""
-    name = urlsplit(given).path.lower()
+    name = path_of(given).lower()
     known = (*IMAGE_SUFFIXES, *_FILE_SUFFIXES)
-    if glob.has_magic(name) or (not Path(name).suffix and not given.startswith("http")):
+    pattern = glob.has_magic(name)
+    if pattern or (not Path(name).suffix and not given.startswith("http")):
         with suppress(SourceError):
-            found = list_files(given)
-            if glob.has_magic(name):
-                found = [url for url in found if url.lower().endswith(known)]
+            found = list_files(given, pattern=pattern)
+            if pattern:
+                found = [given] if given in found else [url for url in found if url.lower().endswith(known)]
             else:
                 pictures = any(url.lower().endswith(tuple(IMAGE_SUFFIXES)) for url in found)
                 found = [given] * pictures + [

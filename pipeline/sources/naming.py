@@ -7,9 +7,8 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from depthmill.pipeline.objects import is_url, shown
+from depthmill.pipeline.objects import is_url, path_of, shown
 
 
 def absolute(path: str | Path) -> Path:
@@ -51,7 +50,7 @@ def source_id(uri: str | Path) -> str:
         A slug of the name and 12 hex digits of the absolute path's hash: "my-clip-1a2b3c4d5e6f".
     """
     name = canonical_uri(uri)
-    stem = Path(urlsplit(name).path if is_url(name) else name).stem
+    stem = Path(path_of(name) if is_url(name) else name).stem
     slug = re.sub(r"[^a-z0-9]+", "-", stem.lower())[:60].strip("-") or "source"
     return f"{slug}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
 

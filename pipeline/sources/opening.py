@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.errors import MissingError, SourceError
 from depthmill.pipeline.objects import is_url, locate, said
 
 _BLOCK_BYTES = 1 << 20  # fetched at once; a few are kept: indices are read here and there, pictures one after another
@@ -21,7 +21,7 @@ def open_binary(uri: str | Path) -> BinaryIO:
 
     Raises:
         OSError: If it cannot be opened, locally.
-        SourceError: If it cannot be, elsewhere.
+        SourceError: If it cannot be, elsewhere; MissingError if it is not there.
     """
     if not is_url(uri):
         return Path(uri).open("rb")
@@ -44,30 +44,28 @@ def read_whole(uri: str) -> bytes:
         return bytes(files.cat_file(path))
 
 
-def stat(uri: str | Path) -> tuple[int, str]:
-    """Size in bytes, and what changes when the file is written again.
+def file_size(uri: str | Path) -> int:
+    """Size in bytes.
 
     Raises:
         OSError: If there is no such file, locally.
         SourceError: If there is none elsewhere.
     """
     if not is_url(uri):
-        found = Path(uri).stat()
-        return found.st_size, str(found.st_mtime_ns)
+        return Path(uri).stat().st_size
     with _translated(uri) as (files, path):
-        info = files.info(path)
-        return int(info["size"]), str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("updated"))
+        return int(files.info(path)["size"])
 
 
-def list_files(uri: str) -> list[str]:
-    """URLs of all files at or below a URL, sorted; those that match, if it is a glob. None if there is none.
+def list_files(uri: str, *, pattern: bool = False) -> list[str]:
+    """URLs of all files at or below a URL, sorted; of those that it matches, if it is a pattern. None if there is none.
 
     Raises:
         SourceError: If it cannot be listed.
     """
     with _translated(uri) as (files, path):
         try:
-            found = files.glob(path) if any(sign in path for sign in "*?[") else files.find(path)
+            found = files.glob(path) if pattern else files.find(path)
         except FileNotFoundError:
             found = []
         prefix = uri.partition("://")[0] + "://"
@@ -82,7 +80,7 @@ def _translated(uri: str | Path) -> Iterator[tuple[Any, str]]:
     except SourceError:
         raise
     except FileNotFoundError:
-        raise SourceError(f"{uri}: no such object; expected one that can be read: check the URL") from None
+        raise MissingError(f"{uri}: no such object; expected one that can be read: check the URL") from None
     except Exception as error:  # they have no exception tree in common; without the cause, which may hold credentials
         raise SourceError(
             f"{uri}: cannot be read ({said(error)}); check the URL, the credentials in the environment and the endpoint"

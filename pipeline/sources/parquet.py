@@ -22,7 +22,7 @@ from typing import Any
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.limits import check_frames, max_encoded_bytes
 from depthmill.pipeline.sources.naming import canonical_uri, source_id
-from depthmill.pipeline.sources.opening import open_binary, stat
+from depthmill.pipeline.sources.opening import file_size, open_binary
 from depthmill.pipeline.sources.pictures import Encoded, Header, decode_ahead, read_header
 from depthmill.pipeline.types import Frame, Source
 
@@ -195,7 +195,7 @@ class _Rows:
         self._damage = (pyarrow.ArrowException, MemoryError, OverflowError)
         self._uri = uri
         try:
-            self.size_bytes, _ = stat(uri)
+            self.size_bytes = file_size(uri)
             self._file = open_binary(uri)
         except OSError as error:
             raise _unreadable(uri, error) from error

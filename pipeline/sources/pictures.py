@@ -6,6 +6,7 @@ values scaled (not clipped), of an animation or a multi-page file the first pict
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.errors import MissingError, SourceError
 from depthmill.pipeline.sources.opening import open_binary, read_whole
 from depthmill.pipeline.types import Frame
 
@@ -41,6 +42,10 @@ _MAX_SIDE = 65_535  # what JPEG can say; the store's rows are as high as the hig
 # A header that promises more than its file can hold is damaged, and must not size a store. Deflate packs at most 1032
 # bytes into one, of eight 1-bit pixels each; JPEG spends at least one bit on a block of 8 x 8.
 _MAX_PIXELS_PER_BYTE = {"PNG": 8 * 1032, "JPEG": 8 * 64}
+
+# Of errors in reading a header, those that its picture is to blame for: what Pillow says (without a number), files that
+# are not there or not to be read, links in a circle, and places asked for that no file has.
+_OWN_ERRORS = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EINVAL)
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -116,7 +121,12 @@ def decode_image(picture: Picture, max_pixels: int) -> npt.NDArray[np.uint8]:
 
 
 def read_header(picture: Picture, max_pixels: int) -> Header:
-    """Tell a picture's size from its first bytes, 0 x 0 where `decode_image` would refuse it or they say nothing."""
+    """Tell a picture's size from its first bytes, 0 x 0 where `decode_image` would refuse it or they say nothing.
+
+    Raises:
+        SourceError: If a file or URL cannot be read for a reason that is not its own: on another try it may be.
+        OSError: Likewise, of an open file.
+    """
     digest = hashlib.sha256()
     height = width = 0
     try:
@@ -132,9 +142,18 @@ def read_header(picture: Picture, max_pixels: int) -> Header:
             kind, shape = _kind_and_shape(file, head)
         if not _refusal(*shape, kind, size, max_pixels):
             height, width = shape
+    except MissingError:
+        pass
+    except SourceError:
+        raise
     except Exception as error:  # whatever is wrong with it is said when it is read
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(picture, (str, Path)):
+        if isinstance(error, OSError) and not isinstance(picture, (str, Path)) and error.errno is not None:
             raise  # it is not the picture that is wrong, but the file that it lies in
+        if isinstance(error, OSError) and error.errno not in _OWN_ERRORS:
+            raise SourceError(
+                f"{picture}: its header cannot be read ({error.strerror}); expected a disk or network that answers: "
+                "run the same command again, or leave the picture out"
+            ) from error
     return Header(height, width, digest.hexdigest())
 
 

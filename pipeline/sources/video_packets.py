@@ -23,7 +23,7 @@ import numpy.typing as npt
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_url
 from depthmill.pipeline.sources.limits import check_frames
-from depthmill.pipeline.sources.opening import open_binary, stat
+from depthmill.pipeline.sources.opening import file_size, open_binary
 
 Int = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -219,7 +219,7 @@ def fingerprint(uri: str, table: PacketTable) -> str:
     Any other encoding changes the packet table; touching the file, moving or copying it changes nothing.
     """
     digest = hashlib.sha256()
-    size, _ = stat(uri)
+    size = file_size(uri)
     digest.update(f"{size} {len(table.size)}".encode())
     for column in (table.size, table.pts):
         digest.update(np.ascontiguousarray(column, "<i8").data)

@@ -25,7 +25,7 @@ from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES
 from depthmill.pipeline.sources.limits import check_frames, max_encoded_bytes
 from depthmill.pipeline.sources.naming import canonical_uri, source_id, unique_names
-from depthmill.pipeline.sources.opening import stat
+from depthmill.pipeline.sources.opening import file_size
 from depthmill.pipeline.sources.pictures import Encoded, Header, decode_ahead, read_header
 from depthmill.pipeline.sources.tar_members import GZIP_DAMAGE, Member, open_archive, walk
 from depthmill.pipeline.types import Frame, Source
@@ -108,7 +108,7 @@ class WebDatasetSource:
             return self._probed
 
     def _probe(self) -> tuple[Source, list[_Picture]]:
-        size, _ = stat(self._uri)
+        size = file_size(self._uri)
         digest = hashlib.sha256(f"{size}\0".encode())
         pictures: list[_Picture] = []
         file, seekable = open_archive(self._uri)

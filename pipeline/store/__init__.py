@@ -2,7 +2,7 @@
 
 from depthmill.pipeline.store.files import write_atomically
 from depthmill.pipeline.store.layout import Layout
-from depthmill.pipeline.store.opening import create, open_datasets, open_store, remove_empty
+from depthmill.pipeline.store.opening import create, open_datasets, open_store
 from depthmill.pipeline.store.store import Progress, Store, write_failures
 from depthmill.pipeline.store.writer import SegmentWriter
 
@@ -14,7 +14,6 @@ __all__ = [
     "create",
     "open_datasets",
     "open_store",
-    "remove_empty",
     "write_atomically",
     "write_failures",
 ]

@@ -38,7 +38,7 @@ class Directory(Protocol):
         ...
 
     def write(self, key: str, data: bytes) -> None:
-        """Write one file atomically: from then on it survives.
+        """Write one file atomically: from then on it survives the death of its writer.
 
         Raises:
             StoreFullError: If there is no space left.
@@ -62,7 +62,11 @@ class Directory(Protocol):
         ...
 
     def remove(self, key: str) -> None:
-        """Remove a directory with all that is in it, if it is there."""
+        """Remove a directory below this one with all that is in it, if it is there."""
+        ...
+
+    def remove_root(self) -> None:
+        """Remove this directory itself, if it is there and empty; a bucket never."""
         ...
 
     def clear_partial(self, key: str) -> None:
@@ -167,12 +171,19 @@ class LocalDirectory:
 
     def remove(self, key: str) -> None:
         """See `Directory`."""
+        if not key:
+            raise ValueError(f"{self.uri} itself is never removed whole: give the key of a directory in it")
         try:
             shutil.rmtree(self.path / key)
         except FileNotFoundError:
             pass
         except OSError as error:
             raise _cannot_remove(self.path / key, error) from error
+
+    def remove_root(self) -> None:
+        """See `Directory`."""
+        with suppress(OSError):  # something is in it, or it is mounted there
+            self.path.rmdir()
 
     def clear_partial(self, key: str) -> None:
         """See `Directory`."""
@@ -184,7 +195,11 @@ class LocalDirectory:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all, and survives a power cut once this returns.
+    """Write a file that appears whole or not at all.
+
+    A power cut leaves no part of one, but it may take the files of the last seconds, whose names are not on the disk
+    yet: a sync of the folder for each would cost as much again. What is lost of a store so is labelled again; a commit
+    that outlived its labels, where the file system keeps no order, is found by `depthmill verify`.
 
     A killed write leaves `.<name>.partial/.<random>.partial` beside it, which `Directory.clear_partial` clears: a
     folder for each file, lest every segment list the files of all others. The name is random because a worker that was

@@ -90,11 +90,16 @@ class ObjectDirectory:
 
     def remove(self, key: str) -> None:
         """See `Directory`."""
+        if not key:
+            raise ValueError(f"{self.uri} itself is never removed whole: give the key of a directory in it")
         with self._translated(key, "removed"):
             try:
                 self._fs.rm(self._path(key), recursive=True)
             except FileNotFoundError:
                 return
+
+    def remove_root(self) -> None:
+        """See `Directory`: a prefix is gone with its last object."""
 
     def clear_partial(self, key: str) -> None:
         """See `Directory`: a PUT leaves nothing behind."""

@@ -56,7 +56,7 @@ def create(uri: str | Path, layout: Layout, identity: Mapping[str, Any], *, over
         directory.clear_partial(name)
     if root is None:
         write_root(directory, new_root(header))
-    return open_store(uri)
+    return _open(directory, new=root is None)
 
 
 def open_store(uri: str | Path) -> Store:
@@ -65,8 +65,11 @@ def open_store(uri: str | Path) -> Store:
     Raises:
         StoreError: If there is none, or one of another format.
     """
-    directory = open_directory(uri)
-    root = read_root(directory)
+    return _open(open_directory(uri))
+
+
+def _open(directory: Directory, *, new: bool = False) -> Store:
+    uri, root = directory.uri, read_root(directory)
     if root is None:
         raise StoreError(f"{uri} is no depthmill store: it has no {METADATA}; `depthmill label` makes one")
     if root.being_removed:
@@ -76,7 +79,7 @@ def open_store(uri: str | Path) -> Store:
             f"{uri} has store format {root.header.get('format')!r}, written by depthmill {root.header.get('version')};"
             f" this is depthmill {depthmill.__version__}, which reads format {FORMAT}"
         )
-    return Store(directory, root)
+    return Store(directory, root, new=new)
 
 
 def open_datasets(uri: str | Path, *, smooth: bool = False) -> dict[str, xarray.Dataset]:
@@ -112,12 +115,6 @@ def open_datasets(uri: str | Path, *, smooth: bool = False) -> dict[str, xarray.
                 attributes["scale_factor"] = np.float32(attributes["scale_factor"])
         datasets[source_id] = xarray.decode_cf(dataset)
     return smoothed(store, datasets) if smooth else datasets
-
-
-def remove_empty(store: Store) -> None:
-    """Remove a store that holds no source, as if it had not been made."""
-    if not store.sources():
-        store.directory.remove("")
 
 
 def _refuse_foreign(directory: Directory) -> None:

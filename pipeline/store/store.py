@@ -32,7 +32,7 @@ from depthmill.pipeline.store.layout import (
     source_arrays,
     source_attributes,
 )
-from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, Root, read_root, remove, source_members, write_root
+from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, Root, read_root, source_members, write_root
 from depthmill.pipeline.store.writer import SegmentWriter
 from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array
 from depthmill.pipeline.types import FAILED, LABELLED, Failure, Segment, Source
@@ -64,14 +64,16 @@ class Store:
         version: Of the depthmill that made it.
         layout: How labels are laid out.
         identity: What decided its bytes, beside the layout.
+        new: Whether it was made, or emptied, by the `create` that opened it.
     """
 
-    def __init__(self, directory: Directory, root: Root) -> None:
+    def __init__(self, directory: Directory, root: Root, *, new: bool = False) -> None:
         self.uri = directory.uri
         self.directory = directory
         self.version: str = root.header["version"]
         self.layout = Layout.from_document(root.header["layout"])
         self.identity: dict[str, Any] = root.header["identity"]
+        self.new = new
         self._attributes = root.groups()
         # Sources of an earlier version, whose segments were committed without checksums, and still are.
         self._unchecked = {source_id for source_id in self._attributes if f"{source_id}/checksum" not in root.members}
@@ -233,12 +235,15 @@ class Store:
         self.directory.write(name, data)
 
     def remove_if_empty(self) -> None:
-        """Remove the store if it has no source, so that a run that could open nothing leaves nothing behind."""
-        if not self.sources():
-            remove(self.directory)
-            self.directory.delete(METADATA)
-            if not self.directory.children():
-                self.directory.remove("")
+        """Remove the store if it is new and has no source, so that a run that could open nothing leaves nothing behind.
+
+        Only the files at its root go, and a local directory that is empty then. With any directory in it the store
+        stays: another process may be adding that source, whose own zarr.json comes last, or it is the user's.
+        """
+        if self.new and not any(name.endswith("/") for name in self.directory.children()):
+            for name in (FAILURES, RUN, METADATA):
+                self.directory.delete(name)
+            self.directory.remove_root()
 
     def _array(self, source_id: str, name: str) -> zarr.Array[Any]:
         """One that every source has, and whose zarr.json follows from its attributes."""

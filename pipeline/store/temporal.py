@@ -76,7 +76,7 @@ class Temporal:
                     self.uncommit("edges", segment)
             self.uncommit_solution()
         elif there is None or {**there, "leak": leak} != wanted:
-            self._directory.remove(self._root)
+            self.remove()
         else:
             self.uncommit_solution()
         self._directory.remove(f"{self._root}/filtered/c")
@@ -85,6 +85,11 @@ class Temporal:
         for name, document in self._documents(shape).items():
             self._directory.write(f"{self.source_id}/{name}/{METADATA}", json_bytes(document))
         self._directory.write(f"{self._root}/{METADATA}", json_bytes(group_document(wanted)))
+
+    def remove(self) -> None:
+        """Remove the group. What says that it is there goes first: the rest goes in any order, and may be cut short."""
+        self._directory.delete(f"{self._root}/{METADATA}")
+        self._directory.remove(self._root)
 
     def prepare_filter(self) -> None:
         """Make the arrays of filtered labels."""
@@ -147,16 +152,14 @@ class Temporal:
     def write_filtered(
         self,
         segment: Segment,
-        frames: Iterable[Mapping[str, npt.NDArray[np.float32]] | None],
-        *,
-        code: int = FILTERED,
+        frames: Iterable[tuple[int, Mapping[str, npt.NDArray[np.float32]]] | None],
     ) -> None:
         """Write a segment's filtered labels shard by shard, and commit them.
 
         Args:
             segment: Which frames.
-            frames: For each its labels by name (`depth`, `normals`); None where there are none.
-            code: What `filtered` says of those that have some.
+            frames: For each what `filtered` says of it (FILTERED or SCALED) and its labels by name (`depth`,
+                `normals`); None where there are none.
         """
         attributes = self.store.attributes(self.source_id)
         shard = self.store.layout.frames_per_shard(*attributes["size"])
@@ -175,10 +178,10 @@ class Temporal:
                 for name in names
             }
             for row in range(stop - start):
-                labels = next(rows)
-                if labels is None:
+                given = next(rows)
+                if given is None:
                     continue
-                codes[start - segment.start + row] = code
+                codes[start - segment.start + row], labels = given
                 for name in names:
                     height, width = labels[name].shape[:2]
                     packed[name][row, :height, :width] = (

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from depthmill.pipeline.errors import StoreError
-from depthmill.pipeline.store.layout import file_key, rows_per_file
+from depthmill.pipeline.store.layout import Document, file_key, rows_per_file
 from depthmill.pipeline.store.root import METADATA
 from depthmill.pipeline.store.store import Store
 from depthmill.pipeline.store.temporal import FILTERED, SCALED, Temporal
@@ -37,36 +37,43 @@ def verify_smoothing(store: Store, source_id: str, *, repair: bool) -> Iterator[
             return
     except (ValueError, KeyError, TypeError):
         if repair:
-            store.directory.remove(root)
+            temporal.remove()
         yield f"{root}/{METADATA}", 0, frames, "is no JSON of a group"
+        return
+    segments = store.segments(source_id)
+    pending = {what: set(temporal.pending(what)) for what in ("edges", "filter")}
+    labels = [f"{name}_smooth" for name in store.layout.labels]
+    names = [f"temporal/{name}" for name in ("edges", "score", "scale", "shift", "shot", "filtered")]
+    names += labels if len(pending["filter"]) < len(segments) else []
+    arrays = {name: array for name in names if (array := _document(store, source_id, name)) is not None}
+    broken = [name for name in names if name not in arrays]
+    if broken:  # they are written when the group is made, and never again
+        if repair:
+            temporal.remove()
+        yield from (
+            (f"{source_id}/{name}/{METADATA}", 0, frames, "is missing, or no JSON of an array") for name in broken
+        )
         return
     everything = Segment(source_id, 0, frames)
     if temporal.solved():
-        found = [one for name in ("scale", "shift", "shot") for one in _wrong(store, f"temporal/{name}", everything)]
+        solution = ("temporal/scale", "temporal/shift", "temporal/shot")
+        found = [one for name in solution for one in _wrong(store, name, arrays[name], everything)]
         if found and repair:
             temporal.uncommit_solution()
         yield from found
-    labels = [f"{name}_smooth" for name in store.layout.labels]
     for what, names in (("edges", ["temporal/score", "temporal/edges"]), ("filter", ["temporal/filtered", *labels])):
-        pending = set(temporal.pending(what))
-        for segment in store.segments(source_id):
-            if segment in pending:
+        for segment in segments:
+            if segment in pending[what]:
                 continue
-            found = [one for name in names for one in _wrong(store, name, segment)]
+            found = [one for name in names for one in _wrong(store, name, arrays[name], segment)]
             if found and repair:
                 temporal.uncommit(what, segment)
             yield from found
 
 
-def _wrong(store: Store, name: str, rows: Segment) -> Iterator[Found]:
+def _wrong(store: Store, name: str, array: Document, rows: Segment) -> Iterator[Found]:
     """The files of an array that hold these rows and are missing, or cannot be decoded."""
-    metadata = f"{rows.source_id}/{name}/{METADATA}"
-    try:
-        array = json.loads(store.directory.read(metadata) or b"")
-        length = rows_per_file(array)
-    except (ValueError, KeyError, TypeError):
-        yield metadata, rows.start, rows.stop, "is missing, or no JSON of an array"
-        return
+    length = rows_per_file(array)
     for start in range(rows.start, rows.stop, length):
         stop = min(start + length, rows.stop)
         key = file_key(rows.source_id, name, array, start)
@@ -80,6 +87,16 @@ def _wrong(store: Store, name: str, rows: Segment) -> Iterator[Found]:
             reason = f"cannot be decoded: {type(error).__name__}: {error}"
         if reason:
             yield key, start, stop, reason
+
+
+def _document(store: Store, source_id: str, name: str) -> Document | None:
+    """The zarr.json of an array; None if it is missing or damaged."""
+    try:
+        array: Document = json.loads(store.directory.read(f"{source_id}/{name}/{METADATA}") or b"")
+        rows_per_file(array)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return array
 
 
 def _needed(store: Store, name: str, source_id: str, start: int, stop: int) -> bool:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 import depthmill
-from depthmill.pipeline.config import LabelConfig, load_config
+from depthmill.pipeline.config import LabelConfig, SmoothConfig, load_config
 from depthmill.pipeline.errors import ConfigError
 
 CONFIGS = Path(depthmill.__file__).parent / "configs"
@@ -63,6 +63,15 @@ def test_what_cannot_be_used_is_named(tmp_path, text, message):
 def test_a_missing_file_says_which_names_ship(tmp_path):
     with pytest.raises(ConfigError, match="video"):
         load_config(LabelConfig, tmp_path / "none.yaml", {})
+
+
+@pytest.mark.parametrize("model", [LabelConfig, SmoothConfig])
+def test_the_cluster_of_the_environment_is_one_whose_address_is_given(monkeypatch, model):
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert model().address == "head:6379"
+    assert load_config(model, None, {"address": "auto"}).address == "auto"
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert model().address is None
 
 
 def test_the_demo_answers_normals_by_itself():

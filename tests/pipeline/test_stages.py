@@ -7,7 +7,8 @@ import pytest
 import depthmill
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.model.labeler import Labeler
-from depthmill.pipeline.stages import label_frames, label_segment, try_segment
+from depthmill.pipeline.plan import Task
+from depthmill.pipeline.stages import fail_task, label_frames, label_segment, try_segment
 from depthmill.pipeline.store import Layout
 from depthmill.pipeline.types import FAILED, LABELLED, Frame, Source
 from depthmill.tests.pipeline.store.samples import files
@@ -121,6 +122,18 @@ def test_frames_of_a_committed_segment_are_done_again_alone(labeler, store, monk
     assert [failure.reason for failure in store.failures()] == ["still gone"]
     assert np.abs(row(store, 1) - expected).max() <= 2e-4
     assert all(np.array_equal(row(store, index), old) for index, old in zip((0, 2, 10), before, strict=True))
+
+
+def test_frames_that_were_to_be_done_again_are_counted_alone(labeler, store):
+    run(Pictures(broken={1: "gone", 6: "gone"}), store, labeler)
+    before = files(store.uri)
+    task = Task("/pictures", "f", store.segments("pictures")[0], only=(1, 6), skip=((6, "kills"),))
+    report = fail_task(task, "no luck", store)
+    assert (report.failed, report.reasons) == (2, {"no luck": 1, "kills": 1})
+    assert files(store.uri) == before
+    report = fail_task(Task("/pictures", "f", task.segment, skip=((6, "kills"),)), "no luck", store)
+    assert (report.failed, report.reasons) == (11, {"no luck": 10, "kills": 1})
+    assert [failure.reason for failure in store.failures()] == ["no luck"] * 6 + ["kills"] + ["no luck"] * 4
 
 
 def test_trying_writes_nothing_and_fails_as_labelling_does(labeler, store, monkeypatch):

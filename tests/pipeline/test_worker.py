@@ -9,6 +9,8 @@ from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.model.labeler import open_checkpoints
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources.opened import OpenSources
+from depthmill.pipeline.stages import Labelled
 from depthmill.pipeline.store import Layout
 from depthmill.pipeline.worker import Worker
 from depthmill.tests import media
@@ -76,6 +78,47 @@ def test_what_was_begun_is_not_seen_and_dropped_for_another_task(start, tmp_path
     for task in tasks:
         whole.label(task)
     assert files(tmp_path / "some") == files(tmp_path / "whole")
+
+
+def test_what_was_begun_is_dropped_for_a_search(start):
+    worker, tasks = start("some")
+    worker.label(tasks[0], tasks[1])
+    begun = worker._next
+    worker.try_task(tasks[3])
+    assert begun._dropped
+    assert worker._next is None
+
+
+def test_a_source_that_is_open_is_a_step(start, monkeypatch):
+    worker, tasks = start("some")
+    states, opened = [], []
+    worker.on_state = states.append
+    real = OpenSources.open
+    monkeypatch.setattr(OpenSources, "open", lambda *given: opened.append(worker.state().steps) or real(*given))
+    for call, name in ((worker.try_task, f"searching {tasks[0]}"), (worker.label, str(tasks[0]))):
+        states.clear()
+        call(tasks[0])
+        steps = [state.steps for state in states if state.doing == name]
+        assert steps == list(range(len(steps)))
+        assert len(steps) == 2 + 8 + 3  # closed, and open; each frame, and each batch
+    assert opened == [0, 0]
+
+
+def test_what_was_begun_is_no_longer_being_opened_when_it_is_called_for(start, monkeypatch):
+    worker, tasks = start("some")
+    commit, states = Labelled.commit, []
+
+    def late(self):
+        states.append(worker.state())
+        if worker._next is not None:
+            worker._next.labelled.result()  # all of it but the commit
+        return commit(self)
+
+    monkeypatch.setattr(Labelled, "commit", late)
+    worker.label(tasks[0], tasks[1])
+    worker.label(tasks[1])
+    assert (states[1].doing, states[1].steps > 0) == (str(tasks[1]), True)
+    assert worker.state().doing == "idle"
 
 
 def test_what_goes_wrong_is_said_of_the_task_that_it_went_wrong_with(start):

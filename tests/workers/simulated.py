@@ -119,9 +119,9 @@ class SimulatedPool:
         return Event(worker, error=outcome) if isinstance(outcome, Exception) else Event(worker, outcome)
 
     def state(self, worker):
-        """It gets on as time passes, unless it hangs."""
+        """It gets on as time passes, unless it hangs, at a frame of a source that it has opened."""
         hangs = any(end == float("inf") and of == worker for end, _, of, _ in self.events)
-        return WorkerState("busy", steps=0 if hangs else int(self.clock_s * 1000))
+        return WorkerState("busy", steps=1 if hangs else int(self.clock_s * 1000))
 
     def stop(self, worker):
         self.alive.discard(worker)
@@ -165,10 +165,11 @@ class Ledger:
         return Report(task.segment, 0, task.segment.frames, 0.0)
 
 
-def drive(pool, ledger, *, workers=None, attempts=3, frame_limit_s=10.0, probers=2, show=lambda standing: None):
+def drive(pool, ledger, *, workers=None, attempts=3, frame_limit_s=10.0, probers=2, race=True):
     """Run the driver to its end; the driver."""
-    calls = Calls(ledger.published.extend, ledger.fail, show, ledger.said.append)
-    driver = Driver(pool, Options(attempts, frame_limit_s, workers, probers), calls, iter(ledger.sources), ())
+    calls = Calls(ledger.published.extend, ledger.fail, lambda standing: None, ledger.said.append)
+    options = Options(attempts, frame_limit_s, workers, probers, race=race)
+    driver = Driver(pool, options, calls, iter(ledger.sources), ())
     driver.run()
     return driver
 

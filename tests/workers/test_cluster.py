@@ -30,11 +30,21 @@ def test_ray_that_starts_too_slowly_is_started_again(monkeypatch, late, starts):
 
 
 def test_what_else_ray_says_is_not_tried_again(monkeypatch):
+    refuse(monkeypatch, ValueError("num_cpus is wrong"))
+    with pytest.raises(ConfigError, match=r"on this machine \(ValueError: num_cpus is wrong\).*--workers 0"):
+        connect(LabelConfig()).__enter__()
+
+
+def test_a_cluster_that_says_nothing_is_named(monkeypatch):
+    refuse(monkeypatch, ConnectionError())
+    with pytest.raises(ConfigError, match=r"no Ray cluster at auto \(ConnectionError\).*--address"):
+        connect(LabelConfig(address="auto")).__enter__()
+
+
+def refuse(monkeypatch, error):
     def init(*args, **kwargs):
-        raise ValueError("num_cpus is wrong")
+        raise error
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(ConfigError, match="num_cpus is wrong"), connect(LabelConfig()):
-        pass

@@ -1,10 +1,12 @@
 """The driver against simulated workers: whatever happens to them, each frame ends labelled or listed, and runs end."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from depthmill.pipeline.errors import CheckpointError, RunStoppedError, SourceError, StoreFullError
+from depthmill.pipeline.types import WorkerState
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
 
 
@@ -127,7 +129,8 @@ def test_what_comes_is_used_when_more_is_asked_for():
     assert sum(kind == "labeler" for kind in pool.kinds.values()) <= 64
 
 
-def test_a_straggler_is_raced_and_not_waited_for():
+@pytest.mark.parametrize(("race", "alike", "times"), [(True, True, 2), (False, True, 1), (True, False, 1)])
+def test_a_straggler_is_raced_and_not_waited_for_where_both_write_the_same(race, alike, times):
     ledger = Ledger({"a": (320, 16)})
     behave = labels(ledger)
 
@@ -136,9 +139,42 @@ def test_a_straggler_is_raced_and_not_waited_for():
         return (seconds * 60 if method == "label" and argument.segment.start == 0 and worker < 3 else seconds), answer
 
     pool = SimulatedPool(lambda: 4, one_slow_worker)
-    drive(pool, ledger)
+    place = pool._end_in
+
+    def end(seconds, worker, outcome):
+        place(seconds, worker, f"batches of {worker}" if outcome == "simulated" and not alike else outcome)
+
+    pool._end_in = end
+    driver = drive(pool, ledger, race=race)
     assert set(ledger.labelled) == all_frames(ledger)
-    assert pool.clock_s < 30
+    assert max(ledger.labelled.values()) == times
+    assert driver.standing.deaths == 0
+    assert (pool.clock_s < 30) == (times == 2)
+
+
+@pytest.mark.parametrize("race", [True, False])
+def test_what_a_worker_has_begun_is_done_by_another_only_where_both_write_the_same(race):
+    ledger = Ledger({"a": (320, 16)})
+    behave, begun, by = labels(ledger), {}, {}
+
+    def one_slow_segment(pool, worker, method, argument):
+        seconds, answer = behave(pool, worker, method, argument)
+        return (seconds * 60 if method == "label" and argument.segment.start == 0 else seconds), answer
+
+    pool = SimulatedPool(lambda: 4, one_slow_segment)
+    call = pool.call
+
+    def note(worker, method, *arguments):
+        if method == "label":
+            by[arguments[0].segment] = worker
+            begun.update((task.segment, worker) for task in arguments[1:])
+        call(worker, method, *arguments)
+
+    pool.call = note
+    drive(pool, ledger, race=race)
+    check(ledger, {})
+    assert len(begun) > 4
+    assert all(by[segment] == worker for segment, worker in begun.items()) == (not race)
 
 
 def test_a_worker_that_stands_still_in_a_long_segment_is_ended_long_before_the_segment_could_be_done():
@@ -147,7 +183,7 @@ def test_a_worker_that_stands_still_in_a_long_segment_is_ended_long_before_the_s
     drive(pool, ledger, frame_limit_s=60.0, attempts=1)
     assert set(ledger.failed) == {("corpus", 7)}
     assert len(ledger.labelled) == 2047
-    assert pool.clock_s < 0.3 * 2048 * 60
+    assert pool.clock_s < 2048 * 60 / 3
 
 
 def test_a_slow_worker_that_gets_on_is_left_alone():
@@ -158,6 +194,57 @@ def test_a_slow_worker_that_gets_on_is_left_alone():
     driver = drive(pool, ledger, frame_limit_s=60.0)
     assert driver.standing.deaths == 0
     assert len(ledger.labelled) == 2048
+
+
+def test_a_worker_may_take_as_long_to_open_a_source_as_a_prober():
+    ledger = Ledger({"quick": (640, 64), "slow": (64, 64)})
+    behave = labels(ledger, frame_s=0.01)
+
+    def opens_slowly(pool, worker, method, argument):
+        seconds, answer = behave(pool, worker, method, argument)
+        return (seconds + 1500 if method == "label" and argument.uri == "slow" else seconds), answer
+
+    pool = SimulatedPool(lambda: 1, opens_slowly)
+    pool.state = lambda worker: WorkerState("opening")
+    driver = drive(pool, ledger, frame_limit_s=60.0)
+    check(ledger, {})
+    assert driver.standing.deaths == 0
+
+
+def test_the_search_among_frames_far_apart_has_the_time_of_all_that_it_reads():
+    ledger = Ledger({"a": (2048, 2048)})
+    failed = (0, 600, 1200, 1800)
+    planned = replace(ledger.planned("a"), labelled=2044, failed=4, pending=(), redo=((0, failed),))
+
+    def behave(pool, worker, method, argument):
+        if method == "probe":
+            return 0.01, planned
+        if method == "label":
+            return 1.0, ledger.commit(argument) if dict(argument.skip) else RuntimeError("no luck")
+        tried = argument.segment
+        return 1.0 * tried.frames, RuntimeError("no luck") if tried.start <= 1800 < tried.stop else None
+
+    driver = drive(SimulatedPool(lambda: 1, behave), ledger, frame_limit_s=2.0)
+    assert ledger.failed == {("a", 1800): "RuntimeError: no luck"}
+    assert driver.standing.deaths == 0
+
+
+def test_an_input_that_cannot_be_opened_for_a_moment_is_opened_later():
+    ledger = Ledger({"good": (40, 10), "flaky": (40, 10), "bad": (1, 1)})
+    behave, tries = labels(ledger), []
+
+    def fails(pool, worker, method, argument):
+        if method == "probe" and argument != "good":
+            tries.append(argument)
+            if argument == "bad" or tries.count("flaky") < 3:
+                return 0.01, SourceError(f"{argument}: attempt {tries.count(argument)}")
+        return behave(pool, worker, method, argument)
+
+    pool = SimulatedPool(lambda: 2, fails)
+    driver = drive(pool, ledger)
+    assert [failure.reason for failure in driver.failures] == ["bad: attempt 3"]
+    assert len(ledger.labelled) == 80
+    assert pool.clock_s < 10
 
 
 def test_inputs_that_cannot_be_opened_are_listed_and_the_rest_goes_on():
@@ -240,5 +327,5 @@ def test_chaos(seed):
         pool.at(pool.clock_s + chance.expovariate(1 / 20), shake)
 
     pool.at(3, shake)
-    drive(pool, ledger, frame_limit_s=1.0)
+    drive(pool, ledger, frame_limit_s=1.0, race=seed % 2 == 0)
     check(ledger, bad)

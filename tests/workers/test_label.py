@@ -1,6 +1,7 @@
 """Runs in this process: the same code as on Ray, without it."""
 
 import io
+import itertools
 import json
 
 import numpy as np
@@ -11,13 +12,14 @@ from rich.console import Console
 
 from depthmill.pipeline import sources
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import RunStoppedError, SourceError, StoreMismatchError
+from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError, StoreMismatchError
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import open_datasets, open_store
 from depthmill.pipeline.worker import Worker
 from depthmill.tests import media, runs
-from depthmill.workers.label import label
+from depthmill.workers.label import _options, label
+from depthmill.workers.pool import InProcess
 
 
 @pytest.fixture
@@ -72,6 +74,28 @@ def test_a_video_is_read_through_once_to_be_probed(tmp_path, config, monkeypatch
     # Two stay open from the probe on; for more there is no room, and they are opened again.
     assert [scans.count(str(video)) for video in videos] == [1, 1, 2, 2]
     assert len(set(closed)) == len(scans)
+
+
+def test_what_waits_for_others_in_one_process_has_no_time_limit(tmp_path, config, monkeypatch):
+    videos = [media.write_video(tmp_path / f"{name}.mp4", frames=9) for name in "abcdef"]
+    clock_s = itertools.count(step=10_000.0)  # each call takes hours
+    monkeypatch.setattr(InProcess, "now", lambda self: next(clock_s))
+    summary = run(videos, tmp_path / "out.zarr", config)
+    assert (summary.labelled, summary.deaths, summary.failures) == (54, 0, ())
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "race"),
+    [("cpu", "auto", True), ("cuda", "auto", False), ("cuda", "on", True), ("cuda", "off", True)],
+)
+def test_workers_race_only_where_what_they_compiled_is_alike(device, compiled, race):
+    assert _options(LabelConfig(device=device, compile=compiled, workers=2)).race == race
+
+
+def test_one_gpu_of_several_is_for_this_process_alone(video, tmp_path, config):
+    with pytest.raises(ConfigError, match=r"cuda:1.*--workers 0.*CUDA_VISIBLE_DEVICES=1 and --device cuda"):
+        run([video], tmp_path / "out.zarr", config.model_copy(update={"device": "cuda:1", "workers": None}))
+    assert not (tmp_path / "out.zarr").exists()
 
 
 def test_run_json_says_what_was_done(video, tmp_path, config):

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import xarray
 from PIL import Image
+from ray.exceptions import RayTaskError
 from rich.console import Console
 from typer.testing import CliRunner
 
 from depthmill.cli import app
 from depthmill.pipeline.config import SmoothConfig
-from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.errors import RunStoppedError, StoreError, StoreFullError
+from depthmill.pipeline.smoothing.stage import Smoother
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import Layout, create, open_datasets, open_store
 from depthmill.pipeline.store.inspect import as_text, inspect
@@ -153,6 +155,19 @@ def test_a_segment_that_cannot_be_read_again_is_left_until_it_can(tmp_path, vide
     assert not verify(store).damage
     assert not run(store, filter=True).unread
     assert written(store) == written(whole)
+
+
+@pytest.mark.parametrize(("raised", "ends"), [(StoreError, StoreError), (StoreFullError, RunStoppedError)])
+def test_what_a_store_cannot_take_is_said_as_on_ray_without_a_traceback(tmp_path, video, monkeypatch, raised, ends):
+    def fail(self, task):
+        raise RayTaskError("smooth", "Traceback", raised("no room")).as_instanceof_cause()
+
+    store, _ = labelled(tmp_path / "a.zarr", video)
+    monkeypatch.setattr(Smoother, "smooth", fail)
+    with pytest.raises(ends, match=r"^no room") as caught:
+        run(store)
+    assert type(caught.value) is ends
+    assert "Traceback" not in str(caught.value)
 
 
 def test_damage_is_found_and_made_again(tmp_path, video):

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources import open_source, pictures
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import SourceContract, read_all
 
@@ -112,6 +114,49 @@ def test_a_picture_that_vanishes_fails_alone(tmp_path: Path) -> None:
     frames = list(source.read(0, 3))
     assert [frame.image is None for frame in frames] == [False, True, False]
     assert "001.png" in frames[1].error
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
+    """Let opening one picture fail, from now on."""
+    original = pictures.open_binary
+
+    def fail(picture: Path) -> object:
+        if picture.name == name:
+            raise OSError(code, os.strerror(code), str(picture))
+        return original(picture)
+
+    monkeypatch.setattr(pictures, "open_binary", fail)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_disk_that_fails_once_is_no_property_of_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    make.write_image_folder(tmp_path, count=3)
+    before = open_source(tmp_path).probe().fingerprint
+    with monkeypatch.context() as patch:
+        unreadable(patch, "001.png", code)
+        source = open_source(tmp_path)
+        with pytest.raises(SourceError, match=r"001\.png: its header cannot be read.*same command again"):
+            source.probe()
+    assert source.probe().fingerprint == before
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.EACCES])
+def test_a_picture_that_may_not_be_read_is_a_frame_without_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    make.write_image_folder(tmp_path, count=3, sizes=[(48, 64), (80, 96), (48, 64)])
+    unreadable(monkeypatch, "001.png", code)
+    probed = open_source(tmp_path).probe()
+    assert (probed.frames, probed.height, probed.width) == (3, 48, 64)
+
+
+def test_a_header_that_points_far_behind_its_end_is_a_bad_picture(tmp_path: Path) -> None:
+    make.write_image_folder(tmp_path, count=1)
+    (tmp_path / "big.tif").write_bytes(b"II+\0\x08\0\0\0" + (2**63 - 1).to_bytes(8, "little") + bytes(64))
+    source = open_source(tmp_path)
+    assert [frame.image is None for frame in source.read(0, source.probe().frames)] == [False, True]
 
 
 def test_fingerprint(tmp_path: Path) -> None:

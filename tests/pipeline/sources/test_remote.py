@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import shown
-from depthmill.pipeline.sources import expand_inputs, open_source, source_id
+from depthmill.pipeline.sources import expand_inputs, images, open_source, source_id
 from depthmill.pipeline.types import Frame
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import content, read_all
@@ -112,6 +113,57 @@ def test_what_is_not_there_is_said(remote: str, monkeypatch: pytest.MonkeyPatch)
         open_source("ftp://host/clip.mp4").probe()
 
 
+def test_keys_may_have_hashes_and_question_marks(s3, tmp_path: Path) -> None:
+    files, clip = fsspec.filesystem("s3"), make.write_video(tmp_path / "clip.mp4", frames=3).read_bytes()
+    names = ["take#1.mp4", "take#2.mp4", "what?.mp4", "whats.mp4"]
+    for name in names:
+        files.pipe_file(f"{s3.url}/in/{name}", clip)
+    for name in ("a#1.png", "a?2.png"):
+        files.pipe_file(f"{s3.url}/in/ph#to?s/{name}", make.encode(5))
+    whole = list(expand_inputs([f"{s3.url}/in"]))
+    assert whole == [f"{s3.url}/in", *(f"{s3.url}/in/{name}" for name in names)]
+    assert len({source_id(url) for url in whole}) == 5
+    assert list(expand_inputs([f"{s3.url}/in/what?.mp4"])) == [f"{s3.url}/in/what?.mp4"]
+    assert list(expand_inputs([f"{s3.url}/in/take#?.mp4"])) == whole[1:3]
+    for url in whole[1:]:
+        source = open_source(url)
+        assert (source.probe().uri, source.probe().kind, source.probe().frames) == (url, "video", 3)
+        source.close()
+    folder = open_source(f"{s3.url}/in/ph#to?s")
+    assert folder.probe().keys == ("a#1.png", "a?2.png")
+    assert all(frame.image is not None for frame in folder.read(0, 2))
+
+
+def test_a_service_that_fails_once_is_no_property_of_the_source(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_source(f"{remote}/photos").probe().fingerprint
+    files = type(fsspec.filesystem("s3"))
+    original = files._call_s3
+    for request, error in (
+        ("head_object", OSError(errno.EBUSY, "Slow Down")),
+        ("head_object", PermissionError("The provided token has expired")),
+        ("get_object", OSError(errno.EREMOTEIO, "Internal Error")),
+    ):
+
+        async def fail(self, method, *args, request=request, error=error, **options):
+            if method == request and options["Key"].endswith("001.png"):
+                raise error
+            return await original(self, method, *args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_call_s3", fail)
+            source = open_source(f"{remote}/photos")
+            with pytest.raises(SourceError, match=r"photos/001\.png.*cannot be read"):
+                source.probe()
+        assert source.probe().fingerprint == before
+
+
+def test_a_picture_that_is_gone_since_it_was_listed_fails_alone(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "list_files", lambda uri: [f"{uri}/000.png", f"{uri}/gone.png"])
+    source = open_source(f"{remote}/photos")
+    assert source.probe().frames == 2
+    assert [frame.image is None for frame in source.read(0, 2)] == [False, True]
+
+
 def test_a_segment_in_the_middle_does_not_fetch_the_shard(s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     big = [(f"{index:05}.png", make.encode(index, height=300, width=400)) for index in range(200)]
     shard = make.write_tar(tmp_path / "big.tar", big)
@@ -199,6 +251,7 @@ def test_a_signed_url_opens_and_its_signature_is_nowhere(local: Path, web: str, 
 def test_what_is_shown_of_names() -> None:
     assert shown("https://user:pass@host/a/b.tar?x=1&token=secret&sig=s#f") == "https://host/a/b.tar?x=1"
     assert shown("/a/b?token=1") == "/a/b?token=1"
+    assert shown("S3://user:pass@bucket/a?b/take#1.mp4") == "s3://bucket/a?b/take#1.mp4"
     assert source_id("https://host/a.tar?version=1") != source_id("https://host/a.tar?version=2")
     assert source_id("s3://bucket/a/clip.mp4") != source_id("s3://bucket/b/clip.mp4")
     assert source_id("s3://bucket/a") == source_id("s3://bucket/a/")

@@ -62,6 +62,17 @@ def test_a_store_is_the_same_in_a_bucket_as_in_a_directory(s3, tmp_path):
     assert objects(uri) == {}
 
 
+def test_a_bucket_outlives_the_store_in_it(s3):
+    store = stores.create(s3.url, LAYOUT, IDENTITY)
+    with pytest.raises(ValueError, match="never removed whole"):
+        store.directory.remove("")
+    assert list(objects(s3.url)) == ["zarr.json"]
+    store.remove_if_empty()
+    assert objects(s3.url) == {}
+    store.write_file("notes.txt", b"the bucket is there")
+    assert objects(s3.url) == {"notes.txt": b"the bucket is there"}
+
+
 def test_workers_and_driver_meet_in_a_bucket(s3):
     uri = f"{s3.url}/s"
     driver, worker = stores.create(uri, LAYOUT, IDENTITY), stores.open_store(uri)

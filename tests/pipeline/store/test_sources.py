@@ -121,9 +121,26 @@ def test_progress(store):
     assert store.segment_frames("video") == 8
 
 
-def test_a_store_without_sources_can_be_removed(store, tmp_path):
+def test_a_new_store_without_sources_can_be_removed(store, tmp_path):
     store.remove_if_empty()
     assert store.sources() == ["images", "video"]
     empty = stores.create(tmp_path / "empty", LAYOUT, IDENTITY)
     empty.remove_if_empty()
     assert not (tmp_path / "empty").exists()
+
+
+def test_no_more_is_removed_than_the_store_wrote_itself(tmp_path):
+    new = stores.create(tmp_path / "s", LAYOUT, IDENTITY)
+    before = files(new.uri)
+    stores.create(new.uri, LAYOUT, IDENTITY).remove_if_empty()
+    assert files(new.uri) == before, "another run made it"
+    (tmp_path / "s/video").mkdir()
+    (tmp_path / "s/video/half").write_bytes(b"of a source that another process is adding")
+    new.remove_if_empty()
+    assert files(new.uri) == {**before, "video/half": b"of a source that another process is adding"}
+    (tmp_path / "s/video").rename(tmp_path / "elsewhere")
+    (tmp_path / "s/notes.txt").write_bytes(b"mine")
+    new.remove_if_empty()
+    assert files(new.uri) == {"notes.txt": b"mine"}
+    with pytest.raises(ValueError, match="never removed whole"):
+        new.directory.remove("")

@@ -1,0 +1,63 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.store import open_datasets
+from depthmill.pipeline.store.files import LocalDirectory
+from depthmill.pipeline.store.temporal import Temporal
+from depthmill.pipeline.store.verify import verify
+from depthmill.tests.pipeline.store.samples import files, write
+
+
+def smoothed(store, flow="medium"):
+    """Smooth the video, as far as it is not: every scale is 2."""
+    temporal = Temporal(store, "video")
+    temporal.prepare(max_edge=1, flow=flow, leak=0.1, shape=(1, 5))
+    for segment in temporal.pending("edges"):
+        temporal.write_edges(segment, np.ones((segment.frames, 1, 5), np.float32), np.ones(segment.frames, np.float32))
+    if not temporal.solved():
+        ones = np.ones(18, np.float32)
+        temporal.write_solution(2 * ones, 0 * ones, ones.astype(np.int32))
+    return temporal
+
+
+@pytest.fixture
+def store(store):
+    for segment in store.segments("video"):
+        write(store, segment)
+    return store
+
+
+def test_smoothing_whose_removal_was_cut_short_is_none(store, monkeypatch):
+    smoothed(store, "fast")
+    expected = files(store.uri)
+    smoothed(store)
+
+    def cut_short(self, key):
+        shutil.rmtree(self.path / key / "scale/c")
+        raise StoreError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalDirectory, "remove", cut_short)
+        with pytest.raises(StoreError, match="killed"):
+            smoothed(store, "fast")
+    with pytest.raises(StoreError, match="no smoothed source"):
+        open_datasets(store.uri, smooth=True)
+    smoothed(store, "fast")
+    assert files(store.uri) == expected
+
+
+@pytest.mark.parametrize("name", ["edges", "score", "scale", "shift", "shot", "filtered"])
+def test_an_array_that_lost_its_metadata_is_made_again(store, name):
+    smoothed(store)
+    expected = files(store.uri)
+    for harm in (Path.unlink, lambda path: path.write_bytes(b"nonsense")):
+        harm(Path(store.uri) / f"video/temporal/{name}/zarr.json")
+        found = verify(store, repair=True).damage
+        assert [(one.file, one.repaired) for one in found] == [(f"video/temporal/{name}/zarr.json", True)]
+        assert smoothed(store).read("scale").tolist() == [2] * 18
+        assert files(store.uri) == expected
+    assert not verify(store).damage
