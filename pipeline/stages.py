@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
+
+import numpy.typing as npt
 
 from depthmill.pipeline.batches import in_batches
 from depthmill.pipeline.model.labeler import Labeler
@@ -14,8 +17,9 @@ from depthmill.pipeline.model.transfer import NormalsDtype, Pending
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.sources import prefetch
 from depthmill.pipeline.store import Store
+from depthmill.pipeline.store.layout import DEPTH_INVALID
 from depthmill.pipeline.store.writer import SegmentWriter
-from depthmill.pipeline.types import Frame, FrameSource, Report, Segment
+from depthmill.pipeline.types import Frame, FrameSource, Labels, Report, Segment
 
 
 @dataclass(eq=False)
@@ -115,18 +119,25 @@ def label_frames(
     done = Labelled(segment, writer, time.perf_counter(), labeler.batch_size)
     packing = store.layout.normals_dtype
 
+    def fail(index: int, reason: str) -> None:
+        writer.fail(index, reason)
+        done.failed += 1
+        done.reasons[reason] += 1
+
     def pictures() -> Iterator[Frame]:
         for frame in frames:
             on_frames(done.labelled + done.failed)
             if frame.image is not None:
                 yield frame
-                continue
-            writer.fail(frame.index, frame.error)
-            done.failed += 1
-            done.reasons[frame.error] += 1
+            else:
+                fail(frame.index, frame.error)
 
     def take(batch: Sequence[Frame], answer: Pending) -> None:
         for frame, labels in zip(batch, answer.result(), strict=True):
+            if _is_void(labels):
+                fail(frame.index, f"the model's answer is no number in {labeler.dtype}: try --dtype float32")
+                continue
+            done.labelled += 1
             writer.put(
                 frame.index,
                 None if labels.depth is None else labels.depth[0],
@@ -135,7 +146,6 @@ def label_frames(
             )
         done.label_s += answer.seconds
         done.batches += 1
-        done.labelled += len(batch)
         on_frames(done.labelled + done.failed)
 
     asked: tuple[list[Frame], Pending] | None = None
@@ -202,6 +212,16 @@ def _batches(
         return labeler.batch_shape(*frame.image.shape[:2], rounded=rounded)
 
     return in_batches(frames, shape, labeler.batch_size, waiting_bytes)
+
+
+def _is_void(packed: Labels) -> bool:
+    """Whether the network answered with nothing but NaN, as one does that overflows."""
+
+    def void(labels: npt.NDArray[Any] | None, invalid: int) -> bool:
+        # A few first: nearly always that is all.
+        return labels is not None and all((part == invalid).all() for part in (labels[:, ::64, ::64], labels))
+
+    return void(packed.depth, DEPTH_INVALID) or void(packed.normals, 0)
 
 
 def _submit(

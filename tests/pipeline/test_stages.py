@@ -3,6 +3,7 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 
 import depthmill
 from depthmill.pipeline import store as stores
@@ -162,3 +163,11 @@ def test_pictures_are_let_go_with_the_commit(labeler, store):
         assert not any(frame() for frame in seen)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["depth", "normals"])
+def test_an_answer_that_is_no_number_is_a_failure_and_no_label(labeler, store, which):
+    torch.nn.init.constant_(labeler._network.folded.last[which][-1].bias, torch.nan)
+    report = run(Pictures(), store, labeler)
+    assert (report.labelled, report.failed) == (0, len(SIZES))
+    assert all("no number" in failure.reason for failure in store.failures())
