@@ -18,7 +18,7 @@ from depthmill.pipeline.bench.flops import label_flops, matmuls
 from depthmill.pipeline.bench.timing import Clock, Ratio, Spent, cores, interleave, ratio, typical
 from depthmill.pipeline.bench.verdict import Verdict, judge
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.model.backend import cpu_bfloat16, keep_freed_memory
+from depthmill.pipeline.model.backend import cpu_kind, keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import Layout
@@ -169,9 +169,8 @@ def measure_speed(labeler: Labeler, pictures: peers.Pictures, rounds: int, *, co
 def machine(device: torch.device, dtype: torch.dtype) -> str:
     """The hardware in words."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    has = ", ".join(filter(None, (torch.backends.cpu.get_cpu_capability(), cpu_bfloat16())))
     return (
-        f"{cores()} cores of {platform.processor() or platform.machine()} ({has}), {device} ({where}), "
+        f"{cores()} cores of {platform.processor() or platform.machine()} ({cpu_kind()}), {device} ({where}), "
         f"{str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
     )
 

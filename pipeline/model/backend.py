@@ -73,6 +73,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float16 if lacks else torch.bfloat16
 
 
+def named(device: torch.device) -> str:
+    """A device and its kind, in words: another kind may round differently."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({cpu_kind()})" if device.type == "cpu" else str(device)
+
+
+def cpu_kind() -> str:
+    """What this CPU's instructions are called: `AVX2`, or `AVX512, AMX`."""
+    return ", ".join(filter(None, (torch.backends.cpu.get_cpu_capability(), cpu_bfloat16())))
+
+
 def cpu_bfloat16() -> str:
     """What this CPU multiplies bfloat16 with: `AMX`, `AVX512-BF16` or, where it is slower than float32, nothing."""
     # Private, but the only thing that asks; where a version of torch lacks one, the answer is no.

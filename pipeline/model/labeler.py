@@ -16,7 +16,15 @@ import torch
 from depthmill.pipeline.config import DEMO, LabelConfig, Noise, Sampling, TimestepSpacing, validated
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.geometry import from_network, padded_size, processed_size, rounded_size, to_network
-from depthmill.pipeline.model.backend import CPU_BATCH, Compile, compile_network, fitting_batch, pick_device, pick_dtype
+from depthmill.pipeline.model.backend import (
+    CPU_BATCH,
+    Compile,
+    compile_network,
+    fitting_batch,
+    named,
+    pick_device,
+    pick_dtype,
+)
 from depthmill.pipeline.model.checkpoint import Checkpoint, is_joint, open_named
 from depthmill.pipeline.model.geowizard import GeoWizard, check_joint
 from depthmill.pipeline.model.sampling import Sampler
@@ -223,12 +231,9 @@ class Labeler:
     @property
     def backend(self) -> str:
         """The device, and how it is used, in words."""
-        name = str(self.device)
-        if self.device.type == "cuda":
-            name += f" ({torch.cuda.get_device_name(self.device)})"
         after = self._network.compile_after if self.compiled else 0
         how = f"compiled after {after:,} of a shape" if after else "compiled" if self.compiled else "not compiled"
-        return f"{name}, {str(self.dtype).removeprefix('torch.')}, batches of {self.batch_size}, {how}"
+        return f"{named(self.device)}, {str(self.dtype).removeprefix('torch.')}, batches of {self.batch_size}, {how}"
 
     def compile_at_once(self) -> None:
         """By `auto`, too, the first full batch of a shape runs compiled, as later ones of long runs do: to measure."""

@@ -9,6 +9,7 @@ import depthmill
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.model import scratch
+from depthmill.pipeline.model.backend import cpu_kind
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.model.single_step import SingleStep, load_heads
 from depthmill.pipeline.store import layout
@@ -264,7 +265,7 @@ def test_nothing_submitted_is_nothing(labeler):
 
 
 def test_the_backend_in_words(labeler):
-    assert labeler.backend == "cpu, float32, batches of 8, not compiled"
+    assert labeler.backend == f"cpu ({cpu_kind()}), float32, batches of 8, not compiled"
 
 
 def test_full_batches_alone_run_compiled(checkpoints, monkeypatch):
