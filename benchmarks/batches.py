@@ -25,7 +25,7 @@ from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.geometry import from_network, padded_size, processed_size, rounded_size, to_network
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.labeler import open_checkpoints
-from depthmill.pipeline.model.single_step import SingleStep, unit
+from depthmill.pipeline.model.single_step import SingleStep, load_heads, unit
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.training import scenes
 from depthmill.pipeline.types import Frame
@@ -198,7 +198,7 @@ def change_table(name: str, network: SingleStep, resolution: int, crops: list[to
 
 def change_tables(count: int) -> str:
     crops, device = pictures(count), torch.device("cpu")
-    demo = SingleStep(open_checkpoints(LabelConfig()), device, torch.float32)
+    demo = SingleStep(load_heads(open_checkpoints(LabelConfig())), device, torch.float32)
     lines = [
         "| network | pictures are | depth, mean | 99 % | most | normals, mean | 99 % |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -214,7 +214,7 @@ def change_tables(count: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         scratch.create(Path(folder) / "random", architecture, "depth", seed=3, processing_resolution=384)
         config = LabelConfig(checkpoint=str(Path(folder) / "random"), labels=("depth",))
-        network = SingleStep(open_checkpoints(config), device, torch.float32)
+        network = SingleStep(load_heads(open_checkpoints(config)), device, torch.float32)
     lines += change_table("random weights, SD's levels", network, 384, crops[: max(1, count // 4)])
     return "\n".join(lines)
 

@@ -153,7 +153,7 @@ class _ProbingPool:
         self._answered.append(Event(len(self._kinds) - 1, "null"))
         return len(self._kinds) - 1
 
-    def call(self, worker: int, method: str, argument: object) -> None:
+    def call(self, worker: int, method: str, argument: object, *following: object) -> None:
         if method == "label":
             self._answered.append(Event(worker, Report(argument.segment, argument.segment.frames, 0, 0.0)))
         else:
@@ -231,7 +231,6 @@ def simulate(gpus: int, frame_s: float, hours: float, call_s: float) -> str:
     mean_s = SEGMENT * frame_s
     shard = 16 * SEGMENT
     shards = max(1, round(hours * 3600 / mean_s * gpus / 16))
-    useful = [0.0]
     room = [gpus]
     offered = [0.0, 0.0]  # GPU seconds that were there until the second
 
@@ -239,7 +238,6 @@ def simulate(gpus: int, frame_s: float, hours: float, call_s: float) -> str:
         if method == "probe":
             return 1.0, _planned(argument, shard)
         took = mean_s * chance.lognormvariate(-SIGMA * SIGMA / 2, SIGMA)
-        useful[0] += mean_s
         return took, Report(argument.segment, SEGMENT, 0, 0.0)
 
     pool = SimulatedPool(lambda: room[0], behave, load_s=LOAD_S, real_driver=True, call_s=call_s)

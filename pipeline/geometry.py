@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING
 
 from depthmill.pipeline.errors import ConfigError
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 # Of the longer side: at 768 pixels in steps of 64, by which Stable Diffusion's VAE and UNet together divide a side.
 _STEPS = 12
+_LARGEST_REDUCTION = 64
 
 STORED_AXES = "right-up-towards"
 _SIGNS = ({"right": 1.0, "left": -1.0}, {"up": 1.0, "down": -1.0}, {"towards": 1.0, "away": -1.0})
@@ -65,6 +67,10 @@ def to_network(frame: torch.Tensor, size: tuple[int, int], multiple: int) -> tor
     import torch.nn.functional as F
 
     image = frame.permute(2, 0, 1)[None].float()  # (1, 3, H, W)
+    # CUDA's kernel keeps its weights in shared memory, in which those of a reduction by 94 have no room.
+    shrink = [ceil(given / (_LARGEST_REDUCTION * wanted)) for given, wanted in zip(frame.shape, size, strict=False)]
+    if frame.is_cuda and max(shrink) > 1:
+        image = F.avg_pool2d(image, shrink, ceil_mode=True)
     image = F.interpolate(image, size, mode="bilinear", antialias=True) / 127.5 - 1  # fewer pixels, as a rule
     height, width = padded_size(size, multiple)
     return F.pad(image, (0, width - size[1], 0, height - size[0]), mode="replicate")[0]

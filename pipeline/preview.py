@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from depthmill.pipeline.errors import ConfigError, SourceError, StoreError
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import Store, open_datasets, open_store
+from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.timeline import Timeline, draw_timeline
 from depthmill.pipeline.types import LABELLED, FrameSource
 
@@ -114,9 +116,13 @@ def preview(
         raise ConfigError(f"preview of {frames} frames, {max_width} pixels wide: give at least 1 frame and 64 pixels")
     store = open_store(store_path)
     datasets = open_datasets(store_path)
-    smoothed = open_datasets(store_path, smooth=True) if smooth else {}
-    if smooth and source_id in datasets and source_id not in smoothed:
-        raise StoreError(f"{source_id} of {store_path} is not smoothed: run `depthmill smooth` on it first")
+    smoothed = {}
+    if smooth and source_id is not None:
+        store.attributes(source_id)  # that there is such a source
+        Temporal(store, source_id).check_current()
+        smoothed = open_datasets(store_path, smooth=True, sources=[source_id])
+    elif smooth:
+        smoothed = open_datasets(store_path, smooth=True, sources=_smoothed(store))
     out_dir.mkdir(parents=True, exist_ok=True)
     written = []
     for name in store.sources() if source_id is None else [source_id]:
@@ -330,6 +336,16 @@ def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Ima
     return short
 
 
+def _smoothed(store: Store) -> list[str]:
+    """The sources whose smoothing is there, whole, and of today's labels."""
+    found = []
+    for source_id in store.sources():
+        with suppress(StoreError):
+            Temporal(store, source_id).check_current()
+            found.append(source_id)
+    return found
+
+
 def _write_video(view: _View, path: Path, max_width: int) -> Path:
     """Picture | depth | normals, each frame shown when the source shows it."""
     H, W = view.dataset.sizes["y"], view.dataset.sizes["x"]
@@ -337,7 +353,8 @@ def _write_video(view: _View, path: Path, max_width: int) -> Path:
     panel_width = max(2, min(W, max_width // len(view.rows)) // 2 * 2)
     panel = panel_width, max(2, round(H * panel_width / W / 2) * 2)
     partial = path.with_suffix(".partial.mp4")
-    rate = Fraction(view.dataset.attrs["fps"]).limit_denominator(1001)
+    # A video of one frame has no rate, and need not: each frame has its own time.
+    rate = Fraction(view.dataset.attrs.get("fps") or 25).limit_denominator(1001) or Fraction(1, 1001)
     with av.open(str(partial), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = panel[0] * len(view.rows), panel[1], "yuv420p"

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError
-from depthmill.pipeline.model.backend import pick_device, pick_dtype
+from depthmill.pipeline.model.backend import default_threads, pick_device, pick_dtype
 from depthmill.pipeline.model.checkpoint import Checkpoint
 from depthmill.pipeline.model.labeler import open_checkpoints
 from depthmill.pipeline.plan import Prober
@@ -43,7 +43,6 @@ from depthmill.workers.standing import Standing
 if TYPE_CHECKING:
     from depthmill.workers.metrics import Metrics
 
-_MOST_THREADS = 8
 _PROBERS = 4  # sources probed at once: each is mostly waiting for a disk or a network
 
 
@@ -212,7 +211,7 @@ def _resolve(config: LabelConfig, gpus: int | None) -> LabelConfig:
 
         device = torch.device(("cuda" if gpus else "cpu") if config.device == "auto" else config.device)
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
-    threads = config.threads or min(os.cpu_count() or 1, _MOST_THREADS)
+    threads = config.threads or default_threads()
     return config.model_copy(update={"device": str(device), "dtype": dtype, "threads": threads})
 
 

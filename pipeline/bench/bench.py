@@ -18,7 +18,7 @@ from depthmill.pipeline.bench.flops import label_flops, matmuls
 from depthmill.pipeline.bench.timing import Clock, Ratio, Spent, cores, interleave, ratio, typical
 from depthmill.pipeline.bench.verdict import Verdict, judge
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.model.backend import cpu_kind, keep_freed_memory
+from depthmill.pipeline.model.backend import cpu_kind, default_threads, keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import Layout
@@ -104,7 +104,7 @@ def bench(
     Raises:
         DepthmillError: If a checkpoint or the input cannot be used.
     """
-    torch.set_num_threads(config.threads or cores())
+    torch.set_num_threads(config.threads or default_threads())
     checkpoints = open_checkpoints(config)
     with ExitStack() as stack:
         source = None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from pathlib import Path
 
 from depthmill.pipeline.batches import in_batches
 from depthmill.pipeline.bench.timing import Spent, interleave, typical
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.model.labeler import Labeler
+from depthmill.pipeline.model.transfer import Pending
 from depthmill.pipeline.sources import shown
 from depthmill.pipeline.store import Layout, create
 from depthmill.pipeline.types import Frame, FrameSource, Labels, Source
@@ -22,8 +24,8 @@ class Feed:
 
     Attributes:
         decode: From the input to uint8 frames, by one reader with as many threads as it takes by itself.
-        label: In the labeler.
-        write: Packed, compressed, written and committed, by one writer.
+        label: In the labeler, packed.
+        write: Compressed, written and committed, by one writer.
         bytes: Written of a frame.
     """
 
@@ -40,12 +42,12 @@ def first_frames(source: FrameSource, most: int) -> list[Frame]:
         SourceError: If there is none.
     """
     probed = source.probe()
-    found = [frame for frame in source.read(0, min(probed.frames, 2 * most)) if frame.image is not None]
+    found = list(islice((one for one in source.read(0, min(probed.frames, 2 * most)) if one.image is not None), most))
     if not found:
         raise SourceError(
             f"{shown(probed.uri)}: none of its first frames can be read; expected one that can: give another input"
         )
-    return found[:most]
+    return found
 
 
 def measure_feed(
@@ -85,8 +87,13 @@ def measure_feed(
 
     def label() -> int:
         labels.clear()
+        asked: deque[Pending] = deque()  # as a run does it: the next is asked for before one is taken
         for batch in batches:
-            labels.extend(labeler.label([frame.image for frame in batch if frame.image is not None], rounded=rounded))
+            images = [frame.image for frame in batch if frame.image is not None]
+            asked.append(labeler.submit(images, rounded=rounded, packing=layout.normals_dtype))
+            if len(asked) > 1:
+                labels.extend(asked.popleft().result())
+        labels.extend(asked.popleft().result())
         return len(labels)
 
     def write() -> int:

@@ -29,6 +29,7 @@ CPU_BATCH = 8
 _MOST = 32
 # Of the free memory: what compiled passes hold in their graphs is not there for the others, which need as much again.
 _SHARE = 0.4
+_MOST_THREADS = 8
 # Pictures of one shape after which `auto` compiles: by then a run has lost what compiling takes, two minutes, at some
 # 25 ms a picture (both measured on an H100 at Stable Diffusion 2's size); so no run loses more than twice the least.
 COMPILE_AFTER = 5000
@@ -78,6 +79,12 @@ def named(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({cpu_kind()})" if device.type == "cpu" else str(device)
+
+
+def default_threads() -> int:
+    """CPU threads of a network that is not told of any: as many as this process has cores, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_THREADS)
 
 
 def cpu_kind() -> str:
@@ -164,10 +171,13 @@ def fitting_batch(used_bytes: Callable[[int], int], free_bytes: int, key: Sequen
     Args:
         used_bytes: Runs so many frames and tells the bytes that they took at their highest.
         free_bytes: Of the device.
-        key: Whatever decides what frames take; measured once for each, and kept in the user's cache.
+        key: Whatever decides what frames take, beside this package's code; measured once for each, and kept in the
+            user's cache.
     """
-    name = hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:16]
-    path = cache_directory() / "memory" / f"{name}.json"
+    name = hashlib.sha256(json.dumps(list(key)).encode())
+    for code in sorted(Path(__file__).parent.glob("*.py")):
+        name.update(code.read_bytes())
+    path = cache_directory() / "memory" / f"{name.hexdigest()[:16]}.json"
     try:
         one, two = json.loads(path.read_text())
     except (OSError, ValueError, TypeError):

@@ -32,6 +32,7 @@ _PARTS = ("unet", "vae", "text_encoder", "scheduler", "tokenizer")
 _JOINT_PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_VARIANTS = ("*.fp16.*", "*.non_ema.*")  # copies beside the weights, which are neither fetched nor used
 
 PromptPadding = Literal["do_not_pad", "max_length"]
 
@@ -197,7 +198,7 @@ def _locate(name: str, modality: Modality) -> Path:
     try:
         # Safetensors alone: neither pickles nor the half-precision copies beside them are fetched.
         patterns = ["model_index.json", DESCRIPTION_FILE, "*/*.json", "*/*.txt", "*/*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=list(_VARIANTS)))
     except Exception as error:
         raise CheckpointError(
             f"checkpoint {name} is no directory here, and could not be had from the hub "
@@ -225,7 +226,7 @@ def _files(name: str, directory: Path) -> list[Path]:
                 "load it with diffusers where you trust it, and save_pretrained(..., safe_serialization=True)"
             )
     wanted = [directory / "model_index.json", directory / DESCRIPTION_FILE]
-    wanted += [path for part in parts for path in (directory / part).iterdir()]
+    wanted += [path for part in parts for path in (directory / part).iterdir() if not any(map(path.match, _VARIANTS))]
     return sorted(path for path in wanted if path.suffix in (".json", ".txt", ".safetensors") and path.is_file())
 
 

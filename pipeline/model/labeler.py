@@ -298,6 +298,7 @@ class Labeler:
         if len(keys) != len(frames):
             raise ValueError(f"{len(keys)} keys are given for {len(frames)} frames; expected one for each")
         done: list[Staged] = []
+        fit = self._pixels_that_fit
         began_s, asked = time.perf_counter(), mark(self.device)
         while len(done) < len(frames):
             height, width = self.batch_shape(*frames[0].shape[:2], rounded=rounded)
@@ -309,6 +310,7 @@ class Labeler:
             except torch.cuda.OutOfMemoryError:
                 tried = min(most, len(frames[part]) * self.sampling.ensemble)
                 if tried == 1:
+                    self._pixels_that_fit = fit  # it is the picture that is too large, not the batch
                     raise
             # Not before the exception is gone: it holds what the pass had allocated.
             torch.cuda.empty_cache()

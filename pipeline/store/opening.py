@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +82,15 @@ def _open(directory: Directory, *, new: bool = False) -> Store:
     return Store(directory, root, new=new)
 
 
-def open_datasets(uri: str | Path, *, smooth: bool = False) -> dict[str, xarray.Dataset]:
+def open_datasets(
+    uri: str | Path, *, smooth: bool = False, sources: Collection[str] | None = None
+) -> dict[str, xarray.Dataset]:
     """Open every source of a store as a lazy xarray dataset, decoded.
+
+    Args:
+        uri: The store.
+        smooth: With scale and shift applied.
+        sources: Only those of these ids; None for all.
 
     Returns:
         Source id -> dataset with `depth` (frame, y, x) float32 in [0, 1], NaN where invalid; `normals`
@@ -92,7 +99,7 @@ def open_datasets(uri: str | Path, *, smooth: bool = False) -> dict[str, xarray.
         (video) or `key` (images, which also have `size`).
 
     With `smooth`, of the smoothed sources only: `depth` is scale * raw + shift, not clipped, or what was filtered, as
-    are `normals` then; and `shot` (frame,) int32.
+    are `normals` then; `uncertainty` is scaled as well; and `shot` (frame,) int32.
 
     Raises:
         StoreError: With `smooth`, if no source is smoothed, or one has been labelled again since.
@@ -104,6 +111,8 @@ def open_datasets(uri: str | Path, *, smooth: bool = False) -> dict[str, xarray.
     indexed = xarray.open_groups(files, engine="zarr", mask_and_scale=False)  # type: ignore[arg-type]
     datasets = {}
     for source_id in store.sources():
+        if sources is not None and source_id not in sources:
+            continue
         group = indexed.get(f"/{source_id}")
         if group is None:  # not in the root yet
             group = xarray.open_zarr(files, group=source_id, consolidated=False, mask_and_scale=False, chunks=None)

@@ -37,19 +37,22 @@ def _applied(temporal: Temporal, dataset: xarray.Dataset) -> xarray.Dataset:
     from xarray.core.indexing import LazilyIndexedArray
 
     store, source_id = temporal.store, temporal.source_id
+    scale, shift = temporal.read("scale"), temporal.read("shift")
     labels: dict[str, Any] = {"shot": ("frame", temporal.read("shot"))}
     if temporal.filtered():
         for name in store.layout.labels:
             labels[name] = _rows(store, source_id, f"{name}_smooth")
     else:
-        labels["depth"] = _rows(store, source_id, "depth", temporal.read("scale"), temporal.read("shift"))
-    for name in store.layout.labels:
-        if name in labels:
-            about = {key: dataset[name].attrs[key] for key in ("units",) if key in dataset[name].attrs}
-            labels[name] = (
-                dataset[name].dims,
-                LazilyIndexedArray(labels[name]),
-                {**about, "long_name": f"{name}, smoothed"},
+        labels["depth"] = _rows(store, source_id, "depth", scale, shift)
+    if store.layout.uncertainty:  # in units of depth, whose are others now
+        labels["uncertainty"] = _rows(store, source_id, "uncertainty", scale, np.zeros_like(shift))
+    for array in store.layout.arrays:
+        if array in labels:
+            about = {key: dataset[array].attrs[key] for key in ("units",) if key in dataset[array].attrs}
+            labels[array] = (
+                dataset[array].dims,
+                LazilyIndexedArray(labels[array]),
+                {**about, "long_name": f"{array}, smoothed"},
             )
     return dataset.assign(labels)
 

@@ -72,3 +72,10 @@ def test_resizing_back_keeps_a_plane_a_plane():
     back = from_network(ramp, (24, 32), (96, 128))[0].numpy()
     inner = back[:, 4:-4]
     assert np.allclose(np.diff(inner, axis=1), np.diff(inner, axis=1).mean(), atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_shrinks_pictures_of_any_size():
+    frame = torch.randint(0, 256, (300, 20_000, 3), dtype=torch.uint8)
+    expected = to_network(frame, (2, 128), 1)
+    torch.testing.assert_close(to_network(frame.cuda(), (2, 128), 1).cpu(), expected, rtol=0, atol=0.02)

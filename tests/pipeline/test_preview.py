@@ -1,3 +1,5 @@
+import shutil
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import ConfigError, StoreError
 from depthmill.pipeline.preview import GREY, SPECTRAL, depth_rgb, normals_rgb, preview
 from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.store.temporal import Temporal
 
 H, W, FRAMES = 48, 64, 10
 TOWARDS = np.broadcast_to(np.float32([0, 0, 1]), (H, W, 3))
@@ -163,6 +166,28 @@ def test_one_source_of_several(video, tmp_path):
         preview(store.uri, tmp_path / "out", source_id="nobody")
     with pytest.raises(ConfigError, match="0 frames"):
         preview(store.uri, tmp_path / "out", frames=0)
+
+
+def test_a_video_of_one_frame_has_no_rate_and_needs_none(video, tmp_path):
+    store = stores.create(tmp_path / "s", stores.Layout(shard_frames=2, segment_frames=2), {})
+    source = open_source(video).probe()
+    store.add(replace(source, frames=1, fps=None, time_s=source.time_s[:1]))
+    assert preview(store.uri, tmp_path / "out")
+
+
+def test_smoothing_of_others_that_is_not_finished_is_no_hindrance(video, tmp_path):
+    shutil.copy(video, tmp_path / "other.mp4")
+    store = labelled(video, tmp_path / "s")
+    store.add(open_source(tmp_path / "other.mp4").probe())
+    done, begun = sorted(store.sources(), key=lambda name: not name.startswith("clip"))
+    for name in (done, begun):
+        Temporal(store, name).prepare(max_edge=1, flow="fast", leak=0.1, shape=(1, 5))
+    ones = np.ones(FRAMES, np.float32)
+    Temporal(store, done).write_solution(ones, 0 * ones, ones.astype(np.int32))
+    assert preview(store.uri, tmp_path / "one", source_id=done, smooth=True)
+    assert len(preview(store.uri, tmp_path / "both", smooth=True)) >= 3
+    with pytest.raises(StoreError, match="not smoothed"):
+        preview(store.uri, tmp_path / "out", source_id=begun, smooth=True)
 
 
 def test_colours():

@@ -119,6 +119,13 @@ def test_a_checkpoint_that_is_not_there(name):
         open_checkpoint(name, "depth")
 
 
+def test_copies_beside_the_weights_change_nothing(depth):
+    before = open_checkpoint(str(depth), "depth").sha256
+    shutil.copy(depth / WEIGHTS, depth / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert open_checkpoint(str(depth), "depth").sha256 == before
+    assert Labeler.from_pretrained(depth)
+
+
 def test_a_file_is_no_checkpoint(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match="is a file"):

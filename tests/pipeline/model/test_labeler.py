@@ -219,9 +219,11 @@ def test_a_frame_too_large_for_the_gpu_is_an_error(checkpoints, monkeypatch):
     def no_memory(frames, *rest):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
+    before = labeler._most(16 * 24)
     monkeypatch.setattr(labeler, "_forward", no_memory)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         labeler(noise(2, 16, 24, 3))
+    assert labeler._most(16 * 24) == before == 2  # the next ones need not suffer for it
 
 
 def test_a_device_that_is_not_there(checkpoints):

@@ -7,6 +7,7 @@ from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import ConfigError, StoreError
 from depthmill.pipeline.store import Layout
 from depthmill.pipeline.store.layout import DEPTH_STEP
+from depthmill.pipeline.store.temporal import Temporal
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, VIDEO, angle_deg, labels, write
 
 
@@ -108,6 +109,13 @@ def test_uncertainty_is_packed_as_depth_and_kept_with_it(tmp_path):
     assert uncertainty.dtype == np.float32
     assert np.abs(uncertainty[3].values - labels(4)[0] / 10).max() <= DEPTH_STEP / 2 + 1e-7
     assert np.isnan(uncertainty[17]).all()
+    temporal, ones = Temporal(store, "video"), np.ones(18, np.float32)
+    temporal.prepare(max_edge=1, flow="fast", leak=0.1, shape=(1, 5))
+    temporal.write_solution(2 * ones, ones, ones.astype(np.int32))
+    scaled = depthmill.open(store.uri, smooth=True)[
+        "video"
+    ].uncertainty  # in units of a depth that is scaled, not shifted
+    assert np.array_equal(scaled.values, 2 * uncertainty.values, equal_nan=True)
 
 
 def test_one_kind_of_label_alone(tmp_path):
