@@ -176,33 +176,6 @@ class _Turned(torch.autograd.Function):
         return of_x.contiguous(memory_format=torch.channels_last), *others, None, None
 
 
-class _Even(torch.autograd.Function):
-    """The same; but of the gradient (B, C, h, w) no picture has more than the batch's median picture, by its norm."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float32)
-        share = (norm.median() / norm.clamp(min=1e-20)).clamp(max=1).to(gradient.dtype)
-        evened: Tensor = gradient * share[:, None, None, None]
-        return evened
-
-
-def _even_out(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """Forward hook: pictures count alike in what is learnt from behind `module`.
-
-    A dark or noisy picture's gradient, which grows on its way back through norms of next to nothing, was up to 15 times
-    the median's, and most of a batch's; nor did it point anywhere: two batches' gradients of the UNet had a cosine of
-    0.006, and of 0.045 so. The loss's own gradient, and the decoder's, are left as they are.
-    """
-    if isinstance(output, Tensor):
-        return _Even.apply(output)  # type: ignore[no-untyped-call]
-    return tuple(_even_out(module, inputs, each) for each in output)
-
-
 def build(architecture: Architecture, seed: int, device: torch.device) -> Network:
     """Make a network with random weights, in training mode; all but the text encoder is trained."""
     parts = scratch.build(architecture, seed=seed, out_channels=len(MODALITIES) * architecture.latent_channels)
@@ -211,9 +184,6 @@ def build(architecture: Architecture, seed: int, device: torch.device) -> Networ
     # What tensor cores want, and oneDNN: convolutions of few channels are differentiated up to five times as fast.
     use_channels_last_norms(modules, ChannelsLastNorm if device.type == "cuda" else TurnedNorm)
     modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    unet = parts.unet
-    for module in (parts.vae.encoder, unet.conv_in, *unet.down_blocks, unet.mid_block):
-        module.register_forward_hook(_even_out)
     tokens = torch.tensor([parts.tokenizer("").input_ids])
     with torch.no_grad():
         prompt = parts.text_encoder(tokens).last_hidden_state.to(device)
