@@ -30,7 +30,7 @@ from depthmill.pipeline.types import Failure, Report, Segment
 from depthmill.workers.backlog import Backlog, Probe
 from depthmill.workers.crew import Crew, Running
 from depthmill.workers.inquest import Inquest, Trial, after, cause_of, excused, hear, open_inquest, reason, words_of
-from depthmill.workers.pace import Pace
+from depthmill.workers.pace import Limits, Pace
 from depthmill.workers.pool import Event, Pool
 from depthmill.workers.standing import Standing
 
@@ -121,6 +121,7 @@ class Driver:
         self._unpublished: list[str] = []
         self._published = 0
         self._pace = Pace(options.frame_limit_s, options.least_limit_s)
+        self._probe_s: dict[str, float] = {}  # source -> what probing it took
         self._backends: set[str] = set()  # how workers use their devices, by their own account
         self._load_deaths = 0
         self._shown_s = self._looked_s = float("-inf")
@@ -189,14 +190,13 @@ class Driver:
             task = self._next.pop(worker, None)
             if task is None and self._trials:
                 trial = self._trials.popleft()
-                crew.call(worker, trial, self._pace.to_do(trial.task.frames), "try_task", trial.task)
+                crew.call(worker, trial, self._limits(trial.task), "try_task", trial.task)
                 continue
             if task is None:
                 task = self._backlog.take(worker, alone=crew.ready == 1) if self._backlog else self._left_over()
             if task is not None:
                 self._at.setdefault(task.segment, set()).add(worker)
-                limits = self._pace.to_do(task.frames)
-                crew.call(worker, task, limits, "label", task, *self._following(worker, task))
+                crew.call(worker, task, self._limits(task), "label", task, *self._following(worker, task))
             elif not self._backlog and not self._next:
                 break
 
@@ -261,7 +261,7 @@ class Driver:
         match running.item:
             case Probe() as probe:
                 self._probing -= 1
-                self._probed(probe, event, cause)
+                self._probed(probe, running, event, cause)
             case Trial() as trial:
                 self._tried(trial, running, event)
             case Task() as task:
@@ -285,8 +285,12 @@ class Driver:
                 "is there memory for so many of them? Try fewer --workers"
             ) from event.error
 
-    def _probed(self, probe: Probe, event: Event, cause: BaseException | None) -> None:
+    def _limits(self, task: Task) -> Limits:
+        return self._pace.to_do(task.frames, self._probe_s.get(task.segment.source_id))
+
+    def _probed(self, probe: Probe, running: Running, event: Event, cause: BaseException | None) -> None:
         if event.error is None:
+            self._probe_s[event.answer.id] = self._crew.now_s - running.since_s
             self._plan(event.answer)
             return
         why = str(cause)

@@ -55,9 +55,11 @@ class Pace:
         """For opening a source."""
         return Limits(_OPEN_FRAMES * self._frame_limit_s)
 
-    def to_do(self, frames: int) -> Limits:
-        """For so many frames, and for opening their source."""
+    def to_do(self, frames: int, probe_s: float | None = None) -> Limits:
+        """For so many frames, and for opening their source, which took `probe_s` before, or who knows how long."""
         frame_s, open_s = self._frame_limit(), self.to_open().all_s
+        if probe_s is not None:
+            open_s = min(open_s, _PACES * probe_s)
         return Limits((frames + _START_FRAMES) * frame_s + open_s, _STEP_FRAMES * frame_s, open_s)
 
     def _frame_limit(self) -> float:

@@ -202,6 +202,8 @@ def test_a_worker_may_take_as_long_to_open_a_source_as_a_prober():
 
     def opens_slowly(pool, worker, method, argument):
         seconds, answer = behave(pool, worker, method, argument)
+        if method == "probe" and argument == "slow":
+            seconds = 400.0
         return (seconds + 1500 if method == "label" and argument.uri == "slow" else seconds), answer
 
     pool = SimulatedPool(lambda: 1, opens_slowly)
@@ -209,6 +211,26 @@ def test_a_worker_may_take_as_long_to_open_a_source_as_a_prober():
     driver = drive(pool, ledger, frame_limit_s=60.0)
     check(ledger, {})
     assert driver.standing.deaths == 0
+
+
+def test_what_was_probed_in_no_time_is_not_waited_for_as_long():
+    ledger = Ledger({"a": (640, 64)})
+    behave = labels(ledger, frame_s=0.01)
+    hung = []
+
+    def hangs_once(pool, worker, method, argument):
+        seconds, answer = behave(pool, worker, method, argument)
+        if method == "label" and argument.segment.start == 320 and not hung:
+            hung.append(worker)
+            return float("inf"), answer
+        return seconds, answer
+
+    pool = SimulatedPool(lambda: 1, hangs_once)
+    pool.state = lambda worker: WorkerState("opening")
+    driver = drive(pool, ledger, frame_limit_s=60.0)
+    check(ledger, {})
+    assert driver.standing.deaths == 1
+    assert pool.clock_s < 200
 
 
 def test_the_search_among_frames_far_apart_has_the_time_of_all_that_it_reads():
