@@ -26,9 +26,8 @@ import cv2
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from depthmill.pipeline.bench.timing import cores
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.model.backend import keep_freed_memory
+from depthmill.pipeline.model.backend import cores, keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.sources import open_source

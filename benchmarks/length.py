@@ -26,8 +26,8 @@ import av
 import numpy as np
 import psutil
 
-from depthmill.pipeline.bench.timing import cores
 from depthmill.pipeline.model import scratch
+from depthmill.pipeline.model.backend import cores
 
 OUT = Path(__file__).resolve().parent / "length.md"
 DEPTHMILL = [sys.executable, "-c", "from depthmill.cli import main; main()", "label"]

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from depthmill.pipeline.bench.timing import Spent, cores
+from depthmill.pipeline.bench.timing import Spent
+from depthmill.pipeline.model.backend import cores
 
 OUT = Path(__file__).resolve().parent / "startup.md"
 DEPTHMILL = [sys.executable, "-c", "from depthmill.cli import main; main()"]

@@ -12,14 +12,13 @@ of a batch, on a CPU in two threads, on a GPU as one CUDA graph. Prints, as Mark
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import nn
 
+from depthmill.pipeline.bench.timing import interleave, ratio, typical
 from depthmill.pipeline.config import load_config
 from depthmill.pipeline.model.backend import pick_device
 from depthmill.pipeline.model.blocks import ChannelsLastNorm, replace
@@ -30,7 +29,7 @@ from depthmill.pipeline.training.from_scratch.train import _captured, _different
 from depthmill.pipeline.training.raycast import Views
 
 CONFIG = Path(__file__).parents[1] / "configs" / "train-demo.yaml"
-STEPS = 3  # a round
+STEPS = 3  # of each in a round
 
 
 def plain(norm: network.TurnedNorm | ChannelsLastNorm) -> nn.Module:
@@ -40,8 +39,8 @@ def plain(norm: network.TurnedNorm | ChannelsLastNorm) -> nn.Module:
     return group_norm
 
 
-def step_of(layout: str, config: StagedConfig, views: Views, device: torch.device) -> Callable[[], None]:
-    """A function that does one step."""
+def steps_of(layout: str, config: StagedConfig, views: Views, device: torch.device) -> Callable[[], int]:
+    """Something that does `STEPS` steps, and returns how many pictures they were of."""
     net, stage = network.build(config.architecture, 0, device), config.stages[-1]
     if layout != "kept":
         replace(net.modules, network.TurnedNorm, plain)
@@ -52,10 +51,12 @@ def step_of(layout: str, config: StagedConfig, views: Views, device: torch.devic
     if device.type == "cuda":
         run = _captured(run, views)
 
-    def step() -> None:
-        _gradients(run, _trained(net, stage), views, config.cpu_threads)["loss"].item()  # a GPU is waited for
+    def steps() -> int:
+        for _ in range(STEPS):
+            _gradients(run, _trained(net, stage), views, config.cpu_threads)
+        return STEPS * len(views.rgb)
 
-    return step
+    return steps
 
 
 def main() -> None:
@@ -70,25 +71,14 @@ def main() -> None:
     stage = config.stages[-1]
     views = scenes.view(range(arguments.batch), stage.height, stage.width, device=device)
     print(f"{stage.width}x{stage.height}, batches of {arguments.batch}; {where}, torch {torch.__version__}\n")
-    print("| precision | layout | pictures/s | times channels first |\n| --- | --- | ---: | ---: |")
+    print("| mixed precision | layout | pictures/s | times channels first |\n| --- | --- | ---: | ---: |")
     for precision in ("no", "bf16"):
         told = config.model_copy(update={"mixed_precision": precision})
-        steps = {name: step_of(name, told, views, device) for name in ("channels first", "channels last", "kept")}
-        paces: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(arguments.rounds):
-            for name, step in steps.items():
-                step()
-                started = time.perf_counter()
-                for _ in range(STEPS):
-                    step()
-                paces[name].append(STEPS * arguments.batch / (time.perf_counter() - started))
-        for name, found in paces.items():
-            ratios = [one / first for one, first in zip(found, paces["channels first"], strict=True)]
-            print(
-                f"| {'float32' if precision == 'no' else precision} | {name} | {median(found):.1f} | "
-                f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |",
-                flush=True,
-            )
+        ways = {name: steps_of(name, told, views, device) for name in ("channels first", "channels last", "kept")}
+        spent = interleave(ways, arguments.rounds, device)
+        for name, found in spent.items():
+            times = ratio(spent["channels first"], found)
+            print(f"| {precision} | {name} | {1 / typical(found).wall_s:.1f} | {times} |", flush=True)
 
 
 if __name__ == "__main__":

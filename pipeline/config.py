@@ -106,7 +106,7 @@ class LabelConfig(BaseModel):
             corpora. Without it, pictures are seen as Marigold sees them. What either does to labels and batches:
             `benchmarks/batches.md`.
         workers: Ray workers; 0 labels in this process; left out, one for each GPU, or one on a machine without.
-        threads: CPU threads of each worker's network; left out, the cores of this machine, at most 8. It does not
+        threads: CPU threads of each worker's network; left out, the cores this process may use, at most 8. It does not
             depend on the number of workers, since rounding depends on it: that way any number writes the same bytes
             on CPUs of one kind. On CUDA, workers that compile by `auto`, or whose batches differ, round differently.
         address: An existing Ray cluster (`auto`, `ray://host:10001`); left out, that of the environment's RAY_ADDRESS,

@@ -67,10 +67,9 @@ def to_network(frame: torch.Tensor, size: tuple[int, int], multiple: int) -> tor
     import torch.nn.functional as F
 
     image = frame.permute(2, 0, 1)[None].float()  # (1, 3, H, W)
-    # CUDA's kernel keeps its weights in shared memory, in which those of a reduction by 94 have no room.
-    shrink = [ceil(given / (_LARGEST_REDUCTION * wanted)) for given, wanted in zip(frame.shape, size, strict=False)]
-    if frame.is_cuda and max(shrink) > 1:
-        image = F.avg_pool2d(image, shrink, ceil_mode=True)
+    if frame.is_cuda:  # whose kernel keeps its weights in shared memory: those of a reduction by 94 have no room there
+        shrink = [ceil(frame.shape[side] / (_LARGEST_REDUCTION * size[side])) for side in (0, 1)]
+        image = F.avg_pool2d(image, shrink, ceil_mode=True) if max(shrink) > 1 else image
     image = F.interpolate(image, size, mode="bilinear", antialias=True) / 127.5 - 1  # fewer pixels, as a rule
     height, width = padded_size(size, multiple)
     return F.pad(image, (0, width - size[1], 0, height - size[0]), mode="replicate")[0]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -340,9 +339,14 @@ def _smoothed(store: Store) -> list[str]:
     """The sources whose smoothing is there, whole, and of today's labels."""
     found = []
     for source_id in store.sources():
-        with suppress(StoreError):
-            Temporal(store, source_id).check_current()
+        temporal = Temporal(store, source_id)
+        if temporal.attributes() is None:
+            continue
+        try:
+            temporal.check_current()
             found.append(source_id)
+        except StoreError as error:
+            log.warning("%s; drawing its labels as they are", error)
     return found
 
 

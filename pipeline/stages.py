@@ -135,7 +135,7 @@ def label_frames(
     def take(batch: Sequence[Frame], answer: Pending) -> None:
         for frame, labels in zip(batch, answer.result(), strict=True):
             if _is_void(labels):
-                fail(frame.index, f"the model's answer is no number in {labeler.dtype}: try --dtype float32")
+                fail(frame.index, f"the model's answer is no number, in {labeler.dtype}: --dtype float32 may help")
                 continue
             done.labelled += 1
             writer.put(

@@ -15,10 +15,10 @@ import torch
 from depthmill.pipeline.bench import peers
 from depthmill.pipeline.bench.feed import Feed, first_frames, measure_feed
 from depthmill.pipeline.bench.flops import label_flops, matmuls
-from depthmill.pipeline.bench.timing import Clock, Ratio, Spent, cores, interleave, ratio, typical
+from depthmill.pipeline.bench.timing import Clock, Ratio, Spent, interleave, ratio, typical
 from depthmill.pipeline.bench.verdict import Verdict, judge
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.model.backend import cpu_kind, default_threads, keep_freed_memory
+from depthmill.pipeline.model.backend import cores, cpu_kind, default_threads, keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import Layout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,11 +74,6 @@ def ratio(over: Sequence[Spent], under: Sequence[Spent], clock: Clock = "wall_s"
     """How many times longer `over` takes than `under`, round by round."""
     ratios = [getattr(a, clock) / getattr(b, clock) for a, b in zip(over, under, strict=True)]
     return Ratio(median(ratios), min(ratios), max(ratios))
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _finish(device: torch.device) -> None:

@@ -83,8 +83,12 @@ def named(device: torch.device) -> str:
 
 def default_threads() -> int:
     """CPU threads of a network that is not told of any: as many as this process has cores, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MOST_THREADS)
+    return min(cores(), _MOST_THREADS)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_kind() -> str:

@@ -306,13 +306,12 @@ def _resume(accelerator: Accelerator, config: TrainConfig, output: Path, *, over
     new = config.model_dump(mode="json")
     # A step is the same on more processes if each accumulates less.
     for run, processes in ((old, old.pop("processes", 1)), (new, accelerator.num_processes)):
-        run["accumulation"] *= processes
+        run["accumulation x processes"] = run.pop("accumulation") * processes
     different = [name for name in new if new[name] != old.get(name) and name not in _FREE]
     if refused := [name for name in different if name not in _REMEDIES]:
         shown = ", ".join(f"{name} ({old.get(name)}, now {new[name]})" for name in refused)
         raise TrainingError(
-            f"{output} holds a run with another {shown.replace('accumulation', 'accumulation x processes')}: train "
-            "into another folder, or start over with --overwrite"
+            f"{output} holds a run with another {shown}: train into another folder, or start over with --overwrite"
         )
     for name in different:
         log.warning("from step %s on %s is %s, not %s", states[-1].name, name, new[name], old[name])
