@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.types import Domain, Modality
@@ -195,7 +195,8 @@ class SmoothConfig(BaseModel):
     Attributes:
         max_edge: Frames between the two of an edge, at most; edges are 1, 2, 4, 8, 16 and 32 frames long.
         flow: Preset of the optical flow.
-        leak: Radians a frame: changes of scale and shift that are slower stay, faster ones go.
+        leak: Radians a frame: changes of scale and shift that are slower stay, faster ones go; 0, or 0.001 or more, for
+            float64 has no digits for slower ones.
         filter: Whether labels are also filtered over five frames, into arrays of their own.
         workers: Ray workers, one core each; 0 smooths in this process; left out, one for each core of the cluster.
         address: As in `LabelConfig`.
@@ -207,7 +208,7 @@ class SmoothConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_edge: int = Field(default=32, ge=1)
+    max_edge: int = Field(default=32, ge=1, le=32)
     flow: Literal["ultrafast", "fast", "medium"] = "fast"
     leak: float = Field(default=0.1, ge=0)
     filter: bool = False
@@ -217,6 +218,13 @@ class SmoothConfig(BaseModel):
     frame_limit_s: float = Field(default=60.0, gt=0)
     max_pixels: int = Field(default=1 << 27, ge=1)
     max_frames: int = Field(default=10_000_000, ge=1)
+
+    @field_validator("leak")
+    @classmethod
+    def _leak_has_digits(cls, leak: float) -> float:
+        if 0 < leak < 1e-3:
+            raise ValueError("0, or at least 0.001, below which float64 has too few digits")
+        return leak
 
 
 Model = TypeVar("Model", bound=BaseModel)

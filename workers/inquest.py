@@ -8,6 +8,7 @@ from math import ceil, log2
 from typing import TypeVar
 
 from depthmill.pipeline.plan import Task
+from depthmill.pipeline.smoothing.stage import SmoothTask
 from depthmill.pipeline.types import Segment
 from depthmill.workers.backlog import Probe
 from depthmill.workers.pool import Event
@@ -16,7 +17,7 @@ TOO_LONG = "it takes longer than its time limit (frame_limit_s)"
 DIED = "its worker dies of it"
 _EXCUSED = 10  # losses of a machine with which something has nothing to do
 
-Tried = TypeVar("Tried", Task, Probe)
+Tried = TypeVar("Tried", Task, Probe, SmoothTask)
 
 
 @dataclass
@@ -146,7 +147,7 @@ def _split(trial: Trial, why: str) -> list[Trial]:
     return []
 
 
-def excused(item: Task | Probe | Trial, event: Event) -> bool:
+def excused(item: Task | Probe | SmoothTask | Trial, event: Event) -> bool:
     """Whether it failed with its machine, which counts against nobody, unless that happens again and again."""
     return event.lost and item.losses < _EXCUSED
 

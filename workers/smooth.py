@@ -28,12 +28,13 @@ from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import LABELLED, Segment
 from depthmill.workers.crew import Crew
-from depthmill.workers.inquest import cause_of, words_of
+from depthmill.workers.inquest import after, cause_of, words_of
 from depthmill.workers.pace import Pace
 from depthmill.workers.pool import Event, InProcess, Pool
 from depthmill.workers.progress import Rate, open_display
 from depthmill.workers.standing import Counts
 
+_PHASES: tuple[Phase, ...] = ("edges", "solve", "filter")
 _WAIT_S = 0.5
 _LOAD_DEATHS = 3
 _SHOWN = 8
@@ -79,7 +80,9 @@ def smooth(
     store = open_store(store_uri)
     if "depth" not in store.layout.labels:
         raise ConfigError(f"{store.uri} has no depth to smooth: it holds {', '.join(store.layout.labels)}")
-    wanted = list(sources) or [one for one in store.sources() if store.attributes(one)["kind"] == "video"]
+    wanted = list(dict.fromkeys(sources)) or [
+        one for one in store.sources() if store.attributes(one)["kind"] == "video"
+    ]
     left_out = {one: why for one in wanted if (why := _unfit(store, one))}
     run = _Run(store, config, [one for one in wanted if one not in left_out])
     started_s = time.perf_counter()
@@ -138,21 +141,29 @@ class _Run:
             Temporal(store, source_id).prepare(
                 max_edge=config.max_edge, flow=config.flow, leak=config.leak, shape=edges_shape(config.max_edge)
             )
-            self._plan(source_id)
+            self._plan(source_id, _PHASES)
 
-    def _plan(self, source_id: str) -> None:
-        """Queue the first phase of a source that is not complete; the next one is planned when it is."""
-        temporal, attributes = Temporal(self._store, source_id), self._store.attributes(source_id)
-        phase: Phase = "edges"
-        segments = temporal.pending("edges")
-        if not segments and not temporal.solved():
-            phase, segments = "solve", [Segment(source_id, 0, attributes["frames"])]
-        elif not segments and self._config.filter:
+    def _plan(self, source_id: str, phases: Sequence[Phase]) -> None:
+        """Queue the first of these phases of a source that is not complete; those after it are planned when it is."""
+        attributes = self._store.attributes(source_id)
+        for phase in phases:
+            segments = self._to_do(source_id, phase)
+            if segments:
+                self.queue += [SmoothTask(phase, attributes["uri"], attributes["fingerprint"], one) for one in segments]
+                self._left[source_id] = len(segments)
+                self._total += 0 if phase == "solve" else sum(one.frames for one in segments)
+                return
+
+    def _to_do(self, source_id: str, phase: Phase) -> list[Segment]:
+        """What is left of a phase whose turn it is: also what an earlier run did without pictures it could not read."""
+        temporal = Temporal(self._store, source_id)
+        if phase == "solve":
+            return [] if temporal.solved() else [Segment(source_id, 0, self._store.attributes(source_id)["frames"])]
+        if phase == "filter":
+            if not self._config.filter:
+                return []
             temporal.prepare_filter()
-            phase, segments = "filter", temporal.pending("filter")
-        self.queue += [SmoothTask(phase, attributes["uri"], attributes["fingerprint"], one) for one in segments]
-        self._left[source_id] = len(segments)
-        self._total += 0 if phase == "solve" else sum(one.frames for one in segments)
+        return sorted({*temporal.pending(phase), *temporal.unread(phase)}, key=lambda one: one.start)
 
     def show_state(self, state: Any) -> None:
         self.display.show(Counts(self._total, 0, self.done, 0), {"this process": state})
@@ -187,8 +198,6 @@ class _Run:
             self._finished(running.item)
         elif isinstance(cause := cause_of(event.error), StoreError):
             raise cause
-        elif event.lost:
-            self.queue.append(running.item)
         else:
             self._failed(running.item, event)
 
@@ -211,18 +220,18 @@ class _Run:
         self.done += 0 if task.phase == "solve" else task.frames
         self._left[source_id] -= 1
         if not self._left[source_id]:
-            self._plan(source_id)
+            self._plan(source_id, _PHASES[_PHASES.index(task.phase) + 1 :])
 
     def _failed(self, task: SmoothTask, event: Event) -> None:
         source_id = task.segment.source_id
-        if task.attempts + 1 < self._config.attempts:
-            self.queue.append(replace(task, attempts=task.attempts + 1))
+        tried = after(task, event)
+        if tried.attempts < self._config.attempts:
+            self.queue.append(tried)
         elif isinstance(event.error, SourceError) or task.phase == "solve":
             self.left_out[source_id] = words_of(event)
             self.queue = deque(one for one in self.queue if one.segment.source_id != source_id)
         else:
             self.unread[str(task)] = words_of(event)
-            Temporal(self._store, source_id).mark_unread(task.segment)
             if task.phase == "edges":
                 write_empty_edges(task.segment, self._store, self._config)
             else:

@@ -67,7 +67,7 @@ _Flows = dict[tuple[_Held, _Held], Floats]
 
 
 def filter_frames(
-    frames: Iterable[FilterFrame | None], before: int, after: int, *, flow: Preset = "medium"
+    frames: Iterable[FilterFrame | None], before: int, after: int, *, flow: Preset = "fast"
 ) -> Iterator[Filtered | None]:
     """Filter a run of frames, of which five are held at a time.
 

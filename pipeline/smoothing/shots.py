@@ -35,9 +35,11 @@ def find_shots(score: Floats, edges: Floats, labelled: npt.NDArray[np.bool_]) ->
         labelled: (N,) whether a frame has a label.
 
     Returns:
-        (N,) int32, from 0, rising by 1 at every cut. A frame without a label belongs to the shot before it.
+        (N,) int32, from 0, rising by 1 at every cut. A frame without a label, or of which nothing was seen since it
+        could not be read again, belongs to the shot before it.
     """
     frames = len(score)
+    seen = labelled & _paired(edges[..., _COVERAGE])
     bridge = _bridges(np.nan_to_num(edges[..., _COVERAGE]))
     padded = np.pad(score.astype(np.float32), _AROUND, constant_values=np.nan)
     around = sliding_window_view(padded, 2 * _AROUND + 1)
@@ -50,11 +52,18 @@ def find_shots(score: Floats, edges: Floats, labelled: npt.NDArray[np.bool_]) ->
     changed = unknown | (score >= np.maximum(_DIFFERENT, _UNUSUAL * usual))
     followed = np.nan_to_num(edges[:, 0, _COVERAGE]) >= _FOLLOWED
     changed[2:-1] |= followed[1:-2] & followed[3:]
-    cut = changed & (bridge < _BRIDGED) & labelled
-    seen = np.flatnonzero(labelled)
-    if len(seen):
-        cut[: seen[0] + 1] = False
+    cut = changed & (bridge < _BRIDGED) & seen
+    cut[: seen.argmax() + 1] = False
     return np.cumsum(cut, dtype=np.int32)
+
+
+def _paired(coverage: Floats) -> npt.NDArray[np.bool_]:
+    """Whether a frame was compared with any other: (N,)."""
+    pairs = coverage >= 0  # neither NaN nor unread
+    paired: npt.NDArray[np.bool_] = np.any(pairs, axis=1)
+    for row, gap in enumerate(GAPS[: coverage.shape[1]]):
+        paired[:-gap] |= pairs[gap:, row]
+    return paired
 
 
 def _bridges(coverage: Floats) -> npt.NDArray[np.float64]:

@@ -25,7 +25,6 @@ _ROUNDS = 12
 _HUBER = 1.345  # 95 % efficient on normal residuals
 _TIE = 1e-6  # of the median weight: holds neighbours together where no edge does
 _LEVEL = 1e-9  # how little the trend may slope, against how little it may bend
-_LEAST_LEAK = 1e-3  # below, a trend is a constant to the digits of float64
 _LEAST_WEIGHT = 1e-3  # of the median weight: less is no trust at all
 # What the solve finds in rendered clips that do not flicker, panning and forward (benchmarks/smoothing.md).
 _SCALE_ERROR, _SHIFT_ERROR = 0.003, 0.001
@@ -55,8 +54,9 @@ def solve(edges: Floats, score: Floats, labelled: npt.NDArray[np.bool_], *, leak
         edges: (N, gaps, FIELDS) of `segment_edges`; NaN where there is no edge.
         score: (N,) of `segment_edges`.
         labelled: (N,) whether a frame has a label; the others get what lies between their neighbours'.
-        leak: Radians a frame, from 0 on. Changes of the raw scale and shift that are slower stay, faster ones go; half
-            of a change of exactly this frequency stays. At 0 nothing but each shot's mean stays.
+        leak: Radians a frame, 0 or from 0.001 on: below, float64 has too few digits. Changes of the raw scale and shift
+            that are slower stay, faster ones go; half of a change of exactly this frequency stays. At 0 nothing but
+            each shot's mean stays.
     """
     shot = find_shots(score, edges, labelled)
     scale, shift = np.ones(len(shot)), np.zeros(len(shot))
@@ -166,7 +166,7 @@ def _without_trend(track: Doubles, labelled: npt.NDArray[np.bool_], leak: float)
     """
     x = track - (track[labelled].mean() if labelled.any() else 0.0)
     frames = len(x)
-    if frames == 1 or leak < _LEAST_LEAK:
+    if frames == 1 or leak == 0:
         return x
     data = leak**4 * labelled + 1e-12
     bands = np.zeros((min(frames, 3), frames))

@@ -17,10 +17,12 @@ from depthmill.pipeline.smoothing.solve import solve
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.store.layout import DEPTH_INVALID, DEPTH_STEP, NORMALS_FULL_SCALE
-from depthmill.pipeline.store.temporal import FILTERED, SCALED, Temporal, stored_rows
+from depthmill.pipeline.store.temporal import FILTERED, PARTLY, SCALED, UNREAD, Temporal, stored_rows
 from depthmill.pipeline.types import LABELLED, Frame, FrameSource, Segment, WorkerState
 
 Phase = Literal["edges", "solve", "filter"]
+
+_COVERAGE = FIELDS.index("coverage")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class SmoothTask:
         fingerprint: Of the source; another one is refused.
         segment: Which frames; all for `solve`.
         attempts: How many have failed.
+        losses: How many ended with the worker's whole machine.
     """
 
     phase: Phase
@@ -40,6 +43,7 @@ class SmoothTask:
     fingerprint: str
     segment: Segment
     attempts: int = 0
+    losses: int = 0
 
     @property
     def frames(self) -> int:
@@ -57,18 +61,34 @@ def edges_shape(max_edge: int) -> tuple[int, int]:
 
 def write_segment_edges(
     source: FrameSource, segment: Segment, store: Store, config: SmoothConfig, on_frame: Callable[[], None]
-) -> None:
-    """Compute and commit the edges of a segment, with the `max_edge` frames before it read again."""
+) -> str:
+    """Compute and commit the edges of a segment, with the `max_edge` frames before it read again.
+
+    A frame whose picture cannot be read again has none; the next run tries them again.
+
+    Returns:
+        Why the first of those pictures could not be read; "" if all could.
+    """
     start = max(0, segment.start - config.max_edge)
-    views = _views(source, store, segment.source_id, start, segment.stop, on_frame)
+    unread: dict[int, str] = {}
+    views = _views(source, store, segment.source_id, start, segment.stop, on_frame, unread)
     edges, score = segment_edges(views, segment.start - start, max_edge=config.max_edge, flow=config.flow)
+    for frame in unread:
+        for row, gap in enumerate(GAPS[: edges.shape[1]]):
+            for later in {frame, frame + gap} & set(range(segment.start, segment.stop)):
+                edges[later - segment.start, row, _COVERAGE] = UNREAD
     Temporal(store, segment.source_id).write_edges(segment, edges, score)
+    return next(iter(unread.values()), "")
 
 
 def write_empty_edges(segment: Segment, store: Store, config: SmoothConfig) -> None:
-    """Commit a segment that could not be read again: its frames have no edges."""
+    """Commit a segment that could not be read again, unless an earlier run could: its frames have no edges."""
+    temporal = Temporal(store, segment.source_id)
+    if segment not in temporal.pending("edges"):
+        return
     edges = np.full((segment.frames, *edges_shape(config.max_edge)), np.nan, np.float32)
-    Temporal(store, segment.source_id).write_edges(segment, edges, np.full(segment.frames, np.nan, np.float32))
+    edges[..., _COVERAGE] = UNREAD
+    temporal.write_edges(segment, edges, np.full(segment.frames, np.nan, np.float32))
 
 
 def solve_source(source_id: str, store: Store, config: SmoothConfig) -> None:
@@ -93,15 +113,12 @@ def filter_segment(
     temporal = Temporal(store, segment.source_id)
     frames = store.attributes(segment.source_id)["frames"]
     start, stop = max(0, segment.start - REACH), min(frames, segment.stop + REACH)
-    unread: dict[int, dict[str, npt.NDArray[np.float32]]] = {}  # labels of frames without a picture, until their turn
-    why = ""
+    unread: dict[int, str] = {}
+    scaled: dict[int, dict[str, npt.NDArray[np.float32]]] = {}  # labels of those frames, until their turn
 
     def on_unread(frame: Frame, labels: dict[str, npt.NDArray[np.float32]]) -> None:
-        nonlocal why
-        if not why:
-            temporal.mark_unread(segment)  # before it is committed
-            why = f"frame {frame.index}: {frame.error}"
-        unread[frame.index] = labels
+        unread[frame.index] = _why(frame)
+        scaled[frame.index] = labels
 
     given = _filter_frames(source, store, segment.source_id, start, stop, on_frame, on_unread)
     filtered = filter_frames(given, segment.start - start, stop - segment.stop, flow=config.flow)
@@ -110,17 +127,20 @@ def filter_segment(
         for index, one in enumerate(filtered, segment.start):
             if one is not None:
                 labels = {"depth": one.depth, "normals": one.normals}
-                yield FILTERED, {name: value for name, value in labels.items() if value is not None}
+                code = PARTLY if any(abs(other - index) <= REACH for other in unread) else FILTERED
+                yield code, {name: value for name, value in labels.items() if value is not None}
             else:
-                yield (SCALED, unread.pop(index)) if index in unread else None
+                yield (SCALED, scaled.pop(index)) if index in scaled else None
 
     temporal.write_filtered(segment, named())
-    return why
+    return next(iter(unread.values()), "")
 
 
 def write_unfiltered(segment: Segment, store: Store) -> None:
-    """Commit a segment that could not be read again: scaled and shifted, which needs no picture, and not filtered."""
+    """Commit a segment that could not be read again, unless an earlier run could: scaled and shifted, not filtered."""
     temporal = Temporal(store, segment.source_id)
+    if segment not in temporal.pending("filter"):
+        return
     rows = _label_rows(store, segment.source_id, segment.start, segment.stop)
     temporal.write_filtered(segment, (None if labels is None else (SCALED, labels) for labels in rows))
 
@@ -167,8 +187,7 @@ class Smoother:
             source = self._sources.open(task.uri, task.fingerprint)
             if task.phase == "filter":
                 return filter_segment(source, task.segment, self._store, self._config, on_frame)
-            write_segment_edges(source, task.segment, self._store, self._config, on_frame)
-            return ""
+            return write_segment_edges(source, task.segment, self._store, self._config, on_frame)
         finally:
             self._state = WorkerState("idle")
 
@@ -182,15 +201,27 @@ class Smoother:
 
 
 def _views(
-    source: FrameSource, store: Store, source_id: str, start: int, stop: int, on_frame: Callable[[], None]
+    source: FrameSource,
+    store: Store,
+    source_id: str,
+    start: int,
+    stop: int,
+    on_frame: Callable[[], None],
+    unread: dict[int, str],
 ) -> Iterator[View | None]:
-    status = store.status(source_id)[start:stop]
+    """What the edges see of each frame; `unread` is told why pictures of labelled frames could not be read."""
+    status = store.status(source_id, start, stop)
     extents = _extents(store, source_id, start, stop)
     rows = stored_rows(store, source_id, "depth", start, stop)
     for frame, packed, code, (height, width) in zip(source.read(start, stop), rows, status, extents, strict=True):
         on_frame()
-        usable = frame.image is not None and code == LABELLED
-        yield view(frame.image, _depth(packed[:height, :width])) if usable and frame.image is not None else None
+        if code != LABELLED:
+            yield None
+        elif frame.image is None:
+            unread[frame.index] = _why(frame)
+            yield None
+        else:
+            yield view(frame.image, _depth(packed[:height, :width]))
 
 
 def _filter_frames(
@@ -220,7 +251,7 @@ def _label_rows(
     """Labels of each frame, depth scaled and shifted; None where there are none."""
     temporal = Temporal(store, source_id)
     scale, shift = (temporal.read(name)[start:stop] for name in ("scale", "shift"))
-    status = store.status(source_id)[start:stop]
+    status = store.status(source_id, start, stop)
     extents = _extents(store, source_id, start, stop)
     rows = {name: stored_rows(store, source_id, name, start, stop) for name in store.layout.labels}
     for i, (height, width) in enumerate(extents):
@@ -232,6 +263,10 @@ def _label_rows(
         if "normals" in packed:
             labels["normals"] = _normals(packed["normals"])
         yield labels
+
+
+def _why(frame: Frame) -> str:
+    return f"frame {frame.index}: {frame.error}"
 
 
 def _extents(store: Store, source_id: str, start: int, stop: int) -> npt.NDArray[Any]:

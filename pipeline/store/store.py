@@ -168,9 +168,9 @@ class Store:
         frames, length = self.attributes(source_id)["frames"], self.segment_frames(source_id)
         return [Segment(source_id, start, min(start + length, frames)) for start in range(0, frames, length)]
 
-    def status(self, source_id: str) -> npt.NDArray[np.uint8]:
-        """What became of each frame: (frames,) uint8, one of PENDING, LABELLED, FAILED."""
-        return np.asarray(self._array(source_id, "status")[:], np.uint8)
+    def status(self, source_id: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """What became of each frame, or of the frames [start, stop): uint8, one of PENDING, LABELLED, FAILED."""
+        return np.asarray(self._array(source_id, "status")[start:stop], np.uint8)
 
     def pending(self, source_id: str) -> list[Segment]:
         """The segments of a source that are not committed, in order; one listing."""

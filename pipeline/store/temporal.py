@@ -3,6 +3,8 @@
 The group's attributes say how it was made, and of which labels. The chunks of `edges`, `shot` and `filtered` are each
 written last of what they belong to: they commit a segment's edges, a video's solution, a segment's filtered labels.
 None of them is ever all fill, so that each is a file. What is made anew is un-committed before the attributes change.
+The chunks of `edges` and `filtered` also say what was made without a picture that could not be read again, so that the
+next run tries it again.
 """
 
 from __future__ import annotations
@@ -34,12 +36,15 @@ from depthmill.pipeline.types import Segment
 
 # Smoothed depth leaves [0, 1]: the same steps from here on reach to 8.8.
 SMOOTH_OFFSET = -4.0
-FILTERED, NO_LABELS, SCALED = 1, 2, 3
+# What `filtered` says of a frame. SCALED: its picture could not be read, so it is scaled and shifted alone; PARTLY: it
+# was filtered without another frame, whose picture could not be read.
+FILTERED, NO_LABELS, SCALED, PARTLY = 1, 2, 3, 4
+# Coverage of an edge of a frame whose picture could not be read.
+UNREAD = -1.0
 
 _VERSION = 1  # of the computation: raised when the same configuration gives other bytes
 _COMMITS = {"edges": "edges", "solution": "shot", "filter": "filtered"}
 _FILTER_ARRAYS = ("depth_smooth", "normals_smooth")
-_UNREAD_SEGMENTS = "unread"  # attribute: first frames of segments that could not be read again
 
 
 class Temporal:
@@ -69,19 +74,9 @@ class Temporal:
         there = self.attributes()
         if there == wanted:
             return
-        unread = None if there is None else there.pop(_UNREAD_SEGMENTS, None)
-        if there == wanted and unread:
-            for segment in self.store.segments(self.source_id):
-                if segment.start in unread:
-                    self.uncommit("edges", segment)
-            self.uncommit_solution()
-        elif there is None or {**there, "leak": leak} != wanted:
+        if there is None or {**there, "leak": leak} != wanted:
             self.remove()
-        else:
-            self.uncommit_solution()
-        self._directory.remove(f"{self._root}/filtered/c")
-        for name in _FILTER_ARRAYS:
-            self._directory.remove(f"{self.source_id}/{name}")
+        self.uncommit_solution()
         for name, document in self._documents(shape).items():
             self._directory.write(f"{self.source_id}/{name}/{METADATA}", json_bytes(document))
         self._directory.write(f"{self._root}/{METADATA}", json_bytes(group_document(wanted)))
@@ -103,13 +98,6 @@ class Temporal:
             if self._directory.read(key) is None:
                 self._directory.write(key, json_bytes(document))
 
-    def mark_unread(self, segment: Segment) -> None:
-        """Note that a segment could not be read again: the next `prepare` un-commits what was made without it."""
-        attributes = self.attributes()
-        assert attributes is not None
-        attributes[_UNREAD_SEGMENTS] = sorted({*attributes.get(_UNREAD_SEGMENTS, []), segment.start})
-        self._directory.write(f"{self._root}/{METADATA}", json_bytes(group_document(attributes)))
-
     def uncommit(self, what: str, segment: Segment) -> None:
         """Have a segment's `edges`, or what is `filter`ed of it, made again by the next run."""
         number = segment.start // self.store.segment_frames(self.source_id)
@@ -119,7 +107,10 @@ class Temporal:
             self._directory.delete(f"{self._root}/filtered/c/{number}")
 
     def uncommit_solution(self) -> None:
-        """Have the solution made again by the next run."""
+        """Have the solution made again by the next run, and what is filtered by it, which therefore goes first."""
+        self._directory.remove(f"{self._root}/filtered/c")
+        for name in _FILTER_ARRAYS:
+            self._directory.remove(f"{self.source_id}/{name}")
         self._directory.remove(f"{self._root}/shot/c")
 
     def digest(self) -> str:
@@ -130,15 +121,34 @@ class Temporal:
 
     def pending(self, what: str) -> list[Segment]:
         """Segments without `edges`, or that are not `filter`ed, in order."""
-        done = {name.partition("/")[0] for name in self._directory.children(f"{self._root}/{_COMMITS[what]}/c")}
+        chunks = f"{self._root}/{_COMMITS[what]}/c"
+        # Files: a write that failed may leave the folders above one.
+        done = {key.removeprefix(f"{chunks}/").partition("/")[0] for key in self._directory.sizes(chunks)}
         return [one for i, one in enumerate(self.store.segments(self.source_id)) if str(i) not in done]
+
+    def unread(self, what: str) -> list[Segment]:
+        """Segments whose `edges`, or what is `filter`ed of them, lack a picture that could not be read, in order."""
+        values = self.read(_COMMITS[what])
+        lacks = (values == UNREAD).any(axis=(1, 2)) if what == "edges" else np.isin(values, (SCALED, PARTLY))
+        return [one for one in self.store.segments(self.source_id) if lacks[one.start : one.stop].any()]
 
     def solved(self) -> bool:
         """Whether scales and shifts are there."""
         return bool(self._directory.children(f"{self._root}/shot/c"))
 
     def write_edges(self, segment: Segment, edges: npt.NDArray[np.float32], score: npt.NDArray[np.float32]) -> None:
-        """Commit a segment's edges, (frames, gaps, fields), and scores, (frames,)."""
+        """Commit a segment's edges, (frames, gaps, fields), and scores, (frames,).
+
+        Those that are there again change nothing; of others the solution is un-committed before.
+        """
+        if self.solved():
+            there = [self.store.array(self.source_id, f"temporal/{name}") for name in ("edges", "score")]
+            if all(
+                np.array_equal(one[segment.start : segment.stop], new, equal_nan=True)
+                for one, new in zip(there, (edges, score), strict=True)
+            ):
+                return
+            self.uncommit_solution()
         self._write("score", segment.start, segment.stop, score)
         self._write("edges", segment.start, segment.stop, edges)
 
@@ -158,8 +168,8 @@ class Temporal:
 
         Args:
             segment: Which frames.
-            frames: For each what `filtered` says of it (FILTERED or SCALED) and its labels by name (`depth`,
-                `normals`); None where there are none.
+            frames: For each what `filtered` says of it and its labels by name (`depth`, `normals`); None where there
+                are none.
         """
         attributes = self.store.attributes(self.source_id)
         shard = self.store.layout.frames_per_shard(*attributes["size"])
@@ -250,7 +260,7 @@ class Temporal:
             "temporal/shift": one("shift", "float32", 0, "smoothed depth = scale * depth + shift"),
             "temporal/shot": one("shot", "int32", -1, "number of the shot"),
             "temporal/filtered": one(
-                "filtered", "uint8", 0, "0 pending, 1 filtered, 2 no labels, 3 scaled and shifted alone", length
+                "filtered", "uint8", 0, "0 pending, 1 filtered, 2 no labels, 3 scaled alone, 4 without another", length
             ),
         }
 
@@ -273,4 +283,4 @@ def stored_rows(store: Store, source_id: str, name: str, start: int, stop: int) 
         start = end
 
 
-__all__ = ["FILTERED", "NO_LABELS", "SCALED", "SMOOTH_OFFSET", "Temporal", "pack_smooth_depth", "stored_rows"]
+__all__ = ["FILTERED", "NO_LABELS", "PARTLY", "SCALED", "SMOOTH_OFFSET", "UNREAD", "Temporal", "stored_rows"]

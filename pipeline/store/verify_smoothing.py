@@ -14,7 +14,7 @@ from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store.layout import Document, file_key, rows_per_file
 from depthmill.pipeline.store.root import METADATA
 from depthmill.pipeline.store.store import Store
-from depthmill.pipeline.store.temporal import FILTERED, SCALED, Temporal
+from depthmill.pipeline.store.temporal import NO_LABELS, Temporal
 from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
 from depthmill.pipeline.types import Segment
 
@@ -60,6 +60,7 @@ def verify_smoothing(store: Store, source_id: str, *, repair: bool) -> Iterator[
         found = [one for name in solution for one in _wrong(store, name, arrays[name], everything)]
         if found and repair:
             temporal.uncommit_solution()
+            pending["filter"] = set(segments)
         yield from found
     for what, names in (("edges", ["temporal/score", "temporal/edges"]), ("filter", ["temporal/filtered", *labels])):
         for segment in segments:
@@ -106,4 +107,4 @@ def _needed(store: Store, name: str, source_id: str, start: int, stop: int) -> b
     if not name.endswith("_smooth"):
         return True
     codes = np.asarray(store.array(source_id, "temporal/filtered")[start:stop])
-    return bool(np.isin(codes, (FILTERED, SCALED)).any())
+    return bool((codes != NO_LABELS).any())

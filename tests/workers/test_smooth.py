@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from depthmill.cli import app
 from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.errors import RunStoppedError, StoreError, StoreFullError
+from depthmill.pipeline.preview import _labels
+from depthmill.pipeline.smoothing.edges import FIELDS
 from depthmill.pipeline.smoothing.stage import Smoother
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import Layout, create, open_datasets, open_store
@@ -144,7 +146,8 @@ def test_a_segment_that_cannot_be_read_again_is_left_until_it_can(tmp_path, vide
             assert done.smoothed == (source_id,)
     temporal = Temporal(store, source_id)
     if phase == "edges":
-        assert np.isnan(temporal.read("edges")[8:16]).all()
+        assert temporal.unread("edges") == [store.segments(source_id)[1]]
+        assert not np.isfinite(temporal.read("edges")[8:16, :, FIELDS.index("log_scale")]).any()
     else:
         assert (temporal.read("filtered")[8:16] == SCALED).all()
         scale, shift = temporal.read("scale"), temporal.read("shift")
@@ -269,8 +272,11 @@ def test_the_command_line_labels_smooths_and_previews(tmp_path, video):
         (path,) = out.glob("*.png")
         with Image.open(path) as picture:
             sizes.append(picture.size)
-    # One more column; and below, the slices over time and the curves.
+    # More columns; and below, the slices over time and the curves.
     assert sizes[1][0] > sizes[0][0]
+    raw, found = (open_datasets(store, smooth=smooth)[name] for smooth in (False, True))
+    drawn = _labels(open_store(store), name, raw, found)
+    assert list(drawn) == ["depth", "depth\nsmoothed", "normals", "normals\nsmoothed"]
     assert sizes[1][1] > sizes[0][1] + 400
 
 

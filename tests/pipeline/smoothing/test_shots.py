@@ -57,6 +57,21 @@ def test_a_cut_behind_missing_frames():
     assert starts((score, edges, labelled)) == [20]
 
 
+def test_frames_that_could_not_be_read_again_are_no_shots_of_their_own():
+    score, edges, labelled = video(frames=120)
+    score[20:85] = np.nan
+    edges[20:84, :, -1] = -1  # their own, and those that lead to them
+    for row, gap in enumerate(GAPS):
+        edges[20 + gap : 84 + gap, row, -1] = -1
+    assert starts((score, edges, labelled)) == [83], "no edge is long enough to lead across"
+    score, edges, labelled = video(frames=120)
+    score[20:30] = np.nan
+    edges[20:29, :, -1] = -1
+    for row, gap in enumerate(GAPS):
+        edges[20 + gap : 29 + gap, row, -1] = -1
+    assert starts((score, edges, labelled)) == []
+
+
 def test_a_cut_between_pictures_of_the_same_greys():
     score, edges, labelled = video(cuts=(20,))
     score[20] = 0.02

@@ -1,12 +1,13 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.smoothing.stage import edges_shape, filter_segment, solve_source, write_segment_edges
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import open_datasets
-from depthmill.pipeline.store.temporal import FILTERED, SCALED, Temporal
+from depthmill.pipeline.store.temporal import FILTERED, PARTLY, SCALED, Temporal
 from depthmill.pipeline.store.verify import verify
 from depthmill.tests import media
 from depthmill.tests.workers.flickering import labelled, written
@@ -26,18 +27,18 @@ class Unread:
             yield dataclasses.replace(frame, image=None, error="timed out") if lost else frame
 
 
-def smooth(store, source_id, video, *unread):
-    """Smooth a video, as far as it is not; when it is filtered, the frames `unread` cannot be read. What it says."""
+def smooth(store, source_id, video, *unread, edges_unread=()):
+    """Smooth a video, as far as it is not; the frames `unread` cannot be read when it is filtered. What that says."""
     temporal, source = Temporal(store, source_id), open_source(video)
     shape = edges_shape(CONFIG.max_edge)
     temporal.prepare(max_edge=CONFIG.max_edge, flow=CONFIG.flow, leak=CONFIG.leak, shape=shape)
-    for segment in temporal.pending("edges"):
-        write_segment_edges(source, segment, store, CONFIG, lambda: None)
+    for segment in temporal.pending("edges") + temporal.unread("edges"):
+        write_segment_edges(Unread(source, *edges_unread), segment, store, CONFIG, lambda: None)
     if not temporal.solved():
         solve_source(source_id, store, CONFIG)
     temporal.prepare_filter()
-    lossy = Unread(source, *unread)
-    said = [filter_segment(lossy, segment, store, CONFIG, lambda: None) for segment in temporal.pending("filter")]
+    lossy, todo = Unread(source, *unread), temporal.pending("filter") + temporal.unread("filter")
+    said = [filter_segment(lossy, segment, store, CONFIG, lambda: None) for segment in todo]
     source.close()
     return said
 
@@ -50,8 +51,10 @@ def test_a_picture_that_cannot_be_read_once_costs_no_labels(tmp_path):
     # The frames beside it are filtered without it.
     assert smooth(store, name, video, 9) == ["", "frame 9: timed out", "frame 9: timed out", ""]
     temporal = Temporal(store, name)
-    assert temporal.read("filtered").tolist() == [FILTERED] * 9 + [SCALED] + [FILTERED] * 4
-    assert temporal.attributes()["unread"] == [4, 8]
+    assert (
+        temporal.read("filtered").tolist() == [FILTERED] * 7 + [PARTLY] * 2 + [SCALED] + [PARTLY] * 2 + [FILTERED] * 2
+    )
+    assert [one.start for one in temporal.unread("filter")] == [4, 8]
     scale, shift = (temporal.read(one)[9] for one in ("scale", "shift"))
     found = open_datasets(store.uri, smooth=True)[name]
     raw = open_datasets(store.uri)[name]
@@ -59,4 +62,23 @@ def test_a_picture_that_cannot_be_read_once_costs_no_labels(tmp_path):
     assert (found.normals[9, ..., 2].values > 0.99).all()
     assert not verify(store).damage
     smooth(store, name, video)
+    assert written(store) == written(whole)
+
+
+def test_edges_without_a_picture_are_made_again_and_all_that_follows_from_them(tmp_path):
+    video = media.write_video(tmp_path / "clip.mp4", frames=14)
+    whole, _ = labelled(tmp_path / "whole.zarr", video, 4)
+    store, name = labelled(tmp_path / "a.zarr", video, 4)
+    smooth(whole, name, video)
+    smooth(store, name, video, edges_unread=(7,))
+    temporal = Temporal(store, name)
+    assert [one.start for one in temporal.unread("edges")] == [4, 8]  # it is two frames before the third segment's
+    assert temporal.read("shot").tolist() == [0] * 14  # frames that nobody saw are no shots
+    before = written(store)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Temporal, "uncommit_solution", lambda self: pytest.fail("nothing is new"))
+        smooth(store, name, video, edges_unread=(7,))
+    assert written(store) == before
+    smooth(store, name, video)
+    assert not temporal.unread("edges")
     assert written(store) == written(whole)

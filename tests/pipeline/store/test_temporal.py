@@ -1,10 +1,11 @@
+import errno
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.errors import StoreError, StoreFullError
 from depthmill.pipeline.store import open_datasets
 from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.temporal import Temporal
@@ -61,3 +62,31 @@ def test_an_array_that_lost_its_metadata_is_made_again(store, name):
         assert smoothed(store).read("scale").tolist() == [2] * 18
         assert files(store.uri) == expected
     assert not verify(store).damage
+
+
+def test_edges_that_could_not_be_written_are_pending(store, monkeypatch):
+    temporal = Temporal(store, "video")
+    temporal.prepare(max_edge=1, flow="fast", leak=0.1, shape=(1, 5))
+    segment = temporal.pending("edges")[0]
+
+    def full(partial, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(StoreFullError):
+            temporal.write_edges(
+                segment, np.ones((segment.frames, 1, 5), np.float32), np.ones(segment.frames, np.float32)
+            )
+    Path(store.uri, "video/temporal/edges/c/0/0").mkdir(parents=True, exist_ok=True)  # as if killed before the file was
+    assert temporal.pending("edges")[0] == segment
+
+
+def test_other_edges_un_commit_what_was_solved_of_them_and_the_same_do_not(store):
+    temporal = smoothed(store)
+    segment = store.segments("video")[0]
+    edges, score = np.ones((segment.frames, 1, 5), np.float32), np.ones(segment.frames, np.float32)
+    temporal.write_edges(segment, edges, score)
+    assert temporal.solved()
+    temporal.write_edges(segment, 2 * edges, score)
+    assert not temporal.solved()
