@@ -105,7 +105,7 @@ def clip_reasons(scores: Mapping[str, ClipScores]) -> list[str]:
     if unpaired and pairs:
         lines.append(f"TAE is of {pairs} pairs of frames; {unpaired} have no poses, or nothing in common")
     if not pairs:
-        lines.append("no TAE: the index has no poses (pose) and intrinsics (K)")
+        lines.append("no TAE: no two consecutive frames have poses (pose), intrinsics (K) and something in common")
     return lines
 
 

@@ -94,44 +94,48 @@ def score_clips(
 
 
 def _score_clip(wanted: ClipSet, clip: TrueClip, read: Callable[[Sample], Floats]) -> ClipRow:
-    found = {frame: moments for frame in clip.frames if (moments := _moments(wanted, frame, read)) is not None}
-    if not found:
+    nearest_m = np.inf
+    found: list[Moments | None] = []
+    for frame in clip.frames:
+        truth = read_true_depth(wanted, frame)
+        found.append(_moments(frame, truth, read))
+        nearest_m = min(nearest_m, float(np.nanmin(truth, initial=np.inf)))
+    known = [one for one in found if one is not None]
+    if not known:
         raise UnscorableError(f"none of its {len(clip.frames)} frames has a pixel of valid depth")
-    whole = Moments.pooled(list(found.values()))
+    whole = Moments.pooled(known)
     scale, shift = whole.affine
-    bounds = (_NEAREST_M, wanted.cap_m)
     figures: list[dict[str, float]] = []
     errors: list[float] = []
     before: tuple[ClipFrame, Floats] | None = None
-    for frame in clip.frames:
+    for frame, moments in zip(clip.frames, found, strict=True):
         truth = read_true_depth(wanted, frame)
         depth = _prediction(frame, truth, read)
         valid = np.isfinite(truth)
-        if frame in found:
-            figures.append(depth_metrics(depth[valid], truth[valid], scale, shift, bounds))
-        aligned = np.clip(scale * depth + shift, *bounds)
+        if moments is not None:
+            figures.append(depth_metrics(depth[valid], truth[valid], scale, shift, (_NEAREST_M, wanted.cap_m)))
+        # TAE divides by this: what alignment puts behind the camera would be all of it.
+        aligned = np.clip(scale * depth + shift, nearest_m, wanted.cap_m)
         if before is not None:
             errors += _both_ways(*before, frame, aligned)
         before = frame, aligned
-    known = [one for one in errors if not np.isnan(one)]
     metrics = {name: float(np.mean([one[name] for one in figures])) for name in ("abs_rel", "delta1")}
-    metrics["tae"] = 100 * float(np.mean(known)) if known else np.nan
-    metrics |= steadiness(list(found.values()))
+    metrics["tae"] = 100 * float(np.mean(errors)) if errors else np.nan
+    metrics |= steadiness(found)
     return ClipRow(
         name=clip.name,
         metrics=metrics,
-        frames=len(found),
+        frames=len(known),
         pixels=whole.count,
         scale=scale,
         shift=shift,
-        empty=len(clip.frames) - len(found),
-        pairs=len(known) // 2,
-        unpaired=len(clip.frames) - 1 - len(known) // 2,
+        empty=len(clip.frames) - len(known),
+        pairs=len(errors) // 2,
+        unpaired=len(clip.frames) - 1 - len(errors) // 2,
     )
 
 
-def _moments(wanted: ClipSet, frame: ClipFrame, read: Callable[[Sample], Floats]) -> Moments | None:
-    truth = read_true_depth(wanted, frame)
+def _moments(frame: ClipFrame, truth: Floats, read: Callable[[Sample], Floats]) -> Moments | None:
     valid = np.isfinite(truth)
     p = _prediction(frame, truth, read)[valid]
     if bad := int((~np.isfinite(p)).sum()):

@@ -165,6 +165,8 @@ def _frame(wanted: ClipSet, folder: Path, entry: dict[str, Any]) -> ClipFrame:
         if intrinsics.shape not in ((3, 3), (4, 4)):
             raise ValueError(f"K of shape {intrinsics.shape}; expected 3x3 or 4x4")
         intrinsics = intrinsics[:3, :3].copy()
+        if not np.linalg.det(intrinsics):
+            raise ValueError(f"K is {intrinsics.tolist()}, which has no inverse; expected a camera matrix")
         # A negative start would need the truth's size; no set has one.
         intrinsics[:2, 2] -= (wanted.columns.start or 0, wanted.rows.start or 0)
     if pose is not None and pose.shape != (4, 4):
@@ -178,5 +180,5 @@ def _frame(wanted: ClipSet, folder: Path, entry: dict[str, Any]) -> ClipFrame:
         truth=folder / entry["gt_depth"],
         factor=float(entry["factor"]),
         intrinsics=intrinsics,
-        pose=pose if pose is not None and np.isfinite(pose).all() else None,
+        pose=pose if pose is not None and np.isfinite(pose).all() and np.linalg.det(pose) else None,
     )

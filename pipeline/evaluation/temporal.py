@@ -59,25 +59,26 @@ class Moments:
         return scale, self.t - scale * self.p
 
 
-def steadiness(frames: Sequence[Moments]) -> dict[str, float]:
+def steadiness(frames: Sequence[Moments | None]) -> dict[str, float]:
     """How the affine map that suits each frame alone varies over a clip.
 
     Args:
-        frames: Of each frame. Those whose best scale is not positive tell no logarithm, and are left out.
+        frames: Of each frame in order; None for one without truth. Those whose best scale is not positive tell no
+            logarithm, and are left out as well.
 
     Returns:
         scale_spread: standard deviation of ln scale over the frames; scale_flicker: of its change from frame to frame.
         shift_spread, shift_flicker: the same of what a frame's map makes of the clip's mean prediction, as a share of
-        the clip's mean depth. NaN where fewer than two frames are left, or three for a flicker.
+        the clip's mean depth. NaN where fewer than two frames are left, or two pairs of consecutive ones for a flicker.
     """
-    clip = Moments.pooled(frames)
-    maps = [one.affine for one in frames]
-    log_scale = np.array([np.log(scale) for scale, _ in maps if scale > 0])
-    middle = np.array([(scale * clip.p + shift) / clip.t for scale, shift in maps if scale > 0])
+    clip = Moments.pooled([one for one in frames if one is not None])
+    maps = np.array([(np.nan, np.nan) if one is None else one.affine for one in frames])
+    scale, shift = np.where(maps[:, :1] > 0, maps, np.nan).T
     figures = {}
-    for name, values in (("scale", log_scale), ("shift", middle)):
-        figures[f"{name}_spread"] = float(values.std()) if len(values) > 1 else np.nan
-        figures[f"{name}_flicker"] = float(np.diff(values).std()) if len(values) > 2 else np.nan
+    for name, values in (("scale", np.log(scale)), ("shift", (scale * clip.p + shift) / clip.t)):
+        for figure, several in (("spread", values), ("flicker", np.diff(values))):
+            known = several[np.isfinite(several)]
+            figures[f"{name}_{figure}"] = float(known.std()) if len(known) > 1 else np.nan
     return figures
 
 

@@ -104,6 +104,23 @@ def test_tae_is_the_mean_of_both_ways_in_per_cent(tmp_path):
     assert row.metrics["tae"] == pytest.approx(100 * np.mean([2 / 5, 2 / 3, 1 / 4, 1 / 5]))
 
 
+def test_tae_is_not_that_of_pixels_put_behind_the_camera(tmp_path):
+    write(tmp_path, "rendered", sequences=("a",), K=[[50, 0, 39.5], [0, 50, 29.5], [0, 0, 1]], pose=np.eye(4).tolist())
+    truth = np.full((60, 80), 4.0)
+    truth[:, :40] = 2.0
+    for i in range(3):
+        Image.fromarray((500 * truth).astype(np.uint16)).save(tmp_path / f"a/depth/{i}.png")
+
+    def said(sample):
+        depth = truth.copy()
+        depth[0, 0] = -4.0 if sample.name.endswith("1") else 2.0
+        return depth
+
+    wanted = CLIP_SETS["rendered"]
+    (row,) = score_clips(wanted, open_clips(wanted, tmp_path), said).rows
+    assert row.metrics["tae"] < 0.1
+
+
 def test_a_smaller_prediction_is_resized(tmp_path):
     write(tmp_path, "rendered", sequences=("a",))
     wanted = CLIP_SETS["rendered"]

@@ -89,4 +89,8 @@ def test_steadiness_is_of_the_maps_that_suit_each_frame():
     assert found["shift_spread"] == pytest.approx(middle.std())
     assert found["shift_flicker"] == pytest.approx(np.diff(middle).std())
     assert np.isnan(steadiness(frames[:1])["scale_spread"])
+    gap = steadiness([*frames[:3], None, *frames[3:]])
+    assert gap["scale_spread"] == pytest.approx(found["scale_spread"])
+    steps = np.diff(np.log(scale))
+    assert gap["scale_flicker"] == pytest.approx(np.delete(steps, 2).std()), "no step leads across a frame left out"
     assert np.isnan(steadiness(frames[:2])["scale_flicker"])
