@@ -191,7 +191,7 @@ def _labels(
     found: dict[str, xarray.DataArray] = {}
     for name in store.layout.labels:
         found[name] = raw[name]
-        if smoothed is not None and (name == "depth" or f"{name}_smooth" in store.arrays(source_id)):
+        if smoothed is not None and (name == "depth" or Temporal(store, source_id).filtered()):
             found[_SMOOTHED.format(name)] = smoothed[name]
     return found
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 Floats = npt.NDArray[np.float32]
 
 _SLICE, _CURVE, _GAP, _LINE = 150, 90, 6, 18  # heights in pixels
+_CUT_EVERY = 16  # pixels at least, on average: more lines would hide what is between them
 _FINE = 3  # lines are drawn this much larger, then shrunk: Pillow's own have steps
 _INK, _FAINT, _CUT, _CURVE_COLOUR = "black", (215, 215, 215), (120, 120, 120), (31, 90, 160)
 
@@ -45,7 +46,7 @@ class Timeline:
 def draw_timeline(
     timeline: Timeline, width: int, margin: int, colours: Callable[[Floats], npt.NDArray[np.uint8]], step: float
 ) -> Image.Image:
-    """Draw it: x is time, the same for all four panels; vertical lines are cuts.
+    """Draw it: x is time, the same for all four panels; vertical lines are cuts, unless they are too many.
 
     Args:
         timeline: What to draw.
@@ -60,10 +61,14 @@ def draw_timeline(
     sheet = Image.new("RGB", (margin + width, tops[-1] + heights[-1] + 2 * _LINE + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=12)
-    draw.text((margin, 2), f"{timeline.column} over time; dark lines are of equal depth", _INK, font)
     x = (np.arange(timeline.shot.size) + 0.5) * width / timeline.shot.size
     cuts = [width * int(i) / timeline.shot.size for i in np.flatnonzero(np.diff(timeline.shot)) + 1]
     ticks = _ticks_of_time(timeline, x)
+    title = f"{timeline.column} over time; dark lines are of equal depth"
+    if len(cuts) > width / _CUT_EVERY:
+        title += f"; {len(cuts)} cuts, too many to draw"
+        cuts = []
+    draw.text((margin, 2), title, _INK, font)
 
     for name, depth, top in (("depth", timeline.raw, tops[0]), ("smoothed", timeline.smoothed, tops[1])):
         panel = _slice(depth, (width, _SLICE), colours, step)

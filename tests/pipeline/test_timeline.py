@@ -58,6 +58,12 @@ def test_cuts_and_frames_without_labels_part_the_curves():
     assert (sheet[RAW, 110:190] == 0).mean() > 0.99, "what has no depth has its colour, and no contour"
 
 
+def test_cuts_that_would_hide_the_pictures_are_not_drawn():
+    many = drawn(timeline(np.ones(N, np.float32), np.arange(N, dtype=np.int32)))
+    none = drawn(timeline(np.ones(N, np.float32), np.zeros(N, np.int32)))
+    assert (many[RAW] == none[RAW]).all()
+
+
 def test_one_frame_and_no_times():
     one = Timeline(
         np.full((H, 1), 0.5, np.float32),
