@@ -108,7 +108,8 @@ class Objective(torch.nn.Module):
         """
         last = self.scheduler.config.num_train_timesteps
         times = torch.randint(last, (len(latent),), generator=rng)
-        discounts = (self.config.noise_discount * times / last).tolist()
+        strength = self.config.noise_discount if given is not None else 0.0  # Stable Diffusion's noise is gaussian
+        discounts = (strength * times / last).tolist()
         shape = (latent.shape[1], latent.shape[2], latent.shape[3])
         noise = torch.stack([pyramid_noise(shape, rng, discount) for discount in discounts]).to(latent)
         t = times.to(latent.device)
