@@ -17,8 +17,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 import yaml
 
+from depthmill.pipeline.bench.timing import Spent, interleave, ratio, typical
 from depthmill.pipeline.evaluation.metrics import angles_deg, depth_metrics, fit_affine
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.training import scenes
@@ -37,6 +39,25 @@ HERE = Path(__file__).parent
 FIRST_SEED = 1_000_020_000  # scenes of the embedded checkpoint's own test begin 10,000 below
 MODALITIES = ("depth", "normals")
 NOISES = ("gaussian", "pyramid")
+ROUNDS, TIMED = 3, 16  # in which all ways are timed; pictures that each labels in one
+
+
+Figures = dict[str, np.ndarray]  # (scenes,) each: `abs_rel` and `delta1`, or the mean `angle` in degrees
+
+
+@dataclass(frozen=True)
+class Way:
+    """An estimator and how it is sampled.
+
+    Attributes:
+        name: Of this, in files.
+        model: Whose checkpoints, `<model>-depth` and `<model>-normals`.
+        options: Of `Labeler.from_pretrained`.
+    """
+
+    name: str
+    model: str
+    options: dict[str, Any]
 
 
 class Paper:
@@ -44,7 +65,11 @@ class Paper:
 
     def __init__(self, settings: dict[str, Any], out: Path):
         self.settings, self.out = settings, out
-        out.mkdir(parents=True, exist_ok=True)
+        (out / "results").mkdir(parents=True, exist_ok=True)
+        record = json.dumps({"scenes": scenes.VERSION, **settings}, indent=1)
+        if (out / "settings.json").exists() and (out / "settings.json").read_text() != record:
+            sys.exit(f"{out} holds a run of other settings (settings.json there): give another --out, or remove it")
+        (out / "settings.json").write_text(record)
         self.environment = os.environ | {"OMP_NUM_THREADS": str(settings["threads"])}
 
     def train(self) -> dict[str, float]:
@@ -91,64 +116,77 @@ class Paper:
             seconds.write_text(json.dumps(spent + time.monotonic() - started))
         done.touch()
 
-    @cache  # noqa: B019  # there is one
-    def held_out(self) -> Views:
-        """Scenes that nothing is trained on."""
-        seeds = range(FIRST_SEED, FIRST_SEED + self.settings["held_out"])
-        return scenes.view(seeds, self.settings["height"], self.settings["width"])
-
-    def score(self, name: str, modality: str, **options: Any) -> dict[str, float]:
-        """Figures of one estimator with one way of sampling, from its file or by labelling."""
-        words = [name, *(f"{key}={value}" for key, value in sorted(options.items()))]
-        path = self.out / "results" / f"{'_'.join(words)}.json"
+    def figures(self, way: Way, modality: str) -> Figures:
+        """Each scene's figures of an estimator with one way of sampling, from its file or by labelling."""
+        path = self.out / "results" / f"{way.name}-{modality}.json"
         if not path.exists():
-            print("labelling", *words, flush=True)
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(self._score(name, modality, options)))
-        result: dict[str, float] = json.loads(path.read_text())
-        return result
+            print("labelling", path.stem, flush=True)
+            path.write_text(json.dumps(self._score(way, modality)))
+        return {name: np.array(values) for name, values in json.loads(path.read_text()).items()}
 
-    def _score(self, name: str, modality: str, options: Mapping[str, Any]) -> dict[str, float]:
-        checkpoint = self.out / name / "checkpoint"
-        labeler = Labeler.from_pretrained(
-            checkpoint, checkpoint, labels=(modality,), batch_size=self.settings["batch_size"], **options
+    def times(self, ways: Sequence[Way], modality: str) -> dict[str, list[Spent]]:
+        """What labelling a picture took, all ways in turn, `ROUNDS` times."""
+        path = self.out / "results" / f"times-{modality}.json"
+        if not path.exists():
+            print("timing", modality, flush=True)
+            labelers = {way.name: self._labeler(way, modality) for way in ways}
+            pictures = self._pictures()[:TIMED]
+
+            def timed(labeler: Labeler) -> Callable[[], int]:
+                def label() -> int:
+                    labeler(pictures)
+                    return len(pictures)
+
+                return label
+
+            device = next(iter(labelers.values())).device
+            spent = interleave({name: timed(labeler) for name, labeler in labelers.items()}, ROUNDS, device)
+            path.write_text(json.dumps({name: [asdict(one) for one in each] for name, each in spent.items()}))
+        return {name: [Spent(**one) for one in each] for name, each in json.loads(path.read_text()).items()}
+
+    def _labeler(self, way: Way, modality: str) -> Labeler:
+        checkpoint = self.out / f"{way.model}-{modality}" / "checkpoint"
+        return Labeler.from_pretrained(
+            checkpoint, checkpoint, labels=(modality,), batch_size=self.settings["batch_size"], **way.options
         )
-        views = self.held_out()
-        frames = (views.rgb * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-        labeler(frames[:1])  # the first call pays for set-up
-        started = time.perf_counter()
-        labels = labeler(frames)
-        seconds = (time.perf_counter() - started) / len(frames)
+
+    @cache  # noqa: B019  # there is one
+    def _held_out(self) -> Views:
+        """Scenes that nothing is trained on, but for those without truth."""
+        seeds = range(FIRST_SEED, FIRST_SEED + self.settings["held_out"])
+        views = scenes.view(seeds, self.settings["height"], self.settings["width"])
+        some = views.mask.flatten(1).any(1)
+        return Views(views.rgb[some], views.depth[some], views.normals[some], views.mask[some])
+
+    def _pictures(self) -> np.ndarray:
+        return (self._held_out().rgb * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+    def _score(self, way: Way, modality: str) -> dict[str, list[float]]:
+        labels, views = self._labeler(way, modality)(self._pictures()), self._held_out()
         mask = views.mask.numpy()
         if modality == "normals":
             truth = views.normals.permute(0, 2, 3, 1).numpy()
-            return {"mean": float(angles_deg(labels.normals[mask], truth[mask]).mean()), "seconds": seconds}
+            angles = [angles_deg(p[m], t[m]).mean() for p, t, m in zip(labels.normals, truth, mask, strict=True)]
+            return {"angle": [float(angle) for angle in angles]}
         rows = [
             depth_metrics(p, t, *fit_affine(p, t), DEPTH_RANGE_M)
             for prediction, truth, valid in zip(labels.depth, views.depth.numpy(), mask, strict=True)
             for p, t in [(prediction[valid], truth[valid])]
-            if valid.any()
         ]
-        return {key: float(np.mean([row[key] for row in rows])) for key in ("abs_rel", "delta1")} | {"seconds": seconds}
+        return {name: [float(row[name]) for row in rows] for name in ("abs_rel", "delta1")}
 
 
-def cells(paper: Paper, name: str, **options: Any) -> list[str]:
-    """The columns that every table shares: AbsRel, δ1, mean angle, and milliseconds a picture."""
-    depth = paper.score(f"{name}-depth", "depth", **options)
-    normals = paper.score(f"{name}-normals", "normals", **options)
-    times = f"{1e3 * depth['seconds']:.1f} / {1e3 * normals['seconds']:.1f}"
-    return [f"{depth['abs_rel']:.3f}", f"{depth['delta1']:.3f}", f"{normals['mean']:.1f}°", times]
+def sampled(steps: int, spacing: str, members: int = 1) -> Way:
+    """The diffusion estimator, sampled so."""
+    name = f"{steps}-{spacing}-{members}"
+    options = {"steps": steps, "ensemble": members, "timestep_spacing": spacing, "noise": "gaussian", "seed": 0}
+    return Way(name, "diffusion", options)
 
 
-def sampling(steps: int = 1, members: int = 1, spacing: str = "trailing") -> dict[str, Any]:
-    """How the diffusion estimator is sampled, as the labeler's options."""
-    return {"steps": steps, "ensemble": members, "timestep_spacing": spacing, "noise": "gaussian", "seed": 0}
-
-
-def table(first: str, rows: Iterable[tuple[str, list[str]]]) -> list[str]:
-    head = [first, "AbsRel ↓", "δ1 ↑", "normals, mean ↓", "ms a picture (depth / normals)"]
-    lines = [head, ["---"] * len(head), *([name, *values] for name, values in rows)]
-    return [f"| {' | '.join(line)} |" for line in lines]
+def described(steps: int, spacing: str, members: int) -> str:
+    """The same in words."""
+    words = f"{steps} step{'s' if steps > 1 else ''}, {spacing}"
+    return f"{words}, ensemble of {members}" if members > 1 else words
 
 
 def report(paper: Paper, seconds: Mapping[str, float]) -> str:
@@ -156,63 +194,72 @@ def report(paper: Paper, seconds: Mapping[str, float]) -> str:
     s = paper.settings
     most, many = max(s["estimators_steps"]), s["ensemble"]
     schedules = [(1, "leading"), *((steps, "trailing") for steps in s["estimators_steps"]), (most, "leading")]
-    estimator = [
-        (
-            f"{steps} step{'s' if steps > 1 else ''}, {spacing}{f', ensemble of {members}' if members > 1 else ''}",
-            cells(paper, "diffusion", **sampling(steps, members, spacing)),
-        )
+    estimator = {
+        described(steps, spacing, members): sampled(steps, spacing, members)
         for members in (1, many)
         for steps, spacing in schedules
         if members == 1 or spacing == "trailing" or steps == 1
+    }
+    slow, fast = sampled(most, "trailing", many), Way("fine-tuned", "from-diffusion", {})
+    fine = {
+        "the estimator, 1 step, trailing": sampled(1, "trailing"),
+        f"the estimator, {most} steps, ensemble of {many}": slow,
+        "fine-tuned from the generative model": Way("from-generative", "from-generative", {}),
+        "fine-tuned from the estimator": fast,
+    }
+    noisy = {"zeros": fast} | {noise: Way(noise, noise, {"noise": noise, "seed": 0}) for noise in NOISES}
+    ways = list({way.name: way for way in (*estimator.values(), *fine.values(), *noisy.values())}.values())
+    times = {modality: paper.times(ways, modality) for modality in MODALITIES}
+    ratios = {modality: ratio(spent[slow.name], spent[fast.name]) for modality, spent in times.items()}
+
+    def table(first: str, rows: Mapping[str, Way]) -> list[str]:
+        head = [first, "AbsRel ↓", "δ1 ↑", "normals, mean ↓", "ms a picture (depth / normals)"]
+        lines = [head, ["---"] * len(head)]
+        reference: Figures | None = None
+        for name, way in rows.items():
+            found = paper.figures(way, "depth") | paper.figures(way, "normals")
+            ms = " / ".join(f"{1e3 * typical(times[modality][way.name]).wall_s:.3g}" for modality in MODALITIES)
+            lines.append([name, *(cell(found, reference, figure) for figure in ("abs_rel", "delta1", "angle")), ms])
+            reference = reference or found
+        return [f"| {' | '.join(line)} |" for line in lines]
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    about = f"""\
+`make paper`, finished {datetime.now(UTC):%Y-%m-%d}: {os.cpu_count()} CPU cores of {platform.machine()}{gpu}, torch
+{torch.__version__}. Trained from nothing on rendered scenes (version {scenes.VERSION}), {s["width"]} x {s["height"]},
+scored on {s["held_out"]} other scenes, through `Labeler`. One seed. AbsRel and δ1 are after affine alignment to metric
+depth and clipping to the depths that scenes may have. Figures are means over scenes; in brackets, the mean difference
+from the table's first row, scene by scene, ± its standard error over scenes (not over trainings). Times are medians of
+{ROUNDS} rounds in which all ways labelled {TIMED} pictures in turn, on a shared machine. What starts from noise runs
+the network as it is, the single step from zeros with its constants folded in, as `depthmill label` has it."""
+    headline = f"""\
+{most} steps x an ensemble of {many} takes {ratios["depth"]:.0f} times as long as the fine-tuned single step for depth,
+{ratios["normals"]:.0f} times for normals (medians of {ROUNDS} rounds, least and most); the paper says more than 200."""
+    trained = [
+        f"- {name}: {s[objective_of(name)]['steps']} steps of {s['train']['batch_size']}, {spent / 60:.1f} min"
+        for name, spent in seconds.items()
     ]
-    fine = [
-        ("the estimator, 1 step, trailing", cells(paper, "diffusion", **sampling())),
-        (
-            f"the estimator, {most} steps, ensemble of {many}",
-            cells(paper, "diffusion", **sampling(most, many)),
-        ),
-        ("fine-tuned from the generative model", cells(paper, "from-generative")),
-        ("fine-tuned from the estimator", cells(paper, "from-diffusion")),
-    ]
-    noisy = [
-        ("zeros", cells(paper, "from-diffusion")),
-        *((noise, cells(paper, noise, noise=noise, seed=0)) for noise in NOISES),
-    ]
-    slow = {m: paper.score(f"diffusion-{m}", m, **sampling(most, many)) for m in MODALITIES}
-    ratio = {m: slow[m]["seconds"] / paper.score(f"from-diffusion-{m}", m)["seconds"] for m in MODALITIES}
-    return "\n".join(
-        [
-            "# The paper at small scale",
-            "",
-            f"`make paper`, finished {datetime.now(UTC):%Y-%m-%d}: {os.cpu_count()} CPU cores of {platform.machine()}"
-            f"{', ' + torch.cuda.get_device_name() if torch.cuda.is_available() else ''}, torch {torch.__version__}.",
-            f"Trained from nothing on rendered scenes (version {scenes.VERSION}), at {s['width']} x {s['height']};",
-            f"scored on {s['held_out']} other scenes, through `Labeler`. One seed. AbsRel and δ1 after affine",
-            "alignment to metric depth, means over scenes; normals over all pixels. Times are of this run, on a",
-            "machine shared with others.",
-            "",
-            "## The diffusion estimator: schedule, steps, ensembles",
-            *table("sampling, gaussian noise", estimator),
-            "",
-            "## End-to-end fine-tuning",
-            *table("model", fine),
-            "",
-            "## Noise, in fine-tuning from the estimator and in labelling",
-            *table("noise", noisy),
-            "",
-            "## The headline",
-            f"{most} steps x an ensemble of {many} takes {ratio['depth']:.0f} times (depth) and {ratio['normals']:.0f} "
-            "times (normals) as long as the fine-tuned single step; the paper says more than 200.",
-            "",
-            "## Training",
-            *(
-                f"- {name}: {s[objective_of(name)]['steps']} steps of {s['train']['batch_size']}, {spent / 60:.1f} min"
-                for name, spent in seconds.items()
-            ),
-            f"- together {sum(seconds.values()) / 3600:.1f} h, {s['jobs_at_once']} at once",
-            "",
-        ]
-    )
+    trained.append(f"- together {sum(seconds.values()) / 3600:.1f} h, {s['jobs_at_once']} at once")
+    sections = {
+        "# The paper at small scale": [about],
+        "## The diffusion estimator: schedule, steps, ensembles": table("sampling, gaussian noise", estimator),
+        "## End-to-end fine-tuning": table("model", fine),
+        "## Noise, in fine-tuning from the estimator and in labelling": table("noise", noisy),
+        "## The headline": [headline],
+        "## Training": trained,
+    }
+    return "\n".join(line for title, lines in sections.items() for line in (title, "", *lines, ""))
+
+
+def cell(figures: Figures, reference: Figures | None, figure: str) -> str:
+    """A figure's mean over scenes, and how far it is from the reference's."""
+    digits, unit = (1, "°") if figure == "angle" else (3, "")
+    values = figures[figure]
+    text = f"{values.mean():.{digits}f}{unit}"
+    if reference is None:
+        return text
+    apart = values - reference[figure]
+    return f"{text} ({apart.mean():+.{digits}f} ± {apart.std(ddof=1) / np.sqrt(len(apart)):.{digits}f})"
 
 
 def objective_of(name: str) -> str:
