@@ -18,6 +18,9 @@ from depthmill.pipeline.model.checkpoint import DESCRIPTION_FILE, Checkpoint, De
 from depthmill.pipeline.model.modules import empty_prompt, load_scheduler, load_unet, load_vae, same_vae
 from depthmill.pipeline.types import Modality
 
+# What a UNet's configuration has where it is conditioned on more than a time step and a prompt.
+_MORE_CONDITIONING = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
+
 
 def x0_factor(scheduler: DDIMScheduler) -> float:
     """What the UNet's output is multiplied by to give x0 when the noisy latent is zero, at the last time step.
@@ -100,7 +103,8 @@ def load_heads(checkpoints: Sequence[Checkpoint]) -> list[Head]:
     """Load one or two checkpoints, of different modalities, float32, on the CPU; bit-equal VAEs are kept once.
 
     Raises:
-        CheckpointError: If one cannot be loaded, or the two need pictures padded to different multiples.
+        CheckpointError: If one cannot be loaded, its UNet wants more than a time step and a prompt, or the two need
+            pictures padded to different multiples.
     """
     heads = [_load(checkpoint) for checkpoint in checkpoints]
     if len(heads) == 2 and same_vae(heads[0].vae, heads[1].vae):
@@ -125,6 +129,12 @@ def _load(checkpoint: Checkpoint) -> Head:
             f"channels); expected one fine-tuned to answer {checkpoint.modality}: `depthmill train` does that; "
             f"if it was done, say so in {DESCRIPTION_FILE} beside model_index.json: "
             f'{{"modality": "{checkpoint.modality}"}}'
+        )
+    if more := [f"{key} {unet.config[key]!r}" for key in _MORE_CONDITIONING if unet.config.get(key) is not None]:
+        raise CheckpointError(
+            f"{checkpoint.name}: its UNet wants {', '.join(more)}; expected Stable Diffusion 1's or 2's kind, which is "
+            "told of a time step and a prompt alone (Lotus and SDXL are of other kinds): use a checkpoint that was "
+            "fine-tuned from one of those"
         )
     if vae.config.latent_channels != unet.config.out_channels:
         raise CheckpointError(

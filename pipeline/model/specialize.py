@@ -45,19 +45,15 @@ from depthmill.pipeline.types import Modality
 
 log = logging.getLogger(__name__)
 
-# What a UNet's configuration must say for `Denoiser` to be the same function; Stable Diffusion 1, 2 and kin have it so.
+# What the configuration of a UNet that `load_heads` accepts must say for `Denoiser` to be the same function; Stable
+# Diffusion 1, 2 and kin have it so.
 _SIMPLE = {
-    "addition_embed_type": (None,),
     "attention_type": ("default",),
     "center_input_sample": (False,),
-    "class_embed_type": (None,),
     "cross_attention_norm": (None,),
     "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
     "mid_block_only_cross_attention": (None, False),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "num_class_embeds": (None,),
     "only_cross_attention": (False,),
 }
 _BLOCKS = {

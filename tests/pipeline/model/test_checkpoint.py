@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from depthmill.pipeline.errors import CheckpointError, ConfigError
@@ -10,6 +11,7 @@ from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.model.modules import empty_prompt, load_scheduler, load_unet, load_vae
+from depthmill.pipeline.model.single_step import load_heads
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -106,6 +108,27 @@ def test_a_unet_for_another_task(depth):
     edit_json(depth / "unet" / "config.json", in_channels=9)
     with pytest.raises(CheckpointError, match="takes 9 channels"):
         load_unet(open_checkpoint(str(depth), "depth"))
+
+
+@pytest.mark.parametrize(
+    "wants",
+    [
+        {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 4},  # Lotus
+        {"num_class_embeds": 3},
+        {
+            "addition_embed_type": "text_time",  # SDXL
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 8,
+        },
+        {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 32},
+    ],
+)
+def test_a_unet_that_wants_more_than_a_prompt_is_refused_before_any_picture(depth, wants):
+    config = UNet2DConditionModel.load_config(depth / "unet")
+    UNet2DConditionModel.from_config(config, **wants).save_pretrained(depth / "unet")
+    checkpoint = open_checkpoint(str(depth), "depth")
+    with pytest.raises(CheckpointError, match=rf"its UNet wants {next(iter(wants))} .*Stable Diffusion"):
+        load_heads([checkpoint])
 
 
 def test_swapped_checkpoints_are_noticed(checkpoints):

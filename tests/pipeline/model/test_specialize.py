@@ -154,7 +154,7 @@ def test_it_has_less_to_compute():
 
 
 def test_other_networks_are_left_alone():
-    for options in ({"class_embed_type": "timestep"}, {"only_cross_attention": True}, {"dual_cross_attention": True}):
+    for options in ({"only_cross_attention": True}, {"dual_cross_attention": True}):
         assert not can_specialize(head(unet_options=options)), options
 
 
