@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -15,7 +14,7 @@ import torch
 
 from depthmill.pipeline.config import DEMO, LabelConfig, Noise, Sampling, TimestepSpacing, validated
 from depthmill.pipeline.errors import ConfigError
-from depthmill.pipeline.geometry import from_network, padded_size, processed_size, rounded_size, to_network
+from depthmill.pipeline.geometry import padded_size, processed_size, rounded_size, to_network
 from depthmill.pipeline.model.backend import (
     CPU_BATCH,
     Compile,
@@ -28,16 +27,14 @@ from depthmill.pipeline.model.backend import (
 from depthmill.pipeline.model.checkpoint import Checkpoint, is_joint, open_named
 from depthmill.pipeline.model.geowizard import GeoWizard, check_joint
 from depthmill.pipeline.model.sampling import Sampler
-from depthmill.pipeline.model.single_step import SingleStep, load_heads, unit
+from depthmill.pipeline.model.single_step import SingleStep, load_heads
 from depthmill.pipeline.model.specialize import Specialized, can_specialize
 from depthmill.pipeline.model.transfer import (
     NormalsDtype,
     Pending,
     Staged,
-    from_device,
     mark,
-    pack_depth,
-    pack_normals,
+    stage,
     to_device,
 )
 from depthmill.pipeline.types import Domain, Labels, Modality, Source, is_corpus
@@ -368,25 +365,7 @@ class Labeler:
             answers = self._network(pictures, full=len(frames) == most)
         else:
             answers = self._network(pictures)
-        staged = []
-        for i, (frame, size) in enumerate(zip(frames, sizes, strict=True)):
-            original = (frame.shape[0], frame.shape[1])
-            found: dict[str, torch.Tensor] = {}
-            if "depth" in answers:
-                found["depth"] = from_network(answers["depth"][i], size, original)  # (1, H, W)
-            if "normals" in answers:
-                resized = unit(from_network(answers["normals"][i], size, original))
-                found["normals"] = resized.permute(1, 2, 0)[None]  # (1, H, W, 3)
-            if uncertainties is not None:
-                found["uncertainty"] = from_network(uncertainties[i], size, original)  # (1, H, W)
-            if packing is not None:
-                found = {
-                    name: pack_normals(label, packing) if name == "normals" else pack_depth(label)
-                    for name, label in found.items()
-                }
-            staged.append(Staged({name: from_device(label) for name, label in found.items()}))
-        staged[-1] = replace(staged[-1], arrived=mark(self.device))
-        return staged
+        return stage(answers, uncertainties, sizes, [frame.shape[:2] for frame in frames], packing)
 
 
 def open_checkpoints(config: LabelConfig) -> list[Checkpoint]:

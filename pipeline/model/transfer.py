@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from depthmill.pipeline.geometry import from_network
+from depthmill.pipeline.model.single_step import unit
 from depthmill.pipeline.store.layout import DEPTH_INVALID, DEPTH_STEP, NORMALS_FULL_SCALE
-from depthmill.pipeline.types import Labels
+from depthmill.pipeline.types import Labels, Modality
 
 NormalsDtype = Literal["int8", "int16", "float16"]
 
@@ -73,6 +75,40 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
+
+
+def stage(
+    answers: Mapping[Modality, torch.Tensor | list[torch.Tensor]],
+    uncertainties: list[torch.Tensor] | None,
+    sizes: Sequence[tuple[int, int]],
+    originals: Sequence[tuple[int, ...]],
+    packing: NormalsDtype | None,
+) -> list[Staged]:
+    """Send a batch's labels on their way back, at the frames' own sizes.
+
+    Args:
+        answers: Of each modality, (C, h', w') float32 a frame: the network's.
+        uncertainties: The same of the depth's, C = 1, if there are.
+        sizes: Height and width of each frame as the network saw it, without the padding.
+        originals: Its own.
+        packing: As for `Labeler.submit`.
+    """
+    labels: dict[str, torch.Tensor | list[torch.Tensor]] = dict(answers.items())
+    if uncertainties is not None:
+        labels["uncertainty"] = uncertainties
+    staged = []
+    for i, (size, (height, width)) in enumerate(zip(sizes, originals, strict=True)):
+        found = {name: from_network(label[i], size, (height, width)) for name, label in labels.items()}  # (C, H, W)
+        if "normals" in found:
+            found["normals"] = unit(found["normals"]).permute(1, 2, 0)[None]  # (1, H, W, 3)
+        if packing is not None:
+            found = {
+                name: pack_normals(label, packing) if name == "normals" else pack_depth(label)
+                for name, label in found.items()
+            }
+        staged.append(Staged({name: from_device(label) for name, label in found.items()}))
+    staged[-1] = replace(staged[-1], arrived=mark(next(iter(labels.values()))[0].device))
+    return staged
 
 
 def from_device(label: torch.Tensor) -> torch.Tensor:
