@@ -63,6 +63,7 @@ def main() -> None:
     pictures = read(arguments.pictures, arguments.frames, checkpoints[0].processing_resolution, factor).to(device)
 
     def labels(kind: type[SingleStep] | type[Specialized], dtype: torch.dtype) -> dict[Modality, torch.Tensor]:
+        torch.backends.cudnn.allow_tf32 = dtype != torch.float32  # as labelers have it
         network = kind(load_heads(checkpoints), device, dtype)
         parts = [network(part) for part in pictures.split(BATCH)]
         return {modality: torch.cat([part[modality] for part in parts]) for modality in parts[0]}

@@ -19,6 +19,7 @@ from depthmill.pipeline.model.backend import (
     CPU_BATCH,
     Compile,
     compile_network,
+    exact_float32,
     fitting_batch,
     named,
     pick_device,
@@ -76,7 +77,7 @@ class Labeler:
             batch_size: Most frames in one forward pass; `auto`: `LabelConfig.batch_size`.
             compile: `auto`, `on` or `off`: `LabelConfig.compile`. It is for batch after batch of one shape.
             device: `auto` (CUDA where there is one), or a torch device.
-            dtype: `auto`, `float32`, `bfloat16` or `float16`.
+            dtype: `auto`, `float32` (never TF32: `exact_float32`), `bfloat16` or `float16`.
             sampling: How labels are drawn; left out, in the one deterministic step.
             round_aspect: For `rounds`; frames given to the labeler itself are seen as `label` is told.
 
@@ -88,6 +89,7 @@ class Labeler:
         self.processing_resolution = processing_resolution or checkpoints[0].processing_resolution
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
+        exact_float32(self.device, self.dtype)
         self.sampling = sampling or Sampling()
         self.round_aspect = round_aspect
         self._pixels_that_fit: int | None = None  # in one forward pass, padding included; None: any that were tried

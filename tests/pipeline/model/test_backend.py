@@ -7,7 +7,7 @@ import torch
 
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.model import backend
-from depthmill.pipeline.model.backend import compile_network, fitting_batch, pick_dtype
+from depthmill.pipeline.model.backend import compile_network, exact_float32, fitting_batch, pick_dtype
 from depthmill.pipeline.model.labeler import Labeler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -32,6 +32,16 @@ def test_a_gpu_without_bfloat16(monkeypatch):
     assert pick_dtype("auto", CUDA) == torch.float16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert pick_dtype("auto", CUDA) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "rounds"),
+    [(CUDA, torch.float32, False), (CUDA, torch.bfloat16, True), (CPU, torch.float32, True)],
+)
+def test_float32_is_not_rounded_to_tf32(monkeypatch, device, dtype, rounds):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    exact_float32(device, dtype)
+    assert torch.backends.cudnn.allow_tf32 is rounds
 
 
 @pytest.mark.parametrize(("free", "frames"), [(10_000, 32), (1000, 3), (250, 1), (0, 1)])
