@@ -15,6 +15,7 @@ import json
 import logging
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -260,20 +261,30 @@ def _describe(name: str, directory: Path, index: dict[str, Any]) -> Description:
 
 
 def _published(name: str, directory: Path) -> Description | None:
-    """Of a known checkpoint: asked for by its hub id, or a copy in a directory of its name or in the hub's cache."""
+    """Of a known checkpoint: asked for by its hub id, in the hub's cache, or, of E2E-FT's, in a directory of its name.
+
+    Other names say too little: Marigold's own normals as well as E2E-FT's may lie in one called `marigold-normals`.
+    """
     for known, description in _PUBLISHED.items():
-        if name == known:
+        if name == known or f"models--{known.replace('/', '--')}" in directory.parts:
             return description
-        if directory.name == known.split("/")[1] or f"models--{known.replace('/', '--')}" in directory.parts:
-            log.info(
-                "checkpoint %s is taken for a copy of %s by its directory's name: normals have axes %s; "
-                "--normals-axes says otherwise",
-                name,
-                known,
-                description.normals_axes,
-            )
+        if "e2e-ft" in known and directory.name == known.split("/")[1]:
+            if description.modality == "normals":
+                _warn_of_axes(name, known, description.normals_axes)
             return description
     return None
+
+
+@cache  # a run opens its checkpoints several times
+def _warn_of_axes(name: str, known: str, axes: str) -> None:
+    log.warning(
+        "checkpoint %s is taken for a copy of %s by its directory's name: normals have axes %s; --normals-axes or a %s "
+        "in it says otherwise",
+        name,
+        known,
+        axes,
+        DESCRIPTION_FILE,
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -170,13 +170,23 @@ def test_axes_of_the_published_and_of_others(checkpoints):
 @pytest.mark.parametrize(
     "copy", ["marigold-e2e-ft-normals", "models--GonzaloMG--marigold-e2e-ft-normals/snapshots/0123abcd"]
 )
-def test_a_copy_of_a_published_checkpoint_has_its_axes(checkpoints, tmp_path, copy):
+def test_a_copy_of_a_published_checkpoint_has_its_axes(checkpoints, tmp_path, caplog, copy):
     directory = shutil.copytree(checkpoints / "normals", tmp_path / copy)
     (directory / "depthmill.json").unlink(missing_ok=True)
-    description = open_checkpoint(str(directory), "normals").description
+    for _ in range(2):
+        description = open_checkpoint(str(directory), "normals").description
     assert description.normals_axes == "left-up-towards"
     assert not description.clip_normals
+    said = [record.levelname for record in caplog.records if "left-up-towards" in record.message]
+    assert said == ([] if "snapshots" in copy else ["WARNING"]), "once what is assumed, and no more"
     (directory / "depthmill.json").write_text('{"normals_axes": "right-up-towards"}')  # its own word is better
+    assert open_checkpoint(str(directory), "normals").description.normals_axes == "right-up-towards"
+
+
+@pytest.mark.parametrize("copy", ["marigold-normals", "marigold-normals-v1-1"])
+def test_a_name_that_others_may_have_says_nothing_of_the_axes(checkpoints, tmp_path, copy):
+    directory = shutil.copytree(checkpoints / "normals", tmp_path / copy)
+    (directory / "depthmill.json").unlink(missing_ok=True)
     assert open_checkpoint(str(directory), "normals").description.normals_axes == "right-up-towards"
 
 
