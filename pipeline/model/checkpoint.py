@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,8 @@ _PARTS = ("unet", "vae", "text_encoder", "scheduler", "tokenizer")
 _JOINT_PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_VARIANTS = ("*.fp16.*", "*.non_ema.*")  # copies beside the weights, which are neither fetched nor used
+# Copies beside the weights, sharded or not, which are neither fetched nor used.
+_VARIANTS = ("*.fp16.*", "*.fp16-*", "*.non_ema.*", "*.non_ema-*")
 
 PromptPadding = Literal["do_not_pad", "max_length"]
 
@@ -218,17 +220,33 @@ def _files(name: str, directory: Path) -> list[Path]:
             f"checkpoint {name} lacks {what}; expected a directory in diffusers layout with {', '.join(parts)} and "
             f"model_index.json: {directory} holds something else, or was not copied whole"
         )
+    used = {part: [path for path in (directory / part).iterdir() if not _is_variant(path)] for part in parts}
     for part in parts:
-        if part not in _WITHOUT_WEIGHTS and not any((directory / part).glob("*.safetensors")):
-            pickles = sorted(path.name for path in (directory / part).iterdir() if path.suffix in _PICKLES)
-            found = f"only {', '.join(pickles)}, a pickle, which can run code when opened" if pickles else "no weights"
-            raise CheckpointError(
-                f"checkpoint {name}: {part}/ holds {found}; expected .safetensors: "
-                "load it with diffusers where you trust it, and save_pretrained(..., safe_serialization=True)"
-            )
-    wanted = [directory / "model_index.json", directory / DESCRIPTION_FILE]
-    wanted += [path for part in parts for path in (directory / part).iterdir() if not any(map(path.match, _VARIANTS))]
+        if part not in _WITHOUT_WEIGHTS and not any(path.suffix == ".safetensors" for path in used[part]):
+            raise CheckpointError(f"checkpoint {name}: {part}/ holds {_instead_of_weights(directory / part)}")
+    wanted = [directory / "model_index.json", directory / DESCRIPTION_FILE, *chain.from_iterable(used.values())]
     return sorted(path for path in wanted if path.suffix in (".json", ".txt", ".safetensors") and path.is_file())
+
+
+def _is_variant(path: Path) -> bool:
+    return any(map(path.match, _VARIANTS))
+
+
+def _instead_of_weights(folder: Path) -> str:
+    """What a part has that has no weights to use, what was expected, and the remedy."""
+    names = sorted(path.name for path in folder.iterdir())
+    if copies := [name for name in names if name.endswith(".safetensors")]:
+        variant = copies[0].split(".")[1].partition("-")[0]
+        return (
+            f"only {', '.join(copies)}, copies in half precision or of another kind; expected the weights themselves: "
+            f"load it with diffusers, variant={variant!r}, and save_pretrained"
+        )
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    found = f"only {', '.join(pickles)}, a pickle, which can run code when opened" if pickles else "no weights"
+    return (
+        f"{found}; expected .safetensors, and not half-precision copies (*.fp16.*) alone: load it with diffusers where "
+        "you trust it, and save_pretrained(..., safe_serialization=True)"
+    )
 
 
 def _hash(directory: Path, files: list[Path]) -> str:

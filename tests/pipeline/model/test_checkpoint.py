@@ -142,11 +142,23 @@ def test_a_checkpoint_that_is_not_there(name):
         open_checkpoint(name, "depth")
 
 
+COPIES = ["model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors", "model.non_ema-00001-of-00002.safetensors"]
+
+
 def test_copies_beside_the_weights_change_nothing(depth):
     before = open_checkpoint(str(depth), "depth").sha256
-    shutil.copy(depth / WEIGHTS, depth / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    for name in COPIES:
+        shutil.copy(depth / WEIGHTS, depth / "unet" / f"diffusion_pytorch_{name}")
     assert open_checkpoint(str(depth), "depth").sha256 == before
     assert Labeler.from_pretrained(depth)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_alone_are_no_weights(depth, name):
+    (depth / WEIGHTS).rename(depth / "unet" / f"diffusion_pytorch_{name}")
+    variant = "non_ema" if "non_ema" in name else "fp16"
+    with pytest.raises(CheckpointError, match=rf"unet/ holds only diffusion_pytorch_{name}.*variant='{variant}'"):
+        open_checkpoint(str(depth), "depth")
 
 
 def test_a_file_is_no_checkpoint(tmp_path):
