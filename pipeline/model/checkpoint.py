@@ -21,6 +21,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
 from depthmill.pipeline.config import DEMO, LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
@@ -40,9 +43,9 @@ _VARIANTS = ("*.fp16.*", "*.fp16-*", "*.non_ema.*", "*.non_ema-*")
 PromptPadding = Literal["do_not_pad", "max_length"]
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class Description:
-    """What a checkpoint's modules do not say of themselves.
+    """What a checkpoint's modules do not say of themselves; its values are checked, since people write them.
 
     Attributes:
         modality: What it answers, or None if that is not known.
@@ -269,13 +272,18 @@ def _describe(name: str, directory: Path, index: dict[str, Any]) -> Description:
     )
     if not (directory / DESCRIPTION_FILE).is_file():
         return description
-    extra = read_json(directory / DESCRIPTION_FILE)
     try:
-        return replace(description, **extra)
-    except TypeError as error:
+        described = replace(description, **read_json(directory / DESCRIPTION_FILE))
+        axes_signs(described.normals_axes)
+    except (ValidationError, ConfigError) as error:
+        wrong = str(error)
+        if isinstance(error, ValidationError):
+            wrong = "; ".join(f"{item['loc'][0]}: {item['msg']} (got {item['input']!r})" for item in error.errors())
         raise CheckpointError(
-            f"{directory / DESCRIPTION_FILE} holds {sorted(extra)}; expected keys of {sorted(Description().__dict__)}"
+            f"{directory / DESCRIPTION_FILE}: {wrong}; expected keys of {sorted(Description().__dict__)}, each as "
+            "README.md has it: correct it"
         ) from error
+    return described
 
 
 def _published(name: str, directory: Path) -> Description | None:

@@ -202,6 +202,23 @@ def test_a_name_that_others_may_have_says_nothing_of_the_axes(checkpoints, tmp_p
     assert open_checkpoint(str(directory), "normals").description.normals_axes == "right-up-towards"
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("prompt_padding", "pad"),
+        ("normals_axes", 3),
+        ("normals_axes", "sideways"),
+        ("clip_normals", "false"),
+        ("modality", "albedo"),
+        ("axes", "left-up-towards"),
+    ],
+)
+def test_a_description_is_checked(depth, key, value):
+    (depth / "depthmill.json").write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=rf"depthmill\.json: .*{key}.*{value}"):
+        open_checkpoint(str(depth), "depth")
+
+
 @pytest.mark.parametrize(("padding", "tokens"), [("do_not_pad", 2), ("max_length", 77)])
 def test_the_empty_prompt_is_padded_as_the_checkpoint_says(checkpoints, tmp_path, padding, tokens):
     path = shutil.copytree(checkpoints / "normals", tmp_path / "normals")
