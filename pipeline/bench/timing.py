@@ -77,5 +77,7 @@ def ratio(over: Sequence[Spent], under: Sequence[Spent], clock: Clock = "wall_s"
 
 
 def _finish(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "mps":
+        torch.mps.synchronize()  # there is one
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)

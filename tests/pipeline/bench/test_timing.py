@@ -16,6 +16,15 @@ def test_alternatives_take_turns_after_a_round_that_does_not_count():
     assert [len(times) for times in spent.values()] == [3, 3]
 
 
+def test_the_device_that_works_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    for name in ("cpu", "cuda:1", "mps"):
+        interleave({"a": lambda: 1}, 1, torch.device(name))
+    assert waited == [torch.device("cuda:1")] * 2 + ["mps"] * 2
+
+
 def test_a_ratio_is_of_the_same_round():
     slow = [Spent(2.0, 20.0), Spent(8.0, 20.0), Spent(6.0, 20.0)]
     fast = [Spent(1.0, 5.0), Spent(2.0, 5.0), Spent(1.0, 2.0)]
