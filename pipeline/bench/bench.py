@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,10 +23,10 @@ from depthmill.pipeline.model.backend import cores, cpu_kind, default_threads, k
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import Layout
-from depthmill.pipeline.types import Frame
+from depthmill.pipeline.types import Frame, is_corpus
 
 _SIZE = (576, 768)  # of the pictures where no input is given
-_BATCHES = 2  # of an input are labelled in a round
+_BATCHES = 2  # of an input are read, to have one of a shape
 
 
 OURS, DOCUMENTED, BATCHED, COMPILED, MATMUL = "depthmill", "as documented", "in batches", "compiled", "matmul"
@@ -118,15 +119,19 @@ def bench(
             stack.callback(source.close)
             kept = first_frames(source, _BATCHES * labeler.batch_size)
         pictures = [frame.image for frame in kept if frame.image is not None]
-        pictures = [image for image in pictures if image.shape == pictures[0].shape][: labeler.batch_size]
+        pictures = [image for image in pictures if image.shape == pictures[0].shape]
+        pictures = list(islice(cycle(pictures), labeler.batch_size))  # only full batches run compiled
         speed = measure_speed(labeler, pictures, rounds)
         feed = None
         if source is not None:
+            probed, (segment_frames, of_corpus) = source.probe(), config.segment_lengths
+            if of_corpus is not None and is_corpus(probed.kind, probed.frames):
+                segment_frames = of_corpus
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="depthmill-bench-", dir=folder)))
             layout = Layout(
                 labels=config.labels,
                 shard_frames=config.shard_frames,
-                segment_frames=config.segment_lengths[0],
+                segment_frames=segment_frames,
                 normals_dtype=config.normals_dtype,
                 uncertainty=config.ensemble > 1 and "depth" in config.labels,
             )

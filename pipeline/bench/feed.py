@@ -17,6 +17,8 @@ from depthmill.pipeline.sources import shown
 from depthmill.pipeline.store import Layout, create
 from depthmill.pipeline.types import Frame, FrameSource, Labels, Source
 
+_BATCHES = 2  # are labelled in a round
+
 
 @dataclass(frozen=True)
 class Feed:
@@ -64,21 +66,24 @@ def measure_feed(
 
     Args:
         source: Open.
-        pictures: What is labelled; those labels, again and again, are what is written.
+        pictures: Of these the most that can share a batch are labelled, repeated until the batch is full, as a run's
+            are; their labels, again and again, are what is written.
         labeler: Labels them.
         layout: Of the labels on disk.
         folder: Where stores are written, one a round.
         frames: Most frames that are read, and written, in a round.
         rounds: Counted ones.
     """
-    part = _first(source.probe(), frames)
-    rounded = labeler.rounds(part)
+    whole = source.probe()
+    part = _first(whole, frames)
+    rounded = labeler.rounds(whole)  # a corpus is one by all of its pictures
 
     def shape(frame: Frame) -> tuple[int, int]:
         assert frame.image is not None
         return labeler.batch_shape(*frame.image.shape[:2], rounded=rounded)
 
-    batches = list(in_batches(pictures, shape, labeler.batch_size))
+    most = max(in_batches(pictures, shape, labeler.batch_size), key=len)
+    images = [frame.image for frame in islice(cycle(most), labeler.batch_size) if frame.image is not None]
     labels: list[Labels] = []
     numbers, written = count(), 0
 
@@ -88,8 +93,7 @@ def measure_feed(
     def label() -> int:
         labels.clear()
         asked: deque[Pending] = deque()  # as a run does it: the next is asked for before one is taken
-        for batch in batches:
-            images = [frame.image for frame in batch if frame.image is not None]
+        for _ in range(_BATCHES):
             asked.append(labeler.submit(images, rounded=rounded, packing=layout.normals_dtype))
             if len(asked) > 1:
                 labels.extend(asked.popleft().result())

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import diffusers
 import pytest
+from PIL import Image
 
-from depthmill.pipeline.bench import peers
+from depthmill.pipeline.bench import feed, peers
 from depthmill.pipeline.bench.bench import BATCHED, DOCUMENTED, MATMUL, OURS, bench
 from depthmill.pipeline.bench.flops import label_flops, network_flops
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.model.checkpoint import open_checkpoint
+from depthmill.pipeline.model.labeler import Labeler
 from depthmill.tests import media
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,11 +73,33 @@ def test_bench_measures_the_labeler_its_peers_and_the_feed(config, tmp_path):
     assert all(one.wall_s > 0 and one.cpu_s > 0 for times in report.speed.spent.values() for one in times)
     assert report.batch == (2, 36, 48)
     assert 0 < report.speed.share.low <= report.speed.share.high < 1
-    feed, verdict = report.feed
-    assert min(feed.decode.wall_s, feed.label.wall_s, feed.write.wall_s) > 0
-    assert feed.bytes > 0
+    measured, verdict = report.feed
+    assert min(measured.decode.wall_s, measured.label.wall_s, measured.write.wall_s) > 0
+    assert measured.bytes > 0
     assert verdict.bound in str(report)
     assert list(tmp_path.iterdir()) == [clip], "temporary stores were left behind"
+
+
+def test_what_is_measured_is_what_a_run_does(config, tmp_path, monkeypatch):
+    """A corpus, of which few pictures are read: at rounded aspect ratios, in its own segments, in full batches."""
+    sizes = [(51, 40)] + [(40, 51)] * 3 + [(30, 51)] * 2
+    for index, size in enumerate(sizes):
+        Image.new("RGB", size, (index, 0, 0)).save(tmp_path / f"{index}.png")
+    monkeypatch.setattr("depthmill.pipeline.types.CORPUS_PICTURES", len(sizes))
+    asked, layouts = [], []
+    submit, create = Labeler.submit, feed.create
+    monkeypatch.setattr(
+        Labeler,
+        "submit",
+        lambda labeler, frames, **options: asked.append((len(frames), options)) or submit(labeler, frames, **options),
+    )
+    monkeypatch.setattr(
+        feed, "create", lambda folder, layout, *rest: layouts.append(layout) or create(folder, layout, *rest)
+    )
+    bench(config.model_copy(update={"batch_size": 3}), str(tmp_path), frames=2, rounds=1, folder=tmp_path.parent)
+    assert {frames for frames, _ in asked} == {3}
+    assert {options["rounded"] for _, options in asked if options} == {True}
+    assert {layout.segment_frames for layout in layouts} == {2048}
 
 
 def test_without_an_input_there_is_no_feed(config):
