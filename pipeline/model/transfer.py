@@ -64,8 +64,10 @@ def to_device(frame: npt.NDArray[np.uint8], device: torch.device) -> torch.Tenso
         pinned = torch.empty(frame.shape, dtype=torch.uint8, pin_memory=True)
         np.copyto(pinned.numpy(), frame)
         return pinned.to(device, non_blocking=True)
-    # torch warns of arrays that cannot be written to, such as views of a Pillow image, though nothing writes here.
-    return torch.from_numpy(frame if frame.flags.writeable else frame.copy()).to(device)
+    # torch warns of arrays that cannot be written to, such as views of a Pillow image, though nothing writes here; it
+    # refuses those that are read backwards, such as `bgr[..., ::-1]`.
+    usable = frame.flags.writeable and min(frame.strides) >= 0
+    return torch.from_numpy(frame if usable else frame.copy()).to(device)
 
 
 def mark(device: torch.device) -> torch.cuda.Event | None:

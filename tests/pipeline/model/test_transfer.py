@@ -44,3 +44,8 @@ def test_a_frame_that_cannot_be_written_to():
     frame = np.zeros((2, 3, 3), np.uint8)
     frame.flags.writeable = False
     assert to_device(frame, torch.device("cpu")).shape == (2, 3, 3)
+
+
+def test_a_frame_that_is_read_backwards():
+    bgr = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    assert np.array_equal(to_device(bgr[..., ::-1], torch.device("cpu")).numpy(), bgr[..., ::-1])
