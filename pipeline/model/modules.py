@@ -37,14 +37,19 @@ def load_scheduler(checkpoint: Checkpoint) -> DDIMScheduler:
     """The noise schedule.
 
     Raises:
-        CheckpointError: If it is no DDIM-type schedule, or its prediction type is unknown.
+        CheckpointError: If it is no DDIM-type schedule, or its prediction type is unknown or gives no x0.
     """
     config = read_json(checkpoint.directory / "scheduler" / "scheduler_config.json")
     kind, prediction = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
     if kind not in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler"):
+        remedy = (
+            "save DDIMScheduler.from_config(...) of it in its place, if it was trained as diffusion (no flow matching)"
+        )
+        if kind == "LCMScheduler":
+            remedy = "use the checkpoint that it was distilled from"
         raise CheckpointError(
-            f"{checkpoint.name}: its scheduler is {kind or 'unnamed'}; expected a DDIM-type one, whose single step "
-            "from zero noise is x0 (LCM checkpoints are of another kind): use the checkpoint that it was distilled from"
+            f"{checkpoint.name}: its scheduler is {kind or 'unnamed'}; expected a DDIM-type one (DDIM, DDPM or PNDM), "
+            f"whose single step from zero noise is x0: {remedy}"
         )
     if prediction not in ("v_prediction", "epsilon", "sample"):
         raise CheckpointError(
@@ -56,9 +61,17 @@ def load_scheduler(checkpoint: Checkpoint) -> DDIMScheduler:
             f"{checkpoint.name}: its scheduler asks for dynamic thresholding, which is for pixel-space models; "
             "set thresholding to false in scheduler/scheduler_config.json"
         )
+    if kind == "PNDMScheduler":  # which never clips x0, and has no word for it
+        config.setdefault("clip_sample", False)
     # Fields of other schedulers (PNDM's `skip_prk_steps`) are no concern of ours and would only be warned about.
     fields = set(DDIMScheduler().config) - {"_class_name", "_diffusers_version"}
-    return DDIMScheduler.from_config({key: config[key] for key in config if key in fields})
+    scheduler = DDIMScheduler.from_config({key: config[key] for key in config if key in fields})
+    if prediction == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+        raise CheckpointError(
+            f"{checkpoint.name}: its scheduler predicts epsilon and ends at pure noise (rescale_betas_zero_snr), of "
+            "which no x0 follows; expected v_prediction or sample there: correct scheduler/scheduler_config.json"
+        )
+    return scheduler
 
 
 def load_text(checkpoint: Checkpoint) -> tuple[CLIPTokenizer, CLIPTextModel]:

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import PNDMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from depthmill.pipeline.errors import CheckpointError, ConfigError
@@ -91,14 +91,21 @@ def test_text_encoder_must_fit_exactly(depth):
     ("change", "message"),
     [
         ({"prediction_type": "flow"}, "flow.*v_prediction"),
-        ({"_class_name": "LCMScheduler"}, "LCMScheduler.*DDIM"),
+        ({"_class_name": "LCMScheduler"}, "LCMScheduler.*DDIM.*distilled"),
+        ({"_class_name": "EulerDiscreteScheduler"}, r"EulerDiscrete.*DDIM.*DDIMScheduler\.from_config"),
         ({"thresholding": True}, "thresholding"),
+        ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "epsilon.*rescale_betas_zero_snr"),
     ],
 )
 def test_a_scheduler_that_has_no_single_step(depth, change, message):
     edit_json(depth / "scheduler" / "scheduler_config.json", **change)
     with pytest.raises(CheckpointError, match=message):
         load_scheduler(open_checkpoint(str(depth), "depth"))
+
+
+def test_x0_is_not_clipped_where_pndm_would_not(depth):
+    PNDMScheduler(prediction_type="v_prediction").save_pretrained(depth / "scheduler")
+    assert not load_scheduler(open_checkpoint(str(depth), "depth")).config.clip_sample
 
 
 def test_a_unet_for_another_task(depth):
