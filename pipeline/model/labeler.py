@@ -83,7 +83,7 @@ class Labeler:
 
         Raises:
             CheckpointError: If a checkpoint cannot be loaded, or not sampled so.
-            ConfigError: If there is no such device, or too many steps are asked for.
+            ConfigError: If there is no such device, too many steps are asked for, or what cannot be compiled is to be.
         """
         self.checkpoints = tuple(checkpoints)
         self.processing_resolution = processing_resolution or checkpoints[0].processing_resolution
@@ -109,6 +109,11 @@ class Labeler:
         self.batch_size = self._fitting() if batch_size == "auto" else batch_size
         if isinstance(self._network, Specialized):
             self.compiled = compile_network(self._network, self.device, compile)
+        elif compile == "on":
+            raise ConfigError(
+                "compile is on, and this network cannot be compiled; expected one of Stable Diffusion's blocks in its "
+                "single step (no GeoWizard, no diffusion in several steps): leave compile at auto (--compile auto)"
+            )
 
     @classmethod
     def from_pretrained(

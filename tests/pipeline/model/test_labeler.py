@@ -288,6 +288,14 @@ def test_a_network_of_parts_that_are_not_known_runs_as_it_is(checkpoints, labele
     assert np.abs(plain(frames).depth - labeler(frames).depth).max() < 1e-4
 
 
+@pytest.mark.parametrize("options", [{"steps": 2}, {}], ids=["steps", "parts that are not known"])
+def test_what_cannot_be_compiled_is_not_silently_left_so(checkpoints, monkeypatch, options):
+    monkeypatch.setattr("depthmill.pipeline.model.labeler.can_specialize", lambda head: False)
+    with pytest.raises(ConfigError, match=r"compile is on.*--compile auto"):
+        Labeler.from_pretrained(checkpoints / "depth", device="cpu", compile="on", **options)
+    assert not Labeler.from_pretrained(checkpoints / "depth", device="cpu", compile="auto", **options).compiled
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_compiled_on_cuda(checkpoints, dtype):
