@@ -379,7 +379,7 @@ def open_checkpoints(config: LabelConfig) -> list[Checkpoint]:
     """Find and check the checkpoints of a run, depth first, without loading them.
 
     Raises:
-        ConfigError: If nothing is given that answers normals, or an option is not for these checkpoints.
+        ConfigError: If nothing is given that answers normals, or depth, or an option is not for these checkpoints.
         CheckpointError: If a checkpoint is missing, incomplete, unsafe or of another kind.
     """
     alone = config.normals_checkpoint is None and config.checkpoint != DEMO
@@ -387,6 +387,11 @@ def open_checkpoints(config: LabelConfig) -> list[Checkpoint]:
         raise ConfigError(
             f"normals are asked for, but only a depth checkpoint is given ({config.checkpoint}); "
             "add normals_checkpoint (--normals-checkpoint), or set labels to depth (--labels depth)"
+        )
+    if config.checkpoints.get("depth") == DEMO and config.checkpoints.get("normals", DEMO) != DEMO:
+        raise ConfigError(
+            f"normals are to be {config.normals_checkpoint}'s, and depth the demonstration model's; set labels to "
+            "normals (--labels normals), or give a depth checkpoint (--checkpoint)"
         )
     checkpoints = open_named(config)
     check_joint(checkpoints, config.sampling)

@@ -46,6 +46,15 @@ def test_normals_want_a_checkpoint_of_their_own(checkpoints, labels):
         open_checkpoints(LabelConfig(checkpoint=str(checkpoints / "depth"), labels=labels))
 
 
+def test_a_normals_checkpoint_alone_does_not_bring_in_the_demo_s_depth(checkpoints):
+    normals = str(checkpoints / "normals")
+    with pytest.raises(ConfigError, match=r"demonstration model.*--labels normals"):
+        Labeler.from_pretrained(normals_checkpoint=normals)
+    (opened,) = open_checkpoints(LabelConfig(normals_checkpoint=normals, labels=("normals",)))
+    assert opened.name == normals
+    assert len(open_checkpoints(LabelConfig(normals_checkpoint="demo"))) == 2
+
+
 def test_a_frame_has_the_same_labels_in_any_company(labeler):
     frames = noise(5, 33, 48, 3)
     together = labeler(frames).depth
