@@ -19,7 +19,6 @@ from torch import nn
 from depthmill.pipeline.model.packed import PackedConvolution
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-Module = TypeVar("Module", bound=nn.Module)
 
 # Wider heads than this torch's fused attention has no fast kernel for on a GPU; a VAE's are 512 wide.
 _FUSED_WIDTH = 256
@@ -186,8 +185,8 @@ def use_channels_last_norms(network: nn.Module, norm: Callable[[nn.GroupNorm], n
 
 def replace(
     network: nn.Module,
-    kind: type[Module],
-    new: Callable[[Module], nn.Module],
+    kind: type[nn.Module] | tuple[type[nn.Module], ...],
+    new: Callable[[Any], nn.Module],
     *,
     outside: type[nn.Module] | tuple[type[nn.Module], ...] = (),
 ) -> None:
@@ -228,8 +227,8 @@ def empty(kind: Callable[..., Layer], *sizes: Any, **options: Any) -> Layer:
 
 
 def filled(layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
-    """The same layer with these."""
+    """The same layer with these; no bias is zero."""
     layer.weight.copy_(weight)
-    if bias is not None and layer.bias is not None:
-        layer.bias.copy_(bias)
+    if layer.bias is not None:
+        layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias)
     return layer

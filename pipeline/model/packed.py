@@ -54,18 +54,13 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def pack(network: nn.Module) -> None:
-    """Replace, within `network`, which is on a CPU and stays there, the layers in bfloat16, if oneDNN multiplies it."""
-    if not can_pack():
-        return
-    for parent in list(network.modules()):
-        for name, child in parent.named_children():
-            if getattr(child, "weight", None) is None or child.weight.dtype != torch.bfloat16:
-                continue
-            if type(child) is nn.Conv2d and child.padding_mode == "zeros":
-                setattr(parent, name, PackedConvolution(child))
-            elif type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child))
+def packed(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+    """What a layer answers, its weights laid out if it is in bfloat16: on a CPU that `can_pack`, where it stays."""
+    if layer.weight.dtype != torch.bfloat16:
+        return layer
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+        return PackedConvolution(layer)
+    return PackedLinear(layer) if type(layer) is nn.Linear else layer
 
 
 @cache

@@ -38,7 +38,7 @@ from depthmill.pipeline.model.blocks import (
     replace,
     use_channels_last_norms,
 )
-from depthmill.pipeline.model.packed import pack
+from depthmill.pipeline.model.packed import can_pack, packed
 from depthmill.pipeline.model.single_step import Head, decode_depth, decode_normals
 from depthmill.pipeline.model.winograd import use_winograd
 from depthmill.pipeline.types import Modality
@@ -100,8 +100,8 @@ class Specialized(nn.Module):
             # Not in the UNet, the weights of which are most of the memory already.
             use_winograd(folded.encoders)
             use_winograd(folded.decoders)
-        if device.type == "cpu" and dtype == torch.bfloat16:
-            pack(folded)
+        if device.type == "cpu" and dtype == torch.bfloat16 and can_pack():
+            replace(folded, (nn.Conv2d, nn.Linear), packed)
         self.folded = folded
         self.compiled: Callable[[torch.Tensor], list[torch.Tensor]] | None = None  # the same, for full batches
         self.compile_after = 0  # pictures of a shape

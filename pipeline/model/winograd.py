@@ -20,6 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from depthmill.pipeline.model.blocks import replace
+
 _G = [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6]]
 _G += [[1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
 # Of the transposed convolution's taps w, v + w, u + v, u.
@@ -131,10 +133,7 @@ def _doubling_output(p: torch.Tensor, into: torch.Tensor) -> None:
 
 def use_winograd(network: nn.Module) -> None:
     """Replace, within `network`, the convolutions for which it pays; `Specialized` says where."""
-    for parent in list(network.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Conv2d | nn.ConvTranspose2d) and _pays(child):
-                setattr(parent, name, Winograd(child))
+    replace(network, (nn.Conv2d, nn.ConvTranspose2d), lambda old: Winograd(old) if _pays(old) else old)
 
 
 def _pays(convolution: nn.Conv2d | nn.ConvTranspose2d) -> bool:

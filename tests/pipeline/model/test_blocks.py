@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from depthmill.pipeline.model.blocks import ChannelsLastNorm, _attend, use_channels_last_norms
+from depthmill.pipeline.model.blocks import ChannelsLastNorm, _attend, empty, filled, use_channels_last_norms
 
 
 def random(*shape, seed=0):
@@ -40,6 +40,13 @@ def test_channels_last_norm_has_group_norms_gradients_and_names():
         gradients.append(torch.autograd.grad((one(picture) * towards).sum(), [picture, *one.parameters()]))
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_layer_that_is_given_no_bias_has_none():
+    layer = empty(nn.Conv2d, 2, 3, 1)
+    layer.bias.fill_(torch.nan)  # as uninitialised memory may be
+    assert not filled(layer, random(3, 2, 1, 1), None).bias.any()
 
 
 @pytest.mark.gpu

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from depthmill.pipeline.model.packed import PackedConvolution, PackedLinear, can_pack, pack
+from depthmill.pipeline.model.blocks import replace
+from depthmill.pipeline.model.packed import PackedConvolution, PackedLinear, can_pack, packed
 from depthmill.pipeline.model.specialize import Specialized
 from tests.pipeline.model.test_specialize import CPU, head, pictures
 
@@ -37,12 +38,12 @@ def error(answer, layer, x, added=0):
 )
 def test_equals_a_convolution_and_its_sum(shape, options):
     plain = nn.Conv2d(shape[1], 24, dtype=torch.bfloat16, **options)
-    packed = PackedConvolution(plain)
+    layer = PackedConvolution(plain)
     x = random(*shape).to(memory_format=torch.channels_last)
-    alone = packed(x)
+    alone = layer(x)
     added = random(*alone.shape).to(memory_format=torch.channels_last)
     before = x.clone(), added.clone()
-    both = packed(x, added)
+    both = layer(x, added)
     assert torch.equal(x, before[0])
     assert torch.equal(added, before[1]), "which may be another block's skip"
     assert error(alone, plain, x) < 2**-8
@@ -59,10 +60,10 @@ def test_equals_a_linear_layer(bias):
 def test_what_is_packed():
     layers = [nn.Conv2d(8, 8, 3), nn.Linear(8, 8), nn.ConvTranspose2d(8, 8, 4), nn.GroupNorm(2, 8), nn.SiLU()]
     wide = nn.Sequential(*layers)
-    pack(wide)
+    replace(wide, (nn.Conv2d, nn.Linear), packed)
     assert list(wide) == layers
     narrow = nn.Sequential(*(layer.bfloat16() for layer in layers))
-    pack(narrow)
+    replace(narrow, (nn.Conv2d, nn.Linear), packed)
     kinds = [PackedConvolution, PackedLinear, nn.ConvTranspose2d, nn.GroupNorm, nn.SiLU]
     assert [type(layer) for layer in narrow] == kinds
 
