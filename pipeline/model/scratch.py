@@ -253,9 +253,9 @@ def save(
         )
     directory.mkdir(parents=True, exist_ok=True)
     pipeline.save_pretrained(directory, safe_serialization=True)
-    # Transformers 5 writes `tokenizer.json` alone; older versions want the two files that it is made from.
-    (directory / "tokenizer" / "vocab.json").write_text(json.dumps(_VOCABULARY) + "\n")
-    (directory / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    # Transformers 5 writes `tokenizer.json` alone; older versions write, and read, the two files that it is made from.
+    if (fast := getattr(parts.tokenizer, "backend_tokenizer", None)) is not None:
+        fast.model.save(str(directory / "tokenizer"))  # vocab.json, merges.txt
     told, assumed = description or Description(), Description()
     said: dict[str, Any] = {}
     if modality == "normals":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from diffusers import MarigoldDepthPipeline, MarigoldNormalsPipeline
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.types import Modality
@@ -66,6 +68,21 @@ def test_half_precision_on_disk_leaves_the_modules_in_single(tmp_path: Path) -> 
     config = json.loads((tmp_path / "unet" / "config.json").read_text())
     assert config["in_channels"] == 4
     assert json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "sample"
+
+
+def test_the_files_that_transformers_4_reads_are_the_tokenizers_own(tmp_path: Path) -> None:
+    scratch.create(tmp_path, scratch.Architecture(), "depth", seed=0)  # another checkpoint's files must not stay
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", "!", "a", "b</w>", "ab</w>"]
+    tokenizer = CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(vocabulary)}, merges=[("a", "b</w>")], pad_token="!"
+    )
+    parts = replace(scratch.build(scratch.Architecture(), seed=0), tokenizer=tokenizer)
+    scratch.save(parts, tmp_path, "depth", processing_resolution=96)
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    read = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer", local_files_only=True)
+    assert read.get_vocab() == tokenizer.get_vocab()
+    assert read("ab").input_ids == [0, 5, 1]
+    assert read.pad_token == "!"
 
 
 @pytest.mark.parametrize(
