@@ -382,7 +382,12 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda, xpu or mps; with --workers 0 also cuda:1.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the network.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16, of the network; by default float32, with --video the device's."
+        ),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Ray workers; 0 labels in this process.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.")] = None,
     address: Annotated[str | None, typer.Option(help="An existing Ray cluster: auto, or ray://host:10001.")] = None,

@@ -65,8 +65,9 @@ def evaluate(
         data: Its tar or folder (`samples.open_samples`).
         out: Folder for `metrics.json` and `per_image.csv`; a labelling run also leaves `pictures/` and `labels.zarr`
             there, and goes on with what an earlier run left.
-        what: How to label, or what was labelled. Of a configuration the labels are the set's, and a resolution that is
-            left open is the paper's for this set, if the checkpoint is one for 768 pixels, else the checkpoint's own.
+        what: How to label, or what was labelled. Of a configuration the labels are the set's; a resolution that is left
+            open is the paper's for this set, if the checkpoint is one for 768 pixels, else the checkpoint's own; and
+            a dtype that is left to the device is float32, as in the paper's evaluation.
         split: A list of the pictures to use instead of all.
         overwrite: Label anew, whatever `out` holds.
         console: Where progress and the table are shown; by default standard output.
@@ -116,6 +117,8 @@ def _configure(wanted: EvaluationSet, config: LabelConfig) -> LabelConfig:
         raise ConfigError(f"labels is {list(config.labels)}; {wanted.name} asks for {wanted.modality} alone")
     (checkpoint,) = open_checkpoints(config)
     changes: dict[str, Any] = {}
+    if config.dtype == "auto":
+        changes["dtype"] = "float32"  # as the paper's figures are
     if config.round_aspect is None:
         changes["round_aspect"] = False  # the paper's pictures are not squeezed, however many there are
     if config.processing_resolution is None and checkpoint.processing_resolution == DEFAULT_RESOLUTION:
@@ -132,7 +135,9 @@ def _label(
     overwrite: bool,
     console: Console,
 ) -> Predictions:
-    claim(wanted.name, samples, out, overwrite=overwrite)
+    # A folder of another version's, where pictures had their own colours, is another's.
+    name = wanted.name if wanted.colours is None else f"{wanted.name}, {wanted.colours.__name__}"
+    claim(name, samples, out, overwrite=overwrite)
     pictures = out / "pictures"
     if overwrite:
         shutil.rmtree(pictures, ignore_errors=True)
@@ -157,7 +162,9 @@ def claim(name: str, samples: Sequence[Sample], out: Path, *, overwrite: bool) -
     text = json.dumps({"set": name, "pictures": [sample.name for sample in samples]}, indent=1) + "\n"
     if marker.is_file():
         if not overwrite and marker.read_text(encoding="utf-8") != text:
-            raise EvaluationError(f"{out} was made of another set or split: give another --out, or --overwrite")
+            raise EvaluationError(
+                f"{out} was made of another set or split, or by another version: give another --out, or --overwrite"
+            )
     elif out.exists() and {entry.name for entry in out.iterdir()} - {"metrics.json", "per_image.csv", "per_clip.csv"}:
         raise EvaluationError(
             f"{out} has files in it that no evaluation wrote: give another --out; nothing was touched"

@@ -2,7 +2,11 @@
 
 Depth comes in the tars of Marigold's evaluation; ranges, crops and masks are those of its `src/dataset/` and
 `config/dataset/`. Normals come in the layout of DSINE's `dsine_eval`, as in its `data/datasets/`. The
-resolutions at which the model sees a picture, and at which ETH3D is aligned, are those of E2E-FT's `experiments/`.
+resolutions at which the model sees a picture, and at which ETH3D is aligned, are those of E2E-FT's `experiments/`;
+the colours of pictures with normals are those that its `DSINE/` shows the model.
+
+One thing differs: where a side is no multiple of 8, E2E-FT's networks drop the rest, and stretch their answer over it;
+ours pad the picture. At these resolutions that is so of Sintel's rows (436, there 432) and ETH3D's columns (756, 752).
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from depthmill.pipeline.errors import EvaluationError
 from depthmill.pipeline.evaluation import decode
@@ -24,6 +29,8 @@ _MARIGOLD = "Marigold's evaluation data (its README, section Evaluation)"
 _DSINE = "DSINE's `dsine_eval.zip` (its README), unpacked"
 # Outward normals in (right, down, front), says DSINE's README; seen from the other side of the surface, that is this.
 _DSINE_AXES = "left-up-towards"
+_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def everywhere(height: int, width: int) -> Region:
@@ -50,6 +57,17 @@ def kitti_benchmark(height: int, width: int) -> Region:
     return slice(height - 352, height), slice(left, left + 1216)
 
 
+def dsine_colours(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Colours (H, W, 3) as E2E-FT's evaluation of normals shows them to its models: white is a little blue.
+
+    DSINE's loader standardises each channel by ImageNet's mean and deviation (`data/augmentations/basic.py`), which
+    E2E-FT's `projects/dsine/test.py` undoes by one minimum and maximum of all three.
+    """
+    values = (rgb.astype(np.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_DEVIATION
+    low, high = float(values.min()), float(values.max())
+    return ((values - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class EvaluationSet:
     """How a set is laid out and scored.
@@ -69,6 +87,7 @@ class EvaluationSet:
         mask: Path template of a `.npy` that is not 0 where depth is valid; it stands in for `valid_range` then.
         valid_range: Valid depth in metres, both ends excluded; aligned predictions are clipped to it, whole.
         crop: What part of the picture the model is shown, and ground truth is cut to.
+        colours: What the model is shown of the picture's colours, (H, W, 3) uint8; None for the picture's own.
         region: What part of the (cropped) picture is scored.
         fit_columns: Columns that the alignment is fitted on (`metrics.thin_columns`); None for all.
         axes: Where the x, y and z of true normals point.
@@ -88,6 +107,7 @@ class EvaluationSet:
     mask: str | None = None
     valid_range: tuple[float, float] = (0.0, np.inf)
     crop: Callable[[int, int], Region] | None = None
+    colours: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]] | None = None
     region: Callable[[int, int], Region] = everywhere
     fit_columns: int | None = None
     axes: str = _DSINE_AXES
@@ -95,7 +115,7 @@ class EvaluationSet:
 
 _MILLIMETRES = partial(decode.depth_png, steps_per_m=1000)
 _depth = partial(EvaluationSet, modality="depth", home=_MARIGOLD)
-_normals = partial(EvaluationSet, modality="normals", home=_DSINE)
+_normals = partial(EvaluationSet, modality="normals", home=_DSINE, colours=dsine_colours)
 
 SETS: dict[str, EvaluationSet] = {
     one.name: one

@@ -113,20 +113,23 @@ def read_truth(wanted: EvaluationSet, archive: Archive, sample: Sample) -> Truth
 
 
 def write_picture(wanted: EvaluationSet, data: bytes, path: Path) -> Path:
-    """Write a picture as the model is to see it, and return where: `path`, with `.png` if it had to be cut or turned.
+    """Write a picture as the model is to see it, and return where: `path`, with `.png` if it had to be changed.
 
-    What needs neither is written as it is, byte for byte, as is what cannot be decoded: labelling says what is wrong
-    with it. The reference evaluation reads pixels as they lie, whatever a picture's EXIF orientation says.
+    What need not be cut, turned or coloured is written as it is, byte for byte, as is what cannot be decoded: labelling
+    says what is wrong with it. The reference evaluation reads pixels as they lie, whatever a picture's EXIF orientation
+    says.
     """
     buffer = io.BytesIO()
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if wanted.crop is None and image.getexif().get(0x0112, 1) == 1:
+            if wanted.crop is None and wanted.colours is None and image.getexif().get(0x0112, 1) == 1:
                 write_atomically(path, data)
                 return path
             pixels: npt.NDArray[Any] = np.asarray(image.convert("RGB"))
         if wanted.crop is not None:
             pixels = pixels[wanted.crop(*pixels.shape[:2])]
+        if wanted.colours is not None:
+            pixels = wanted.colours(pixels)
         Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     except Exception:  # see above
         write_atomically(path, data)

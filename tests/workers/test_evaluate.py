@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ def console():
 
 def config(wanted, checkpoints, **options):
     given = {"checkpoint": str(checkpoints / wanted.modality), "device": "cpu", "workers": 0, "threads": 1}
+    given["dtype"] = "float32"  # for those tests that also label by hand, on CPUs with bfloat16
     return LabelConfig(**label_options(wanted, given | options))
 
 
@@ -40,9 +42,9 @@ def test_a_checkpoint_is_labelled_and_scored_as_its_own_predictions_are(name, ch
     assert not scores.skipped
     assert "Marigold + E2E FT" in shown.file.getvalue()
 
-    labeler = Labeler(open_checkpoints(what), device="cpu")
+    labeler = Labeler(open_checkpoints(what), device="cpu", dtype="float32")
     for one in written:
-        labels = labeler(one.rgb[None])
+        labels = labeler((one.rgb if wanted.colours is None else wanted.colours(one.rgb))[None])
         path = tmp_path / "npy" / f"{one.name}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, (labels.depth if wanted.modality == "depth" else labels.normals)[0])
@@ -117,6 +119,15 @@ def test_pictures_of_another_split_are_not_mixed_in(checkpoints, tmp_path):
     assert len(scores.rows) == 1
 
 
+def test_labels_of_pictures_in_their_own_colours_are_not_taken_for_the_papers(checkpoints, tmp_path):
+    wanted, files, _ = layouts.ibims(np.random.default_rng(0))
+    data = layouts.write_folder(tmp_path / "ibims", files)
+    what = config(wanted, checkpoints)
+    evaluate(replace(wanted, colours=None), data, tmp_path / "out", what, console=console())  # as it was done
+    with pytest.raises(EvaluationError, match="another version"):
+        evaluate(wanted, data, tmp_path / "out", what, console=console())
+
+
 def test_a_folder_of_somebody_elses_is_not_touched(checkpoints, tmp_path):
     wanted, files, _ = layouts.nyuv2(np.random.default_rng(0))
     data = layouts.write_tar(tmp_path / "nyu.tar", files)
@@ -153,10 +164,12 @@ def test_a_checkpoint_for_768_pixels_sees_what_the_papers_models_saw(tmp_path, m
     for resolution, expected in ((768, 1216), (48, None)):
         path = tmp_path / str(resolution)
         scratch.create(path / "depth", architecture, "depth", seed=0, processing_resolution=resolution)
-        configured = _configure(wanted, config(wanted, path))
+        configured = _configure(wanted, config(wanted, path, dtype="auto"))
         assert configured.processing_resolution == expected
+        assert configured.dtype == "float32"
         assert configured.round_aspect is False  # sets of 1024 pictures and more, too
-        assert _configure(wanted, config(wanted, path, processing_resolution=64)).processing_resolution == 64
+        told = _configure(wanted, config(wanted, path, processing_resolution=64, dtype="bfloat16"))
+        assert (told.processing_resolution, told.dtype) == (64, "bfloat16")
 
 
 def test_the_command(checkpoints, tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from depthmill.pipeline.errors import EvaluationError, UnscorableError
@@ -41,8 +42,24 @@ def test_a_set_is_read_as_it_was_written(name, write, tmp_path):
         assert np.abs(truth.values - expected)[one.valid].max() < 1e-6
         path = write_picture(wanted, archive.read(sample.picture), tmp_path / "pictures" / sample.picture)
         with Image.open(path) as picture:
-            assert (np.asarray(picture) == one.rgb).all()
+            assert (np.asarray(picture) == (one.rgb if wanted.colours is None else wanted.colours(one.rgb))).all()
     archive.close()
+
+
+def test_pictures_with_normals_have_the_colours_that_the_papers_evaluation_gives_them():
+    """By DSINE's loader and E2E-FT's `projects/dsine/test.py`, step by step, in torch as there."""
+    assert all((one.colours is not None) == (one.modality == "normals") for one in SETS.values())
+    rgb = layouts.rgb(np.random.default_rng(0), (30, 40)) // 2
+    image = torch.from_numpy(rgb.astype(np.float32) / 255.0).permute(2, 0, 1)
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    image = (image.clip(0.0, 1.0) - mean) / deviation
+    low, high = image.min().item(), image.max().item()
+    expected = ((image - low) / (high - low) * 255.0).permute(1, 2, 0).numpy().astype(np.uint8)
+    shown = SETS["sintel"].colours(rgb)
+    assert (shown == expected).all()
+    assert shown.max() == 255
+    black = SETS["sintel"].colours(np.zeros((2, 2, 3), np.uint8))
+    assert black[0, 0].tolist() == [0, 66, 255]  # one colour, stretched: there, too
 
 
 @pytest.mark.parametrize("name", SETS)
