@@ -166,34 +166,3 @@ def normals_loss(prediction: Tensor, normals: Tensor, mask: Tensor) -> Tensor:
     angle = torch.acos(safe) + slope * (cosine - safe)
     mean: Tensor = (angle * mask).sum() / mask.sum().clamp(min=1)
     return mean
-
-
-def angles_deg(prediction: Tensor, normals: Tensor) -> Tensor:
-    """Exact angle between vectors (B, 3, H, W) of any length, degrees in [0, 180]: (B, H, W).
-
-    By atan2(|a x b|, a . b), which keeps its digits at 0° and 180° where arccos does not.
-    """
-    a, b = prediction.float(), normals.float()
-    return torch.rad2deg(torch.atan2(torch.linalg.cross(a, b, dim=1).norm(dim=1), (a * b).sum(1)))
-
-
-def abs_rel(
-    prediction: Tensor, depth: Tensor, mask: Tensor, depth_range: tuple[float, float] = (1e-3, float("inf"))
-) -> Tensor:
-    """Mean |aligned prediction - depth| / depth after the least-squares fit, picture by picture.
-
-    Args:
-        prediction: (B, H, W), affine-invariant.
-        depth: (B, H, W) metres, greater than 0 where `mask` is True.
-        mask: (B, H, W) bool.
-        depth_range: What depths there are in the set, metres: the aligned prediction is held to it, as in Marigold's
-            evaluation.
-
-    Returns:
-        (B,) float32; NaN for a picture without a valid pixel.
-    """
-    truth = torch.where(mask, depth.float(), 1)
-    scale, shift = fit_affine(prediction, truth, mask)
-    aligned = scale[:, None, None] * prediction.float() + shift[:, None, None]
-    aligned = aligned.clamp(*depth_range)
-    return ((aligned - truth).abs() / truth * mask).sum((1, 2)) / mask.sum((1, 2))

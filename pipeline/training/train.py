@@ -7,7 +7,6 @@ average and the optimizer's moments are all there is to remember.
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import shutil
@@ -15,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from PIL import Image
 
 from depthmill.pipeline.errors import TrainingError
-from depthmill.pipeline.training import losses, start
+from depthmill.pipeline.training import start
 from depthmill.pipeline.training.batch import Batch, concatenate
 from depthmill.pipeline.training.config import TrainConfig
 from depthmill.pipeline.training.loader import load
 from depthmill.pipeline.training.mixing import read_usable
 from depthmill.pipeline.training.objectives import Objective
+from depthmill.pipeline.training.raycast import DEPTH_RANGE_M
+from depthmill.pipeline.training.record import LossTable, abs_rel, draw_sheet, mean_angle_deg
+from depthmill.pipeline.training.schedule import learning_rate
 from depthmill.pipeline.training.sets import open_set
 
 log = logging.getLogger(__name__)
@@ -87,11 +88,12 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
         (output / "config.json").write_text(json.dumps(record, indent=2) + "\n")
     accelerator.init_trackers("train")
     held_out = _held_out(config) if accelerator.is_main_process else None
-    with _Table(output / "losses.csv", first, write=accelerator.is_main_process) as table:
+    with LossTable(output / "losses.csv", lambda row: int(row["step"]) <= first) as table:
         for done, row in _steps(accelerator, wrapped, optimizer, config, first):
             if average is not None:
                 average.step(objective.trained.parameters())
-            table.write(done, row)
+            if accelerator.is_main_process:
+                table.write({"step": done, **row})
             accelerator.log(row, step=done)
             last = done == config.steps
             if last or done % config.picture_steps == 0:
@@ -111,14 +113,6 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output / "checkpoint"
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of step `step` from 0: linear warm-up, then exponential decay to a share of the peak at the last step."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    past = (step - config.warmup_steps) / max(config.steps - config.warmup_steps - 1, 1)
-    return float(config.learning_rate * config.final_learning_rate**past)
 
 
 def _steps(
@@ -194,7 +188,8 @@ def score(objective: Objective, batch: Batch, path: Path) -> dict[str, float]:
     whatever is trained; an autoencoder's answer is the truth as it gives it back.
 
     Returns:
-        Figures by name: AbsRel after alignment, or the mean angle in degrees, or the mean absolute difference.
+        Figures by name: AbsRel after alignment, of the project's own scenes held to their range of depths, or the mean
+        angle in degrees, or the mean absolute difference.
     """
     objective.eval()
     truth = objective.drawn(batch)
@@ -205,50 +200,15 @@ def score(objective: Objective, batch: Batch, path: Path) -> dict[str, float]:
         scores = {"reconstruction": float((answer - truth).abs().mean())}
     elif objective.config.modality == "depth":
         answer = answer.mean(dim=1, keepdim=True).clip(-1, 1).expand_as(truth)
-        scores = {"AbsRel": float(losses.abs_rel(answer[:, 0], batch.target[:, 0], batch.mask).nanmean())}
+        held_out = objective.config.held_out
+        depth_range = DEPTH_RANGE_M if held_out is not None and held_out.kind == "scenes" else (1e-3, inf)
+        scores = {"AbsRel": abs_rel(answer[:, 0], batch.target[:, 0], batch.mask, depth_range)}
     else:
-        scores = {"mean angle": float(losses.angles_deg(answer, truth)[batch.mask].mean())}
+        scores = {"mean angle": mean_angle_deg(answer, truth, batch.mask)}
         answer = torch.nn.functional.normalize(answer, dim=1)
     sign = -1 if objective.config.modality == "depth" else 1
-    rows = [batch.rgb, *((sign * picture.clip(-1, 1) + 1) / 2 for picture in (truth, answer))]
-    sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((sheet * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()).save(path)
+    draw_sheet([batch.rgb, *((sign * picture.clip(-1, 1) + 1) / 2 for picture in (truth, answer))], path)
     return scores
-
-
-class _Table:
-    """`losses.csv`: a row a step. Rows of steps that will be done again are dropped."""
-
-    def __init__(self, path: Path, first: int, *, write: bool):
-        self._path, self._first, self._write = path, first, write
-
-    def __enter__(self) -> _Table:
-        kept: list[dict[str, str]] = []
-        if self._first and self._path.exists():
-            with self._path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= self._first]
-        self._file = self._path.open("w", newline="") if self._write else None
-        self._rows: csv.DictWriter[str] | None = None
-        for row in kept:
-            self._put(row)
-        return self
-
-    def write(self, step: int, row: dict[str, float]) -> None:
-        self._put({"step": step, **row})
-
-    def _put(self, row: dict[str, Any]) -> None:
-        if self._file is None:
-            return
-        if self._rows is None:
-            self._rows = csv.DictWriter(self._file, list(row))
-            self._rows.writeheader()
-        self._rows.writerow(row)
-        self._file.flush()
-
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
 
 
 @contextmanager
@@ -298,6 +258,7 @@ def _resume(accelerator: Accelerator, config: TrainConfig, output: Path, *, over
     if overwrite and accelerator.is_main_process:
         for name in ("states", "tensorboard", "pictures", "checkpoint"):
             shutil.rmtree(output / name, ignore_errors=True)
+        (output / "losses.csv").unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     if overwrite or not states:

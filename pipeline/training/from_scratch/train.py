@@ -6,11 +6,10 @@ been stopped: weights and the optimizer's moments are all there is to remember.
 
 from __future__ import annotations
 
-import csv
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from depthmill.pipeline.errors import TrainingError
@@ -30,6 +28,8 @@ from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
 from depthmill.pipeline.training.from_scratch.network import Network
 from depthmill.pipeline.training.pool import open_pool
 from depthmill.pipeline.training.raycast import DEPTH_RANGE_M, Views
+from depthmill.pipeline.training.record import LossTable, abs_rel, draw_sheet, mean_angle_deg
+from depthmill.pipeline.training.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,6 @@ _HELD_OUT = 16
 _LOG_STEPS = 50
 _BATCHES_AHEAD = 2
 _COLUMNS = (
-    "stage",
-    "step",
     "learning_rate",
     "loss",
     "depth",
@@ -79,7 +77,8 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
         net.load(config.start)
     begin, first, moments = 0, 0, {}
     if overwrite:  # now: a run that is stopped before its first save must not go on from the old one's
-        (output / "state.pt").unlink(missing_ok=True)
+        for name in ("state.pt", "losses.csv"):
+            (output / name).unlink(missing_ok=True)
         for name in ("checkpoint", "pictures"):
             shutil.rmtree(output / name, ignore_errors=True)
     if (output / "state.pt").exists():
@@ -88,11 +87,13 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
         _refuse_another_run(config, output, begin, first)
         net.modules.load_state_dict(saved["modules"])
     (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
-    rows = _rows_before(output / "losses.csv", config, begin, first)
     held_out = _held_out(config, where)
-    with (output / "losses.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerows([_COLUMNS, *rows])
+    order = {stage.name: index for index, stage in enumerate(config.stages)}
+
+    def stays(row: Mapping[str, str]) -> bool:
+        return row["stage"] in order and (order[row["stage"]], int(row["step"])) < (begin, first)
+
+    with LossTable(output / "losses.csv", stays) as table:
         for index in range(begin, len(config.stages)):
             optimizer = torch.optim.AdamW(_trained(net, config.stages[index]), fused=True)
             if index == begin and first:
@@ -101,12 +102,11 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
             for done, row in steps:
                 stage = config.stages[index]
                 last = done == stage.steps
-                table.writerow([stage.name, done - 1, *row.values()])
+                table.write({"stage": stage.name, "step": done - 1, **row})
                 if stage.objective == "end_to_end" and (last or done % config.picture_steps == 0):
                     figures = draw(net, held_out, output / "pictures" / f"{index}-{stage.name}-{done:06d}.png")
                     logger.info("%s %d/%d  held out: %s", stage.name, done, stage.steps, figures)
                 if last or done % config.save_steps == 0:
-                    file.flush()
                     _save(net, optimizer, (index + 1, 0) if last else (index, done), config, output)
     return output / "checkpoint"
 
@@ -163,7 +163,7 @@ def _step(
             "lower this stage's learning_rate, then run again to go on from the last saved state"
         )
     values["learning_rate"] = rate
-    return {name: values.get(name, float("nan")) for name in _COLUMNS[2:]}
+    return {name: values.get(name, float("nan")) for name in _COLUMNS}
 
 
 def _differentiated(net: Network, stage: Stage, config: StagedConfig) -> Differentiated:
@@ -221,12 +221,6 @@ def _gradients(
     return {name: torch.stack([terms[name] for terms, _ in results]).mean(0) for name in results[0][0]}
 
 
-def learning_rate(stage: Stage, step: int) -> float:
-    """Linear warm-up, then exponential decay to a share of the peak at the stage's last step."""
-    decay: float = stage.final_learning_rate ** (step / max(stage.steps - 1, 1))
-    return stage.learning_rate * min((step + 1) / stage.warmup_steps, 1.0) * decay
-
-
 def _trained(net: Network, stage: Stage) -> list[torch.nn.Parameter]:
     # The paper freezes the VAE, which it was given; one trained for minutes has to go on learning with the UNets.
     modules = net.modules["vae"] if stage.objective == "autoencoder" else net.modules
@@ -279,8 +273,8 @@ def draw(net: Network, views: Views, path: Path) -> str:
     net.modules.eval()
     depth, normals = (part.cpu() for part in net.predict(views.rgb.to(net.prompt.device)))
     net.modules.train()
-    relative = losses.abs_rel(depth, views.depth, views.mask, DEPTH_RANGE_M).nanmean()
-    angle = losses.angles_deg(normals, views.normals)[views.mask].mean()
+    relative = abs_rel(depth, views.depth, views.mask, DEPTH_RANGE_M)
+    angle = mean_angle_deg(normals, views.normals, views.mask)
     truth = losses.normalised_depth(views.depth, views.mask)
     unit = torch.nn.functional.normalize(normals, dim=1)
     rows = [
@@ -288,9 +282,7 @@ def draw(net: Network, views: Views, path: Path) -> str:
         *(((1 - values.clamp(-1, 1)) / 2)[:, None].expand_as(views.rgb) for values in (truth, depth)),
         *((values + 1) / 2 for values in (views.normals, unit)),
     ]
-    sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(path)
+    draw_sheet(rows, path)
     return f"AbsRel {relative:.3f}, normals {angle:.1f} deg over {len(views.rgb)} scenes, drawn in {path}"
 
 
@@ -325,13 +317,3 @@ def _refuse_another_run(config: StagedConfig, output: Path, stage: int, step: in
             f"{output} holds a run with another {', '.join(different)} (see {path}): train into another folder, or "
             "start over with overwrite"
         )
-
-
-def _rows_before(path: Path, config: StagedConfig, stage: int, step: int) -> list[list[str]]:
-    """Rows of the loss table up to where the run resumes: those of later steps will be written again."""
-    if not path.exists():
-        return []
-    names = [stage.name for stage in config.stages]
-    with path.open(newline="") as file:
-        rows = [row for row in list(csv.reader(file))[1:] if row[0] in names]
-    return [row for row in rows if (names.index(row[0]), int(row[1])) < (stage, step)]

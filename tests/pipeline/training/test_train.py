@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -20,8 +21,9 @@ from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.training import start
 from depthmill.pipeline.training import train as train_module
 from depthmill.pipeline.training.config import TrainConfig
+from depthmill.pipeline.training.objectives import Objective
 from depthmill.pipeline.training.sets import open_set
-from depthmill.pipeline.training.train import learning_rate, train
+from depthmill.pipeline.training.train import train
 
 ARCHITECTURE = {"vae_channels": (8, 16), "unet_channels": (16, 32), "head_channels": 8, "norm_groups": 4}
 
@@ -139,6 +141,18 @@ def test_end_to_end_learns(scene_pool, tmp_path):
     assert list((tmp_path / "tensorboard").rglob("events.*"))
 
 
+def test_scenes_that_are_held_out_are_scored_in_their_range_of_depths(scene_pool, tmp_path, monkeypatch):
+    held_out = {"kind": "scenes", "path": scene_pool, "scenes": 100, "height": 24, "width": 32}
+    settings = config(scene_pool, held_out=held_out)
+    scored = Objective(start.load(settings), settings)
+    pictures = train_module._held_out(settings)
+    monkeypatch.setattr(scored, "answer", lambda rgb, draws: pictures.target.expand_as(rgb) / 100 - 1)  # perfect
+    assert train_module.score(scored, pictures, tmp_path / "a.png")["AbsRel"] < 1e-4
+    beyond = replace(pictures, target=2 * pictures.target + 80)  # of what a scene's may be
+    error = (1 - 80 / beyond.target)[beyond.mask[:, None]].mean()
+    assert train_module.score(scored, beyond, tmp_path / "b.png")["AbsRel"] == pytest.approx(float(error), rel=0.1)
+
+
 def test_accumulated_gradients_are_those_of_the_larger_batch(scene_pool, tmp_path):
     common = {"steps": 2, "augment": {"flip": False}}
     train(config(scene_pool, batch_size=4, accumulation=1, **common), tmp_path / "large")
@@ -189,16 +203,6 @@ def test_half_precision_is_near_to_single(scene_pool, tmp_path, modality, device
     assert half[0] == pytest.approx(single[0], rel=0.01)
     assert half == pytest.approx(single, rel=0.2)  # they part company, a little with every step
     assert next(iter(weights(tmp_path / "bf16").values())).dtype == torch.float32
-
-
-def test_learning_rate(scene_pool):
-    settings = config(scene_pool, steps=100, warmup_steps=10, learning_rate=2.0, final_learning_rate=0.01)
-    rates = [learning_rate(settings, step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2)
-    assert rates[9] == rates[10] == 2.0
-    assert rates[-1] == pytest.approx(0.02)
-    ratios = np.array(rates[11:]) / rates[10:-1]
-    assert np.ptp(ratios) < 1e-9  # exponential
 
 
 def test_widened_conv_in_answers_two_equal_latents_as_one_up_to_the_bias(scene_pool):

@@ -16,7 +16,7 @@ from depthmill.pipeline.model.modules import load_vae
 from depthmill.pipeline.training.from_scratch import network
 from depthmill.pipeline.training.from_scratch import train as train_module
 from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
-from depthmill.pipeline.training.from_scratch.train import learning_rate, train
+from depthmill.pipeline.training.from_scratch.train import train
 from depthmill.pipeline.training.pool import open_pool
 
 ROOT = Path(__file__).parents[4]
@@ -222,13 +222,6 @@ def test_a_gpu_trains_in_a_graph_as_a_cpu_does(scene_pool: Path, tmp_path: Path,
     assert tables[1] == pytest.approx(tables[0], rel=0.1), "noise is of each device's own generator"
     checkpoint = open_checkpoint(str(tmp_path / "cuda" / "checkpoint" / "depth"), "depth")
     assert tuple(load_vae(checkpoint).config.block_out_channels) == (8, 16, 16)
-
-
-def test_learning_rate_warms_up_and_decays(scene_pool: Path) -> None:
-    stage = config(scene_pool, small_steps=101).stages[1]
-    assert learning_rate(stage, 0) == pytest.approx(0.5e-3)
-    assert learning_rate(stage, 100) == pytest.approx(1e-5)
-    assert learning_rate(stage, 50) == pytest.approx(1e-4)
 
 
 def test_the_demos_config_is_valid() -> None:
