@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from depthmill.pipeline.config import validated
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.training import start
 from depthmill.pipeline.training.batch import Batch, concatenate
@@ -263,14 +264,18 @@ def _resume(accelerator: Accelerator, config: TrainConfig, output: Path, *, over
     accelerator.wait_for_everyone()
     if overwrite or not states:
         return 0
-    old = json.loads((output / "config.json").read_text())
+    recorded = output / "config.json"
+    document = json.loads(recorded.read_text())
+    before = document.pop("processes", 1)
+    # Validated, an option that a later version added has its default.
+    old = validated(TrainConfig, document, where=str(recorded)).model_dump(mode="json")
     new = config.model_dump(mode="json")
     # A step is the same on more processes if each accumulates less.
-    for run, processes in ((old, old.pop("processes", 1)), (new, accelerator.num_processes)):
+    for run, processes in ((old, before), (new, accelerator.num_processes)):
         run["accumulation x processes"] = run.pop("accumulation") * processes
-    different = [name for name in new if new[name] != old.get(name) and name not in _FREE]
+    different = [name for name in new if new[name] != old[name] and name not in _FREE]
     if refused := [name for name in different if name not in _REMEDIES]:
-        shown = ", ".join(f"{name} ({old.get(name)}, now {new[name]})" for name in refused)
+        shown = ", ".join(f"{name} ({old[name]}, now {new[name]})" for name in refused)
         raise TrainingError(
             f"{output} holds a run with another {shown}: train into another folder, or start over with --overwrite"
         )

@@ -228,6 +228,19 @@ def test_a_run_of_another_configuration_is_refused(scene_pool, tmp_path):
     train(config(scene_pool, steps=2, warmup_steps=1, seed=1), tmp_path, overwrite=True)
 
 
+def test_a_run_of_a_version_that_lacked_an_option_goes_on(scene_pool, tmp_path):
+    train(config(scene_pool, steps=2), tmp_path)
+    path = tmp_path / "config.json"
+    old = json.loads(path.read_text())
+    del old["slopes"], old["augment"]["degrade"]
+    path.write_text(json.dumps(old))
+    train(config(scene_pool, steps=2), tmp_path)
+    assert json.loads(path.read_text())["slopes"] == 0
+    path.write_text(json.dumps(old))
+    with pytest.raises(TrainingError, match=r"another slopes \(0\.0, now 1\.0\)"):
+        train(config(scene_pool, steps=2, slopes=1), tmp_path)
+
+
 def test_a_step_is_of_as_many_pictures_when_processes_change(scene_pool, tmp_path):
     settings = config(scene_pool, steps=2, accumulation=4)
     train(settings, tmp_path)
