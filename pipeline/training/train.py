@@ -145,6 +145,7 @@ def _steps(
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / config.accumulation
         row = {name: float(accelerator.reduce(value, "mean")) for name, value in sums.items()}
+        count = accelerator.reduce(torch.tensor(float(len(skipped)), device=accelerator.device), "sum")
         # In float16 a gradient may overflow: accelerate then leaves the step out, and scales less.
         if not isfinite(row["loss"]) or not (isfinite(norm) or config.mixed_precision == "fp16"):
             raise TrainingError(
@@ -153,13 +154,13 @@ def _steps(
                 "saved state"
             )
         done = step + 1
-        if done % _LOG_STEPS == 0 or done == config.steps:
+        if accelerator.is_main_process and (done % _LOG_STEPS == 0 or done == config.steps):
             pace = (done - first) / (time.monotonic() - started)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items())
             left = timedelta(seconds=round((config.steps - done) / pace))
             pictures = pace * every * config.batch_size
             log.info("step %d/%d  %s  %.1f pictures/s  %s left", done, config.steps, shown, pictures, left)
-        yield done, {"learning_rate": rate, **row, "gradient_norm": float(norm), "skipped": float(len(skipped))}
+        yield done, {"learning_rate": rate, **row, "gradient_norm": float(norm), "skipped": float(count)}
 
 
 def _draws(seed: int, number: int) -> torch.Generator:
@@ -279,7 +280,7 @@ def _resume(accelerator: Accelerator, config: TrainConfig, output: Path, *, over
         raise TrainingError(
             f"{output} holds a run with another {shown}: train into another folder, or start over with --overwrite"
         )
-    for name in different:
+    for name in different if accelerator.is_main_process else ():
         log.warning("from step %s on %s is %s, not %s", states[-1].name, name, new[name], old[name])
     accelerator.load_state(str(states[-1]))
     return int(states[-1].name)

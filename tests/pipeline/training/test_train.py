@@ -289,13 +289,23 @@ def test_a_start_of_the_wrong_kind_is_refused(scene_pool, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_twice_the_accumulation(scene_pool, tmp_path):
-    train(config(scene_pool, accumulation=2), tmp_path / "one")
-    settings = config(scene_pool, accumulation=1).model_dump(mode="json", exclude_none=True)
+    (damaged,) = scene_pool.rglob("*.npy")
+    scenes = np.load(damaged)
+    scenes["depth"][::3] = np.inf  # nothing but sky: skipped
+    copy = tmp_path / damaged.relative_to(scene_pool)
+    copy.parent.mkdir()
+    np.save(copy, scenes)
+    train(config(tmp_path, accumulation=2), tmp_path / "one")
+    settings = config(tmp_path, accumulation=1).model_dump(mode="json", exclude_none=True)
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     train_it = ["-m", "depthmill.cli", "train", tmp_path / "two.yaml", "--out", tmp_path / "two", "--device", "cpu"]
     done = subprocess.run([*launch, *train_it], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("step 4/4") == 1
+    skipped = [[row["skipped"] for row in table(tmp_path / name)] for name in ("one", "two")]
+    assert skipped[0] == skipped[1]
+    assert float(skipped[0][-1]) > 0
     one, two = ([float(row["loss"]) for row in table(tmp_path / name)] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-4)
     whole, shared = weights(tmp_path / "one"), weights(tmp_path / "two")
