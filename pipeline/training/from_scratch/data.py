@@ -8,6 +8,7 @@ from torch import Tensor
 
 from depthmill.pipeline.training.degrade import degrade
 from depthmill.pipeline.training.from_scratch.config import Stage
+from depthmill.pipeline.training.mixing import plan
 from depthmill.pipeline.training.pool import Pool
 from depthmill.pipeline.training.raycast import Views
 
@@ -24,14 +25,9 @@ def batch(pool: Pool, stage: Stage, seed: int, step: int) -> Views:
         seed: Of the stage.
         step: From 0.
     """
-    first = step * stage.batch_size
-    epochs = {i // stage.scenes for i in (first, first + stage.batch_size - 1)}
-    order = np.concatenate(
-        [np.random.default_rng((seed, 0, epoch)).permutation(stage.scenes) for epoch in sorted(epochs)]
-    )
-    start = first - min(epochs) * stage.scenes
+    _, indices = plan([stage.scenes], [1], stage.batch_size, seed, step)
     rng = np.random.default_rng((seed, 1, step))
-    views = pool.read(order[start : start + stage.batch_size])
+    views = pool.read(np.array(indices))
     views = cut(views, stage.height, stage.width, rng.uniform(stage.smallest_cut, 1, stage.batch_size), rng)
     views = flip(views, torch.from_numpy(rng.random(stage.batch_size) < 0.5).to(views.rgb.device))
     return Views(degrade(views.rgb, rng), views.depth, views.normals, views.mask)

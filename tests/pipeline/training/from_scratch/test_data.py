@@ -96,6 +96,16 @@ def test_every_scene_is_shown_once_before_any_again(small_pool: pool.Pool, monke
     assert shown[:100] != shown[100:200]
 
 
+def test_a_batch_may_show_scenes_several_times(small_pool: pool.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[int] = []
+    read = small_pool.read
+    monkeypatch.setattr(pool.Pool, "read", lambda _, indices: (shown.extend(indices.tolist()), read(indices))[1])
+    assert len(data.batch(small_pool, stage(batch_size=250), seed=0, step=1).rgb) == 250
+    counts = np.bincount(shown, minlength=100)
+    assert counts.min() >= 2
+    assert counts.max() <= 3
+
+
 def test_flip_mirrors_everything_and_turns_the_normals_x() -> None:
     views = scenes.view([1, 2], H, W)
     flipped = data.flip(views, torch.tensor([True, False]))
