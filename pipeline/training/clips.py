@@ -98,7 +98,8 @@ def export_clips(
 ) -> Iterator[str]:
     """Render clips to files, in the layout of `evaluation.clips`, with intrinsics and poses: set `rendered`.
 
-    What is there already is kept; the index is written last.
+    Clips that are there already are kept if they are of these sizes and of this version of the scenes. The index is
+    written last.
 
     Args:
         folder: Where to.
@@ -110,11 +111,16 @@ def export_clips(
     Yields:
         The name of each clip that is written.
     """
+    made = {"version": scenes.VERSION, "frames": frames, "height": height, "width": width}
+    index = folder / "rendered_video.json"
     sequences = []
     for seed, camera in product(seeds, get_args(Camera)):
         name = f"{camera}_{seed}"
         about = folder / name / "clip.json"
-        if not about.is_file():
+        there = json.loads(about.read_text()) if about.is_file() else {}
+        if there.get("made") != made:
+            for stale in (index, about):  # frames are replaced one by one
+                stale.unlink(missing_ok=True)
             clip = render_clip(seed, camera, frames, height, width)
             factor = _DEEPEST / float(clip.depth_m[clip.valid].max())
             entries = []
@@ -128,10 +134,11 @@ def export_clips(
                 entries.append(
                     {**entry, "factor": factor, "K": clip.intrinsics.tolist(), "pose": clip.poses[i].tolist()}
                 )
-            write_atomically(about, json_bytes({name: entries}))
-        sequences.append(json.loads(about.read_text()))
+            there = {"made": made, "frames": entries}
+            write_atomically(about, json_bytes(there))
+        sequences.append({name: there["frames"]})
         yield name
-    write_atomically(folder / "rendered_video.json", json_bytes({"rendered": sequences}))
+    write_atomically(index, json_bytes({"rendered": sequences}))
 
 
 def _path(scene: Scene, camera: Camera, frames: int) -> list[Scene]:

@@ -85,3 +85,22 @@ def test_an_export_that_was_stopped_goes_on(tmp_path):
     assert (depth[~clip.valid[1]] == 0).all()
     np.testing.assert_allclose(entry["pose"], clip.poses[1])
     assert (np.asarray(Image.open(tmp_path / entry["image"])) == clip.rgb[1]).all()
+
+
+def test_clips_of_other_sizes_or_scenes_are_not_taken_for_those_asked_for(tmp_path, monkeypatch):
+    def exported(**size):
+        list(export_clips(tmp_path, seeds=(3,), **size))
+        index = json.loads((tmp_path / "rendered_video.json").read_text())["rendered"]
+        frames = index[0]["static_3"]
+        with Image.open(tmp_path / frames[-1]["image"]) as picture:
+            return len(frames), picture.size
+
+    assert exported(frames=2, height=32, width=48) == (2, (48, 32))
+    assert exported(frames=3, height=32, width=48) == (3, (48, 32))
+    assert exported(frames=3, height=24, width=32) == (3, (32, 24))
+    about = tmp_path / "static_3/clip.json"
+    before = about.stat().st_mtime_ns
+    monkeypatch.setattr(scenes, "VERSION", scenes.VERSION + 1)
+    assert next(export_clips(tmp_path, seeds=(3,), frames=3, height=24, width=32)) == "static_3"
+    assert not (tmp_path / "rendered_video.json").exists()  # before all of them are
+    assert about.stat().st_mtime_ns > before
