@@ -115,4 +115,9 @@ class TrainConfig(_Strict):
             raise ValueError("give either start (a checkpoint to go on from) or architecture (to begin from nothing)")
         if (self.augment.height is None) != (self.augment.width is None):
             raise ValueError("augment: give both height and width of the piece to cut out, or neither")
+        if self.objective == "autoencoder" and self.batch_size < 2:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; an autoencoder needs 2 at least: every other picture of a "
+                "micro-batch is shown to it as depth or normals"
+            )
         return self

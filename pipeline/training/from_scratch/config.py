@@ -110,6 +110,11 @@ class StagedConfig(_Strict):
                     f"stage {stage.name!r}: batch_size {stage.batch_size} is not divisible by cpu_threads "
                     f"{self.cpu_threads}, the number of equal parts that a batch is split into"
                 )
+            if stage.objective == "autoencoder" and stage.batch_size < 3 * self.cpu_threads:
+                raise ValueError(
+                    f"stage {stage.name!r}: batch_size is {stage.batch_size}; an autoencoder needs 3 at least for each "
+                    f"of cpu_threads, {self.cpu_threads}: it is shown a picture, depth and normals in turn"
+                )
             if stage.height % factor or stage.width % factor:
                 raise ValueError(
                     f"stage {stage.name!r}: {stage.height} x {stage.width} is not divisible by {factor}, "

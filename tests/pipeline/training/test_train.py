@@ -287,6 +287,12 @@ def test_a_start_of_the_wrong_kind_is_refused(scene_pool, tmp_path):
         config(scene_pool, start=str(made), architecture=ARCHITECTURE)
 
 
+def test_an_autoencoder_that_would_never_see_depth_is_refused(scene_pool):
+    with pytest.raises(ConfigError, match="batch_size is 1; an autoencoder needs 2"):
+        config(scene_pool, objective="autoencoder", batch_size=1)
+    assert config(scene_pool, batch_size=1).batch_size == 1
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_twice_the_accumulation(scene_pool, tmp_path):
     (damaged,) = scene_pool.rglob("*.npy")

@@ -229,6 +229,13 @@ def test_the_demos_config_is_valid() -> None:
     assert demo.architecture.latent_channels == 16
 
 
+def test_an_autoencoder_that_would_never_see_normals_is_refused(scene_pool: Path) -> None:
+    wrong = config(scene_pool).model_dump()
+    wrong["stages"][0]["batch_size"] = 2
+    with pytest.raises(ValueError, match="stage 'vae': batch_size is 2; an autoencoder needs 3"):
+        StagedConfig.model_validate(wrong)
+
+
 def test_sizes_that_the_network_cannot_take_are_refused(scene_pool: Path) -> None:
     for height, width, reason in ((22, 30, "not divisible"), (24, 24, "aspect")):
         wrong = config(scene_pool).model_dump()
