@@ -136,10 +136,7 @@ def pictures(count: int) -> list[torch.Tensor]:
     source = open_source(HERE.parent / "demo" / "pedestrians.mp4")
     whole = [torch.from_numpy(frame.image.copy()) for i in (0, 30, 59) for frame in source.read(i, i + 1)]
     source.close()
-    whole += [
-        (rgb * 255).round().to(torch.uint8).permute(1, 2, 0)
-        for rgb in scenes.view(range(10**6, 10**6 + 4), 576, 768).rgb
-    ]
+    whole += list(torch.from_numpy(scenes.view(range(10**6, 10**6 + 4), 576, 768).frames()))
     draw, crops = random.Random(1), []
     for i in range(count):
         picture, ratio = whole[i % len(whole)], 2 ** draw.uniform(-1, 1)

@@ -45,8 +45,7 @@ def guess(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def label(labeler: Labeler, views: Views) -> tuple[torch.Tensor, torch.Tensor]:
     """Depth (B, H, W) and normals (B, 3, H, W) of scenes, through the same door that users go through."""
-    frames = (views.rgb * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    labels = labeler(frames)
+    labels = labeler(views.frames())
     assert labels.depth is not None
     assert labels.normals is not None
     return torch.from_numpy(labels.depth), torch.from_numpy(labels.normals).permute(0, 3, 1, 2)

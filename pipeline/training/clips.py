@@ -84,7 +84,7 @@ def render_clip(seed: int, camera: Camera, frames: int, height: int, width: int,
         pose[:3, :3] = scene.rotation * np.array([1, -1, -1])  # up and backwards to down and forward
         pose[:3, 3] = scene.position
     return Clip(
-        rgb=(views.rgb.permute(0, 2, 3, 1).numpy() * 255 + 0.5).astype(np.uint8),
+        rgb=views.frames(),
         depth_m=views.depth.numpy().astype(np.float32),
         normals=views.normals.permute(0, 2, 3, 1).numpy().astype(np.float32),
         valid=views.mask.numpy(),

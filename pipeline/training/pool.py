@@ -103,7 +103,7 @@ def render(seeds: Sequence[int], height: int, width: int, device: str = "cpu") -
     """Scenes of some seeds as a shard holds them: (len(seeds), H, W) of `_PIXEL`."""
     pixels = np.empty((len(seeds), height, width), _PIXEL)
     views = scenes.view(seeds, height, width, device=torch.device(device))
-    pixels["rgb"] = (views.rgb * 255).round().permute(0, 2, 3, 1).cpu().numpy()
+    pixels["rgb"] = views.frames()
     pixels["depth"] = views.depth.cpu().numpy()
     pixels["normals"] = (views.normals * 127).round().permute(0, 2, 3, 1).cpu().numpy()
     return pixels

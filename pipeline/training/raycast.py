@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -46,6 +47,10 @@ class Views:
     def __getitem__(self, rows: slice) -> Views:
         """Some of the scenes."""
         return Views(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def frames(self) -> npt.NDArray[np.uint8]:
+        """The colours as files and the labeler have them, (B, H, W, 3) uint8."""
+        return (self.rgb * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def concatenate(parts: Sequence[Views]) -> Views:

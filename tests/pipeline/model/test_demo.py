@@ -35,8 +35,7 @@ def test_both_checkpoints_have_one_vae() -> None:
 def held_out() -> tuple[scenes.Views, torch.Tensor, torch.Tensor]:
     """32 scenes never trained on, and the model's depth and normals of them."""
     views = scenes.view(range(HELD_OUT_SEED + 20_000, HELD_OUT_SEED + 20_032), HEIGHT, WIDTH)
-    frames = (views.rgb * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    labels = Labeler.from_pretrained("demo")(frames)
+    labels = Labeler.from_pretrained("demo")(views.frames())
     assert labels.depth is not None
     assert labels.normals is not None
     return views, torch.from_numpy(labels.depth), torch.from_numpy(labels.normals).permute(0, 3, 1, 2)

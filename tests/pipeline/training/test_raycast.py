@@ -166,3 +166,10 @@ def test_more_samples_smooth_colours_and_leave_labels_alone() -> None:
     assert torch.equal(rough.depth, smooth.depth)
     assert torch.equal(rough.normals, smooth.normals)
     assert not torch.equal(rough.rgb, smooth.rgb)
+
+
+def test_frames_are_the_colours_to_half_a_step() -> None:
+    views = scenes.view([1, 2], 24, 32)
+    frames = views.frames()
+    assert (frames.shape, frames.dtype, frames.flags.c_contiguous) == ((2, 24, 32, 3), np.uint8, True)
+    np.testing.assert_allclose(frames.transpose(0, 3, 1, 2) / 255, views.rgb, atol=0.501 / 255)
