@@ -97,7 +97,9 @@ def fit_affine(prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor
     return scale, t_mean - scale * p_mean
 
 
-def depth_loss(prediction: Tensor, depth: Tensor, mask: Tensor, *, relative: bool = False) -> Tensor:
+def depth_loss(
+    prediction: Tensor, depth: Tensor, mask: Tensor, *, relative: bool = False, pooled: bool = False
+) -> Tensor:
     """Affine-invariant depth loss: masked L1 after a least-squares fit to clipped metric depth.
 
     The gradient passes through the fit, as in the paper. A picture with no depth range (a bare wall seen head-on, or no
@@ -108,10 +110,11 @@ def depth_loss(prediction: Tensor, depth: Tensor, mask: Tensor, *, relative: boo
         depth: (B, H, W) metres; anything where `mask` is False.
         mask: (B, H, W) bool.
         relative: Divide each pixel's difference by its depth, as AbsRel does; depth must be greater than 0 then.
+        pooled: Let every valid pixel count the same, as in the paper's code, instead of every picture.
 
     Returns:
         () float32, in `depth`'s unit, or without one if `relative`: mean over the pictures that count of the mean over
-        each picture's valid pixels; 0 if none counts.
+        each picture's valid pixels, or over all their valid pixels if `pooled`; 0 if none counts.
     """
     target, usable = clip_depth(depth, mask)
     valid = mask & usable[:, None, None]
@@ -119,6 +122,8 @@ def depth_loss(prediction: Tensor, depth: Tensor, mask: Tensor, *, relative: boo
     error = (scale[:, None, None] * prediction.float() + shift[:, None, None] - target).abs() * valid
     if relative:
         error = error / torch.where(valid, target, 1)
+    if pooled:
+        return error.sum() / valid.sum().clamp(min=1)
     return (error.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)).sum() / valid.any(2).any(1).sum().clamp(min=1)
 
 

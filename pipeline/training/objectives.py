@@ -158,10 +158,10 @@ class Objective(torch.nn.Module):
     def _depth_loss(self, depth: Tensor, batch: Batch) -> dict[str, Tensor]:
         # (B, H, W) each
         truth, mask, config = batch.target[:, 0], batch.mask, self.config
-        terms = {"affine": losses.depth_loss(depth, truth, mask)}
+        terms = {"affine": losses.depth_loss(depth, truth, mask, pooled=True)}
         loss = terms["affine"]
         if config.relative:
-            terms["relative"] = losses.depth_loss(depth, truth, mask, relative=True)
+            terms["relative"] = losses.depth_loss(depth, truth, mask, relative=True, pooled=True)
             loss = loss + config.relative * terms["relative"]
         if config.anchor or config.slopes:
             target = losses.normalised_depth(truth, mask)

@@ -56,6 +56,22 @@ def test_relative_depth_loss_divides_by_depth_and_has_no_unit() -> None:
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_pooled_depth_loss_is_the_mean_over_pixels_and_not_over_pictures() -> None:
+    depth, prediction = 1 + grid(3, 8, 8), grid(3, 8, 8, seed=1)
+    depth[2] = 5  # flat: it does not count
+    mask = torch.ones_like(depth, dtype=torch.bool)
+    mask[1, :6] = False
+    for relative in (False, True):
+        one, other = (
+            losses.depth_loss(prediction[i : i + 1], depth[i : i + 1], mask[i : i + 1], relative=relative)
+            for i in (0, 1)
+        )
+        torch.testing.assert_close(losses.depth_loss(prediction, depth, mask, relative=relative), (one + other) / 2)
+        pooled = losses.depth_loss(prediction, depth, mask, relative=relative, pooled=True)
+        torch.testing.assert_close(pooled, (64 * one + 16 * other) / 80)
+    assert losses.depth_loss(prediction, depth, mask & False, pooled=True) == 0
+
+
 def test_depth_loss_is_in_metres() -> None:
     depth, prediction = 1 + grid(2, 8, 8), grid(2, 8, 8, seed=3)
     mask = everywhere(depth)

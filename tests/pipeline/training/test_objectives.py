@@ -11,7 +11,7 @@ from depthmill.pipeline.config import validated
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.checkpoint import Description
 from depthmill.pipeline.model.labeler import Labeler
-from depthmill.pipeline.training import start
+from depthmill.pipeline.training import losses, start
 from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.training.config import TrainConfig
 from depthmill.pipeline.training.objectives import Objective
@@ -115,6 +115,17 @@ def test_truth_is_turned_to_the_checkpoints_axes(axes, monkeypatch):
     torch.testing.assert_close(trained.drawn(pictures), own)
     monkeypatch.setattr(trained, "answer", lambda rgb, draws: own * 3)
     assert trained(pictures, torch.Generator())["loss"] < 0.01
+
+
+def test_every_valid_pixel_of_a_batch_counts_the_same_as_in_the_papers_code(monkeypatch):
+    pictures = batch()
+    pictures.mask[1, :12] = False
+    trained = objective()
+    depth = torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    monkeypatch.setattr(trained, "answer", lambda rgb, draws: depth[:, None].expand_as(rgb))
+    expected = losses.depth_loss(depth, pictures.target[:, 0], pictures.mask, pooled=True)
+    assert trained(pictures, torch.Generator())["loss"] == expected
+    assert expected != losses.depth_loss(depth, pictures.target[:, 0], pictures.mask)
 
 
 def test_depth_is_drawn_from_near_to_far_and_the_vae_is_frozen():
