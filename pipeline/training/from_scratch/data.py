@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from depthmill.pipeline.training.batch import Batch
+from depthmill.pipeline.training.batch import flip as flip_batch
 from depthmill.pipeline.training.degrade import degrade
 from depthmill.pipeline.training.from_scratch.config import Stage
 from depthmill.pipeline.training.mixing import plan
@@ -89,10 +91,6 @@ def _taken(start: Tensor, length: Tensor, size: int, wanted: int) -> tuple[Tenso
 
 def flip(views: Views, rows: Tensor) -> Views:
     """Mirror those pictures left to right where `rows` (B,) is True; a normal's x changes its sign with it."""
-    mirror = rows.view(-1, 1, 1, 1)
-    rgb = torch.where(mirror, views.rgb.flip(3), views.rgb)
-    sign = views.normals.new_tensor([-1, 1, 1]).view(1, 3, 1, 1)
-    normals = torch.where(mirror, views.normals.flip(3) * sign, views.normals)
-    depth = torch.where(mirror[:, 0], views.depth.flip(2), views.depth)
-    mask = torch.where(mirror[:, 0], views.mask.flip(2), views.mask)
-    return Views(rgb, depth, normals, mask)
+    mirrored = flip_batch(Batch(views.rgb, views.normals, views.mask), rows)
+    depth = torch.where(rows.view(-1, 1, 1), views.depth.flip(2), views.depth)
+    return Views(mirrored.rgb, depth, mirrored.target, mirrored.mask)
