@@ -130,7 +130,7 @@ class Paper:
         if not path.exists():
             print("timing", modality, flush=True)
             labelers = {way.name: self._labeler(way, modality) for way in ways}
-            pictures = self._pictures()[:TIMED]
+            pictures = self._held_out().frames()[:TIMED]
 
             def timed(labeler: Labeler) -> Callable[[], int]:
                 def label() -> int:
@@ -158,11 +158,8 @@ class Paper:
         some = views.mask.flatten(1).any(1)
         return Views(views.rgb[some], views.depth[some], views.normals[some], views.mask[some])
 
-    def _pictures(self) -> np.ndarray:
-        return (self._held_out().rgb * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-
     def _score(self, way: Way, modality: str) -> dict[str, list[float]]:
-        labels, views = self._labeler(way, modality)(self._pictures()), self._held_out()
+        labels, views = self._labeler(way, modality)(self._held_out().frames()), self._held_out()
         mask = views.mask.numpy()
         if modality == "normals":
             truth = views.normals.permute(0, 2, 3, 1).numpy()
