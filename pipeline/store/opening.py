@@ -13,7 +13,8 @@ import depthmill
 from depthmill.pipeline.errors import StoreError, StoreMismatchError
 from depthmill.pipeline.store.files import Directory, open_directory
 from depthmill.pipeline.store.layout import FORMAT, Layout
-from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, new_root, read_root, remove, write_root
+from depthmill.pipeline.store.removal import remove
+from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, new_root, read_root, write_root
 from depthmill.pipeline.store.smoothed import smoothed
 from depthmill.pipeline.store.store import Store, differences
 from depthmill.pipeline.store.zarr_files import ZarrFiles

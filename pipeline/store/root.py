@@ -16,7 +16,7 @@ from depthmill.pipeline.store.files import Directory
 from depthmill.pipeline.store.layout import CONVENTIONS, Document, Layout, group_document, source_arrays
 
 METADATA, FAILURES, RUN = "zarr.json", "failures.jsonl", "run.json"
-_BEING_REMOVED = "being_removed"
+BEING_REMOVED = "being_removed"
 _START, _END = '"metadata": {', "}}}"
 
 
@@ -35,7 +35,7 @@ class Root:
     @property
     def being_removed(self) -> bool:
         """Whether this is what is left of a store whose removal was cut short."""
-        return _BEING_REMOVED in self.attributes["depthmill"]
+        return BEING_REMOVED in self.attributes["depthmill"]
 
     @property
     def header(self) -> Document:
@@ -86,16 +86,6 @@ def new_root(header: Document) -> Root:
     return Root({"depthmill": header, "conventions": CONVENTIONS}, {})
 
 
-def remove(directory: Directory) -> None:
-    """Empty a store, so that being killed half way leaves one that only says so."""
-    write_root(directory, Root({"depthmill": {_BEING_REMOVED: True}}, {}))
-    for name in directory.children():
-        if name.endswith("/"):
-            directory.remove(name.rstrip("/"))
-    for name in (FAILURES, RUN):
-        directory.delete(name)
-
-
 def source_members(source_id: str, attributes: Document, layout: Layout) -> dict[str, str]:
     """The lines of one source in the index, by path."""
     members = {f"{source_id}/{name}": document for name, document in source_arrays(attributes, layout).items()}
@@ -126,4 +116,14 @@ def _texts(documents: Iterable[tuple[str, Document]]) -> dict[str, str]:
     return {path: json.dumps(document, allow_nan=False, separators=(",", ":")) for path, document in documents}
 
 
-__all__ = ["FAILURES", "METADATA", "RUN", "Root", "new_root", "read_root", "remove", "source_members", "write_root"]
+__all__ = [
+    "BEING_REMOVED",
+    "FAILURES",
+    "METADATA",
+    "RUN",
+    "Root",
+    "new_root",
+    "read_root",
+    "source_members",
+    "write_root",
+]

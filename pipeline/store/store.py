@@ -37,7 +37,7 @@ from depthmill.pipeline.store.writer import SegmentWriter
 from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array
 from depthmill.pipeline.types import FAILED, LABELLED, Failure, Segment, Source
 
-_READERS = 16  # sources read at once: on object storage each is a few requests
+READERS = 16  # sources read at once: on object storage each is a few requests
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Store:
 
     def failures(self) -> list[Failure]:
         """Failed frames of committed segments, sorted by source and frame."""
-        with ThreadPoolExecutor(_READERS) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             return [failure for failures in pool.map(self._failures, self.sources()) for failure in failures]
 
     def array(self, source_id: str, name: str) -> zarr.Array[Any]:
