@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -27,6 +28,9 @@ SOME_FAILED, NOT_STARTED, STOPPED = 1, 2, 130
 
 def main() -> NoReturn:
     """Run a command; its exit status: 0 all well, 1 some frames failed, 2 nothing could start, 130 stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name can be any bytes, and a terminal ASCII
     try:
         app()
     except RunStoppedError as error:
@@ -297,7 +301,7 @@ def inspect(
     if as_json:
         import json
 
-        typer.echo(json.dumps(found.document(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(found.document(), indent=2))
     else:
         typer.echo(as_text(found))
 

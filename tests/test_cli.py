@@ -1,6 +1,8 @@
 """The command line's own part: options, exit statuses, messages. What the commands do is tested where they live."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -109,6 +111,24 @@ def test_exit_statuses_of_runs(label, clip, tmp_path):
     assert some.returncode == 1
     assert "missing.mp4" in some.stdout
     assert label([tmp_path / "missing.mp4"], store).returncode == 2
+
+
+def test_names_that_are_no_utf_8_or_hold_line_separators(cli, label, clip, tmp_path):
+    broken = [tmp_path / os.fsdecode(name) for name in (b"caf\xe9.mp4", "two\u2028lines.mp4".encode())]
+    for path in broken:
+        path.write_bytes(b"no video")
+    good = shutil.copy(clip, tmp_path / os.fsdecode(b"gar\xe7on.mp4"))
+    store = tmp_path / "out.zarr"
+    done = label([*broken, good], store)
+    assert done.returncode == 1, done.stderr
+    assert "caf\\xe9.mp4" in done.stdout
+    listed = [json.loads(line) for line in (store / "failures.jsonl").read_bytes().splitlines()]
+    assert {os.fsencode(failure["uri"]) for failure in listed} == set(map(os.fsencode, broken))
+    assert (store / "run.json").exists()
+    assert "gar\\udce7on.mp4" in cli("inspect", store).stdout
+    shown = json.loads(cli("inspect", store, "--json").stdout)
+    assert sum(shown["unopened"].values()) == 2
+    assert cli("smooth", store).returncode == 0, "the source is found again by its name"
 
 
 def test_the_store_argument_that_was_forgotten(label, clip):

@@ -30,6 +30,7 @@ from depthmill.pipeline.model.checkpoint import Checkpoint
 from depthmill.pipeline.model.labeler import open_checkpoints
 from depthmill.pipeline.plan import Prober
 from depthmill.pipeline.sources import expand_inputs, open_source
+from depthmill.pipeline.sources.naming import readable
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.stages import fail_task
 from depthmill.pipeline.store import Store, create, write_failures
@@ -117,7 +118,7 @@ def label(
                     metrics.update(standing, rate(standing.counts.done))
 
             def say(line: str) -> None:
-                console.print(line, style="yellow", soft_wrap=True, markup=False)
+                console.print(readable(line), style="yellow", soft_wrap=True, markup=False)
 
             driver = Driver(
                 pool,

@@ -145,7 +145,7 @@ def _smoothing(store: Store, source_id: str) -> str:
 
 
 def _unopened(store: Store) -> list[str]:
-    lines = (store.read_file(FAILURES) or b"").decode().splitlines()
+    lines = (store.read_file(FAILURES) or b"").splitlines()  # of bytes: text would be split at U+2028, too
     return [failure["reason"] for failure in map(json.loads, lines) if failure["source_id"] is None]
 
 

@@ -291,7 +291,7 @@ def write_failures(store: Store, failures: Iterable[Failure]) -> str:
         The file's path or URL.
     """
     lines = [
-        json.dumps({"uri": f.uri, "source_id": f.source_id, "frame": f.frame, "reason": f.reason}, ensure_ascii=False)
+        json.dumps({"uri": f.uri, "source_id": f.source_id, "frame": f.frame, "reason": f.reason})
         for f in sorted(failures, key=lambda f: (f.uri, f.source_id or "", f.frame or 0, f.reason))
     ]
     store.write_file(FAILURES, "".join(f"{line}\n" for line in lines).encode())

@@ -130,9 +130,10 @@ class SegmentWriter:
         self._finish_row(row, LABELLED)
 
     def fail(self, index: int, reason: str) -> None:
-        """Mark one frame as failed, with the reason."""
+        """Mark one frame as failed, with the reason, which may name a file whose name is no UTF-8."""
         row = self._free_row(index)
-        self._reasons[row] = reason or "no reason was given"  # a reason is what tells failed rows apart
+        text = reason.encode("utf-8", "backslashreplace").decode()
+        self._reasons[row] = text or "no reason was given"  # a reason is what tells failed rows apart
         self._finish_row(row, FAILED)
 
     @property

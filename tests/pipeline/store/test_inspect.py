@@ -42,3 +42,11 @@ def test_a_store_in_which_nothing_has_been_done(tmp_path):
     found = inspect(stores.create(tmp_path / "s", stores.Layout(), {}))
     assert (found.frames, found.bytes_per_frame, found.sources, found.run) == (0, 0, (), {})
     assert "frames       0" in as_text(found)
+
+
+def test_lines_of_text_in_a_reason_do_not_break_the_list_of_failures(store):
+    stores.write_failures(store, [Failure("/in/\udce9\u2028.mp4", None, None, "odd\u2028name\x85")])
+    assert inspect(store).unopened == {"odd\u2028name\x85": 1}
+    listed = '{"uri":"/in/two","source_id":null,"frame":null,"reason":"of an\u2028earlier version"}\n'
+    store.write_file("failures.jsonl", listed.encode())
+    assert inspect(store).unopened == {"of an\u2028earlier version": 1}
