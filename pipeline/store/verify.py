@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,11 +23,13 @@ from depthmill.pipeline.store.layout import (
     segment_files,
     source_arrays,
 )
-from depthmill.pipeline.store.root import METADATA
+from depthmill.pipeline.store.root import METADATA, Root, read_root, source_members, write_root
 from depthmill.pipeline.store.store import Store
 from depthmill.pipeline.store.verify_smoothing import verify_smoothing
 from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
+
+_DECODES = {"scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned"}  # attributes by which xarray does
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,19 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
         workers: Threads that read segments; as many look at sources.
     """
     ids = store.sources()
+    root = _root(store)
+    lines: dict[str, str] = {}  # of the root, as they should be
     # Sources and segments have threads of their own: there may be many small sources, or one that is huge.
     with ThreadPoolExecutor(workers, "verify-sources") as outer, ThreadPoolExecutor(workers, "verify") as inner:
 
         def check(source_id: str) -> tuple[list[_Checked], list[Damage]]:
+            if disagreement := _group_disagrees(store, source_id):  # then nothing tells how to read the rest
+                return [], [disagreement]
             damage = list(_verify_metadata(store, source_id, repair))
+            for path, (line, why) in _wrong_lines(store, source_id, root.members).items():
+                lines[path] = line
+                frames = store.attributes(source_id)["frames"]
+                damage.append(Damage(source_id, 0, frames, METADATA, f"says of {path} that it {why}", repair))
             smoothing = verify_smoothing(store, source_id, repair=repair)
             damage += [Damage(source_id, start, stop, key, why, repair) for key, start, stop, why in smoothing]
             pending = set(store.pending(source_id))
@@ -106,6 +116,9 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
         for of_source, damaged in outer.map(check, ids):
             checked += [replace(one, damage=()) for one in of_source]
             damage += damaged
+    if repair and lines:
+        root = _root(store)
+        write_root(store.directory, Root(root.attributes, {**root.members, **lines}))
     return Verified(
         sources=len(ids),
         segments=len(checked),
@@ -217,7 +230,7 @@ def _verify_metadata(store: Store, source_id: str, repair: bool) -> Iterator[Dam
     documents[f"{source_id}/{METADATA}"] = group_document(attributes)
     found = store.directory.read_all(documents)
     for key, document in documents.items():
-        reason = "is missing" if key not in found else "" if _is_json(found[key]) else "is no JSON"
+        reason = _wrong_document(found[key], document) if key in found else "is missing"
         if reason:
             if repair:
                 store.directory.write(key, json_bytes(document))
@@ -234,11 +247,63 @@ def _verify_metadata(store: Store, source_id: str, repair: bool) -> Iterator[Dam
         yield Damage(source_id, 0, frames, file_key(source_id, name, arrays[name], 0), reason)
 
 
-def _is_json(data: bytes) -> bool:
+def _group_disagrees(store: Store, source_id: str) -> Damage | None:
+    """Whether a source's own zarr.json and the root say different things of it: either may be the wrong one."""
+    key, attributes = f"{source_id}/{METADATA}", store.attributes(source_id)
+    found = _parsed(store.directory.read(key) or b"")
+    if found is None or not (why := _difference(found, group_document(attributes))):
+        return None
+    return Damage(source_id, 0, attributes["frames"], key, f"{why}, as in the root; nothing else was checked")
+
+
+def _wrong_lines(store: Store, source_id: str, members: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Path of an array -> its line in the root as it should be, and what is wrong with it; none if it is not there."""
+    if source_id not in members:
+        return {}
+    texts = source_members(source_id, store.attributes(source_id), store.layout)
+    wrong = {}
+    for name, document in store.arrays(source_id).items():
+        path = f"{source_id}/{name}"
+        reason = _wrong_document(members[path].encode(), document) if path in members else "is missing"
+        if reason:
+            wrong[path] = texts[path], reason
+    return wrong
+
+
+def _wrong_document(data: bytes, expected: Document) -> str:
+    """What is wrong with a zarr.json, "" if nothing is."""
+    found = _parsed(data)
+    return "is no JSON" if found is None else _difference(found, expected)
+
+
+def _difference(found: Any, expected: Any, where: str = "") -> str:
+    """The first thing in which JSON differs from what is expected, "" if there is none.
+
+    Whatever else it holds is the user's, unless xarray would decode by it; chunks say how they are compressed.
+    """
+    parts: Iterator[str] = iter(())
+    if isinstance(expected, dict) and isinstance(found, dict):
+        keys = ("name",) if expected.get("name") == "blosc" else (*expected, *sorted(found.keys() & _DECODES))
+        parts = (_difference(found.get(key), expected.get(key), f"{where}.{key}".lstrip(".")) for key in keys)
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        parts = (_difference(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(found, expected, strict=True)))
+    elif found != expected:
+        return f"has {where} {json.dumps(found)}; expected {json.dumps(expected)}"
+    return next(filter(None, parts), "")
+
+
+def _parsed(data: bytes) -> Document | None:
     try:
-        return isinstance(json.loads(data), dict)
+        document = json.loads(data)
     except ValueError:
-        return False
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _root(store: Store) -> Root:
+    root = read_root(store.directory)
+    assert root is not None
+    return root
 
 
 def _uncommit(store: Store, segment: Segment) -> None:

@@ -1,11 +1,13 @@
 import dataclasses
 import json
 import re
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.store.verify import verify
@@ -108,6 +110,60 @@ def test_metadata_is_written_anew_and_lost_times_are_told(done):
     (Path(done.uri) / "video/time/c/0").unlink()
     (damage,) = verify(done, repair=True).damage
     assert (damage.file, damage.reason, damage.repaired) == ("video/time/c/0", "lacks values", False)
+
+
+def change(path, **changes):
+    document = json.loads(path.read_text())
+    for key, value in changes.items():
+        at = document
+        *parents, last = key.split("__")
+        for parent in parents:
+            at = at[parent]
+        at[last] = value
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "reason"),
+    [
+        ("video/depth/zarr.json", {"attributes__scale_factor": 1.0}, "attributes.scale_factor 1.0; expected 0.000195"),
+        ("video/depth/zarr.json", {"attributes__add_offset": 1}, "attributes.add_offset 1; expected null"),
+        ("video/depth/zarr.json", {"shape": [7, 24, 32]}, r"shape\[0\] 7; expected 18"),
+        ("images/size/zarr.json", {"dimension_names": None}, "dimension_names null; expected"),
+        (
+            "zarr.json",
+            {"consolidated_metadata__metadata__video/depth__attributes__scale_factor": 1.0},
+            "says of video/depth that it has attributes.scale_factor 1.0; expected",
+        ),
+    ],
+)
+def test_metadata_that_says_something_else_is_found_and_mended(done, key, changes, reason):
+    before = files(done.uri)
+    change(Path(done.uri) / key, **changes)
+    (damage,) = verify(done).damage
+    assert (damage.file, damage.repaired) == (key, False)
+    assert re.search(reason, damage.reason)
+    assert verify(done, repair=True).damage[0].repaired
+    assert files(done.uri) == before
+
+
+def test_a_source_of_which_its_group_and_the_root_disagree_is_left_alone(done):
+    change(Path(done.uri) / "video/zarr.json", attributes__size=[24, 16])
+    before = files(done.uri)
+    (damage,) = verify(done, repair=True).damage
+    assert damage.file == "video/zarr.json"
+    assert "attributes.size[1] 16; expected 32, as in the root" in damage.reason
+    assert not damage.repaired
+    assert files(done.uri) == before
+
+
+def test_what_users_add_to_metadata_and_an_index_of_zarrs_own_are_sound(done):
+    change(Path(done.uri) / "video/depth/zarr.json", attributes__camera="left")
+    change(Path(done.uri) / "video/zarr.json", attributes__note="mine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that other Zarrs may not know what it writes
+        zarr.consolidate_metadata(done.uri)
+    assert verify(stores.open_store(done.uri)).damage == ()
 
 
 def test_a_store_without_checksums_is_checked_as_far_as_can_be(store):
