@@ -154,6 +154,12 @@ class LabelConfig(BaseModel):
     timestep_spacing: TimestepSpacing = "trailing"
     seed: int = 0
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        """YAML 1.1 reads on and off without quotes as booleans."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.labels or len(set(self.labels)) != len(self.labels):
@@ -287,9 +293,10 @@ def _read(path: Path) -> str:
             return packaged.read_text(encoding="utf-8")
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
         names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
         raise ConfigError(
-            f"the configuration {path} cannot be read ({error.strerror}); "
+            f"the configuration {path} cannot be read ({reason}); "
             f"give the path of a YAML file, or one of the names that ship: {', '.join(names)}"
         ) from error

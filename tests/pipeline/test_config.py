@@ -60,6 +60,18 @@ def test_what_cannot_be_used_is_named(tmp_path, text, message):
         load_config(LabelConfig, path, {})
 
 
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"device: caf\xe9")
+    with pytest.raises(ConfigError, match=r"a\.yaml cannot be read \(it is no UTF-8\)"):
+        load_config(LabelConfig, tmp_path / "a.yaml", {})
+
+
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_on_and_off_need_no_quotes(tmp_path, word):
+    (tmp_path / "a.yaml").write_text(f"compile: {word}")
+    assert load_config(LabelConfig, tmp_path / "a.yaml", {}).compile == word
+
+
 def test_a_missing_file_says_which_names_ship(tmp_path):
     with pytest.raises(ConfigError, match="video"):
         load_config(LabelConfig, tmp_path / "none.yaml", {})
