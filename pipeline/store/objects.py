@@ -79,14 +79,14 @@ class ObjectDirectory:
                 entries = self._fs.ls(self._path(key), detail=True, refresh=True)
             except FileNotFoundError:
                 return []
-        names = (_name(entry) + ("/" if entry["type"] == "directory" else "") for entry in entries)
+        names = (_name(entry) + ("/" if entry["type"] == "directory" else "") for entry in entries if _counts(entry))
         return sorted(name for name in names if name.strip("/"))
 
     def sizes(self, key: str = "") -> dict[str, int]:
         """See `Directory`."""
         with self._translated(key, "listed"):
             found = self._fs.find(self._path(key) + "/", detail=True)
-        return {path[len(self._root) + 1 :]: entry["size"] for path, entry in found.items()}
+        return {path[len(self._root) + 1 :]: entry["size"] for path, entry in found.items() if _counts(entry)}
 
     def remove(self, key: str) -> None:
         """See `Directory`."""
@@ -130,6 +130,11 @@ def _contents(found: bytes | Exception) -> bytes | None:
     if "not satisfiable" in str(found):
         return b""
     raise found
+
+
+def _counts(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry is more than the empty object `folder/` by which S3's console shows a folder."""
+    return entry["type"] == "directory" or not entry["name"].endswith("/")
 
 
 def _name(entry: Mapping[str, Any]) -> str:

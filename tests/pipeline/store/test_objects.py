@@ -130,6 +130,16 @@ def test_what_is_left_to_do_is_one_listing(s3, monkeypatch):
     assert calls == [], "all that a writer must know is known"
 
 
+def test_the_marker_of_an_empty_folder_is_nothing(s3):
+    """An object whose name ends in a slash, as S3's console makes it."""
+    directory = open_directory(f"{s3.url}/s")
+    directory._fs.pipe_file(f"{s3.url}/s/", b"")
+    directory._fs.pipe_file(f"{s3.url}/s/video/", b"")
+    assert (directory.children(), directory.children("video"), directory.sizes()) == (["video/"], [], {})
+    directory._fs.rm_file(f"{s3.url}/s/video/")
+    assert stores.create(f"{s3.url}/s", LAYOUT, IDENTITY).new
+
+
 def test_what_is_no_store_of_ours_is_never_touched(s3):
     directory = open_directory(f"{s3.url}/photos")
     directory.write("holiday/beach.jpg", b"dear")
