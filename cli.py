@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -23,11 +24,11 @@ app = typer.Typer(
     add_completion=False,
 )
 
-SOME_FAILED, NOT_STARTED, STOPPED = 1, 2, 130
+SOME_FAILED, NOT_STARTED, CRASHED, STOPPED = 1, 2, 70, 130
 
 
 def main() -> NoReturn:
-    """Run a command; its exit status: 0 all well, 1 some frames failed, 2 nothing could start, 130 stopped."""
+    """Run a command; its exit status: 0 all well, 1 some failed, 2 nothing could start, 70 a bug, 130 stopped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name can be any bytes, and a terminal ASCII
@@ -42,6 +43,9 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         _say("stopped before anything was written")
         sys.exit(STOPPED)
+    except Exception:  # Python's own status for it would say that some frames failed
+        traceback.print_exc()
+        sys.exit(CRASHED)
     sys.exit(0)
 
 

@@ -131,6 +131,16 @@ def test_names_that_are_no_utf_8_or_hold_line_separators(cli, label, clip, tmp_p
     assert cli("smooth", store).returncode == 0, "the source is found again by its name"
 
 
+def test_an_error_that_was_not_foreseen_is_no_failed_frame(cli, tmp_path, monkeypatch):
+    def broken(uri):
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr("depthmill.pipeline.store.open_store", broken)
+    done = cli("inspect", tmp_path)
+    assert done.returncode == 70
+    assert "RuntimeError: unforeseen" in done.stderr
+
+
 def test_the_store_argument_that_was_forgotten(label, clip):
     done = label([clip], clip)
     assert done.returncode == 2
