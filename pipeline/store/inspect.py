@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from depthmill.pipeline.store.root import FAILURES, METADATA, RUN
-from depthmill.pipeline.store.store import Store
+from depthmill.pipeline.store.store import READERS, Store
 from depthmill.pipeline.store.temporal import Temporal
+from depthmill.pipeline.types import FAILED, LABELLED
 
 
 @dataclass(frozen=True)
@@ -87,17 +91,31 @@ class Inspection:
 
 
 def inspect(store: Store) -> Inspection:
-    """Look at a store: one listing of all its files, and the status of the sources that have any."""
+    """Look at a store: one listing of all its files, and the status of the sources that have any, many at once."""
     ids = store.sources()
-    sizes = Counter[str]()
+    sizes, committed = Counter[str](), set[str]()
     files = store.directory.sizes()
     for key, size in files.items():
-        sizes[key.partition("/")[0]] += size
-    sources = tuple(
-        _summary(store, source_id, sizes[source_id], f"{source_id}/temporal/{METADATA}" in files) for source_id in ids
-    )
-    committed = sum(source.labelled + source.failed for source in sources)
-    reasons = Counter(failure.reason for failure in store.failures())
+        source_id, _, name = key.partition("/")
+        sizes[source_id] += size
+        if name.startswith("status/c/"):
+            committed.add(source_id)
+
+    def look(source_id: str) -> tuple[SourceSummary, Counter[str]]:
+        status = store.status(source_id) if source_id in committed else np.empty(0, np.uint8)
+        failed = status == FAILED
+        reasons = Counter(map(str, store.reasons(source_id)[failed])) if failed.any() else Counter[str]()
+        smoothing = _smoothing(store, source_id) if f"{source_id}/temporal/{METADATA}" in files else "none"
+        labelled = int((status == LABELLED).sum())
+        return _summary(store, source_id, labelled, int(failed.sum()), sizes[source_id], smoothing), reasons
+
+    with ThreadPoolExecutor(READERS) as pool:
+        looked = list(pool.map(look, ids))
+    sources = tuple(source for source, _ in looked)
+    reasons = Counter[str]()
+    for _, of_source in looked:
+        reasons += of_source
+    done = sum(source.labelled + source.failed for source in sources)
     return Inspection(
         store=store.uri,
         version=store.version,
@@ -109,7 +127,7 @@ def inspect(store: Store) -> Inspection:
         failed=sum(source.failed for source in sources),
         pending=sum(source.pending for source in sources),
         bytes=sizes.total(),
-        bytes_per_frame=sum(source.bytes for source in sources) / committed if committed else 0.0,
+        bytes_per_frame=sum(source.bytes for source in sources) / done if done else 0.0,
         failures=dict(reasons.most_common()),
         unopened=dict(Counter(_unopened(store)).most_common()),
         run=json.loads(store.read_file(RUN) or b"{}"),
@@ -117,21 +135,23 @@ def inspect(store: Store) -> Inspection:
     )
 
 
-def _summary(store: Store, source_id: str, size: int, smoothed: bool) -> SourceSummary:
-    attributes, progress = store.attributes(source_id), store.progress(source_id)
+def _summary(
+    store: Store, source_id: str, labelled: int, failed: int, size_bytes: int, smoothing: str
+) -> SourceSummary:
+    attributes = store.attributes(source_id)
     height, width = attributes["size"]
     return SourceSummary(
         id=source_id,
         uri=attributes["uri"],
         kind=attributes["kind"],
         frames=attributes["frames"],
-        labelled=progress.labelled,
-        failed=progress.failed,
-        pending=attributes["frames"] - progress.labelled - progress.failed,
+        labelled=labelled,
+        failed=failed,
+        pending=attributes["frames"] - labelled - failed,
         height=height,
         width=width,
-        bytes=size,
-        smoothing=_smoothing(store, source_id) if smoothed else "none",
+        bytes=size_bytes,
+        smoothing=smoothing,
     )
 
 

@@ -172,6 +172,10 @@ class Store:
         """What became of each frame, or of the frames [start, stop): uint8, one of PENDING, LABELLED, FAILED."""
         return np.asarray(self._array(source_id, "status")[start:stop], np.uint8)
 
+    def reasons(self, source_id: str) -> npt.NDArray[Any]:
+        """Why each frame failed: (frames,) strings, "" where it did not."""
+        return np.asarray(self._array(source_id, "reason")[:])
+
     def pending(self, source_id: str) -> list[Segment]:
         """The segments of a source that are not committed, in order; one listing."""
         committed = self._committed(source_id)
@@ -258,7 +262,7 @@ class Store:
         failed = np.flatnonzero(self.status(source_id) == FAILED) if self._committed(source_id) else np.empty(0, int)
         if not failed.size:
             return []
-        reasons = np.asarray(self._array(source_id, "reason")[:])
+        reasons = self.reasons(source_id)
         uri = self.attributes(source_id)["uri"]
         return [Failure(uri, source_id, int(i), str(reasons[i])) for i in failed]
 

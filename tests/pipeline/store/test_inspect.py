@@ -1,6 +1,7 @@
 import json
 
 from depthmill.pipeline import store as stores
+from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.inspect import as_text, inspect
 from depthmill.pipeline.types import Failure, Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, VIDEO, files, labels, write
@@ -36,6 +37,14 @@ def test_counts_sizes_and_reasons_are_those_of_the_files(store):
     assert "12.50 frames/s (cpu)" in text
     assert "3 x truncated" in text
     assert "and 1 more: --json" in as_text(found, most=1)
+
+
+def test_sources_are_not_listed_one_by_one(store, monkeypatch):
+    write(store, Segment("video", 8, 16))
+    listed = []
+    monkeypatch.setattr(LocalDirectory, "children", lambda self, key="": listed.append(key) or ["images/", "video/"])
+    assert inspect(store).labelled == 8
+    assert listed == [""]
 
 
 def test_a_store_in_which_nothing_has_been_done(tmp_path):
