@@ -12,7 +12,7 @@ import numpy as np
 import depthmill
 from depthmill.pipeline.errors import StoreError, StoreMismatchError
 from depthmill.pipeline.store.files import Directory, open_directory
-from depthmill.pipeline.store.layout import FORMAT, Layout
+from depthmill.pipeline.store.layout import FORMAT, Document, Layout
 from depthmill.pipeline.store.removal import remove
 from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, new_root, read_root, write_root
 from depthmill.pipeline.store.smoothed import smoothed
@@ -49,9 +49,10 @@ def create(uri: str | Path, layout: Layout, identity: Mapping[str, Any], *, over
     elif overwrite or root.being_removed:
         remove(directory)
         root = None
-    elif found := differences(root.header, header):
+    elif differences(_decisive(root.header), _decisive(header)):
         raise StoreMismatchError(
-            f"{uri} was made by another run:\n{found}\nGive --overwrite to replace it, or another path to keep both."
+            f"{uri} was made by another run:\n{differences(root.header, header)}\n"
+            "Give --overwrite to replace it, or another path to keep both."
         )
     for name in (METADATA, FAILURES, RUN):
         directory.clear_partial(name)
@@ -125,6 +126,16 @@ def open_datasets(
                 attributes["scale_factor"] = np.float32(attributes["scale_factor"])
         datasets[source_id] = xarray.decode_cf(dataset)
     return smoothed(store, datasets) if smooth else datasets
+
+
+def _decisive(header: Document) -> Document:
+    """Of a store's header, what must be the same: a checkpoint is known by its sha256, whatever it was called."""
+    identity = header.get("identity", {})
+    checkpoints = {
+        modality: {key: value for key, value in checkpoint.items() if key != "name"}
+        for modality, checkpoint in identity.get("checkpoints", {}).items()
+    }
+    return {**header, "identity": {**identity, "checkpoints": checkpoints}}
 
 
 def _refuse_foreign(directory: Directory) -> None:

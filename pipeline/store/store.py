@@ -100,7 +100,15 @@ class Store:
             raise StoreError(f"source id {source.id!r} cannot name a group: no slash, space or leading dot in it")
         there = self._find(source.id)
         if there is not None:
-            if found := differences(there, attributes):
+            there = {key: there[key] for key in there if key in attributes}  # any other is the user's
+            found = differences(there, attributes)
+            if found and source.kind != "video" and {**there, "size": attributes["size"]} == attributes:
+                raise StoreMismatchError(
+                    f"{source.uri} has the pictures that were labelled into {self.uri}, but the largest of those that "
+                    f"--max-pixels lets in is another:\n{found}\nGive --max-pixels as it was then{self._last_limit()}; "
+                    "to label larger pictures as well, give another path, or --overwrite to label everything again."
+                )
+            if found:
                 raise StoreMismatchError(
                     f"{source.uri} changed since it was labelled into {self.uri}:\n{found}\n"
                     "Give --overwrite to label everything again, or another path to keep both."
@@ -248,6 +256,11 @@ class Store:
             for name in (FAILURES, RUN, METADATA):
                 self.directory.delete(name)
             self.directory.remove_root()
+
+    def _last_limit(self) -> str:
+        """`--max-pixels` of the last run that labelled something, in words; "" if none has ended."""
+        limit = json.loads(self.read_file(RUN) or b"{}").get("config", {}).get("max_pixels")
+        return "" if limit is None else f" (in the last run that labelled something, {limit})"
 
     def _array(self, source_id: str, name: str) -> zarr.Array[Any]:
         """One that every source has, and whose zarr.json follows from its attributes."""

@@ -82,6 +82,37 @@ def test_a_source_that_changed_is_refused(store):
     assert VIDEO.uri in str(caught.value)
 
 
+def test_pictures_of_which_another_limit_lets_in_larger_ones_name_the_limit(store):
+    grown = dataclasses.replace(IMAGES, height=48)
+    with pytest.raises(StoreMismatchError, match=r"(?s)size: \[24, 32\] there, .*Give --max-pixels as it was then;"):
+        store.add_source(grown)
+    store.write_file("run.json", b'{"config": {"max_pixels": 1000}}')
+    with pytest.raises(StoreMismatchError, match=r"as it was then \(in the last run that labelled something, 1000\)"):
+        store.add_source(grown)
+    for changed in (dataclasses.replace(grown, fingerprint="f9"), dataclasses.replace(VIDEO, height=48)):
+        with pytest.raises(StoreMismatchError, match="changed since"):
+            store.add_source(changed)
+
+
+def test_attributes_that_a_user_added_to_a_source_change_nothing(store):
+    path = Path(store.uri) / "zarr.json"
+    root = json.loads(path.read_text())
+    root["consolidated_metadata"]["metadata"]["video"]["attributes"]["note"] = "mine"
+    path.write_text(json.dumps(root))
+    stores.open_store(store.uri).add_source(VIDEO)
+
+
+def test_a_checkpoint_is_known_by_its_hash_whatever_it_is_called(tmp_path):
+    def identity(name, sha256):
+        return {"checkpoints": {"depth": {"name": name, "sha256": sha256}}}
+
+    stores.create(tmp_path, LAYOUT, identity("ckpt", "aa"))
+    again = stores.create(tmp_path, LAYOUT, identity("/home/me/ckpt", "aa"))
+    assert again.identity == identity("ckpt", "aa")
+    with pytest.raises(StoreMismatchError, match=r'(?s)depth\.name: "ckpt" there.*depth\.sha256: "aa" there, "bb" now'):
+        stores.create(tmp_path, LAYOUT, identity("/home/me/ckpt", "bb"))
+
+
 def test_overwrite_starts_anew(store, tmp_path):
     write(store, Segment("video", 0, 8))
     stores.write_failures(store, store.failures())
