@@ -10,7 +10,6 @@ import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -208,12 +207,7 @@ def _build_text_encoder(architecture: Architecture) -> CLIPTextModel:
 
 
 def _build_tokenizer() -> CLIPTokenizer:
-    # From files: transformers 4 takes nothing else.
-    with TemporaryDirectory() as folder:
-        vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-        vocabulary.write_text(json.dumps(_VOCABULARY))
-        merges.write_text("#version: 0.2\n")
-        return CLIPTokenizer(str(vocabulary), str(merges), pad_token=_EOS, model_max_length=77)
+    return CLIPTokenizer(vocab=_VOCABULARY, merges=[], pad_token=_EOS, model_max_length=77)
 
 
 def save(
