@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
 
 from depthmill.pipeline.types import WorkerState
 from depthmill.workers.pool import Event, Kind
@@ -101,7 +101,8 @@ class RayPool:
     def _event(self, worker: int, future: Future[Any]) -> Event:
         self._calls.pop(worker, None)
         error = future.exception()
-        if not isinstance(error, RayActorError):
+        # An actor that was killed for its memory answers each call with an error that is no RayActorError.
+        if not isinstance(error, RayError) or isinstance(error, RayTaskError):
             return Event(worker, error=error) if error else Event(worker, future.result())
         lost = worker in self._nodes and self._nodes[worker] not in _alive()
         self.stop(worker)  # one that is out of reach may be alive
