@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from depthmill.pipeline.errors import (
+    CheckpointError,
+    ConfigError,
     DepthmillError,
     MissingError,
     RunStoppedError,
@@ -258,6 +260,8 @@ class Driver:
         cause = cause_of(event.error)
         if isinstance(cause, StoreFullError):
             raise cause
+        if running.item is not None and isinstance(cause, ConfigError | CheckpointError):
+            raise cause  # so would every other worker
         match running.item:
             case Probe() as probe:
                 self._probing -= 1

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from depthmill.pipeline.errors import CheckpointError, RunStoppedError, SourceError, StoreFullError
+from depthmill.pipeline.errors import CheckpointError, ConfigError, RunStoppedError, SourceError, StoreFullError
 from depthmill.pipeline.types import WorkerState
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
 
@@ -301,6 +301,19 @@ def test_a_checkpoint_that_does_not_load_ends_the_run_with_its_reason():
     pool._end_in = end
     with pytest.raises(CheckpointError, match="no unet"):
         drive(pool, ledger)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_option_that_a_worker_cannot_follow_ends_the_run_and_fails_no_frame(workers):
+    ledger = Ledger({"a": (1000, 10), "b": (1000, 10)})
+    behave = labels(ledger)
+
+    def refuse(pool, worker, method, argument):
+        return (0.1, ConfigError("compile is on")) if method == "label" else behave(pool, worker, method, argument)
+
+    with pytest.raises(ConfigError, match="compile is on"):
+        drive(SimulatedPool(lambda: workers, refuse), ledger)
+    assert ledger.failed == {}
 
 
 def test_a_full_disk_stops_the_run_and_says_what_it_takes():
