@@ -60,7 +60,7 @@ class Crew:
         idle: Labelers with nothing to do, in the order in which they became so.
         idle_probers: Probers with nothing to do.
         now_s: The time, as of the last wait.
-        deaths: Workers that died, or were ended for taking too long.
+        deaths: Workers that died, or were ended: they could not load, or took too long.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -109,6 +109,11 @@ class Crew:
             self._pool.stop(worker)
             self.probers.discard(worker)
 
+    def dismiss(self, worker: int) -> None:
+        """End a worker that is of no use."""
+        self._pool.stop(worker)
+        self._gone(worker)
+
     def call(self, worker: int, item: Item, limits: Limits, method: str, *arguments: Any) -> None:
         """Give an idle worker something to do."""
         self.idle.pop(worker, None)
@@ -122,22 +127,27 @@ class Crew:
         return events
 
     def ended(self, event: Event) -> Running | None:
-        """Take note of an event; what its worker did, None if that was nothing."""
+        """Take note of an event; what its worker did, None if that was nothing. One that cannot load is ended."""
         worker = event.worker
         running = self.running.pop(worker, None)
         self.loading.discard(worker)
         if event.died:
-            self.deaths += 1
-            self.labelers.discard(worker)
-            self.probers.discard(worker)
-            self.idle.pop(worker, None)
-            self._ready_s += self.now_s - self._ready_since.pop(worker, self.now_s)
+            self._gone(worker)
+        elif event.error is not None and running is not None and running.item is None:
+            self.dismiss(worker)
         elif worker in self.labelers:
             self.idle[worker] = None
             self._ready_since.setdefault(worker, self.now_s)
         elif running is not None:
             self.idle_probers.append(worker)
         return running
+
+    def _gone(self, worker: int) -> None:
+        self.deaths += 1
+        self.labelers.discard(worker)
+        self.probers.discard(worker)
+        self.idle.pop(worker, None)
+        self._ready_s += self.now_s - self._ready_since.pop(worker, self.now_s)
 
     def end_overdue(self) -> Iterator[Event]:
         """End the workers that have taken too long, or stand still, and say so of each."""

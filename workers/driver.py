@@ -125,7 +125,7 @@ class Driver:
         self._pace = Pace(options.frame_limit_s, options.least_limit_s)
         self._probe_s: dict[str, float] = {}  # source -> what probing it took
         self._backends: set[str] = set()  # how workers use their devices, by their own account
-        self._load_deaths = 0
+        self._load_failures = 0  # since one could
         self._shown_s = self._looked_s = float("-inf")
         self._happened_s = self._crew.now_s
         for source in planned:
@@ -161,9 +161,17 @@ class Driver:
         for _ in range(min(self._probers, len(self._probes) + self._probing) - len(crew.probers)):
             crew.hire("prober")
         work = len(self._backlog) + len(self._trials) - len(crew.idle) - len(crew.loading)
-        if work > 0:
-            for _ in range(min((self._options.workers or crew.room()) - len(crew.labelers), work)):
+        if work > 0 and (self._load_failures < self._most_load_failures or not crew.labelers):
+            for _ in range(min(self._most_labelers - len(crew.labelers), work)):
                 crew.hire("labeler")
+
+    @property
+    def _most_labelers(self) -> int:
+        return self._options.workers or self._crew.room()
+
+    @property
+    def _most_load_failures(self) -> int:
+        return self._options.attempts * self._most_labelers
 
     @property
     def _probers(self) -> int:
@@ -247,7 +255,7 @@ class Driver:
 
     def _take(self, event: Event) -> None:
         """What follows from an event."""
-        worker = event.worker
+        worker, prober = event.worker, event.worker in self._crew.probers
         running = self._crew.ended(event)
         if event.died:
             self._backlog.leave(worker)
@@ -271,23 +279,26 @@ class Driver:
             case Task() as task:
                 self._labelled(task, running, event, cause)
             case None:
-                self._loaded(event, cause)
+                self._loaded(event, cause, prober)
 
-    def _loaded(self, event: Event, cause: BaseException | None) -> None:
+    def _loaded(self, event: Event, cause: BaseException | None, prober: bool) -> None:
         if event.error is None:
             self.standing.device = self.standing.device or event.answer
-            if event.worker in self._crew.labelers:
+            if not prober:
                 self._backends.add(event.answer)
-            self._load_deaths = 0
+            self._load_failures = 0
             return
-        if not event.died:
+        needed = prober or not self._crew.ready  # else others work on: it may be one machine of many that is at fault
+        if needed and not event.died:
             raise cause or event.error
-        self._load_deaths += not event.lost
-        if self._load_deaths >= self._options.attempts * (self._options.workers or 1):
-            raise RunStoppedError(
-                f"workers died {self._load_deaths} times while loading the model ({reason(event.error)}); "
-                "is there memory for so many of them? Try fewer --workers"
-            ) from event.error
+        self._load_failures += not event.lost
+        if self._load_failures < self._most_load_failures:
+            return
+        said = f"workers failed {self._load_failures} times while loading the model ({reason(event.error)})"
+        if needed:
+            raise RunStoppedError(f"{said}; is there memory for so many of them? Try fewer --workers") from event.error
+        if self._load_failures == self._most_load_failures:
+            self._calls.say(f"{said}: no more are asked for while the others work on")
 
     def _limits(self, task: Task) -> Limits:
         return self._pace.to_do(task.frames, self._probe_s.get(task.segment.source_id))

@@ -26,7 +26,7 @@ _GAUGES = {
 _COUNTERS = {
     "frames_total": "Frames committed, failed ones included.",
     "bytes_total": "Bytes of labels written.",
-    "worker_deaths_total": "Workers that died, or were ended for taking too long.",
+    "worker_deaths_total": "Workers that died, or were ended: they could not load, or took too long.",
     "segment_retries_total": "Attempts at segments beyond the first.",
 }
 

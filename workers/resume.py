@@ -40,7 +40,7 @@ class Summary:
         batch_fill: Mean share of a batch that was frames.
         busy: Share of the loaded workers' time that they spent labelling.
         bytes: Written.
-        deaths: Workers that died, or were ended for taking too long.
+        deaths: Workers that died, or were ended: they could not load, or took too long.
         retries: Attempts at segments beyond the first.
     """
 

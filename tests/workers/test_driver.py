@@ -303,6 +303,27 @@ def test_a_checkpoint_that_does_not_load_ends_the_run_with_its_reason():
         drive(pool, ledger)
 
 
+@pytest.mark.parametrize("outcome", ["die", RuntimeError("CUDA out of memory"), CheckpointError("not fetched")])
+@pytest.mark.parametrize("workers", [None, 4])
+def test_one_machine_on_which_nothing_loads_ends_no_run(outcome, workers):
+    """Three workers load; whoever comes to the fourth machine fails, and is the last to be placed there."""
+    ledger = Ledger({"a": (4000, 10)})
+    pool = SimulatedPool(lambda: 4, labels(ledger))
+    place, good = pool._end_in, []
+
+    def end(seconds, worker, answer):
+        if answer == "simulated" and pool.kinds[worker] == "labeler":
+            good.append(worker)
+            seconds, answer = (seconds, answer) if len(good) <= 3 else (2 * seconds, outcome)
+        place(seconds, worker, answer)
+
+    pool._end_in = end
+    drive(pool, ledger, workers=workers)
+    check(ledger, {})
+    assert len(good) == 3 + 3 * 4
+    assert [line for line in ledger.said if "while loading" in line and "no more are asked for" in line]
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_an_option_that_a_worker_cannot_follow_ends_the_run_and_fails_no_frame(workers):
     ledger = Ledger({"a": (1000, 10), "b": (1000, 10)})
