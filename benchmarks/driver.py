@@ -26,8 +26,9 @@ from PIL import Image
 from depthmill.pipeline.plan import Planned
 from depthmill.pipeline.types import Report, WorkerState
 from depthmill.tests.workers.simulated import SimulatedPool
-from depthmill.workers.driver import Calls, Driver, Options
+from depthmill.workers.driver import Driver
 from depthmill.workers.pool import Event
+from depthmill.workers.terms import Calls, Options
 
 GPUS_A_NODE = 8
 SEGMENT = 64

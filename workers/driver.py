@@ -13,8 +13,7 @@ A worker that went with its machine counts against no segment.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from depthmill.pipeline.errors import (
     CheckpointError,
@@ -35,6 +34,7 @@ from depthmill.workers.inquest import Inquest, Trial, after, cause_of, excused, 
 from depthmill.workers.pace import Limits, Pace
 from depthmill.workers.pool import Event, Pool
 from depthmill.workers.standing import Standing
+from depthmill.workers.terms import Calls, Options
 
 _POLL_S = 0.5
 _SHOW_EVERY_S = 0.2
@@ -42,44 +42,6 @@ _WATCH_S = 60.0  # of nothing happening, until the run says what it waits for
 _SHOWN_WORKERS = 16
 _LABELERS_A_PROBER = 8
 _STRAGGLES = 2.0  # times the time that a segment should take; then another worker may race it
-
-
-@dataclass(frozen=True)
-class Options:
-    """What of a run's configuration the driver goes by.
-
-    Attributes:
-        attempts: How often something is tried before it counts as failed.
-        frame_limit_s: Most seconds that a frame may take.
-        workers: Labelers to ask for; None for as many as there is room for, at any time.
-        probers: Sources probed at once, by few workers; by many, one for every _LABELERS_A_PROBER.
-        least_limit_s: What a frame is granted at least, however quick the others were, if `frame_limit_s` is not less.
-        race: Whether workers that use their devices alike write the same bytes, so that two may be at one segment.
-    """
-
-    attempts: int
-    frame_limit_s: float
-    workers: int | None
-    probers: int
-    least_limit_s: float = 1.0
-    race: bool = True
-
-
-@dataclass(frozen=True)
-class Calls:
-    """What the driver has done by others.
-
-    Attributes:
-        publish: Names sources that are new in the store in its root.
-        fail: Commits a task's frames as failed, for a reason.
-        show: Shows where the run stands, and what the first few workers do.
-        say: Says a line to the user.
-    """
-
-    publish: Callable[[list[str]], None]
-    fail: Callable[[Task, str], Report]
-    show: Callable[[Standing], None]
-    say: Callable[[str], None]
 
 
 class Driver:

@@ -35,11 +35,12 @@ from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.stages import fail_task
 from depthmill.pipeline.store import Store, create, write_failures
 from depthmill.pipeline.worker import Worker
-from depthmill.workers.driver import Calls, Driver, Options
+from depthmill.workers.driver import Driver
 from depthmill.workers.pool import InProcess, Pool
 from depthmill.workers.progress import Rate, open_display
 from depthmill.workers.resume import Summary, identity, layout, planned_here
 from depthmill.workers.standing import Standing
+from depthmill.workers.terms import Calls, Options
 
 if TYPE_CHECKING:
     from depthmill.workers.metrics import Metrics

@@ -42,7 +42,7 @@ class Standing:
         running: Segments under way.
         ready: Labelers that have loaded.
         starting: Labelers that have not.
-        deaths: Workers that died or were ended for taking too long.
+        deaths: Workers that died, or were ended: they could not load, or took too long.
         retries: Attempts at segments beyond the first.
         batches: Batches labelled.
         slots: Frames that those had room for.

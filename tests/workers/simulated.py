@@ -7,8 +7,9 @@ import time
 
 from depthmill.pipeline.plan import Planned
 from depthmill.pipeline.types import Report, WorkerState
-from depthmill.workers.driver import Calls, Driver, Options
+from depthmill.workers.driver import Driver
 from depthmill.workers.pool import Event
+from depthmill.workers.terms import Calls, Options
 
 
 class SimulatedPool:
