@@ -220,7 +220,7 @@ def _plan(folder: Path) -> None:
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     pool.close()
     standing = driver.standing
-    assert not driver.failures, driver.failures[:3]
+    assert not driver.inputs.failures, driver.inputs.failures[:3]
     segments = standing.sources * -(-(standing.counts.total // standing.sources) // SEGMENT)
     own_ms = (took - pool.waited_s) / segments * 1e3
     print(f"{standing.sources:8} {standing.counts.total:10} {segments:9} {took:8.1f} {own_ms:18.3f} {grown:10.1f}")
@@ -238,6 +238,8 @@ def simulate(gpus: int, frame_s: float, hours: float, call_s: float) -> str:
     def behave(pool, worker, method, argument):
         if method == "probe":
             return 1.0, _planned(argument, shard)
+        if method == "try_task":
+            return frame_s * argument.frames, argument.frames
         took = mean_s * chance.lognormvariate(-SIGMA * SIGMA / 2, SIGMA)
         return took, Report(argument.segment, SEGMENT, 0, 0.0)
 

@@ -187,8 +187,8 @@ def read_segment(
 
 def try_segment(
     source: FrameSource, segment: Segment, labeler: Labeler, on_frames: Callable[[int], None] = lambda frames: None
-) -> None:
-    """Read and label a segment without writing anything, to see whether it can be done."""
+) -> int:
+    """Read and label a segment without writing anything, to see whether it can be done; how many frames could be."""
     rounded = labeler.rounds(source.probe())
     done = 0
 
@@ -202,6 +202,7 @@ def try_segment(
         _submit(batch, segment, labeler, rounded).result()
         done += len(batch)
         on_frames(done)
+    return done
 
 
 def _batches(

@@ -190,8 +190,8 @@ class Worker:
         finally:
             self._state = WorkerState("idle")
 
-    def try_task(self, task: Task) -> None:
-        """Read and label frames without writing anything, to see whether it can be done."""
+    def try_task(self, task: Task) -> int:
+        """Read and label frames without writing anything, to see whether it can be done; how many could be."""
         job, self._next = self._next, None
         if job is not None:
             job.drop()
@@ -201,7 +201,7 @@ class Worker:
         try:
             source = self._sources.open(task.uri, task.fingerprint)
             on_frames(0)
-            self._thread.submit(try_segment, source, task.segment, self._labeler, on_frames).result()
+            return self._thread.submit(try_segment, source, task.segment, self._labeler, on_frames).result()
         finally:
             self._state = WorkerState("idle")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from depthmill.pipeline.types import WorkerState
+from depthmill.pipeline.plan import Task
+from depthmill.pipeline.types import Segment, WorkerState
 from depthmill.workers.pace import Limits
 from depthmill.workers.pool import Event, Kind, Pool
 
+_STRAGGLES = 2.0  # times the time that a segment should take; then another worker may race it
 _LOOKS = 4  # times that a worker is asked how far it is, in the time that it may stand still
 
 
@@ -176,6 +178,16 @@ class Crew:
             return False
         self._seen[worker] = replace(seen, looked_s=self.now_s)
         return self.now_s - seen.moved_s > (still_s if steps else max(still_s, running.limits.open_s))
+
+    def straggler(self, frame_s: float, among: Container[Segment]) -> Task | None:
+        """A segment that takes far longer than it should, at `frame_s` a frame, to be tried by a second worker too."""
+        late = [
+            ((self.now_s - running.since_s) / (frame_s * (running.item.frames + 1)), worker, running.item)
+            for worker, running in self.running.items()
+            if isinstance(running.item, Task) and running.item.segment in among
+        ]
+        slowest = max(late, key=lambda one: one[0], default=None)
+        return slowest[2] if slowest is not None and slowest[0] > _STRAGGLES else None
 
     def states(self, most: int) -> dict[str, WorkerState]:
         """What the first few labelers do."""

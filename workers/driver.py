@@ -7,7 +7,7 @@ A segment that fails (an exception, a dead worker, one that takes too long) is t
 is one. After `attempts` it is bisected: halves of it are read and labelled, without being written, down to the frames
 that do it. Those are quarantined, each only after `attempts` failures of its own; then the whole segment is labelled
 around them, in the batches that an unreadable frame would leave too, so that its bytes tell nothing of the search.
-A worker that went with its machine counts against no segment.
+A worker that went with its machine counts against no segment, nor do failures that are a worker's own (`doubts.py`).
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ from depthmill.pipeline.errors import (
     CheckpointError,
     ConfigError,
     DepthmillError,
-    MissingError,
     RunStoppedError,
-    SourceError,
     StoreFullError,
-    StoreMismatchError,
 )
 from depthmill.pipeline.plan import Planned, Task
-from depthmill.pipeline.sources import shown
-from depthmill.pipeline.types import Failure, Report, Segment
+from depthmill.pipeline.types import Report, Segment
 from depthmill.workers.backlog import Backlog, Probe
 from depthmill.workers.crew import Crew, Running
+from depthmill.workers.doubts import Check, Doubts, GivenUp
+from depthmill.workers.inputs import Inputs
 from depthmill.workers.inquest import Inquest, Trial, after, cause_of, excused, hear, open_inquest, reason, words_of
 from depthmill.workers.pace import Limits, Pace
 from depthmill.workers.pool import Event, Pool
@@ -41,7 +39,7 @@ _SHOW_EVERY_S = 0.2
 _WATCH_S = 60.0  # of nothing happening, until the run says what it waits for
 _SHOWN_WORKERS = 16
 _LABELERS_A_PROBER = 8
-_STRAGGLES = 2.0  # times the time that a segment should take; then another worker may race it
+_AHEAD = 4  # inputs that are known, for each prober
 
 
 class Driver:
@@ -49,8 +47,7 @@ class Driver:
 
     Attributes:
         standing: Where the run stands.
-        failures: Inputs that could not be opened.
-        mismatch: The first of those that changed since they were added to the store.
+        inputs: What is to be probed, and what could not be.
         stopped: Set it to end the run.
     """
 
@@ -68,13 +65,8 @@ class Driver:
         self._options = options
         self._calls = calls
         self.standing = Standing()
-        self.failures: list[Failure] = []
-        self.mismatch: StoreMismatchError | None = None
+        self.inputs = Inputs(uris, options.attempts)
         self.stopped = False
-        self._uris = iter(uris)
-        self._more = True  # whether there may be more of them
-        self._probes: deque[Probe] = deque()
-        self._probing = 0
         self._backlog = Backlog()
         self._trials: deque[Trial] = deque()
         self._open = 0  # segments that are planned and not committed
@@ -82,6 +74,9 @@ class Driver:
         self._at: dict[Segment, set[int]] = {}  # who labels a segment: two of them where one straggles
         self._next: dict[int, Task] = {}  # worker -> what it has been told that it will be given next
         self._void: set[int] = set()  # workers whose answer no longer matters
+        self._doubts = Doubts(self._crew, self._say_once, replace=options.workers != 0)
+        self._given_up = GivenUp()
+        self._said: set[str] = set()
         self._unpublished: list[str] = []
         self._published = 0
         self._pace = Pace(options.frame_limit_s, options.least_limit_s)
@@ -102,8 +97,8 @@ class Driver:
             DepthmillError: If a worker cannot load for a reason of ours, such as a checkpoint that does not fit.
         """
         try:
-            self._fetch()
-            while self._open or self._more or self._probes or self._probing:
+            self.inputs.read(_AHEAD * self._probers)
+            while self._open or self.inputs.left:
                 if self.stopped:
                     raise KeyboardInterrupt
                 self._hire()
@@ -113,19 +108,28 @@ class Driver:
                 self._look()
             self._publish(everything=True)
         except StoreFullError as error:
-            raise self._full(error) from error
+            raise RunStoppedError(
+                f"{error}\nThe run was stopped with {self.standing.left_to_label(self.inputs.left)}. "
+                "What is committed stays: make room, then run the same command again to go on from there"
+            ) from error
         finally:
             self._show()
 
     def _hire(self) -> None:
         """Ask for the workers that there is work for: room comes with nodes, and work with sources."""
         crew = self._crew
-        for _ in range(min(self._probers, len(self._probes) + self._probing) - len(crew.probers)):
+        for _ in range(min(self._probers, self.inputs.unprobed) - len(crew.probers)):
             crew.hire("prober")
-        work = len(self._backlog) + len(self._trials) - len(crew.idle) - len(crew.loading)
+        work = len(self._backlog) + len(self._trials) - len(self._able) - len(crew.loading)
         if work > 0 and (self._load_failures < self._most_load_failures or not crew.labelers):
             for _ in range(min(self._most_labelers - len(crew.labelers), work)):
                 crew.hire("labeler")
+
+    @property
+    def _able(self) -> list[int]:
+        """Labelers with nothing to do that may be given something."""
+        doubted = set(self._doubts.workers)
+        return [worker for worker in self._crew.idle if worker not in doubted]
 
     @property
     def _most_labelers(self) -> int:
@@ -139,38 +143,43 @@ class Driver:
     def _probers(self) -> int:
         return max(self._options.probers, self._crew.ready // _LABELERS_A_PROBER)
 
-    def _fetch(self) -> None:
-        """Read inputs, a few more than are probed at once."""
-        while self._more and len(self._probes) < 4 * self._probers:
-            uri = next(self._uris, None)
-            if uri is None:
-                self._more = False
-            else:
-                self._probes.append(Probe(uri))
-
     def _assign(self) -> None:
         """Give idle workers something to do."""
         crew = self._crew
-        while crew.idle_probers and self._probes:
-            probe = self._probes.popleft()
-            self._probing += 1
+        while crew.idle_probers and (probe := self.inputs.take()) is not None:
             crew.call(crew.idle_probers.pop(), probe, self._pace.to_open(), "probe", probe.uri)
-            self._fetch()
-        if not self._more and not self._probes and not self._probing:
+            self.inputs.read(_AHEAD * self._probers)
+        if not self.inputs.left:
             crew.dismiss_idle_probers()
-        for worker in list(crew.idle):
+        for running, event in self._doubts.check(self._limits):
+            self._outcome(running, event)
+        alone = crew.ready - len(self._doubts.workers) == 1
+        for worker in self._able:
             task = self._next.pop(worker, None)
             if task is None and self._trials:
                 trial = self._trials.popleft()
                 crew.call(worker, trial, self._limits(trial.task), "try_task", trial.task)
                 continue
             if task is None:
-                task = self._backlog.take(worker, alone=crew.ready == 1) if self._backlog else self._left_over()
+                task = self._backlog.take(worker, alone) if self._backlog else self._left_over()
             if task is not None:
                 self._at.setdefault(task.segment, set()).add(worker)
                 crew.call(worker, task, self._limits(task), "label", task, *self._following(worker, task))
             elif not self._backlog and not self._next:
                 break
+
+    def _leave(self, task: Task, worker: int) -> set[int]:
+        """A worker is no longer at a task; who else is."""
+        others = self._at.pop(task.segment, set()) - {worker}
+        if others:
+            self._at[task.segment] = others
+        return others
+
+    def _release(self, worker: int) -> None:
+        """What a worker would be given next is for others."""
+        self._backlog.leave(worker)
+        if worker in self._next:  # it may be what the worker died of: to be tried by itself
+            self._backlog.again(self._next.pop(worker), None)
 
     def _following(self, worker: int, task: Task) -> tuple[Task, ...]:
         """What a worker may begin while it is at a task, lest its device waits for a commit.
@@ -197,58 +206,58 @@ class Driver:
             return None
         if self._next:
             return self._next.pop(next(iter(self._next)))
-        return self._straggler()
-
-    def _straggler(self) -> Task | None:
-        """A segment that takes far longer than it should, to be tried by a second worker as well."""
-        if not self._pace.frame_s or self._more or self._probes or self._probing or not self._open:
+        if self.inputs.left or not self._pace.frame_s:
             return None
-        late = [
-            (
-                (self._crew.now_s - running.since_s) / (self._pace.frame_s * (running.item.frames + 1)),
-                worker,
-                running.item,
-            )
-            for worker, running in self._crew.running.items()
-            if isinstance(running.item, Task) and len(self._at.get(running.item.segment, ())) == 1
-        ]
-        slowest = max(late, key=lambda one: one[0], default=None)
-        return slowest[2] if slowest is not None and slowest[0] > _STRAGGLES else None
+        alone = {segment for segment, workers in self._at.items() if len(workers) == 1}
+        return self._crew.straggler(self._pace.frame_s, alone)
 
     def _take(self, event: Event) -> None:
         """What follows from an event."""
         worker, prober = event.worker, event.worker in self._crew.probers
         running = self._crew.ended(event)
         if event.died:
-            self._backlog.leave(worker)
-            if worker in self._next:  # it may be what the worker died of: to be tried by itself
-                self._backlog.again(self._next.pop(worker), None)
+            self._release(worker)
+            if (held := self._doubts.left(worker)) is not None:
+                self._put_back(*held)
         if running is None or worker in self._void:
             self._void.discard(worker)
             return
         self._happened_s = self._crew.now_s
         cause = cause_of(event.error)
-        if isinstance(cause, StoreFullError):
-            raise cause
-        if running.item is not None and isinstance(cause, ConfigError | CheckpointError):
-            raise cause  # so would every other worker
         match running.item:
             case Probe() as probe:
-                self._probing -= 1
-                self._probed(probe, running, event, cause)
-            case Trial() as trial:
-                self._tried(trial, running, event)
-            case Task() as task:
-                self._labelled(task, running, event, cause)
-            case None:
+                self._probed(probe, running, event)
+            case Check() if not event.died:
+                self._checked(event)
+            case None | Check():
                 self._loaded(event, cause, prober)
+            case _ if isinstance(cause, StoreFullError | ConfigError | CheckpointError):  # so would every other worker
+                raise cause
+            case item if event.error is None:
+                self._doubts.did(worker)
+                self._outcome(running, event)
+            case item:
+                alone = isinstance(item, Trial) or len(self._at[item.segment]) == 1
+                if not event.died and alone and self._doubts.failed(running, event, self._options.attempts):
+                    self._release(worker)
+                else:
+                    self._outcome(running, event)
+
+    def _outcome(self, running: Running, event: Event) -> None:
+        """What follows from a task's end, or a trial's."""
+        if isinstance(running.item, Trial):
+            self._tried(running.item, running, event)
+        else:
+            self._labelled(running.item, running, event)
 
     def _loaded(self, event: Event, cause: BaseException | None, prober: bool) -> None:
         if event.error is None:
             self.standing.device = self.standing.device or event.answer
             if not prober:
                 self._backends.add(event.answer)
-            self._load_failures = 0
+                self._doubts.came(event.worker)
+            if not self._doubts.sample:
+                self._load_failures = 0
             return
         needed = prober or not self._crew.ready  # else others work on: it may be one machine of many that is at fault
         if needed and not event.died:
@@ -262,29 +271,30 @@ class Driver:
         if self._load_failures == self._most_load_failures:
             self._calls.say(f"{said}: no more are asked for while the others work on")
 
+    def _checked(self, event: Event) -> None:
+        self._load_failures = 0
+        held, counts = self._doubts.checked(event)
+        if held is not None:
+            (self._outcome if counts else self._put_back)(*held)
+
+    def _put_back(self, running: Running, event: Event) -> None:
+        """What a worker failed at that is at fault, or gone, is as it was before."""
+        if isinstance(running.item, Trial):
+            self._trials.appendleft(running.item)
+        elif not self._leave(running.item, event.worker):
+            self._backlog.again(running.item, event.worker)
+
     def _limits(self, task: Task) -> Limits:
         return self._pace.to_do(task.frames, self._probe_s.get(task.segment.source_id))
 
-    def _probed(self, probe: Probe, running: Running, event: Event, cause: BaseException | None) -> None:
+    def _probed(self, probe: Probe, running: Running, event: Event) -> None:
         if event.error is None:
+            self.inputs.probed()
             self._probe_s[event.answer.id] = self._crew.now_s - running.since_s
             self._plan(event.answer)
-            return
-        why = str(cause)
-        if isinstance(cause, StoreMismatchError):
-            self.mismatch = self.mismatch or cause
-        elif isinstance(cause, DepthmillError) and not isinstance(cause, SourceError):
-            raise cause
-        else:
-            tried = after(probe, event)
-            if tried.attempts < self._options.attempts and not isinstance(cause, MissingError):
-                self._probes.append(tried)
-                return
-            if not isinstance(cause, SourceError):
-                why = f"{shown(probe.uri)}: probing it failed {tried.attempts} times: {words_of(event)}"
-        self.failures.append(Failure(uri=shown(probe.uri), source_id=None, frame=None, reason=why))
-        self.standing.count_reason(why, 1)
-        self._calls.say(f"left out: {why}")
+        elif (why := self.inputs.failed(probe, event)) is not None:
+            self.standing.count_reason(why, 1)
+            self._calls.say(f"left out: {why}")
 
     def _plan(self, source: Planned) -> None:
         if source.id in self._ids:  # one input, named twice in two ways
@@ -303,31 +313,37 @@ class Driver:
             self._published += len(self._unpublished)
             self._unpublished = []
 
-    def _labelled(self, task: Task, running: Running, event: Event, cause: BaseException | None) -> None:
-        others = self._at.get(task.segment, set()) - {event.worker}
-        if event.error is not None and others:
-            self._at[task.segment] = others  # another worker is still at it
+    def _labelled(self, task: Task, running: Running, event: Event) -> None:
+        others = self._leave(task, event.worker)
+        if event.error is not None:
+            if not others:  # else another worker is still at it
+                self._failed(task, event)
             return
         self._at.pop(task.segment, None)
-        if event.error is not None:
-            self._failed(task, event, cause)
-            return
         self._void |= others  # what they write is the same: see `_left_over`
         self._pace.add(task.frames, self._crew.now_s - running.since_s)
+        self._doubts.committed(task, event.answer)
         self._committed(event.answer)
+        if event.answer.labelled:
+            self._fail(self._given_up.labelled())
 
-    def _failed(self, task: Task, event: Event, cause: BaseException | None) -> None:
+    def _failed(self, task: Task, event: Event) -> None:
         tried, why = after(task, event), words_of(event)
         self.standing.retries += 1
         if tried.attempts < self._options.attempts:
             self._backlog.again(tried, event.worker)
-        elif task.searched or isinstance(cause, DepthmillError):  # a search would find every frame guilty
+        elif task.searched or isinstance(cause_of(event.error), DepthmillError):  # a search finds every frame guilty
             times = "once" if tried.attempts == 1 else f"{tried.attempts} times"
-            self._committed(self._calls.fail(task, f"the segment was tried {times}: {why}"))
+            why = f"the segment was tried {times}: {why}"
+            self._fail(self._given_up.add(task, why, self._crew.ready, self.standing.succeeded))
         else:
             inquest, trials = open_inquest(task, why)
             self._trials.extendleft(reversed(trials))
-            self._judge(inquest)
+            self._hear(inquest)
+
+    def _fail(self, tasks: list[tuple[Task, str]]) -> None:
+        for task, why in tasks:
+            self._committed(self._calls.fail(task, why))
 
     def _tried(self, trial: Trial, running: Running, event: Event) -> None:
         why = None if event.error is None else words_of(event)
@@ -335,9 +351,9 @@ class Driver:
             self._pace.add(trial.task.frames, self._crew.now_s - running.since_s)
         # The newest first: one culprit is found before the next is looked for, and few trials wait at any time.
         self._trials.extendleft(reversed(hear(trial, why, excused(trial, event), self._options.attempts)))
-        self._judge(trial.inquest)
+        self._hear(trial.inquest)
 
-    def _judge(self, inquest: Inquest) -> None:
+    def _hear(self, inquest: Inquest) -> None:
         verdict = inquest.verdict
         if verdict is not None:
             self._backlog.again(verdict, None)
@@ -353,30 +369,23 @@ class Driver:
             self._looked_s = now_s
             for event in self._crew.end_overdue():
                 self._take(event)
+        if len(self._given_up) == self._open and not self.inputs.left:  # nothing is left that could succeed
+            self._fail(self._given_up.take(self.standing.succeeded))
         if now_s - self._shown_s >= _SHOW_EVERY_S:
             self._show()
         if now_s - self._happened_s >= _WATCH_S:
             self._happened_s = now_s
             self._calls.say(f"waiting for: {self._crew.waited_for(_SHOWN_WORKERS)}")
 
-    def _show(self) -> None:
-        crew, standing = self._crew, self.standing
-        self._shown_s = crew.now_s
-        standing.ready, standing.starting, standing.ready_s = crew.ready, len(crew.loading), crew.ready_s
-        standing.deaths = crew.deaths
-        standing.unprobed, standing.more = len(self._probes) + self._probing, self._more
-        standing.queued, standing.running = len(self._backlog), len(self._at)
-        standing.workers = crew.states(_SHOWN_WORKERS)
-        self._calls.show(standing)
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._calls.say(line)
 
-    def _full(self, error: StoreFullError) -> RunStoppedError:
-        counts, bytes_written = self.standing.counts, self.standing.bytes
-        left, labelled = counts.total - counts.before - counts.done, counts.done - counts.failed
-        needed = "how much that takes is not known yet"
-        if labelled and bytes_written:
-            needed = f"which takes about {left * bytes_written / labelled / 2**30:.2f} GiB"
-        at_least = "at least " if self._more or self._probes or self._probing else ""
-        return RunStoppedError(
-            f"{error}\nThe run was stopped with {at_least}{left} frames left to label, {needed}. "
-            "What is committed stays: make room, then run the same command again to go on from there"
-        )
+    def _show(self) -> None:
+        standing = self.standing
+        self._shown_s = self._crew.now_s
+        standing.crewed(self._crew, _SHOWN_WORKERS)
+        standing.unprobed, standing.more = self.inputs.unprobed, self.inputs.more
+        standing.queued, standing.running = len(self._backlog), len(self._at)
+        self._calls.show(standing)

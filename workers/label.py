@@ -141,10 +141,10 @@ def label(
     standing = driver.standing
     if not standing.sources:
         store.remove_if_empty()
-        raise driver.mismatch or SourceError(
-            f"none of the {len(driver.failures)} inputs can be opened: nothing to label"
+        raise driver.inputs.mismatch or SourceError(
+            f"none of the {len(driver.inputs.failures)} inputs can be opened: nothing to label"
         )
-    failures = (*driver.failures, *store.failures())
+    failures = (*driver.inputs.failures, *store.failures())
     write_failures(store, failures)
     summary = Summary(
         store=store.uri,

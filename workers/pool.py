@@ -103,6 +103,7 @@ class InProcess:
     def wait(self, timeout_s: float) -> list[Event]:
         """Make the oldest call."""
         if not self._calls:
+            time.sleep(timeout_s)
             return []
         worker, method, arguments = self._calls.popleft()
         try:

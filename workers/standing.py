@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from depthmill.pipeline.plan import Planned
 from depthmill.pipeline.types import Report, WorkerState
+from depthmill.workers.crew import Crew
 
 _MOST_REASONS = 50
 
@@ -85,6 +86,26 @@ class Standing:
     def busy(self) -> float:
         """Share of the labelers' time that they spent labelling, in [0, 1]."""
         return min(1.0, self.label_s / self.ready_s) if self.ready_s else 0.0
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether this run has labelled anything."""
+        return self.counts.done > self.counts.failed
+
+    def crewed(self, crew: Crew, shown: int) -> None:
+        """Take note of the workers; of what so many of them do."""
+        self.ready, self.starting, self.ready_s = crew.ready, len(crew.loading), crew.ready_s
+        self.deaths = crew.deaths
+        self.workers = crew.states(shown)
+
+    def left_to_label(self, more: bool) -> str:
+        """How many frames that is, and the room that they take, in words; at least so many, if `more` may come."""
+        counts = self.counts
+        left, labelled = counts.total - counts.before - counts.done, counts.done - counts.failed
+        needed = "how much that takes is not known yet"
+        if labelled and self.bytes:
+            needed = f"which takes about {left * self.bytes / labelled / 2**30:.2f} GiB"
+        return f"{'at least ' if more else ''}{left} frames left to label, {needed}"
 
     def planned(self, source: Planned) -> None:
         """One more source is in the store."""

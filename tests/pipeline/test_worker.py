@@ -84,7 +84,7 @@ def test_what_was_begun_is_dropped_for_a_search(start):
     worker, tasks = start("some")
     worker.label(tasks[0], tasks[1])
     begun = worker._next
-    worker.try_task(tasks[3])
+    assert worker.try_task(tasks[3]) == tasks[3].frames
     assert begun._dropped
     assert worker._next is None
 

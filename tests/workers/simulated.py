@@ -190,6 +190,6 @@ def labels(ledger, frame_s=0.1, bad=(), seed=0, sigma=0.0):
             if outcome is not None and frame not in skipped:
                 return frame_s * done, outcome
         seconds = frame_s * len(frames) * chance.lognormvariate(0.0, sigma)
-        return seconds, ledger.commit(argument) if method == "label" else None
+        return seconds, ledger.commit(argument) if method == "label" else len(frames)
 
     return behave

@@ -1,0 +1,174 @@
+"""Failures of the environment against simulated workers: they are not committed as failures of the data."""
+
+import pytest
+
+from depthmill.pipeline.errors import RunStoppedError, SourceError
+from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
+
+
+def all_frames(ledger):
+    return {(uri, frame) for uri, (frames, _) in ledger.sources.items() for frame in range(frames)}
+
+
+def failing(ledger, fails, *, frame_s=0.1):
+    """A `behave` in which what `fails` (pool, worker, task) names ends, at once, in the exception that it returns."""
+    behave = labels(ledger, frame_s)
+
+    def act(pool, worker, method, argument):
+        error = None if method == "probe" else fails(pool, worker, argument)
+        return (0.01, error) if error is not None else behave(pool, worker, method, argument)
+
+    return act
+
+
+def labelers(pool):
+    return [worker for worker, kind in pool.kinds.items() if kind == "labeler"]
+
+
+AWAY = SourceError("clips/a.mp4: no such file")
+POISONED = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2, 16])
+@pytest.mark.parametrize("error", [AWAY, OSError("stale file handle")], ids=["source", "other"])
+def test_inputs_that_are_away_for_a_minute_cost_no_frame(workers, attempts, error):
+    ledger = Ledger({f"s{i}": (640, 64) for i in range(4 * workers)})
+    pool = SimulatedPool(lambda: workers, failing(ledger, lambda pool, *_: error if 30 < pool.clock_s < 90 else None))
+    drive(pool, ledger, attempts=attempts)
+    assert not ledger.failed
+    assert set(ledger.labelled) == all_frames(ledger)
+    assert [line for line in ledger.said if "labelled before" in line and str(error) in line]
+
+
+@pytest.mark.parametrize("since_s", [0, 50])
+@pytest.mark.parametrize("error", [AWAY, POISONED], ids=["source", "other"])
+def test_bad_machines_among_many_cost_no_frame(since_s, error):
+    """On 2 of 16 machines nothing can be done, from the start or later; a new worker comes to where there is room."""
+    ledger = Ledger({f"s{i}": (1280, 64) for i in range(16)})
+    machines = {}
+
+    def machine(pool, worker):
+        if worker not in machines:
+            machines[worker] = min(set(range(16)) - {machines[other] for other in pool.alive & machines.keys()})
+        return machines[worker]
+
+    def fails(pool, worker, task):
+        return error if machine(pool, worker) in (0, 7) and pool.clock_s > since_s else None
+
+    pool = SimulatedPool(lambda: 16, failing(ledger, fails))
+    drive(pool, ledger)
+    assert not ledger.failed
+    assert set(ledger.labelled) == all_frames(ledger)
+    assert pool.clock_s < 16 * 1280 * 0.1 / 14 * 1.15
+    assert len(labelers(pool)) <= 16 + 2  # a bad machine's first worker is replaced, if it did well; no other is
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_worker_whose_process_is_spoilt_is_replaced(workers):
+    ledger = Ledger({"a": (3200, 64)})
+    spoilt = set()
+
+    def fails(pool, worker, task):
+        if task.segment.start == 64 and not spoilt:
+            spoilt.add(worker)
+        return POISONED if worker in spoilt else None
+
+    pool = SimulatedPool(lambda: workers, failing(ledger, fails))
+    drive(pool, ledger)
+    assert not ledger.failed
+    assert set(ledger.labelled) == all_frames(ledger)
+    assert len(labelers(pool)) == workers + 1
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_frame_that_spoils_its_worker_is_found(workers):
+    ledger = Ledger({"a": (640, 64)})
+    spoilt = set()
+
+    def fails(pool, worker, task):
+        if task.segment.start <= 200 < task.segment.stop and 200 not in dict(task.skip):
+            spoilt.add(worker)
+        return POISONED if worker in spoilt else None
+
+    drive(SimulatedPool(lambda: workers, failing(ledger, fails)), ledger)
+    assert set(ledger.failed) == {("a", 200)}
+    assert set(ledger.labelled) == all_frames(ledger) - {("a", 200)}
+
+
+@pytest.mark.parametrize("since_s", [0, 20])
+@pytest.mark.parametrize("workers", [1, 8])
+def test_inputs_that_stay_away_stop_the_run_and_none_of_them_is_failed(workers, since_s):
+    ledger = Ledger({f"s{i}": (640, 64) for i in range(16)})
+    pool = SimulatedPool(lambda: workers, failing(ledger, lambda pool, *_: AWAY if pool.clock_s > since_s else None))
+    with pytest.raises(RunStoppedError, match=r"no such file[\s\S]*run the same command again"):
+        drive(pool, ledger)
+    assert not ledger.failed
+    assert pool.clock_s < since_s + 300
+
+
+def test_the_only_input_of_a_run_is_not_failed_if_it_goes_away_before_anything_is_labelled():
+    ledger = Ledger({"a": (6400, 64)})
+    with pytest.raises(RunStoppedError, match=r"no such file[\s\S]*run the same command again"):
+        drive(SimulatedPool(lambda: 2, failing(ledger, lambda *_: AWAY)), ledger)
+    assert not ledger.failed
+
+
+def test_one_folder_of_inputs_that_goes_away_stops_the_run_too():
+    """What was labelled before is of another one, and can still be labelled."""
+    ledger = Ledger({f"{folder}{i}": (64, 64) for i in range(500) for folder in "ab"})
+
+    def fails(pool, worker, task):
+        return AWAY if task.uri.startswith("b") and pool.clock_s > 20 else None
+
+    with pytest.raises(RunStoppedError, match=r"hardly the fault[\s\S]*run the same command again"):
+        drive(SimulatedPool(lambda: 8, failing(ledger, fails)), ledger)
+    assert len(ledger.failed) < 10 * 64
+
+
+@pytest.mark.parametrize("error", [AWAY, RuntimeError("no luck")], ids=["source", "other"])
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("order", [("bad", "good", "fine"), ("good", "bad", "fine")], ids=["first", "later"])
+def test_a_source_of_which_no_frame_can_be_labelled_is_failed_alone(workers, order, error):
+    ledger = Ledger(dict.fromkeys(order, (640, 64)))
+    behave = failing(ledger, lambda pool, worker, task: error if task.uri == "bad" and not task.skip else None)
+    driver = drive(SimulatedPool(lambda: workers, behave), ledger)
+    assert set(ledger.failed) == {("bad", frame) for frame in range(640)}
+    assert set(ledger.labelled) == all_frames(ledger) - set(ledger.failed)
+    assert driver.standing.deaths == 0
+
+
+def test_what_fails_to_the_last_is_failed_when_nothing_else_is_left():
+    ledger = Ledger({"a": (64, 64), "b": (64, 64)})
+    behave = failing(ledger, lambda pool, worker, task: AWAY if task.uri == "b" else None)
+    drive(SimulatedPool(lambda: 1, behave), ledger)
+    assert set(ledger.failed) == {("b", frame) for frame in range(64)}
+
+
+def test_what_a_worker_in_doubt_failed_at_is_done_when_the_worker_is_lost():
+    ledger = Ledger({"a": (1280, 64)})
+
+    def fails(pool, worker, task):
+        return AWAY if worker == bad[0] else None
+
+    pool = SimulatedPool(lambda: 2, failing(ledger, fails))
+    bad = [1]
+    pool.at(30, lambda: pool.lose(1))
+    drive(pool, ledger)
+    assert not ledger.failed
+    assert set(ledger.labelled) == all_frames(ledger)
+
+
+def test_a_worker_whose_frames_can_no_longer_be_read_is_at_fault():
+    """Nothing is raised then: each frame has its reason."""
+    ledger = Ledger({f"s{i}": (640, 64) for i in range(8)})
+    behave = labels(ledger)
+
+    def act(pool, worker, method, argument):
+        if method == "probe" or not 20 < pool.clock_s < 60:
+            return behave(pool, worker, method, argument)
+        return 0.01, AWAY if method == "label" else 0
+
+    drive(SimulatedPool(lambda: 2, act), ledger)
+    assert not ledger.failed
+    assert [line for line in ledger.said if "none of the frames can be read" in line]
