@@ -78,6 +78,11 @@ def test_the_image_has_every_extra_that_labelling_can_need():
     assert set(re.findall(r"--extra (\w+)", DOCKERFILE)) == set(PROJECT["optional-dependencies"]) - {"train", "dev"}
 
 
+def test_the_image_has_what_torch_compiles_with():
+    packages = re.search(r"apt-get install ([^&]+)", DOCKERFILE)[1].split()
+    assert {"g++", "python3-dev"} <= set(packages)  # gcc and the C library's headers come with g++
+
+
 def test_the_image_runs_as_a_user_by_number_and_fetches_no_weights():
     instructions = re.sub(r"\\\n", " ", re.sub(r"(?m)^#.*\n", "", DOCKERFILE)).splitlines()
     (user,) = (line.split()[1] for line in instructions if line.startswith("USER"))
