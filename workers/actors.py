@@ -28,7 +28,9 @@ def labelers(config: LabelConfig, store: str, digests: tuple[str, ...], retry_fa
         retry_failed: Whether frames that failed in earlier runs are planned again.
     """
     gpu = config.device.startswith("cuda")
-    labeler = remote(LabelWorker, num_cpus=1, num_gpus=1 if gpu else 0, max_concurrency=2)
+    # Ray packs actors onto few machines if they do not say otherwise; on CPUs, one takes up a whole machine.
+    strategy = "DEFAULT" if gpu else "SPREAD"
+    labeler = remote(LabelWorker, num_cpus=1, num_gpus=1 if gpu else 0, max_concurrency=2, scheduling_strategy=strategy)
     prober = remote(Prober, num_cpus=0, scheduling_strategy="SPREAD")
     limits = (config.max_pixels, config.max_frames, retry_failed)
     return RayPool(

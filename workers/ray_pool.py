@@ -45,8 +45,10 @@ class RayPool:
         """The cluster's GPUs, cores or machines."""
         if self.now() - self._capacity_s > _ASK_CAPACITY_EVERY_S:
             self._capacity_s = self.now()
-            by_machine = self._per == "machine"
-            self._capacity = len(_alive()) if by_machine else int(ray.cluster_resources().get(self._per, 0))
+            if self._per == "machine":  # a head often offers no core
+                self._capacity = sum(node["Resources"].get("CPU", 0) >= 1 for node in _alive())
+            else:
+                self._capacity = int(ray.cluster_resources().get(self._per, 0))
         return self._capacity
 
     def start(self, kind: Kind) -> int:
@@ -104,7 +106,7 @@ class RayPool:
         # An actor that was killed for its memory answers each call with an error that is no RayActorError.
         if not isinstance(error, RayError) or isinstance(error, RayTaskError):
             return Event(worker, error=error) if error else Event(worker, future.result())
-        lost = worker in self._nodes and self._nodes[worker] not in _alive()
+        lost = worker in self._nodes and self._nodes[worker] not in {node["NodeID"] for node in _alive()}
         self.stop(worker)  # one that is out of reach may be alive
         return Event(worker, error=error, died=True, lost=lost)
 
@@ -127,6 +129,6 @@ def remote(worker: type, **options: Any) -> Any:
     return ray.remote(worker).options(max_restarts=0, max_task_retries=0, **options)
 
 
-def _alive() -> set[str]:
-    """Ids of the machines that are in the cluster now."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+def _alive() -> list[dict[str, Any]]:
+    """The machines that are in the cluster now."""
+    return [node for node in ray.nodes() if node["Alive"]]
