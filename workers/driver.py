@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from depthmill.pipeline.errors import (
     CheckpointError,
@@ -107,7 +108,11 @@ class Driver:
                     self._take(event)
                 self._look()
             self._publish(everything=True)
-        except StoreFullError as error:
+        except BaseException as error:
+            with suppress(Exception):  # what stopped the run matters more
+                self._publish(everything=True)
+            if not isinstance(error, StoreFullError):
+                raise
             raise RunStoppedError(
                 f"{error}\nThe run was stopped with {self.standing.left_to_label(self.inputs.left)}. "
                 "What is committed stays: make room, then run the same command again to go on from there"

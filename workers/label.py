@@ -144,6 +144,7 @@ def label(
         raise driver.inputs.mismatch or SourceError(
             f"none of the {len(driver.inputs.failures)} inputs can be opened: nothing to label"
         )
+    store.publish(store.sources())  # of two runs that published at once, one may have undone what the other did
     failures = (*driver.inputs.failures, *store.failures())
     write_failures(store, failures)
     summary = Summary(

@@ -146,6 +146,9 @@ class Ledger:
         self.published = []
         self.said = []
 
+    def publish(self, ids):
+        self.published.extend(ids)
+
     def planned(self, uri):
         frames, length = self.sources[uri]
         return Planned(uri, uri, "f", frames, length, 0, 0, ((0, -(-frames // length)),))
@@ -168,7 +171,7 @@ class Ledger:
 
 def drive(pool, ledger, *, workers=None, attempts=3, frame_limit_s=10.0, probers=2, race=True):
     """Run the driver to its end; the driver."""
-    calls = Calls(ledger.published.extend, ledger.fail, lambda standing: None, ledger.said.append)
+    calls = Calls(ledger.publish, ledger.fail, lambda standing: None, ledger.said.append)
     options = Options(attempts, frame_limit_s, workers, probers, race=race)
     driver = Driver(pool, options, calls, iter(ledger.sources), ())
     driver.run()

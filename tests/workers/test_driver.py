@@ -354,6 +354,27 @@ def test_a_full_disk_stops_the_run_and_says_what_it_takes():
         drive(SimulatedPool(lambda: 1, fills), ledger)
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), StoreFullError("no space left")], ids=["ctrl-c", "full"])
+@pytest.mark.parametrize("broken", [False, True], ids=["", "root cannot be written"])
+def test_a_run_that_is_stopped_names_all_its_sources_in_the_root(stop, broken):
+    ledger = Ledger({f"s{i}": (640, 64) for i in range(20)})
+    pool = SimulatedPool(lambda: 2, labels(ledger))
+    wait = pool.wait
+
+    def stopping(timeout_s):
+        if pool.clock_s > 30:
+            assert len(ledger.published) < 20
+            if broken:
+                ledger.published = None
+            raise stop
+        return wait(timeout_s)
+
+    pool.wait = stopping
+    with pytest.raises(KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else RunStoppedError):
+        drive(pool, ledger)
+    assert broken or sorted(ledger.published) == sorted(ledger.sources)
+
+
 def test_a_run_that_waits_says_for_what():
     ledger = Ledger({"a": (40, 10)})
     room = [0]

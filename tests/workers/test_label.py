@@ -137,6 +137,16 @@ def test_a_stopped_run_goes_on_where_it_was(video, tmp_path, config, monkeypatch
     assert runs.contents(tmp_path / "out.zarr") == runs.contents(tmp_path / "whole.zarr")
 
 
+def test_what_another_run_left_out_of_the_root_is_named_in_it(video, tmp_path, config):
+    run([video], tmp_path / "out.zarr", config)
+    other = open_source(media.write_video(tmp_path / "other.mp4", frames=3)).probe()
+    open_store(tmp_path / "out.zarr").add_source(other)
+    with pytest.raises(KeyError):
+        xarray.open_zarr(tmp_path / "out.zarr", group=other.id)
+    run([media.write_video(tmp_path / "more.mp4", frames=3)], tmp_path / "out.zarr", config)
+    assert xarray.open_zarr(tmp_path / "out.zarr", group=other.id).sizes["frame"] == 3
+
+
 def test_batches_and_other_inputs_may_change_between_runs(video, tmp_path, config):
     run([video], tmp_path / "out.zarr", config)
     more = media.write_video(tmp_path / "more.mp4", frames=3)
