@@ -157,6 +157,7 @@ class Report:
         label_s: Seconds spent labelling.
         bytes: Written.
         reasons: Failed frames by reason.
+        warnings: What the worker warned of since its last report, each once.
     """
 
     segment: Segment
@@ -168,6 +169,7 @@ class Report:
     label_s: float = 0.0
     bytes: int = 0
     reasons: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -26,6 +28,23 @@ from depthmill.pipeline.stages import (
 )
 from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.types import Frame, FrameSource, Report, WorkerState
+
+_WARNINGS = 100  # that are kept for the next report
+
+
+class _Warnings(logging.Handler):
+    """What this package warns of: on a cluster nobody sees what a worker writes to its log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._lines: deque[str] = deque(maxlen=_WARNINGS)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(record.getMessage())
+
+    def take(self) -> tuple[str, ...]:
+        """What is new, each once; another thread may warn meanwhile."""
+        return tuple(dict.fromkeys(self._lines.popleft() for _ in range(len(self._lines))))
 
 
 class _DroppedError(Exception):
@@ -125,6 +144,8 @@ class Worker:
         self._sources = sources or OpenSources(config.max_pixels, config.max_frames)
         # One for all: CUDA graphs belong to the thread that recorded them.
         self._thread = ThreadPoolExecutor(1, "depthmill-label")
+        self._warnings = _Warnings()
+        logging.getLogger("depthmill").addHandler(self._warnings)
         self._current: _Job | None = None
         self._next: _Job | None = None
         self._labeler: Labeler
@@ -186,7 +207,7 @@ class Worker:
             self._next = self._queue(following, job)
         self._current = job
         try:
-            return job.labelled.result().commit()
+            return replace(job.labelled.result().commit(), warnings=self._warnings.take())
         finally:
             self._state = WorkerState("idle")
 
@@ -216,6 +237,7 @@ class Worker:
                 job.drop()
         self._thread.shutdown(cancel_futures=True)
         self._sources.close()
+        logging.getLogger("depthmill").removeHandler(self._warnings)
         gc.unfreeze()
 
     def _queue(self, task: Task, after: _Job | None) -> _Job:

@@ -366,6 +366,8 @@ class Driver:
     def _committed(self, report: Report) -> None:
         self._open -= 1
         self.standing.committed(report)
+        for line in report.warnings:
+            self._say_once(line)
 
     def _look(self) -> None:
         """What is done from time to time, whatever happens."""

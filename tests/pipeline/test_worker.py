@@ -1,4 +1,5 @@
 import gc
+import logging
 import threading
 
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.model.labeler import open_checkpoints
+from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.sources.opened import OpenSources
@@ -133,6 +134,16 @@ def test_what_goes_wrong_is_said_of_the_task_that_it_went_wrong_with(start):
     fresh, _ = start("fresh")
     with pytest.raises(SourceError, match="not the file that the run was planned with"):
         fresh.label(gone)
+
+
+def test_what_is_warned_of_is_reported_once(start, monkeypatch):
+    worker, tasks = start("some")
+    log, submit = logging.getLogger("depthmill.pipeline.model.backend"), Labeler.submit
+    line = "the network runs uncompiled, more slowly"
+    monkeypatch.setattr(Labeler, "submit", lambda *given, **how: log.warning(line) or submit(*given, **how))
+    assert worker.label(tasks[0]).warnings == (line,)
+    monkeypatch.undo()
+    assert worker.label(tasks[1]).warnings == ()
 
 
 def test_a_worker_can_be_closed_in_the_middle(start):

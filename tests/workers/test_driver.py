@@ -375,6 +375,18 @@ def test_a_run_that_is_stopped_names_all_its_sources_in_the_root(stop, broken):
     assert broken or sorted(ledger.published) == sorted(ledger.sources)
 
 
+def test_what_workers_warn_of_is_said_once():
+    ledger = Ledger({"a": (640, 64)})
+    behave = labels(ledger)
+
+    def warn(pool, worker, method, argument):
+        seconds, answer = behave(pool, worker, method, argument)
+        return seconds, replace(answer, warnings=("not compiled",)) if method == "label" else answer
+
+    drive(SimulatedPool(lambda: 2, warn), ledger)
+    assert ledger.said == ["not compiled"]
+
+
 def test_a_run_that_waits_says_for_what():
     ledger = Ledger({"a": (40, 10)})
     room = [0]
