@@ -92,8 +92,9 @@ class Doubts:
         return [worker for worker, failing in self._failing.items() if failing.in_doubt]
 
     def committed(self, task: Task, report: Report) -> None:
-        """A segment was: the next worker in doubt tries its first frames, as many as have labels for certain."""
-        if report.labelled and not task.only and not task.skip and (self.sample is None or not report.failed):
+        """A segment was: the next worker in doubt tries its first frames, so many that some have labels for certain."""
+        fit = report.failed <= _CHECK_FRAMES or self.sample is None
+        if fit and report.labelled and not task.only and not task.skip:
             segment = task.segment
             few = replace(segment, stop=min(segment.start + report.failed + _CHECK_FRAMES, segment.stop))
             self.sample = Task(task.uri, task.fingerprint, few)
