@@ -82,6 +82,7 @@ class Doubts:
         """
         self._crew, self._say, self._replace = crew, say, replace
         self.sample: Task | None = None
+        self._whole: Task  # of which the sample is the beginning
         self._able: set[int] = set()  # those that have ever done something
         self._failing: dict[int, _Failing] = {}
         self._did_s = float("-inf")  # when somebody did something last
@@ -97,7 +98,7 @@ class Doubts:
         if fit and report.labelled and not task.only and not task.skip:
             segment = task.segment
             few = replace(segment, stop=min(segment.start + report.failed + _CHECK_FRAMES, segment.stop))
-            self.sample = Task(task.uri, task.fingerprint, few)
+            self.sample, self._whole = Task(task.uri, task.fingerprint, few), task
 
     def came(self, worker: int) -> None:
         """A worker has loaded: where others have labelled something, it does so too before it is trusted."""
@@ -128,7 +129,9 @@ class Doubts:
         return failing.in_doubt
 
     def check(self, limits: Callable[[Task], Limits]) -> list[Held]:
-        """Have workers in doubt try the sample; `limits` says how long that may take.
+        """Have workers in doubt try the sample; `limits` says how long a task may take.
+
+        They have the time of the whole segment: it is the first that a new worker does, and that takes longer.
 
         Returns:
             What is judged without: it was held, but nothing was labelled before, and nobody is at work who could.
@@ -137,7 +140,7 @@ class Doubts:
         if self.sample is not None:
             for worker in idle:
                 if self._crew.now_s >= self._failing[worker].rests_until_s:
-                    self._crew.call(worker, Check(self.sample), limits(self.sample), "try_task", self.sample)
+                    self._crew.call(worker, Check(self.sample), limits(self._whole), "try_task", self.sample)
         elif not any(isinstance(running.item, Task) for running in self._crew.running.values()):
             return [held for worker in idle if (held := self.left(worker)) is not None]
         return []

@@ -159,6 +159,21 @@ def test_what_a_worker_in_doubt_failed_at_is_done_when_the_worker_is_lost():
     assert set(ledger.labelled) == all_frames(ledger)
 
 
+def test_a_worker_that_comes_late_has_the_time_of_a_first_segment():
+    ledger = Ledger({"a": (6400, 64)})
+    behave, room = labels(ledger), [1]
+
+    def act(pool, worker, method, argument):
+        seconds, answer = behave(pool, worker, method, argument)
+        return seconds + 60.0 * (method == "try_task"), answer
+
+    pool = SimulatedPool(lambda: room[0], act)
+    pool.at(20, lambda: room.__setitem__(0, 2))
+    driver = drive(pool, ledger)
+    assert driver.standing.deaths == 0
+    assert len(labelers(pool)) == 2
+
+
 def test_a_worker_whose_frames_can_no_longer_be_read_is_at_fault():
     """Nothing is raised then: each frame has its reason."""
     ledger = Ledger({f"s{i}": (640, 64) for i in range(8)})
