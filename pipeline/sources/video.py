@@ -113,7 +113,7 @@ class VideoSource:
         """Describe the video: its packets are read, one frame is decoded.
 
         Raises:
-            SourceError: If the file is no video, holds no frame, or too many.
+            SourceError: If the file is no video, holds no frame, or too many; or the disk or the network fails.
         """
         return self._open()[0]
 
@@ -121,7 +121,7 @@ class VideoSource:
         """Yield the frames [start, stop); one that cannot be decoded comes with its reason instead of a picture.
 
         Raises:
-            SourceError: If the file cannot be probed, or is another one than when it was.
+            SourceError: If the file cannot be probed or read, or is another one than when it was.
         """
         source, table, codec = self._open()
         if not 0 <= start <= stop <= source.frames:
@@ -169,7 +169,7 @@ class VideoSource:
 
     def _read(self, source: Source, table: PacketTable, codec: str, start: int, stop: int) -> Iterator[Frame]:
         reformatter = VideoReformatter()
-        decoder = self._take(table)
+        decoder, whole = self._take(table), True
         try:
             index = start
             while index < stop:
@@ -193,8 +193,14 @@ class VideoSource:
                     else:
                         yield Frame(frame, image)
                 index = end
+        except SourceError:
+            whole = False  # libav remembers that reading failed, and says so again at the end of the file
+            raise
         finally:
-            self._park(decoder)
+            if whole:
+                self._park(decoder)
+            else:
+                decoder.close()
 
     def _take(self, table: PacketTable) -> Decoder:
         with self._lock:

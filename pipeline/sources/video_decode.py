@@ -58,6 +58,7 @@ class Decoder:
         Raises:
             DamageError: If any of the group's packets did not give its picture.
             LostPlaceError: If packets came that the table does not know.
+            SourceError: If the disk or the network fails; the decoder is good for nothing then.
         """
         if self.position != start:
             self._whole, self._waiting = set(), {}
@@ -111,6 +112,7 @@ class Decoder:
         Raises:
             DamageError: If a packet is rejected and `errors` is None.
             LostPlaceError: If packets came that the table does not know.
+            SourceError: If the disk or the network fails; the decoder is good for nothing then.
         """
         size = len(self._table.size)
         ordinal = first
@@ -141,7 +143,7 @@ class Decoder:
             self._started = True
             try:
                 self._container.seek(timestamp, stream=self._stream)
-            except av.FFmpegError:
+            except (av.FFmpegError, OSError):
                 continue
             found = self._find(first)
             if found is not None:

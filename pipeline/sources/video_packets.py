@@ -7,6 +7,7 @@ keyframe on.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ _BLOCK = 4096  # packets read at once: a column that grew as a whole would leave
 
 # A demuxer that meets damage may answer with an error and go on behind it; one that does nothing else is left.
 _MAX_DEMUX_ERRORS = 16
+
+# Errors of the system with which libav speaks of what is in a file. All others are the disk's or the network's.
+_OF_CONTENT = (errno.EPERM, errno.EAGAIN, errno.EDOM)
 
 # Local files only: a playlist that calls itself .mp4 must not make the library fetch what it names.
 _OPEN_OPTIONS = {"protocol_whitelist": "file"}
@@ -150,7 +154,11 @@ def open_container(uri: str) -> tuple[av.container.InputContainer, av.video.stre
 
 
 def demux(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Iterator[av.Packet[Any]]:
-    """Yield the stream's packets, going on behind errors where the demuxer can."""
+    """Yield the stream's packets, going on behind errors where the demuxer can.
+
+    Raises:
+        SourceError: If the disk or the network fails: the packets that come then are not all there are.
+    """
     errors = 0
     while errors <= _MAX_DEMUX_ERRORS:
         try:
@@ -159,7 +167,11 @@ def demux(container: av.container.InputContainer, stream: av.video.stream.VideoS
                     errors = 0
                     yield packet
             return
-        except av.FFmpegError:
+        except IndexError:  # PyAV's own, behind the last packet, where damage looks like one more stream
+            return
+        except (av.FFmpegError, OSError) as error:  # an OSError alone is that of a file read through Python
+            if isinstance(error, OSError) and error.errno not in _OF_CONTENT:
+                raise unanswered(error.filename or container.name, error) from error
             errors += 1
 
 
@@ -217,17 +229,31 @@ def fingerprint(uri: str, table: PacketTable) -> str:
     """Hash of a video's size, packet sizes and timestamps, and first and last 64 KiB.
 
     Any other encoding changes the packet table; touching the file, moving or copying it changes nothing.
+
+    Raises:
+        SourceError: If the disk or the network fails.
     """
     digest = hashlib.sha256()
-    size = file_size(uri)
-    digest.update(f"{size} {len(table.size)}".encode())
-    for column in (table.size, table.pts):
-        digest.update(np.ascontiguousarray(column, "<i8").data)
-    with open_binary(uri) as file:
-        digest.update(file.read(1 << 16))
-        file.seek(max(0, size - (1 << 16)))
-        digest.update(file.read(1 << 16))
+    try:
+        size = file_size(uri)
+        digest.update(f"{size} {len(table.size)}".encode())
+        for column in (table.size, table.pts):
+            digest.update(np.ascontiguousarray(column, "<i8").data)
+        with open_binary(uri) as file:
+            digest.update(file.read(1 << 16))
+            file.seek(max(0, size - (1 << 16)))
+            digest.update(file.read(1 << 16))
+    except OSError as error:
+        raise unanswered(uri, error) from error
     return digest.hexdigest()
+
+
+def unanswered(uri: str, error: OSError) -> SourceError:
+    """What to raise where a file could not be read for a reason that is not its own: on another try it may be."""
+    return SourceError(
+        f"{uri}: cannot be read ({reason(error)}); expected a disk or network that answers: run the same command "
+        "again, or leave it out"
+    )
 
 
 def reason(error: BaseException) -> str:

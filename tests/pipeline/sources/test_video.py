@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
+import io
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -9,10 +12,10 @@ import pytest
 from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources import MAX_FRAMES, open_source, video_pixels
+from depthmill.pipeline.sources import MAX_FRAMES, open_source, video_packets, video_pixels
 from depthmill.pipeline.sources.video_pixels import to_rgb
 from depthmill.tests import media as make
-from depthmill.tests.pipeline.sources.contract import SourceContract, read_all
+from depthmill.tests.pipeline.sources.contract import SourceContract, content, read_all
 
 ROOT = Path(__file__).parents[3]
 FRAMES = 40
@@ -162,6 +165,48 @@ def test_a_seek_that_finds_nothing_falls_back_to_the_start(
     source = open_source(path)
     assert [make.read_index(frame.image) for frame in source.read(20, 30)] == list(range(20, 30))
     source.close()
+
+
+class FailingDisk(io.BytesIO):
+    """A file whose disk does not answer for what lies behind byte `limit`."""
+
+    limit: int | None = None
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.limit is not None and self.tell() + (size or 0) > self.limit:
+            raise OSError(errno.EIO, "Input/output error", "on/a/disk.mp4")
+        return super().read(size)
+
+
+@pytest.mark.parametrize("name", ["b_frames.mp4", "open_gop.ts", "vp9.webm", "no_pts.avi"])
+def test_a_disk_that_fails_does_not_shorten_a_video(
+    name: str, clips: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = clips(name)
+    monkeypatch.setattr(video_packets, "is_url", lambda uri: True)  # what is read through Python can be made to fail
+    monkeypatch.setattr(video_packets, "open_binary", lambda uri: FailingDisk(Path(uri).read_bytes()))
+    whole = list((source := open_source(path)).read(0, source.probe().frames))
+    for middle in (0, 20):
+        again = open_source(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(FailingDisk, "limit", path.stat().st_size * 2 // 3)
+            with pytest.raises(SourceError, match=r"cannot be (read|opened as a video) \(Input/output error\)"):
+                again.probe()
+        again.probe()
+        with monkeypatch.context() as patch:
+            patch.setattr(FailingDisk, "limit", path.stat().st_size * 2 // 3)
+            with pytest.raises(SourceError, match=r"Input/output error"):
+                list(again.read(middle, FRAMES))
+        assert content(list(again.read(middle, FRAMES))) == content(whole[middle:])
+        again.close()
+    source.close()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_what_the_system_says_of_a_disk_is_no_damage(code: int) -> None:
+    container = SimpleNamespace(name="clip.mp4", demux=lambda stream: av.error.err_check(-code, "clip.mp4"))
+    with pytest.raises(SourceError, match=r"clip\.mp4: cannot be read.*same command again"):
+        list(video_packets.demux(container, None))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
