@@ -53,10 +53,11 @@ class ImageSource:
         return self._open()[0]
 
     def read(self, start: int, stop: int) -> Iterator[Frame]:
-        """Yield the pictures [start, stop); one that cannot be read comes with its reason instead.
+        """Yield the pictures [start, stop); one that cannot be decoded comes with its reason instead.
 
         Raises:
-            SourceError: If there is no file with a picture's suffix.
+            SourceError: If there is no file with a picture's suffix, or one cannot be read for a reason that is not its
+                own.
         """
         source, files, headers = self._open()
         if not 0 <= start <= stop <= source.frames:

@@ -38,7 +38,7 @@ def read_whole(uri: str) -> bytes:
     """All bytes of a URL.
 
     Raises:
-        SourceError: If it cannot be read.
+        SourceError: If it cannot be read; MissingError if it is not there.
     """
     with _translated(uri) as (files, path):
         return bytes(files.cat_file(path))
@@ -70,6 +70,14 @@ def list_files(uri: str, *, pattern: bool = False) -> list[str]:
             found = []
         prefix = uri.partition("://")[0] + "://"
         return sorted(name if is_url(name) else prefix + name.lstrip("/") for name in found)
+
+
+def unanswered(name: object, error: OSError) -> SourceError:
+    """What to raise where a file could not be read for a reason that is not its own: on another try it may be."""
+    return SourceError(
+        f"{name}: cannot be read ({error.strerror or error}); expected a disk or network that answers: run the same "
+        "command again, or leave it out"
+    )
 
 
 @contextmanager

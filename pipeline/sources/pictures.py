@@ -25,7 +25,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from depthmill.pipeline.errors import MissingError, SourceError
-from depthmill.pipeline.sources.opening import open_binary, read_whole
+from depthmill.pipeline.sources.opening import open_binary, read_whole, unanswered
 from depthmill.pipeline.types import Frame
 
 Picture = Path | str | BinaryIO  # a file, a URL, or an open one
@@ -43,8 +43,8 @@ _MAX_SIDE = 65_535  # what JPEG can say; the store's rows are as high as the hig
 # bytes into one, of eight 1-bit pixels each; JPEG spends at least one bit on a block of 8 x 8.
 _MAX_PIXELS_PER_BYTE = {"PNG": 8 * 1032, "JPEG": 8 * 64}
 
-# Of errors in reading a header, those that its picture is to blame for: what Pillow says (without a number), files that
-# are not there or not to be read, links in a circle, and places asked for that no file has.
+# Of errors in reading, those that a picture is to blame for: what Pillow says (without a number), files that are not
+# there or not to be read, links in a circle, and places asked for that no file has.
 _OWN_ERRORS = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EINVAL)
 
 _TURNS = {
@@ -93,14 +93,13 @@ class Encoded:
     error: str = ""
 
 
-def decode_image(picture: Picture, max_pixels: int) -> npt.NDArray[np.uint8]:
-    """Decode one picture, a file, a URL or what one would hold, to (H, W, 3) uint8 RGB, upright.
+def decode_image(picture: Path | BinaryIO, max_pixels: int) -> npt.NDArray[np.uint8]:
+    """Decode one picture, a file or what one would hold, to (H, W, 3) uint8 RGB, upright.
 
     Raises:
         SourceError: If it cannot be read, or has more than `max_pixels`, or more than its bytes can hold.
+        OSError: If a file cannot be read for a reason that is not its own: on another try it may be.
     """
-    if isinstance(picture, str):
-        picture = BytesIO(read_whole(picture))
     try:
         with _open_image(picture) as image:
             refusal = _refusal(image.height, image.width, image.format, _size_bytes(picture), max_pixels)
@@ -117,6 +116,8 @@ def decode_image(picture: Picture, max_pixels: int) -> npt.NDArray[np.uint8]:
         what = "an empty file (0 bytes)" if size == 0 else f"{size} bytes that are no picture"
         raise SourceError(f"{what}; expected one of {', '.join(_FORMATS)}: replace it or leave it out") from error
     except Exception as error:  # Pillow's decoders raise whatever they stumble over: SyntaxError, struct.error …
+        if isinstance(error, OSError) and error.errno not in _OWN_ERRORS:
+            raise
         raise SourceError(f"cannot be decoded ({error or type(error).__name__}): replace it or leave it out") from error
 
 
@@ -150,10 +151,7 @@ def read_header(picture: Picture, max_pixels: int) -> Header:
         if isinstance(error, OSError) and not isinstance(picture, (str, Path)) and error.errno is not None:
             raise  # it is not the picture that is wrong, but the file that it lies in
         if isinstance(error, OSError) and error.errno not in _OWN_ERRORS:
-            raise SourceError(
-                f"{picture}: its header cannot be read ({error.strerror}); expected a disk or network that answers: "
-                "run the same command again, or leave the picture out"
-            ) from error
+            raise unanswered(picture, error) from error
     return Header(height, width, digest.hexdigest())
 
 
@@ -164,6 +162,9 @@ def decode_ahead(pictures: Generator[Encoded, None, None], max_pixels: int, thre
         pictures: Made in the caller's thread as there is room for them; closed at the end.
         max_pixels: Pictures with more come as failed frames.
         threads: How many; 0 for four.
+
+    Raises:
+        SourceError: If a picture cannot be read for a reason that is not its own: on another try it may be.
     """
     threads = threads or _DECODE_THREADS
     running: deque[tuple[Future[Frame], int]] = deque()
@@ -292,9 +293,17 @@ def _to_8_bit(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
 
 
 def _read_frame(encoded: Encoded, max_pixels: int) -> Frame:
-    if encoded.picture is None:
+    picture = encoded.picture
+    if picture is None:
         return Frame(encoded.index, None, encoded.error)
     try:
-        return Frame(encoded.index, decode_image(encoded.picture, max_pixels))
-    except (SourceError, OSError) as error:
+        if isinstance(picture, str):
+            picture = BytesIO(read_whole(picture))
+    except MissingError as error:  # with other errors, it is not the picture that is wrong
         return Frame(encoded.index, None, str(error))
+    try:
+        return Frame(encoded.index, decode_image(picture, max_pixels))
+    except SourceError as error:
+        return Frame(encoded.index, None, str(error))
+    except OSError as error:
+        raise unanswered(picture, error) from error

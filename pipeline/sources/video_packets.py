@@ -24,7 +24,7 @@ import numpy.typing as npt
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_url
 from depthmill.pipeline.sources.limits import check_frames
-from depthmill.pipeline.sources.opening import file_size, open_binary
+from depthmill.pipeline.sources.opening import file_size, open_binary, unanswered
 
 Int = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -246,14 +246,6 @@ def fingerprint(uri: str, table: PacketTable) -> str:
     except OSError as error:
         raise unanswered(uri, error) from error
     return digest.hexdigest()
-
-
-def unanswered(uri: str, error: OSError) -> SourceError:
-    """What to raise where a file could not be read for a reason that is not its own: on another try it may be."""
-    return SourceError(
-        f"{uri}: cannot be read ({reason(error)}); expected a disk or network that answers: run the same command "
-        "again, or leave it out"
-    )
 
 
 def reason(error: BaseException) -> str:

@@ -98,8 +98,11 @@ class StoredLabels:
         # Decoders have threads, which do not survive a fork: a process leaves those of its parent alone.
         opened = self._opened.setdefault(os.getpid(), _Opened(self._options.path))
         uri, fingerprint = self._sources[source_id]
-        (frame,) = opened.source(uri, fingerprint).read(number, number + 1)
         where = f"{uri}, frame {number}"
+        try:
+            (frame,) = opened.source(uri, fingerprint).read(number, number + 1)
+        except SourceError as error:
+            raise SampleError(f"{where}: {error}") from error
         if frame.image is None:
             raise SampleError(f"{where}: {frame.error}")
         dataset = opened.dataset(source_id)

@@ -137,9 +137,29 @@ def test_a_disk_that_fails_once_is_no_property_of_the_source(
     with monkeypatch.context() as patch:
         unreadable(patch, "001.png", code)
         source = open_source(tmp_path)
-        with pytest.raises(SourceError, match=r"001\.png: its header cannot be read.*same command again"):
+        with pytest.raises(SourceError, match=r"001\.png: cannot be read.*same command again"):
             source.probe()
     assert source.probe().fingerprint == before
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_disk_that_fails_while_pictures_are_decoded_fails_no_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    make.write_image_folder(tmp_path, count=3)
+    source = open_source(tmp_path)
+    source.probe()
+
+    def fail(picture: Path, *arguments: object, original=Image.open, **words: object) -> object:
+        if picture.name == "001.png":
+            raise OSError(code, os.strerror(code))
+        return original(picture, *arguments, **words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", fail)
+        with pytest.raises(SourceError, match=r"001\.png: cannot be read.*same command again"):
+            list(source.read(0, 3))
+    assert all(frame.image is not None for frame in source.read(0, 3))
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.EACCES])

@@ -157,6 +157,26 @@ def test_a_service_that_fails_once_is_no_property_of_the_source(remote: str, mon
         assert source.probe().fingerprint == before
 
 
+def test_a_service_that_fails_while_pictures_are_decoded_fails_no_frame(
+    remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(f"{remote}/photos")
+    probed = source.probe()
+    files = type(fsspec.filesystem("s3"))
+    original = files._call_s3
+
+    async def fail(self, method, *args, **options):
+        if options.get("Key", "").endswith("001.png"):
+            raise PermissionError("The provided token has expired")
+        return await original(self, method, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_call_s3", fail)
+        with pytest.raises(SourceError, match=r"photos/001\.png: cannot be read.*token has expired"):
+            list(source.read(0, probed.frames))
+    assert [frame.index for frame in source.read(0, probed.frames) if frame.image is None] == [3]
+
+
 def test_a_picture_that_is_gone_since_it_was_listed_fails_alone(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "list_files", lambda uri: [f"{uri}/000.png", f"{uri}/gone.png"])
     source = open_source(f"{remote}/photos")
