@@ -21,9 +21,14 @@ from depthmill.pipeline.sources.opening import open_binary
 GZIP_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)
 
 _BLOCK = tarfile.BLOCKSIZE
+_ZEROS = bytes(_BLOCK)
 _MAX_HEADER_BYTES = 1 << 16  # of long names and pax records, which are read into memory
 _MAX_HEADER_READS = 64  # for one member; a name, its pax records and global ones take six
 _MAX_OFFSET = 1 << 60  # beyond it, seeking fails
+_RECORD_BLOCKS = (
+    20,
+    *(1 << power for power in range(15)),
+)  # what an archive is filled up to a multiple of: tar's own; -b
 _UNKNOWN = "what lies behind is unknown"
 
 
@@ -98,19 +103,30 @@ def open_archive(uri: str) -> tuple[BinaryIO, bool]:
 def walk(file: BinaryIO) -> Iterator[Member]:
     """Yield the members of an archive, folders left out.
 
-    A damaged header is skipped up to the next one that is whole; the stretch is yielded. So is what ends the archive
-    early. Between two members, `file` may be read anywhere if it is sought in at no cost, else within the last member.
+    A damaged header is skipped up to the next one that is whole; the stretch is yielded. So are zeros in a place where
+    no archive ends, and what ends it early. Behind an end, the walk goes on into an archive that was appended. Between
+    two members, `file` may be read anywhere if it is sought in at no cost, else within the last member.
     """
     state = tarfile.TarFile(fileobj=io.BytesIO(bytes(2 * _BLOCK)))  # an empty one: what headers inherit from each other
     headers = _Headers(file)
     state.fileobj = headers  # type: ignore[assignment]  # fromtarfile reads and tells; no more
-    offset = 0
+    offset = first = 0  # of the next header, of the archive that it is in
     damage: tuple[int, Exception] | None = None
     try:
         while True:
             block = headers.peek(offset)
-            if len(block) < _BLOCK or block == bytes(_BLOCK):
+            if len(block) < _BLOCK:
                 break
+            if block == _ZEROS:
+                stop, ends = _behind_zeros(file, offset)
+                if ends:
+                    break
+                if _is_end((stop - offset) // _BLOCK, (stop - first) // _BLOCK):
+                    first = stop
+                else:
+                    damage = damage or (offset, tarfile.HeaderError("zeros"))
+                offset = stop
+                continue
             state.offset = offset
             try:
                 info = tarfile.TarInfo.fromtarfile(state)
@@ -134,6 +150,8 @@ def walk(file: BinaryIO) -> Iterator[Member]:
             whole = bool(block) or offset == 0 or _holds(file, offset - 1)
             where = "within a header" if block else "without its end mark" if whole else "within a member"
             yield Member("", offset, 0, f"the archive is cut off {where}: {_UNKNOWN}")
+        elif stop - offset > _BLOCK * (max(_RECORD_BLOCKS) + 1):
+            yield Member("", offset, 0, f"the archive ends in {stop - offset} zeros, too many for an end: {_UNKNOWN}")
     except GZIP_DAMAGE as error:
         yield Member("", offset, 0, f"its gzip stream is damaged before byte {offset} ({error}): {_UNKNOWN}")
 
@@ -159,6 +177,22 @@ def _problem(info: tarfile.TarInfo) -> str:
 def _holds(file: BinaryIO, offset: int) -> bool:
     file.seek(offset)
     return bool(file.read(1))
+
+
+def _behind_zeros(file: BinaryIO, offset: int) -> tuple[int, bool]:
+    """Where the first block from `offset` on is that is not all zeros, or where the file ends; and whether it does."""
+    file.seek(offset)
+    while (block := file.read(_BLOCK)) == _ZEROS:
+        offset += _BLOCK
+    return offset, not block.strip(b"\0")
+
+
+def _is_end(zeros: int, blocks: int) -> bool:
+    """Whether so many blocks of zeros, behind which something follows, end an archive of so many blocks.
+
+    Two do, and those that fill up its last record. A hole in an archive rarely has just that length.
+    """
+    return zeros >= 2 and any(zeros <= record + 1 and blocks % record == 0 for record in _RECORD_BLOCKS)
 
 
 def _next_header(file: BinaryIO, offset: int, reached: int) -> int:

@@ -112,6 +112,56 @@ def test_a_damaged_header_is_skipped_and_listed(tmp_path: Path) -> None:
     assert make.read_index(frames[3].image) == 3
 
 
+@pytest.mark.parametrize("name", ["shard.tar", "shard.tgz"])
+@pytest.mark.parametrize("zeros", [1024, 10240 - 1024, 65536 - 1024])
+def test_archives_one_after_another_are_read_as_one(name: str, zeros: int, tmp_path: Path) -> None:
+    first, second = (
+        make.write_tar(tmp_path / f"{index}.tar", [(f"{index}.png", make.encode(index))]).read_bytes()
+        for index in (1, 2)
+    )
+    assert not first[1024:].strip(b"\0")  # a header, a block of data, and the end
+    joined = first[:1024] + bytes(zeros) + second
+    (tmp_path / name).write_bytes(gzip.compress(joined) if name.endswith("tgz") else joined)
+    source, frames = probe_and_read(tmp_path / name)
+    assert source.keys == ("1", "2")
+    assert [make.read_index(frame.image) for frame in frames] == [1, 2]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+def test_a_hole_where_a_header_belongs_ends_nothing(blocks: int, tmp_path: Path) -> None:
+    members = make.samples(6, suffixes=(".bmp",))
+    path = make.write_tar(tmp_path / "shard.tar", members)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"00002.bmp")
+    data[at : at + 512 * blocks] = bytes(512 * blocks)
+    path.write_bytes(data)
+    source, frames = probe_and_read(path)
+    assert source.keys is not None
+    assert [key for key in source.keys if not key.startswith("@")] == ["00000", "00001", "00003", "00004", "00005"]
+    (lost,) = (frame for frame in frames if frame.image is None)
+    assert "there is no member" in lost.error
+
+
+def test_a_single_block_of_zeros_between_members_is_damage(tmp_path: Path) -> None:
+    first, second = (
+        make.write_tar(tmp_path / f"{index}.tar", [(f"{index}.png", make.encode(index))]).read_bytes()
+        for index in (0, 1)
+    )
+    (tmp_path / "shard.tar").write_bytes(first[:1024] + bytes(512) + second)
+    source, frames = probe_and_read(tmp_path / "shard.tar")
+    assert source.keys == ("0", "@1024", "1")
+    assert "from byte 1024 of the archive to byte 1536 there is no member (zeros)" in frames[1].error
+
+
+def test_zeros_to_the_end_are_an_end_unless_they_are_very_many(tmp_path: Path) -> None:
+    path = make.write_tar(tmp_path / "shard.tar", make.samples(3, suffixes=(".png",)))
+    whole = path.read_bytes()
+    for more, frames in ((1000, 3), (1 << 20, 3), (20 << 20, 4)):
+        path.write_bytes(whole + bytes(more))
+        assert open_source(path).probe().frames == frames
+    assert "zeros, too many for an end: what lies behind is unknown" in probe_and_read(path)[1][3].error
+
+
 def test_an_archive_without_an_end_says_that_there_may_have_been_more(tmp_path: Path) -> None:
     path = make.write_tar(tmp_path / "shard.tar", make.samples(2, suffixes=(".png",)))
     data = path.read_bytes()
