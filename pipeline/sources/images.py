@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_url
 from depthmill.pipeline.sources.limits import check_frames
 from depthmill.pipeline.sources.naming import canonical_uri, readable, source_id
-from depthmill.pipeline.sources.opening import file_size, list_files
+from depthmill.pipeline.sources.opening import file_size, files_below, list_files
 from depthmill.pipeline.sources.pictures import Encoded, Header, Picture, decode_ahead, read_header
 from depthmill.pipeline.types import Frame, Source
 
@@ -25,7 +24,11 @@ _HEADER_THREADS = 8  # waiting for the disk more than computing
 
 
 class ImageSource:
-    """A folder of pictures (with its subfolders, in the order of the paths, hidden files left out), or one picture."""
+    """A folder of pictures, or one picture.
+
+    A folder's subfolders belong to it, but for hidden and linked ones; it is in the order of the paths, without hidden
+    files.
+    """
 
     def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int = 0) -> None:
         """Name a folder or a picture, without opening it.
@@ -47,8 +50,8 @@ class ImageSource:
         """Describe the pictures from their headers.
 
         Raises:
-            SourceError: If there is no file with a picture's suffix, or more than `max_frames`; or one cannot be read
-                for a reason that is not its own, as when a disk or network fails.
+            SourceError: If there is no file with a picture's suffix, or more than `max_frames`; a subfolder cannot be
+                listed; or a file cannot be read for a reason that is not its own, as when a disk or network fails.
         """
         return self._open()[0]
 
@@ -104,14 +107,13 @@ def _list_files(path: Path) -> dict[str, Picture]:
         return {readable(path.name): path}
     if not path.is_dir():
         raise SourceError(f"{path}: no such file or folder; expected a folder of pictures or a picture: check the path")
-    files = []
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [
-            Path(folder, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
-        ]
+    found, error = files_below(path)
+    if error:
+        raise SourceError(
+            f"{error.filename}: cannot be listed ({error.strerror}); expected all of {path}, with its subfolders: "
+            "let it be read, or give the others by themselves"
+        ) from error
+    files = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise _nothing(path)
     files.sort(key=lambda file: file.relative_to(path).as_posix())

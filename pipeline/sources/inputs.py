@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_url, path_of
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES
 from depthmill.pipeline.sources.naming import canonical_uri, natural_key
-from depthmill.pipeline.sources.opening import list_files
+from depthmill.pipeline.sources.opening import files_below, list_files
 from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES
 from depthmill.pipeline.sources.video import VIDEO_SUFFIXES
 from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES
@@ -25,8 +26,9 @@ def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
     """Turn files, folders, patterns and lists into absolute paths of sources: each once, in the order given.
 
     A folder that holds pictures, at any depth, is one source; each video and shard (tar, Parquet) in it is another.
-    What a folder or a glob gives comes in natural order, and of the files only those with the suffix of a source. An
-    input that gives nothing stays as it is: opening it says what is wrong with it.
+    Linked subfolders are not looked into, unless they are named, or `**` matches them. What a folder or a glob gives
+    comes in natural order, and of the files only those with the suffix of a source. An input that gives nothing stays
+    as it is: opening it says what is wrong with it.
 
     Args:
         inputs: What the user named, unless a file has that very name: `shard-{00000..00099}.tar` and `{a,b}.mp4` are
@@ -130,9 +132,10 @@ def _at_url(given: str) -> Iterator[str]:
 
 
 def _in_folder(folder: Path) -> Iterator[Path]:
-    files = [path for path in folder.rglob("*") if not _is_hidden(path.relative_to(folder)) and path.is_file()]
-    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
-        yield folder
+    found, error = files_below(folder)
+    files = [path for path in found if os.path.isfile(path)]  # noqa: PTH113 (which raises nothing)
+    if error or any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
+        yield folder  # opening it says what could not be listed
     names = set(files)
     for path in sorted(files, key=lambda path: natural_key(path.as_posix())):
         # img2dataset writes a Parquet file of metadata beside each tar.
@@ -153,7 +156,3 @@ def _matches(pattern: str) -> Iterator[Path]:
             yield path
         elif path in folders and not folders.intersection(path.parents):
             yield from _in_folder(path)
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,20 @@ def list_files(uri: str, *, pattern: bool = False) -> list[str]:
             found = []
         prefix = uri.partition("://")[0] + "://"
         return sorted(name if is_url(name) else prefix + name.lstrip("/") for name in found)
+
+
+def files_below(folder: Path) -> tuple[list[Path], OSError | None]:
+    """All that is no folder in a folder and below it, hidden names and linked folders left out.
+
+    Returns:
+        The paths, in no order, and why one of the folders could not be listed: then there may be more.
+    """
+    errors: list[OSError] = []
+    files: list[Path] = []
+    for parent, subfolders, names in os.walk(folder, onerror=errors.append):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    return files, errors[0] if errors else None
 
 
 def unanswered(name: object, error: OSError) -> SourceError:

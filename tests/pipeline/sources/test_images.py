@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources import open_source, pictures
+from depthmill.pipeline.sources import expand_inputs, open_source, pictures
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import SourceContract, read_all
 
@@ -170,6 +170,34 @@ def test_a_picture_that_may_not_be_read_is_a_frame_without_a_size(
     unreadable(monkeypatch, "001.png", code)
     probed = open_source(tmp_path).probe()
     assert (probed.frames, probed.height, probed.width) == (3, 48, 64)
+
+
+def test_a_subfolder_that_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make.write_image_folder(tmp_path, count=1)
+    make.write_image_folder(tmp_path / "more", count=2)
+    make.write_video(tmp_path / "clip.mp4", frames=1)
+
+    def fail(path: Path, original=os.scandir) -> object:
+        if Path(path).name == "more":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fail)
+        assert list(expand_inputs([str(tmp_path)])) == [str(tmp_path), str(tmp_path / "clip.mp4")]
+        source = open_source(tmp_path)
+        with pytest.raises(SourceError, match=r"more: cannot be listed \(Input/output error\); expected all of"):
+            source.probe()
+        (tmp_path / "000.png").unlink()
+        assert list(expand_inputs([str(tmp_path)])) == [str(tmp_path), str(tmp_path / "clip.mp4")]
+    assert source.probe().keys == ("more/000.png", "more/001.png")
+
+
+def test_linked_subfolders_are_not_looked_into(tmp_path: Path) -> None:
+    make.write_image_folder(tmp_path / "photos", count=1)
+    (tmp_path / "photos" / "again").symlink_to(tmp_path / "photos")
+    assert open_source(tmp_path / "photos").probe().keys == ("000.png",)
+    assert list(expand_inputs([str(tmp_path / "photos")])) == [str(tmp_path / "photos")]
 
 
 def test_a_header_that_points_far_behind_its_end_is_a_bad_picture(tmp_path: Path) -> None:
