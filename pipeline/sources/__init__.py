@@ -12,6 +12,7 @@ from depthmill.pipeline.sources.images import IMAGE_SUFFIXES, ImageSource
 from depthmill.pipeline.sources.inputs import expand_inputs
 from depthmill.pipeline.sources.limits import MAX_FRAMES, MAX_PIXELS
 from depthmill.pipeline.sources.naming import source_id
+from depthmill.pipeline.sources.opening import kind_of
 from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES, ParquetSource
 from depthmill.pipeline.sources.prefetch import Prefetch, prefetch
 from depthmill.pipeline.sources.video import VideoSource
@@ -51,7 +52,7 @@ def open_source(
                 f"{shown(uri)} was given with credentials; expected them in the environment: leave them out"
             )
         uri = without_secrets(uri)
-    elif not Path(uri).exists():
+    elif not kind_of(uri):
         raise SourceError(f"{uri}: no such file or folder; expected a video, a picture or a folder: check the path")
     opens = next(opens for accepts, opens in _KINDS if accepts(uri))
     return opens(uri, max_pixels, max_frames, threads)
@@ -66,4 +67,4 @@ def _suffix(uri: str) -> str:
 
 
 def _is_folder(uri: str) -> bool:
-    return not _suffix(uri) if is_url(uri) else Path(uri).is_dir()
+    return not _suffix(uri) if is_url(uri) else kind_of(uri) == "folder"

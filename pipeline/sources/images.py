@@ -12,7 +12,7 @@ from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_url
 from depthmill.pipeline.sources.limits import check_frames
 from depthmill.pipeline.sources.naming import canonical_uri, readable, source_id
-from depthmill.pipeline.sources.opening import file_size, files_below, list_files
+from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files
 from depthmill.pipeline.sources.pictures import Encoded, Header, Picture, decode_ahead, read_header
 from depthmill.pipeline.types import Frame, Source
 
@@ -103,9 +103,9 @@ def _probe(uri: str, max_pixels: int, max_frames: int) -> tuple[Source, list[Pic
 
 def _list_files(path: Path) -> dict[str, Picture]:
     """Key -> picture, in order."""
-    if path.is_file():
+    if kind_of(path) == "file":
         return {readable(path.name): path}
-    if not path.is_dir():
+    if kind_of(path) != "folder":
         raise SourceError(f"{path}: no such file or folder; expected a folder of pictures or a picture: check the path")
     found, error = files_below(path)
     if error:

@@ -13,7 +13,7 @@ from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_url, path_of
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES
 from depthmill.pipeline.sources.naming import canonical_uri, natural_key
-from depthmill.pipeline.sources.opening import files_below, list_files
+from depthmill.pipeline.sources.opening import files_below, kind_of, list_files
 from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES
 from depthmill.pipeline.sources.video import VIDEO_SUFFIXES
 from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES
@@ -50,12 +50,12 @@ def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
 
 def _named(given: str) -> Iterator[str]:
     """What a list or a pattern with braces names."""
-    if not given.startswith("@") or Path(given).exists():
+    if not given.startswith("@") or kind_of(given):
         yield from _braces(given)
         return
-    path = Path(given[1:]).expanduser()
+    path = _at_home(given[1:])
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise SourceError(
             f"the list {path} cannot be read ({error}); expected a text file, one input a line"
@@ -64,12 +64,12 @@ def _named(given: str) -> Iterator[str]:
         if line.startswith("@"):
             raise SourceError(f"the list {path} names another list, {line}: give that one as an input of its own")
         if line and not line.startswith("#"):
-            yield from _braces(line if is_url(line) else str(path.parent / Path(line).expanduser()))
+            yield from _braces(line if is_url(line) else str(path.parent / _at_home(line)))
 
 
 def _braces(pattern: str) -> Iterator[str]:
     """Each choice of `{a,b}` and `{08..12}`, the last group's changing fastest; numbers as wide as they are written."""
-    groups = () if Path(pattern).exists() else re.finditer(r"\{([^{}]*)\}", pattern)
+    groups = () if not is_url(pattern) and kind_of(pattern) else re.finditer(r"\{([^{}]*)\}", pattern)
     for group in groups:
         numbers = _RANGE.fullmatch(group[1])
         if numbers:
@@ -93,11 +93,11 @@ def _sources(given: str) -> Iterator[str | Path]:
     if is_url(given):
         yield from _at_url(given)
         return
-    path = Path(given).expanduser()
+    path = _at_home(given)
     found: Iterator[Path] = iter(())
-    if path.is_dir():
+    if kind_of(path) == "folder":
         found = _in_folder(path)
-    elif glob.has_magic(given) and not path.exists():
+    elif glob.has_magic(given) and not kind_of(path):
         found = _matches(str(path))
     empty = True
     for source in found:
@@ -133,7 +133,7 @@ def _at_url(given: str) -> Iterator[str]:
 
 def _in_folder(folder: Path) -> Iterator[Path]:
     found, error = files_below(folder)
-    files = [path for path in found if os.path.isfile(path)]  # noqa: PTH113 (which raises nothing)
+    files = [path for path in found if kind_of(path) == "file"]
     if error or any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
         yield folder  # opening it says what could not be listed
     names = set(files)
@@ -147,12 +147,17 @@ def _in_folder(folder: Path) -> Iterator[Path]:
 def _matches(pattern: str) -> Iterator[Path]:
     paths = [Path(match) for match in sorted(glob.glob(pattern, recursive=True), key=natural_key)]  # noqa: PTH207 (absolute patterns)
     known = (*IMAGE_SUFFIXES, *_FILE_SUFFIXES)
-    files = {path for path in paths if path.name.lower().endswith(known) and path.is_file()}
+    files = {path for path in paths if path.name.lower().endswith(known) and kind_of(path) == "file"}
     # `**` matches a folder and what is in it: files count before their folder, an outer folder before inner ones.
     inner = {parent for path in files for parent in path.parents}
-    folders = {path for path in paths if path not in files and path.is_dir() and path not in inner}
+    folders = {path for path in paths if path not in files and kind_of(path) == "folder" and path not in inner}
     for path in paths:
         if path in files:
             yield path
         elif path in folders and not folders.intersection(path.parents):
             yield from _in_folder(path)
+
+
+def _at_home(path: str) -> Path:
+    """The path; `~` is a home folder, if there is such a one."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises where there is none)

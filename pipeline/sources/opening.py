@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal, cast
 
 from depthmill.pipeline.errors import MissingError, SourceError
 from depthmill.pipeline.objects import is_url, locate, said
@@ -71,6 +72,15 @@ def list_files(uri: str, *, pattern: bool = False) -> list[str]:
             found = []
         prefix = uri.partition("://")[0] + "://"
         return sorted(name if is_url(name) else prefix + name.lstrip("/") for name in found)
+
+
+def kind_of(path: str | Path) -> Literal["file", "folder", "other", ""]:
+    """What is at a path; "" if nothing is, or nothing can be, as behind a name that is too long."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 (a Path asked whether it exists raises some of what this does)
+    except (OSError, ValueError):
+        return ""
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
 def files_below(folder: Path) -> tuple[list[Path], OSError | None]:

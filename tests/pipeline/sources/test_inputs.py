@@ -63,6 +63,14 @@ def test_braces_name_all_whether_they_exist_or_not(tree: Path) -> None:
     assert expand(tree, "{a,b}.mp4") == ["{a,b}.mp4"]
 
 
+def test_names_that_no_file_can_have(tree: Path) -> None:
+    names = ",".join(f"clip-number-{number}" for number in range(100))
+    assert len(expand(tree, f"{{{names}}}.mp4")) == 100
+    for given in (f"{'x' * 300}.mp4", f"@{'x' * 300}", "~nosuchuser/clip.mp4", "a\0b.mp4"):
+        with pytest.raises(SourceError, match=r"no such file|cannot be read"):
+            open_source(next(expand_inputs([given])))
+
+
 def test_a_long_pattern_is_read_as_far_as_it_is_needed(tree: Path) -> None:
     uris = expand_inputs([str(tree / "shard-{0000000000..9999999999}.tar")])
     assert [Path(next(uris)).name for _ in range(2)] == ["shard-0000000000.tar", "shard-0000000001.tar"]
@@ -73,6 +81,8 @@ def test_a_list_of_inputs(tree: Path) -> None:
     first, *rest = expand_inputs([f"@{tree / 'list.txt'}"])
     assert first == str(tree / "clip2.mp4")
     assert rest == [str(tree / "clip9.mp4"), str(tree / "clip10.mp4"), "s3://bucket/a.tar", str(tree / "photos")]
+    (tree / "list.txt").write_text("clip2.mp4\n", encoding="utf-8-sig")  # as Windows writes it
+    assert list(expand_inputs([f"@{tree / 'list.txt'}"])) == [str(tree / "clip2.mp4")]
     (tree / "list.txt").write_text("@other.txt\n")
     with pytest.raises(SourceError, match=r"names another list, @other\.txt"):
         list(expand_inputs([f"@{tree / 'list.txt'}"]))
