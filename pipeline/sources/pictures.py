@@ -216,7 +216,7 @@ def _kind_and_shape(file: BinaryIO, head: bytes) -> tuple[str | None, tuple[int,
 
 
 def _webp_shape(head: bytes) -> tuple[int, int] | None:
-    """Height and width of a WebP picture without EXIF (RFC 9649), for which Pillow would read all of it."""
+    """Height and width of a WebP picture without EXIF and XMP (RFC 9649), for which Pillow would read all of it."""
     if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
         return None
     if head[12:16] == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
@@ -224,7 +224,7 @@ def _webp_shape(head: bytes) -> tuple[int, int] | None:
     if head[12:16] == b"VP8L" and head[20] == 0x2F:
         bits = int.from_bytes(head[21:25], "little")
         return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
-    if head[12:16] == b"VP8X" and not head[20] & 0x08:
+    if head[12:16] == b"VP8X" and not head[20] & 0x0C:  # either may turn it
         return int.from_bytes(head[27:30], "little") + 1, int.from_bytes(head[24:27], "little") + 1
     return None
 

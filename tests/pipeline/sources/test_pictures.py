@@ -88,7 +88,9 @@ def test_cmyk(tmp_path: Path) -> None:
     assert abs(red.astype(int) - (255, 0, 0)).max() <= 4
 
 
-@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"alpha": True}, {"exif": True}, {"animated": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"lossless": True}, {"alpha": True}, {"exif": True}, {"xmp": True}, {"animated": True}]
+)
 def test_webp_headers_say_what_pillow_says(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     picture = Image.fromarray(make.paint(3, height=33, width=101))
     extra: dict[str, object] = {"lossless": options.get("lossless", False)}
@@ -97,18 +99,21 @@ def test_webp_headers_say_what_pillow_says(options: dict[str, bool], monkeypatch
     if "exif" in options:
         extra["exif"] = Image.Exif()
         extra["exif"][0x0112] = 6
+    if "xmp" in options:
+        extra["xmp"] = b'<x:xmpmeta xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
     if "animated" in options:
         extra |= {"save_all": True, "append_images": [Image.fromarray(make.paint(9, height=33, width=101))]}
     file = io.BytesIO()
     picture.save(file, "WEBP", **extra)
-    upright = (101, 33) if "exif" in options else (33, 101)
+    turned = "exif" in options or "xmp" in options
+    upright = (101, 33) if turned else (33, 101)
     opened = []
     monkeypatch.setattr(
         Image, "open", lambda *_, original=Image.open, **words: opened.append(1) or original(*_, **words)
     )
     header = read_header(file, LIMIT)
     assert (header.height, header.width) == upright
-    assert bool(opened) == ("exif" in options)
+    assert bool(opened) == turned
     assert decode_image(file, LIMIT).shape[:2] == upright
 
 
