@@ -119,11 +119,9 @@ def _at_url(given: str) -> Iterator[str]:
                 found = [given] if given in found else [url for url in found if url.lower().endswith(known)]
             else:
                 pictures = any(url.lower().endswith(tuple(IMAGE_SUFFIXES)) for url in found)
+                names = set(found)
                 found = [given] * pictures + [
-                    url
-                    for url in found
-                    if url.lower().endswith(_FILE_SUFFIXES)
-                    and not (url.endswith(".parquet") and f"{url.removesuffix('.parquet')}.tar" in found)
+                    url for url in found if url.lower().endswith(_FILE_SUFFIXES) and not _is_metadata(url, names)
                 ]
             if found:
                 yield from sorted(found, key=natural_key)
@@ -136,12 +134,16 @@ def _in_folder(folder: Path) -> Iterator[Path]:
     files = [path for path in found if kind_of(path) == "file"]
     if error or any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
         yield folder  # opening it says what could not be listed
-    names = set(files)
+    names = {path.as_posix() for path in files}
     for path in sorted(files, key=lambda path: natural_key(path.as_posix())):
-        # img2dataset writes a Parquet file of metadata beside each tar.
-        metadata = path.suffix.lower() in PARQUET_SUFFIXES and path.with_suffix(".tar") in names
-        if path.name.lower().endswith(_FILE_SUFFIXES) and not metadata:
+        if path.name.lower().endswith(_FILE_SUFFIXES) and not _is_metadata(path.as_posix(), names):
             yield path
+
+
+def _is_metadata(name: str, names: set[str]) -> bool:
+    """Whether this is the Parquet file of metadata that img2dataset writes beside each tar."""
+    stem, dot, suffix = name.rpartition(".")
+    return dot + suffix.lower() in PARQUET_SUFFIXES and f"{stem}.tar" in names
 
 
 def _matches(pattern: str) -> Iterator[Path]:

@@ -99,6 +99,9 @@ def test_prefixes_and_patterns(remote: str) -> None:
     names = ["clip.mp4", "rows.parquet", "shard-00000.tar", "shard-00001.tar"]
     assert whole == [f"{remote}/", *(f"{remote}/{name}" for name in names)]
     assert expand(f"{remote}/missing-*.tar") == ["missing-*.tar"]
+    for name in ("rows/0.tar", "rows/0.PARQUET", "rows/1.pq", "rows/1.tar", "rows/2.parquet"):
+        fsspec.filesystem("s3").pipe_file(f"{remote}/{name}", b"")
+    assert expand(f"{remote}/rows") == ["rows/0.tar", "rows/1.tar", "rows/2.parquet"]  # without img2dataset's metadata
 
 
 def test_what_is_not_there_is_said(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
