@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import av
@@ -42,6 +42,14 @@ _MAX_DEMUX_ERRORS = 16
 
 # Errors of the system with which libav speaks of what is in a file. All others are the disk's or the network's.
 _OF_CONTENT = (errno.EPERM, errno.EAGAIN, errno.EDOM)
+
+# MPEG-4's pictures that are not coded, which say that the one before stays, take no more. Not all decode to that one.
+_MAX_UNCODED_BYTES = 16
+
+# Files in these formats may be joined by putting one behind the other, each with a clock of its own: where packets are
+# decoded by so much earlier, or later, than the one before, another clock begins.
+_JOINABLE = ("mpegts", "mpeg")
+_BACK_S, _AHEAD_S = 0.5, 3600.0
 
 # Local files only: a playlist that calls itself .mp4 must not make the library fetch what it names.
 _OPEN_OPTIONS = {"protocol_whitelist": "file"}
@@ -190,6 +198,8 @@ def scan(uri: str, max_frames: int) -> PacketTable:
             blocks.append(block)
         # AVI has no presentation timestamps: where pictures are reordered, libav's are the order of the file.
         invented = "avi" in container.format.name.split(",") and stream.codec_context.has_b_frames
+        uncoded = stream.codec_context.name == "mpeg4"
+        joinable = container.format.name in _JOINABLE
         time_base = float(stream.time_base or 0)
         rate = float(stream.average_rate or stream.guessed_rate or 25)
     if not blocks:
@@ -198,11 +208,13 @@ def scan(uri: str, max_frames: int) -> PacketTable:
     del blocks
     check_frames(uri, len(pts), max_frames)
     key, corrupt, hidden = ((flags & flag).astype(bool) for flag in (_KEY, _CORRUPT, _HIDDEN))
-    visible = pts[~hidden]
-    if invented or (visible == NO_VALUE).any() or len(np.unique(visible)) < len(visible):
+    clock = _one_clock(pts, dts, time_base, rate) if joinable else pts
+    visible = clock[~hidden]
+    uncoded = uncoded and bool((size <= _MAX_UNCODED_BYTES).any())
+    if invented or uncoded or (visible == NO_VALUE).any() or len(np.unique(visible)) < len(visible):
         rank = _decoded_order(uri, hidden)
     else:
-        rank = np.argsort(np.argsort(pts, kind="stable"), kind="stable")
+        rank = np.argsort(np.argsort(clock, kind="stable"), kind="stable")
     ordinals = np.flatnonzero((rank >= 0) & ~hidden)
     order = ordinals[np.argsort(rank[ordinals], kind="stable")]
     if not len(order):
@@ -218,7 +230,7 @@ def scan(uri: str, max_frames: int) -> PacketTable:
         corrupt=corrupt,
         shown=shown,
         order=order.astype(np.int32),
-        time_s=_times(pts[order], time_base, rate),
+        time_s=_times(clock[order], time_base, rate),
         group_start=group_start,
         group_first=group_first,
         group_seek=np.where(timestamp == NO_VALUE, pts[group_first], timestamp),
@@ -265,6 +277,23 @@ def _row(packet: av.Packet[Any], hides: bool) -> tuple[int, int, int, int, int]:
         packet.size,
         _KEY * packet.is_keyframe | _CORRUPT * packet.is_corrupt | _HIDDEN * hidden,
     )
+
+
+def _one_clock(pts: Int, dts: Int, time_base: float, rate: float) -> Int:
+    """(P,) int64 presentation timestamps by which files that were joined follow each other, a frame apart."""
+    known = np.flatnonzero(dts != NO_VALUE)
+    step_s = np.diff(dts[known]) * time_base
+    starts = known[1:][(step_s < -_BACK_S) | (step_s > _AHEAD_S)]
+    clock, last = pts.copy(), None
+    for start, stop in pairwise([0, *starts.tolist(), len(pts)]):
+        part = clock[start:stop]
+        told = part != NO_VALUE
+        if not told.any():
+            continue
+        if last is not None:
+            part[told] += last - part[told].min() + max(1, round(1 / (rate * time_base)))
+        last = part[told].max()
+    return clock
 
 
 def _decoded_order(uri: str, hidden: Bool) -> Int:

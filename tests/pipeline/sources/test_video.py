@@ -23,6 +23,8 @@ FRAMES = 40
 OPEN_GOP = {"x264-params": "open-gop=1:b-adapt=0:scenecut=0"}
 INTRA_REFRESH = {"x264-params": "intra-refresh=1:scenecut=0"}
 ALT_REF = {"auto-alt-ref": "1", "lag-in-frames": "10", "deadline": "good", "cpu-used": "5"}
+# A P-VOP's type, modulo, marker, time in 1/25 s, marker, vop_coded of 0, and stuffing.
+UNCODED = b"\0\0\1\xb6" + int("0101011011001111", 2).to_bytes(2, "big")
 TIMES_MS = [40 * index + 13 * (index % 3) for index in range(FRAMES)]
 
 GOOD = {
@@ -165,6 +167,47 @@ def test_a_seek_that_finds_nothing_falls_back_to_the_start(
     source = open_source(path)
     assert [make.read_index(frame.image) for frame in source.read(20, 30)] == list(range(20, 30))
     source.close()
+
+
+@pytest.mark.parametrize("offsets_s", [(3, 1.013), (100, 0), (0, 90_000)])
+@pytest.mark.parametrize("suffix", [".mpg", ".ts"])
+def test_files_joined_with_a_clock_each_follow_each_other(
+    suffix: str, offsets_s: tuple[float, float], tmp_path: Path
+) -> None:
+    pictures, joined = noisy(), tmp_path / f"joined{suffix}"
+    with joined.open("wb") as file:
+        for number, offset_s in enumerate(offsets_s):
+            part = pictures[20 * number : 20 * number + 20]
+            clock = {"output_ts_offset": str(offset_s)}
+            path = make.write_video(tmp_path / f"part{suffix}", codec="mpeg2video", pictures=part, container=clock)
+            file.write(path.read_bytes())
+    found = indices(joined)
+    lost = (17, 19) if suffix == ".ts" else ()  # counters that jump at a seam look like missing bytes
+    assert found == [None if index in lost else index for index in range(FRAMES)]
+    source = open_source(joined)
+    np.testing.assert_allclose(source.probe().time_s, np.arange(FRAMES) / 25, atol=6e-4)
+    part = [None if frame.image is None else make.read_index(frame.image) for frame in source.read(15, 30)]
+    assert part == found[15:30]
+    source.close()
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".mp4", ".mkv"])
+def test_pictures_that_are_not_coded_are_no_damage(suffix: str, tmp_path: Path) -> None:
+    pictures = noisy()
+    pictures[13] = pictures[12]
+    coded = make.write_video(tmp_path / f"coded{suffix}", pictures=pictures, codec="mpeg4", bframes=0)
+    path = tmp_path / f"clip{suffix}"
+    with av.open(str(coded)) as reader, av.open(str(path), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        for number, packet in enumerate(reader.demux(reader.streams.video[0])):
+            if not packet.size:
+                continue
+            uncoded = av.Packet(UNCODED)
+            uncoded.pts, uncoded.dts, uncoded.time_base = packet.pts, packet.dts, packet.time_base
+            written = uncoded if number == 13 else packet
+            written.stream = stream
+            writer.mux(written)
+    assert indices(path) == [index for index in range(FRAMES) if index != 13]
 
 
 class FailingDisk(io.BytesIO):
