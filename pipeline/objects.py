@@ -7,6 +7,7 @@ in nothing that is shown, stored or raised.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from typing import Any
@@ -19,10 +20,15 @@ EXTRAS = {"s3": "s3", "gs": "gs", "https": "https", "http": "https"}  # scheme -
 _BUCKETS = ("s3", "gs")
 
 _SECRET_NAME = re.compile(r"(AWS|FSSPEC|GOOGLE)_.*(KEY|SECRET|TOKEN)")  # in the environment
-# Of a query: signed URLs of S3, Google, Azure and CloudFront, and what is called a key, token or password anywhere.
-_SECRET_QUERY = re.compile(
-    r"(?i)^(x-(amz|goog)-.*|s[eiprtvk]|s(ks|kt|ke|kv|koid|ktid)|sig|expires|policy|.*(sign|token|key|secret|passw|cred).*)$"
+# Of a query, in small letters: what opens a URL and is another on another day, and what goes with a signature.
+_SECRETS = re.compile(r"x-(amz|goog)-.*|sig|signature|(access_?|auth_?)?token|api_?key|password|secret")
+_BESIDE_SIGNATURE = re.compile(
+    r"expires|policy|(key-pair|awsaccesskey|ossaccesskey|googleaccess)-?id|security-token"  # CloudFront, S3, Google
+    r"|s[eiprstv]|s(pr|ip|rt|dd|ks|kt|ke|kv|koid|ktid|aoid|uoid|cid|es)"  # Azure
 )
+# What may be a secret, or the name of something: it tells URLs apart, without being told.
+_MAYBE_SECRET = re.compile(r".*(sign|token|key|secret|passw|cred|auth)")
+_HASHED = re.compile(r"~[0-9a-f]{12}")
 
 _signed: dict[str, str] = {}  # URL without secrets -> the URL that was given
 
@@ -33,15 +39,30 @@ def is_url(uri: object) -> bool:
 
 
 def shown(uri: str) -> str:
-    """What may be shown and stored of a path or URL: no user, no password, nothing of a query that signs or expires."""
+    """What may be shown and stored of a path or URL: no user, no password, nothing of a query that signs or expires.
+
+    Of a query's values that may be secret, or may say which input this is, a hash is left.
+    """
     if not is_url(uri):
         return uri
     parts = urlsplit(uri)
     if parts.scheme in _BUCKETS:
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path_of(uri)}".rstrip("/")
-    query = [(name, value) for name, value in parse_qsl(parts.query, True) if not _SECRET_QUERY.match(name)]
+    query = parse_qsl(parts.query, True)
+    signed = any(name.lower() in ("sig", "signature") for name, _ in query)
+    query = [(name, _told(name.lower(), value)) for name, value in query if not _is_secret(name.lower(), signed)]
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme.lower(), host, parts.path.rstrip("/"), urlencode(query), ""))
+
+
+def _is_secret(name: str, signed: bool) -> bool:
+    return bool(_SECRETS.fullmatch(name) or (signed and _BESIDE_SIGNATURE.fullmatch(name)))
+
+
+def _told(name: str, value: str) -> str:
+    if not _MAYBE_SECRET.match(name) or _HASHED.fullmatch(value):
+        return value
+    return "~" + hashlib.sha256(value.encode()).hexdigest()[:12]
 
 
 def path_of(url: str) -> str:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_url, path_of
@@ -36,16 +37,23 @@ def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
             a text file, relative to its folder, without empty ones and those that start with `#`.
 
     Raises:
-        SourceError: If a list cannot be read, or names another list. Not before it is its turn.
+        SourceError: If a list cannot be read, or names another list; or if two URLs differ in what signs them alone.
+            Not before it is its turn.
     """
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for given in inputs:
         for named in _named(given):
             for source in _sources(named):
                 name = canonical_uri(source)
+                opened = str(source) if is_url(source) else name  # a URL with what signs it
                 if name not in seen:
-                    seen.add(name)
-                    yield str(source) if is_url(source) else name  # a URL with what signs it
+                    seen[name] = opened
+                    yield opened
+                elif is_url(name) and parse_qsl(urlsplit(seen[name]).query) != parse_qsl(urlsplit(opened).query):
+                    raise SourceError(
+                        f"{name} was given twice, with different signatures or tokens, by which inputs are not told "
+                        "apart: give it once, or each input in a run and a store of its own"
+                    )
 
 
 def _named(given: str) -> Iterator[str]:

@@ -271,6 +271,35 @@ def test_a_signed_url_opens_and_its_signature_is_nowhere(local: Path, web: str, 
         assert secret not in str(raised.value)
 
 
+def test_urls_that_differ_are_told_apart_without_telling_secrets() -> None:
+    for query in ("key=videos/{}", "design={}", "keyframe={}", "rlkey=abc{}", "se={}", "st={}", "policy={}", "x={}"):
+        urls = [f"https://host/get.mp4?{query.format(number)}" for number in (1, 2)]
+        assert list(expand_inputs(urls)) == urls
+        assert len({source_id(url) for url in urls}) == 2
+    hashed = shown("https://host/get.mp4?key=videos/1&x=y")
+    assert "videos" not in hashed
+    assert hashed == shown(hashed)
+    for query in (
+        "Expires=5&AWSAccessKeyId=AKID&Signature=abc",
+        "Policy=p&Signature=abc&Key-Pair-Id=k",
+        "GoogleAccessId=me&Expires=5&Signature=abc",
+        "sv=2024&se=5&sr=b&sp=r&st=4&spr=https&skoid=1&sktid=2&sig=abc",
+        "X-Goog-Algorithm=a&X-Goog-Signature=abc",
+        "access_token=abc&api_key=k",
+    ):
+        assert shown(f"https://host/a.mp4?x=1&{query}") == "https://host/a.mp4?x=1"
+
+
+def test_urls_that_differ_in_their_tokens_alone_are_refused() -> None:
+    urls = [f"https://host/get.mp4?token={number}" for number in (1, 1, 2)]
+    given = expand_inputs(urls)
+    assert next(given) == urls[0]
+    with pytest.raises(
+        SourceError, match=r"https://host/get\.mp4 was given twice, with different signatures or tokens"
+    ):
+        next(given)
+
+
 def test_what_is_shown_of_names() -> None:
     assert shown("https://user:pass@host/a/b.tar?x=1&token=secret&sig=s#f") == "https://host/a/b.tar?x=1"
     assert shown("/a/b?token=1") == "/a/b?token=1"
