@@ -21,7 +21,7 @@ from typing import Any
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.limits import check_frames, max_encoded_bytes
-from depthmill.pipeline.sources.naming import canonical_uri, source_id
+from depthmill.pipeline.sources.naming import canonical_uri, source_id, unique_names
 from depthmill.pipeline.sources.opening import file_size, open_binary
 from depthmill.pipeline.sources.pictures import Encoded, Header, decode_ahead, read_header
 from depthmill.pipeline.types import Frame, Source
@@ -249,12 +249,16 @@ class _Rows:
         return cell["bytes"].as_py(), _text(cell["path"]) if "path" in cell else None
 
     def names(self, column: str) -> list[str | None] | None:
-        """The values of a column of texts or whole numbers, as texts; None if there is no such column."""
-        index = self._schema.get_field_index(column)
-        if index < 0 or str(self._schema.field(index).type) not in _NAME_TYPES:
+        """The values of a column of texts or whole numbers, as texts; None if there is no such column.
+
+        Args:
+            column: Its name, in small letters.
+        """
+        name = next((field.name for field in self._schema if field.name.lower() == column), None)
+        if name is None or _type(self._schema.field(name).type) not in _NAME_TYPES:
             return None
         try:
-            return [_text(value) for batch in self._iterate([column], _KEY_BATCH_ROWS, None) for value in batch]
+            return [_text(value) for batch in self._iterate([name], _KEY_BATCH_ROWS, None) for value in batch]
         except _DamageError:
             return None
 
@@ -316,8 +320,13 @@ def _is_struct(kind: Any) -> bool:
 
 def _holds_bytes(kind: Any) -> bool:
     if _is_struct(kind):
-        return any(field.name == "bytes" and str(field.type) in _BYTE_TYPES for field in kind)
-    return str(kind) in _BYTE_TYPES
+        return any(field.name == "bytes" and _type(field.type) in _BYTE_TYPES for field in kind)
+    return _type(kind) in _BYTE_TYPES
+
+
+def _type(kind: Any) -> str:
+    """Of what is encoded in a dictionary (pandas' categories), what is in that."""
+    return str(kind.value_type if str(kind).startswith("dictionary<") else kind)
 
 
 def _hugging_face_images(schema: Any) -> set[str]:
@@ -329,14 +338,20 @@ def _hugging_face_images(schema: Any) -> set[str]:
 
 
 def _keys(rows: _Rows, paths: list[str | None]) -> tuple[str, ...]:
-    """A unique name for each row: the picture's path, or a column of names, or else the number of the row."""
+    """A unique name for each row.
+
+    The picture's path, or a column of names, without which the number of the row stands in. If the names of none are
+    all different, the first is made so.
+    """
     columns = (rows.names(column) for column in _KEY_COLUMNS)
+    repeated: list[str] | None = None
     for names in chain([paths], columns):
-        if names and any(name is not None for name in names):
-            keys = tuple(str(row) if name is None else name for row, name in enumerate(names))
-            if len(set(keys)) == len(keys) == len(paths):
-                return keys
-    return tuple(str(row) for row in range(len(paths)))
+        if names and len(names) == len(paths) and any(name is not None for name in names):
+            keys = [str(row) if name is None else name for row, name in enumerate(names)]
+            if len(set(keys)) == len(keys):
+                return tuple(keys)
+            repeated = repeated or keys
+    return unique_names(repeated or map(str, range(len(paths))))
 
 
 def _text(value: Any) -> str | None:

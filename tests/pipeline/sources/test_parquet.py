@@ -116,6 +116,28 @@ def test_a_file_without_a_clear_column_is_refused(columns: dict[str, object], re
         open_source(make.write_parquet(tmp_path / "a.parquet", columns)).probe()
 
 
+@pytest.mark.parametrize(
+    ("columns", "keys"),
+    [
+        ({"key": ["a", "b", "a"]}, ("a", "b", "a~2")),
+        ({"key": ["a", None, "1"]}, ("a", "1", "1~2")),
+        ({"key": ["a", "b", "a"], "url": ["x", "y", "z"]}, ("x", "y", "z")),
+        ({"Key": ["a", "b", "c"]}, ("a", "b", "c")),
+        ({"key": pyarrow.array(["a", "b", "c"]).dictionary_encode()}, ("a", "b", "c")),
+        ({"key": [None] * 3}, ("0", "1", "2")),
+    ],
+)
+def test_keys_are_kept_where_they_can_be(columns: dict[str, object], keys: tuple[str, ...], tmp_path: Path) -> None:
+    path = make.write_parquet(tmp_path / "a.parquet", {"image": encoded(3), **columns})
+    assert open_source(path).probe().keys == keys
+
+
+def test_pictures_encoded_in_a_dictionary(tmp_path: Path) -> None:
+    pictures = pyarrow.array([make.encode(index) for index in (1, 2, 1)]).dictionary_encode()
+    _, frames = probe_and_read(make.write_parquet(tmp_path / "a.parquet", {"image": pictures}))
+    assert [make.read_index(frame.image) for frame in frames] == [1, 2, 1]
+
+
 def test_what_is_no_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     whole = make.write_parquet(path, {"image": encoded(3)}).read_bytes()
