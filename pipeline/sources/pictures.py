@@ -1,7 +1,7 @@
 """Encoded pictures: what their headers say, and their decoding.
 
-Every picture comes as upright 8-bit RGB: EXIF orientation applied, transparency laid over white, 16-bit and float
-values scaled (not clipped), of an animation or a multi-page file the first picture. Colour profiles are not applied.
+Every picture comes as upright 8-bit RGB: EXIF orientation applied, transparency laid over white, grey of more bits or
+of floats scaled, of an animation or a multi-page file the first picture. Colour profiles are not applied.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how one begins
 
 # Pillow warns of oddities in metadata and of damage; what matters of it comes with the frame, as its error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -114,6 +117,8 @@ def decode_image(picture: Path | BinaryIO, max_pixels: int) -> npt.NDArray[np.ui
     except UnidentifiedImageError as error:
         size = _size_bytes(picture)
         what = "an empty file (0 bytes)" if size == 0 else f"{size} bytes that are no picture"
+        if _head(picture) in _TIFF:
+            what = "a TIFF that is damaged, or whose pixels are of a kind that is not read (as RGB in floats)"
         raise SourceError(f"{what}; expected one of {', '.join(_FORMATS)}: replace it or leave it out") from error
     except Exception as error:  # Pillow's decoders raise whatever they stumble over: SyntaxError, struct.error …
         if isinstance(error, OSError) and error.errno not in _OWN_ERRORS:
@@ -190,6 +195,12 @@ def decode_ahead(pictures: Generator[Encoded, None, None], max_pixels: int, thre
 
 def _size_bytes(picture: Path | BinaryIO) -> int:
     return picture.stat().st_size if isinstance(picture, Path) else picture.seek(0, os.SEEK_END)
+
+
+def _head(picture: Path | BinaryIO) -> bytes:
+    with picture.open("rb") if isinstance(picture, Path) else nullcontext(picture) as file:
+        file.seek(0)
+        return file.read(4)
 
 
 def _refusal(height: int, width: int, kind: str | None, size_bytes: int, max_pixels: int) -> str:
@@ -275,7 +286,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+        return Image.fromarray(_to_8_bit(image)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         colours = image.convert("RGBA")
         paper = Image.new("RGBA", colours.size, "white")
@@ -283,13 +294,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_8_bit(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-    """Scale (H, W) integers or floats to 8 bits: their white is the least of the usual ones that none exceeds."""
-    numbers = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    whites = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (65535.0,)
+def _to_8_bit(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Scale (H, W) integers or floats to 8 bits.
+
+    White of floats is the least of the usual ones of which none is more than twice: a few are brighter than white. That
+    of integers is the greatest that their bits can say, but of 32 bits at most the brightest.
+    """
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits, unsigned = tags.get(_BITS_PER_SAMPLE, (16,))[0], tags.get(_SAMPLE_FORMAT, (1,))[0] == 1
+    if values.dtype == np.int32 and unsigned and bits == 32:
+        values = values.view(np.uint32)
+    numbers = np.nan_to_num(values.astype(np.float32), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
     top = float(numbers.max())
-    white = next((white for white in whites if top <= white), top)
-    return np.rint(np.clip(numbers, 0, white) * (255.0 / white)).astype(np.uint8)
+    if values.dtype.kind == "f":
+        white = next((white for white in (1.0, 255.0, 65535.0) if top <= 2 * white), top)
+    else:
+        white = float(2 ** (bits if unsigned else bits - 1) - 1) if bits <= 16 else max(65535.0, top)
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero
+        np.subtract(white, numbers, out=numbers)
+    np.clip(numbers, 0, white, out=numbers)
+    numbers *= 255.0 / white
+    return np.rint(numbers, out=numbers).astype(np.uint8)
 
 
 def _read_frame(encoded: Encoded, max_pixels: int) -> Frame:

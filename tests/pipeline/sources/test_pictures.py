@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,48 @@ def test_sixteen_bits_are_scaled(suffix: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         write(Image.fromarray(ramp.astype(np.float32) / 255), tmp_path / "float.tif")[..., 0], ramp
     )
+
+
+def tiff(
+    values: np.ndarray, bits: int, *, photometric: int = 1, sample_format: int = 1, samples: int = 1
+) -> io.BytesIO:
+    """A TIFF of (H, W * samples) whole numbers, each in so many bits; or whatever the tags make of them."""
+    if bits == 12:
+        digits = "".join(f"{value:012b}" for value in values.flat)
+        data = int(digits, 2).to_bytes(len(digits) // 8, "big")
+    else:
+        data = values.astype(f"<u{bits // 8}").tobytes()
+    height, width = values.shape[0], values.shape[1] // samples
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: samples, 278: height}
+    tags |= {279: len(data), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    return io.BytesIO(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+def test_white_is_what_the_bits_can_say() -> None:
+    ramp = grey_ramp()
+    deep = np.rint(ramp * (4095 / 255)).astype(int)
+    np.testing.assert_array_equal(decode_image(tiff(deep, 12), LIMIT)[..., 0], ramp)
+    np.testing.assert_array_equal(
+        decode_image(tiff(ramp.astype(int) * 257, 16, photometric=0), LIMIT)[..., 0], 255 - ramp
+    )
+    np.testing.assert_array_equal(decode_image(tiff(ramp.astype(int) * 16843009, 32), LIMIT)[..., 0], ramp)
+    signed = np.rint(ramp * (32767 / 255)).astype(int)
+    np.testing.assert_array_equal(decode_image(tiff(signed, 16, sample_format=2), LIMIT)[..., 0], ramp)
+
+
+def test_a_float_brighter_than_white_darkens_nothing(tmp_path: Path) -> None:
+    ramp = grey_ramp().astype(np.float32) / 255
+    ramp[0, 0], ramp[1, 0], ramp[2, 0] = 1.3, np.nan, np.inf
+    expected = grey_ramp()
+    expected[0, 0] = 255
+    np.testing.assert_array_equal(write(Image.fromarray(ramp), tmp_path / "float.tif")[..., 0], expected)
+
+
+def test_floats_in_colour_are_said_to_be_what_they_are() -> None:
+    with pytest.raises(SourceError, match=r"a TIFF .* of a kind that is not read \(as RGB in floats\); expected"):
+        decode_image(tiff(np.zeros((2, 6), int), 32, photometric=2, sample_format=3, samples=3), LIMIT)
 
 
 def test_alpha_lies_over_white(tmp_path: Path) -> None:
