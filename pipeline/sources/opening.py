@@ -16,10 +16,15 @@ from depthmill.pipeline.objects import is_url, locate, said
 
 _BLOCK_BYTES = 1 << 20  # fetched at once; a few are kept: indices are read here and there, pictures one after another
 _BLOCKS = 8
+_GLIMPSE_BYTES = 1 << 14  # likewise, of what is only glimpsed at: a header of a picture, seldom more than one block
 
 
-def open_binary(uri: str | Path) -> BinaryIO:
+def open_binary(uri: str | Path, *, glimpse: bool = False) -> BinaryIO:
     """Open a file for reading bytes at any place.
+
+    Args:
+        uri: Path or URL.
+        glimpse: Whether little of it will be read: of a URL, little is fetched then, and nothing ahead.
 
     Raises:
         OSError: If it cannot be opened, locally.
@@ -28,12 +33,13 @@ def open_binary(uri: str | Path) -> BinaryIO:
     if not is_url(uri):
         return Path(uri).open("rb")
     with _translated(uri) as (files, path):
-        options = {"cache_type": "background", "cache_options": {"maxblocks": _BLOCKS}, "block_size": _BLOCK_BYTES}
+        block_bytes, cache = (_GLIMPSE_BYTES, "blockcache") if glimpse else (_BLOCK_BYTES, "background")
+        options = {"cache_type": cache, "cache_options": {"maxblocks": _BLOCKS}, "block_size": block_bytes}
         file = files.open(path, "rb", **options)
         if not file.seekable():
             file.close()
             raise SourceError(f"{uri}: its server gives no parts of files; expected one that does: download it first")
-        return cast("BinaryIO", io.BufferedReader(_Reporting(str(uri), file), _BLOCK_BYTES))
+        return cast("BinaryIO", io.BufferedReader(_Reporting(str(uri), file), block_bytes))
 
 
 def read_whole(uri: str) -> bytes:

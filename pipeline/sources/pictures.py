@@ -136,7 +136,7 @@ def read_header(picture: Picture, max_pixels: int) -> Header:
     digest = hashlib.sha256()
     height = width = 0
     try:
-        with open_binary(picture) if isinstance(picture, (str, Path)) else nullcontext(picture) as file:
+        with open_binary(picture, glimpse=True) if isinstance(picture, (str, Path)) else nullcontext(picture) as file:
             size = file.seek(0, os.SEEK_END)
             digest.update(str(size).encode())
             head = b""

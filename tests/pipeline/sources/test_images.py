@@ -120,10 +120,10 @@ def unreadable(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
     """Let opening one picture fail, from now on."""
     original = pictures.open_binary
 
-    def fail(picture: Path) -> object:
+    def fail(picture: Path, **options: bool) -> object:
         if picture.name == name:
             raise OSError(code, os.strerror(code), str(picture))
-        return original(picture)
+        return original(picture, **options)
 
     monkeypatch.setattr(pictures, "open_binary", fail)
 

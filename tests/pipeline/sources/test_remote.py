@@ -187,25 +187,42 @@ def test_a_picture_that_is_gone_since_it_was_listed_fails_alone(remote: str, mon
     assert [frame.image is None for frame in source.read(0, 2)] == [False, True]
 
 
-def test_a_segment_in_the_middle_does_not_fetch_the_shard(s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    big = [(f"{index:05}.png", make.encode(index, height=300, width=400)) for index in range(200)]
+@pytest.fixture
+def fetched(s3, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes each request for a part of a file took."""
+    counts: list[int] = []
+    files = type(fsspec.filesystem("s3"))
+    original = files._call_s3
+
+    async def note(self, method, *args, **options):
+        answer = await original(self, method, *args, **options)
+        if method == "get_object":
+            counts.append(answer["ContentLength"])
+        return answer
+
+    monkeypatch.setattr(files, "_call_s3", note)
+    return counts
+
+
+def test_a_segment_in_the_middle_does_not_fetch_the_shard(s3, tmp_path: Path, fetched: list[int]) -> None:
+    big = [(f"{index:05}.bmp", make.encode(index, ".bmp", height=300, width=400)) for index in range(100)]
     shard = make.write_tar(tmp_path / "big.tar", big)
     fsspec.filesystem("s3").pipe_file(f"{s3.url}/big.tar", shard.read_bytes())
     source = open_source(f"{s3.url}/big.tar")
     source.probe()
-    fetched = []
-    files = type(fsspec.filesystem("s3"))
-    original = files._cat_file
-
-    async def note(self, path, version_id=None, start=None, end=None):
-        data = await original(self, path, version_id, start, end)
-        fetched.append(len(data))
-        return data
-
-    monkeypatch.setattr(files, "_cat_file", note)
-    assert all(frame.image is not None for frame in source.read(100, 104))
+    fetched.clear()
+    assert all(frame.image is not None for frame in source.read(50, 54))
     source.close()
-    assert sum(fetched) < shard.stat().st_size / 4, (fetched, shard.stat().st_size)
+    assert 4 * len(big[0][1]) < sum(fetched) < shard.stat().st_size / 4, (fetched, shard.stat().st_size)
+
+
+def test_the_headers_of_a_folder_do_not_fetch_its_pictures(s3, fetched: list[int]) -> None:
+    picture = make.encode(1, ".bmp", height=400, width=300)
+    for index in range(6):
+        fsspec.filesystem("s3").pipe_file(f"{s3.url}/in/{index}.bmp", picture)
+    probed = open_source(f"{s3.url}/in").probe()
+    assert (probed.frames, probed.height, probed.width) == (6, 400, 300)
+    assert 0 < sum(fetched) < 6 * len(picture) / 5
 
 
 class _Ranges(http.server.SimpleHTTPRequestHandler):
