@@ -117,7 +117,9 @@ def label(
     frame_limit_s: Annotated[
         float | None, typer.Option(help="Seconds that a frame may take, before it is given up.")
     ] = None,
-    max_pixels: Annotated[int | None, typer.Option(help="Larger pictures count as failed.")] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Larger pictures count as failed, larger videos are left out.")
+    ] = None,
     max_frames: Annotated[int | None, typer.Option(help="Inputs with more frames are refused.")] = None,
     steps: Annotated[int | None, typer.Option(help="UNet calls for a label; 1 is what E2E-FT models need.")] = None,
     ensemble: Annotated[int | None, typer.Option(help="Members drawn of each frame and made one.")] = None,

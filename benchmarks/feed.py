@@ -250,7 +250,7 @@ def run(
 ) -> tuple[float, float]:
     """What a run took of a frame, beside a device of a given pace: seconds, and seconds of a core."""
     with tempfile.TemporaryDirectory() as into:
-        source = VideoSource(path, max_frames=1_000_000, threads=threads)
+        source = VideoSource(path, max_pixels=1 << 27, max_frames=1_000_000, threads=threads)
         probed = source.probe()
         store = create(Path(into) / "labels.zarr", Layout(), {})
         store.add(probed)

@@ -116,7 +116,7 @@ class LabelConfig(BaseModel):
         frame_limit_s: Most seconds that a frame may take. A segment that takes longer than all its frames may is ended
             with its worker; less is granted, but a second a frame at least (30 on CUDA, unless `compile` is off), once
             the run has measured its own pace. With `workers` 0 there is no limit: nothing could be ended.
-        max_pixels: Pictures larger than this are marked as failed instead of read.
+        max_pixels: Pictures larger than this are marked as failed instead of read; such videos are left out.
         max_frames: An input with more frames is refused.
         steps: UNet calls for a label; this and the next four are `Sampling`'s, where each is explained.
         ensemble: Members drawn of each frame and made one.

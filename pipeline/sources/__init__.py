@@ -26,7 +26,7 @@ _KINDS: tuple[tuple[Callable[[str], bool], Callable[[str, int, int, int], FrameS
     (lambda uri: _suffix(uri) in IMAGE_SUFFIXES or _is_folder(uri), ImageSource),
     (lambda uri: _name(uri).endswith(TAR_SUFFIXES), WebDatasetSource),
     (lambda uri: _suffix(uri) in PARQUET_SUFFIXES, ParquetSource),
-    (lambda uri: True, lambda uri, max_pixels, max_frames, threads: VideoSource(uri, max_frames, threads)),
+    (lambda uri: True, VideoSource),
 )
 
 
@@ -38,7 +38,7 @@ def open_source(
     Args:
         uri: Path or URL (`s3://`, `gs://`, `https://`) of a folder of pictures, a picture, a WebDataset tar, a Parquet
             file, or a video. A URL whose name has no suffix is a folder's.
-        max_pixels: Pictures with more come as failed frames.
+        max_pixels: Pictures with more come as failed frames; a video with more is refused when it is probed.
         max_frames: An input with more is refused when it is probed.
         threads: Threads that one read decodes with; 0 for one a core (video) or four (pictures).
 

@@ -91,15 +91,17 @@ class _Verdict:
 class VideoSource:
     """A video file, read by PyAV. Several reads may run at once, each with a decoder of its own."""
 
-    def __init__(self, uri: str | Path, max_frames: int, threads: int = 0) -> None:
+    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int = 0) -> None:
         """Name a video, without opening it.
 
         Args:
             uri: Path or URL of the file.
+            max_pixels: A video whose frames have more is refused.
             max_frames: A video with more packets is refused.
             threads: Threads of one decoder and of the conversion to RGB; 0 for one a core.
         """
         self._uri = canonical_uri(uri)
+        self._max_pixels = max_pixels
         self._max_frames = max_frames
         self._threads = threads
         self._lock = threading.RLock()
@@ -113,7 +115,8 @@ class VideoSource:
         """Describe the video: its packets are read, one frame is decoded.
 
         Raises:
-            SourceError: If the file is no video, holds no frame, or too many; or the disk or the network fails.
+            SourceError: If the file is no video, holds no frame, or too many, or too large ones; or the disk or the
+                network fails.
         """
         return self._open()[0]
 
@@ -147,9 +150,11 @@ class VideoSource:
         decoder = Decoder(self._uri, table, self._threads, self._seeks)
         with closing(decoder):
             height, width, codec, rate = decoder.describe()
+            self._check_size(height, width)
             first = next(decoder.decode(0, min(len(table.size), _MAX_PROBED_PACKETS) - 1, errors={}), None)
         if first is not None:
             height, width = upright_size(first[1])
+            self._check_size(height, width)
         if not height or not width:
             raise SourceError(f"{self._uri}: no size in its header and no frame that decodes: leave it out")
         frames = len(table.order)
@@ -166,6 +171,14 @@ class VideoSource:
             time_s=table.time_s,
         )
         return source, table, codec
+
+    def _check_size(self, height: int, width: int) -> None:
+        pixels = height * width
+        if pixels > self._max_pixels:
+            raise SourceError(
+                f"{self._uri}: {width}x{height} is {pixels} pixels a frame; at most {self._max_pixels} are read: scale "
+                "it down, or raise max_pixels"
+            )
 
     def _read(self, source: Source, table: PacketTable, codec: str, start: int, stop: int) -> Iterator[Frame]:
         reformatter = VideoReformatter()

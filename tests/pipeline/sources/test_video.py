@@ -12,7 +12,7 @@ import pytest
 from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources import MAX_FRAMES, open_source, video_packets, video_pixels
+from depthmill.pipeline.sources import MAX_FRAMES, MAX_PIXELS, open_source, video_packets, video_pixels
 from depthmill.pipeline.sources.video_pixels import to_rgb
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import SourceContract, content, read_all
@@ -151,7 +151,7 @@ def test_lost_frames_do_not_depend_on_threads(threads: int, clips: Callable[[str
     path = tmp_path / "clip.mp4"
     path.write_bytes(clips("open_gop.mp4").read_bytes())
     make.break_middle(path, 0.6, 3000)
-    source = VideoSource(path, MAX_FRAMES, threads)
+    source = VideoSource(path, MAX_PIXELS, MAX_FRAMES, threads)
     frames = list(source.read(0, source.probe().frames))
     source.close()
     assert [frame.error for frame in frames] == [frame.error for frame in read_all(path)]
@@ -388,6 +388,13 @@ def test_too_many_frames(tmp_path: Path) -> None:
     assert open_source(path, max_frames=9).probe().frames == 9
     with pytest.raises(SourceError, match=r"more than 8 frames.*max_frames"):
         open_source(path, max_frames=8).probe()
+
+
+def test_too_many_pixels(tmp_path: Path) -> None:
+    path = make.write_video(tmp_path / "clip.mp4", frames=3)
+    assert open_source(path, max_pixels=48 * 64).probe().frames == 3
+    with pytest.raises(SourceError, match=r"64x48 is 3072 pixels a frame; at most 3071 are read.*max_pixels"):
+        open_source(path, max_pixels=48 * 64 - 1).probe()
 
 
 def test_broken_video_is_quiet(clips: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
