@@ -37,21 +37,16 @@ def in_batches(
     def take(key: tuple[int, int]) -> list[Frame]:
         nonlocal pictures
         batch = buckets.pop(key)
-        pictures -= sum(_nbytes(frame) for frame in batch)
+        pictures -= sum(frame.nbytes for frame in batch)
         return batch
 
     for frame in frames:
         key = shape(frame)
         buckets.setdefault(key, []).append(frame)
-        pictures += _nbytes(frame)
+        pictures += frame.nbytes
         if len(buckets[key]) == size:
             yield take(key)
         while buckets and pictures + waiting_bytes() > most_waiting_bytes:
             yield take(next(iter(buckets)))
     while buckets:
         yield take(next(iter(buckets)))
-
-
-def _nbytes(frame: Frame) -> int:
-    assert frame.image is not None
-    return frame.image.nbytes

@@ -84,7 +84,7 @@ def label_segment(
         skip: Frames that are not to be read -> why they fail.
         only: Frames of a committed segment to label again; its others stay as they are.
     """
-    frames = prefetch(read_segment(source, segment, skip, only), 2 * labeler.batch_size)
+    frames = prefetch(read_segment(source, segment, skip, only), 2 * labeler.batch_size, lambda frame: frame.nbytes)
     rounded = labeler.rounds(source.probe())
     return label_frames(frames, segment, labeler, store, on_frames, rounded=rounded, only=only).commit()
 

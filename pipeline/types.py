@@ -90,6 +90,11 @@ class Frame:
     image: npt.NDArray[np.uint8] | None
     error: str = ""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its picture."""
+        return 0 if self.image is None else self.image.nbytes
+
 
 @dataclass(frozen=True, eq=False)
 class Labels:

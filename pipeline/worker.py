@@ -76,7 +76,7 @@ class _Job:
         """Start to read."""
         with self._lock:
             if not self._dropped:
-                self._frames = Prefetch(self._read(), self._ahead)
+                self._frames = Prefetch(self._read(), self._ahead, lambda frame: frame.nbytes)
 
     def source(self) -> FrameSource:
         """The source, once it is open."""

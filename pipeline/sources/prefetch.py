@@ -1,14 +1,16 @@
-"""Reading ahead, by a bounded number of items, in one thread."""
+"""Reading ahead, by a bounded number of items and of their bytes, in one thread."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import TypeVar
 
 T = TypeVar("T")
+
+MOST_BYTES_AHEAD = 1 << 30  # 160 pictures of two megapixels: it is the large ones that it bounds
 
 
 class _End:
@@ -21,19 +23,28 @@ class _End:
 class Prefetch(Iterator[T]):
     """The items of an iterator that a thread runs ahead, from now on. Close it, or take all of them."""
 
-    def __init__(self, items: Iterator[T], depth: int):
+    def __init__(
+        self,
+        items: Iterator[T],
+        depth: int,
+        size: Callable[[T], int] = lambda item: 0,
+        most_bytes: int = MOST_BYTES_AHEAD,
+    ) -> None:
         """Start.
 
         Args:
             items: Run in the other thread, which closes it at the end; an exception in it is raised by `next`, after
                 the items before it.
             depth: Most items made and not yet taken, at least 1.
+            size: Bytes of an item.
+            most_bytes: No item is made while those not yet taken have as many.
         """
         assert depth >= 1
-        self._items = items
+        self._items, self._depth, self._size, self._most_bytes = items, depth, size, most_bytes
         self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
-        self._room = threading.Semaphore(depth)
-        self._stopped = threading.Event()
+        self._room = threading.Condition()
+        self._ahead = self._bytes = 0
+        self._stopped = False
         self._ended: _End | None = None
         self._thread = threading.Thread(target=self._run, name="depthmill-prefetch", daemon=True)
         self._thread.start()
@@ -42,7 +53,7 @@ class Prefetch(Iterator[T]):
         if self._ended is None:
             item = self._ready.get()
             if not isinstance(item, _End):
-                self._room.release()
+                self._count(-1, item)
                 return item
             self._ended = item
             if item.error is not None:
@@ -51,18 +62,19 @@ class Prefetch(Iterator[T]):
 
     def close(self) -> None:
         """End the thread, and wait until it has ended; there are no more items."""
-        self._stopped.set()
-        self._room.release()
+        with self._room:
+            self._stopped = True
+            self._room.notify()
         self._thread.join()
 
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            while True:
-                self._room.acquire()
-                if self._stopped.is_set():
-                    break
-                self._ready.put(next(self._items))
+            while self._has_room():
+                item = next(self._items)
+                self._count(1, item)
+                self._ready.put(item)
+                del item  # it may be large
         except StopIteration:
             pass
         except BaseException as problem:  # whatever it is, it belongs to the consumer
@@ -75,14 +87,26 @@ class Prefetch(Iterator[T]):
             error = error or problem
         self._ready.put(_End(error))
 
+    def _has_room(self) -> bool:
+        """Wait for room; False if there are to be no more items."""
+        with self._room:
+            self._room.wait_for(lambda: self._stopped or (self._ahead < self._depth and self._bytes < self._most_bytes))
+            return not self._stopped
 
-def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
+    def _count(self, items: int, item: T) -> None:
+        with self._room:
+            self._ahead += items
+            self._bytes += items * self._size(item)
+            self._room.notify()
+
+
+def prefetch(items: Iterator[T], depth: int, size: Callable[[T], int] = lambda item: 0) -> Iterator[T]:
     """A `Prefetch` that starts with the first item asked for, and ends when this ends, raises or is closed."""
     if depth < 1:
         raise ValueError(f"prefetch depth {depth}: expected at least 1")
-    return _prefetch(items, depth)
+    return _prefetch(items, depth, size)
 
 
-def _prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
-    with closing(Prefetch(items, depth)) as ahead:
+def _prefetch(items: Iterator[T], depth: int, size: Callable[[T], int]) -> Iterator[T]:
+    with closing(Prefetch(items, depth, size)) as ahead:
         yield from ahead

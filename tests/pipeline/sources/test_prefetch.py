@@ -3,10 +3,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
-from depthmill.pipeline.sources import prefetch
+from depthmill.pipeline.sources import Prefetch, prefetch
 
 
 def test_items_in_order() -> None:
@@ -29,6 +30,23 @@ def test_at_most_depth_ahead() -> None:
         assert len(made) <= taken + 3
     assert len(made) == 8
     running.close()
+
+
+def test_large_items_are_fewer() -> None:
+    sizes, ahead, started = [50, 60, 1000, 10, 90, 10, 10], [], threading.Event()
+
+    def items() -> Iterator[int]:
+        started.wait()
+        for size in sizes:
+            ahead.append(running._bytes)
+            yield size
+
+    with closing(Prefetch(items(), len(sizes), lambda size: size, most_bytes=100)) as running:
+        started.set()
+        while len(ahead) < 2:  # it is ahead of whoever takes nothing
+            pass
+        assert list(running) == sizes
+    assert max(ahead) < 100
 
 
 def test_an_exception_comes_after_the_items_before_it() -> None:
