@@ -25,11 +25,10 @@ _ZEROS = bytes(_BLOCK)
 _MAX_HEADER_BYTES = 1 << 16  # of long names and pax records, which are read into memory
 _MAX_HEADER_READS = 64  # for one member; a name, its pax records and global ones take six
 _MAX_OFFSET = 1 << 60  # beyond it, seeking fails
-_RECORD_BLOCKS = (
-    20,
-    *(1 << power for power in range(15)),
-)  # what an archive is filled up to a multiple of: tar's own; -b
 _UNKNOWN = "what lies behind is unknown"
+
+# An archive is filled up to a multiple of one of these: tar's own, and what people tell it.
+_RECORD_BLOCKS = (20, *(1 << power for power in range(15)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ _MAX_DEMUX_ERRORS = 16
 # Errors of the system with which libav speaks of what is in a file. All others are the disk's or the network's.
 _OF_CONTENT = (errno.EPERM, errno.EAGAIN, errno.EDOM)
 
-# MPEG-4's pictures that are not coded, which say that the one before stays, take no more. Not all decode to that one.
+# MPEG-4's pictures that are not coded, which stand for the one before, take no more. Some decode to that one again.
 _MAX_UNCODED_BYTES = 16
 
 # Files in these formats may be joined by putting one behind the other, each with a clock of its own: where packets are

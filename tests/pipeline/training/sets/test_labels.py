@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from depthmill.pipeline import store as stores
-from depthmill.pipeline.errors import SampleError, TrainingError
-from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.errors import SampleError, SourceError, TrainingError
+from depthmill.pipeline.sources import images, open_source
 from depthmill.pipeline.store.layout import DEPTH_STEP
 from depthmill.pipeline.training.batch import TrainingSet
 from depthmill.pipeline.training.sets import open_set
@@ -148,6 +148,19 @@ def test_a_frame_that_can_no_longer_be_read(tmp_path: Path) -> None:
     pictures.read(2)
     (tmp_path / "a" / "001.png").unlink()
     with pytest.raises(SampleError, match=r"a, frame 1: .*001.png"):
+        pictures.read(1)
+
+
+def test_a_disk_that_fails_costs_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    media.write_image_folder(tmp_path / "a", count=8)
+    label(tmp_path / "s", [tmp_path / "a"])
+    pictures = open_set(StoreOptions(path=tmp_path / "s", height=H, width=W), "depth")
+
+    def fail(*_: object) -> None:
+        raise SourceError("the disk does not answer")
+
+    monkeypatch.setattr(images, "decode_ahead", fail)
+    with pytest.raises(SampleError, match="a, frame 1: the disk does not answer"):
         pictures.read(1)
 
 
