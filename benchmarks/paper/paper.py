@@ -215,20 +215,21 @@ def report(paper: Paper, seconds: Mapping[str, float]) -> str:
         reference: Figures | None = None
         for name, way in rows.items():
             found = paper.figures(way, "depth") | paper.figures(way, "normals")
-            ms = " / ".join(f"{1e3 * typical(times[modality][way.name]).wall_s:.3g}" for modality in MODALITIES)
+            took = [1e3 * typical(times[modality][way.name]).wall_s for modality in MODALITIES]
+            ms = " / ".join(f"{one:.1f}" if one < 100 else f"{one:,.0f}" for one in took)
             lines.append([name, *(cell(found, reference, figure) for figure in ("abs_rel", "delta1", "angle")), ms])
             reference = reference or found
         return [f"| {' | '.join(line)} |" for line in lines]
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     about = f"""\
-`make paper`, finished {datetime.now(UTC):%Y-%m-%d}: {os.cpu_count()} CPU cores of {platform.machine()}{gpu}, torch
-{torch.__version__}. Trained from nothing on rendered scenes (version {scenes.VERSION}), {s["width"]} x {s["height"]},
-scored on {s["held_out"]} other scenes, through `Labeler`. One seed. AbsRel and δ1 are after affine alignment to metric
-depth and clipping to the depths that scenes may have. Figures are means over scenes; in brackets, the mean difference
-from the table's first row, scene by scene, ± its standard error over scenes (not over trainings). Times are medians of
-{ROUNDS} rounds in which all ways labelled {TIMED} pictures in turn, on a shared machine. What starts from noise runs
-the network as it is, the single step from zeros with its constants folded in, as `depthmill label` has it."""
+`make paper`, finished {datetime.now(UTC):%Y-%m-%d}: {os.cpu_count()} CPU cores of {platform.machine()}{gpu}, torch {torch.__version__}.
+Trained from nothing on rendered scenes (version {scenes.VERSION}) of {s["width"]} x {s["height"]}, scored on {s["held_out"]} others through `Labeler`. One
+seed. AbsRel and δ1 are after affine alignment to metric depth and clipping to the depths that scenes may have. Figures
+are means over scenes; in brackets, the mean difference from the table's first row, scene by scene, ± its standard error
+over scenes (not over trainings). Times are medians of {ROUNDS} rounds in which all ways labelled {TIMED} pictures in turn, on a
+shared machine. What starts from noise runs the network as it is, the single step from zeros with its constants folded
+in, as `depthmill label` has it."""  # noqa: E501 (a line each)
     headline = f"""\
 {most} steps x an ensemble of {many} takes {ratios["depth"]:.0f} times as long as the fine-tuned single step for depth,
 {ratios["normals"]:.0f} times for normals (medians of {ROUNDS} rounds, least and most); the paper says more than 200."""
@@ -236,7 +237,7 @@ the network as it is, the single step from zeros with its constants folded in, a
         f"- {name}: {s[objective_of(name)]['steps']} steps of {s['train']['batch_size']}, {spent / 60:.1f} min"
         for name, spent in seconds.items()
     ]
-    trained.append(f"- together {sum(seconds.values()) / 3600:.1f} h, {s['jobs_at_once']} at once")
+    trained.append(f"- together {sum(seconds.values()) / 3600:.1f} h, of {s['jobs_at_once']} jobs at once")
     sections = {
         "# The paper at small scale": [about],
         "## The diffusion estimator: schedule, steps, ensembles": table("sampling, gaussian noise", estimator),
