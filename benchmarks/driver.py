@@ -155,10 +155,12 @@ class _ProbingPool:
         return len(self._kinds) - 1
 
     def call(self, worker: int, method: str, argument: object, *following: object) -> None:
-        if method == "label":
-            self._answered.append(Event(worker, Report(argument.segment, argument.segment.frames, 0, 0.0)))
-        else:
+        if method == "probe":
             self._futures[worker] = self._processes.submit(_probe, argument)
+        elif method == "label":
+            self._answered.append(Event(worker, Report(argument.segment, argument.segment.frames, 0, 0.0)))
+        else:  # `try_task`
+            self._answered.append(Event(worker, argument.frames))
 
     def wait(self, timeout_s: float) -> list[Event]:
         from concurrent.futures import FIRST_COMPLETED, wait
