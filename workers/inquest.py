@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, log2
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from depthmill.pipeline.plan import Task
-from depthmill.pipeline.smoothing.stage import SmoothTask
 from depthmill.pipeline.types import Segment
 from depthmill.workers.backlog import Probe
 from depthmill.workers.pool import Event
+
+if TYPE_CHECKING:  # OpenCV and SciPy come with it, which labelling has no use for
+    from depthmill.pipeline.smoothing.stage import SmoothTask
 
 TOO_LONG = "it takes longer than its time limit (frame_limit_s)"
 DIED = "its worker dies of it"
 _EXCUSED = 10  # losses of a machine with which something has nothing to do
 
-Tried = TypeVar("Tried", Task, Probe, SmoothTask)
+Tried = TypeVar("Tried", Task, Probe, "SmoothTask")
 
 
 @dataclass

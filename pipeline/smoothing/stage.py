@@ -75,8 +75,9 @@ def write_segment_edges(
     edges, score = segment_edges(views, segment.start - start, max_edge=config.max_edge, flow=config.flow)
     for frame in unread:
         for row, gap in enumerate(GAPS[: edges.shape[1]]):
-            for later in {frame, frame + gap} & set(range(segment.start, segment.stop)):
-                edges[later - segment.start, row, _COVERAGE] = UNREAD
+            for later in (frame, frame + gap):
+                if segment.start <= later < segment.stop:
+                    edges[later - segment.start, row, _COVERAGE] = UNREAD
     Temporal(store, segment.source_id).write_edges(segment, edges, score)
     return next(iter(unread.values()), "")
 
