@@ -8,6 +8,7 @@ mapped.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import av
@@ -50,12 +51,10 @@ def display_matrix(frame: av.video.frame.VideoFrame) -> tuple[int, int, int, int
 
     Turns that are no multiple of 90 degrees are left out: nothing sensible writes them.
     """
-    for data in _side_data(frame):
-        values = np.frombuffer(bytes(data), dtype=np.int32)
-        if len(values) == 9:
-            a, b, c, d = (int(np.sign(round(values[i] / 65536))) for i in (0, 1, 3, 4))
-            if abs(a * d - b * c) == 1 and abs(a) + abs(b) == 1:
-                return a, b, c, d
+    for matrix in _matrices_of(frame):
+        a, b, c, d = (int(np.sign(round(value))) for value in matrix)
+        if abs(a * d - b * c) == 1 and abs(a) + abs(b) == 1:
+            return a, b, c, d
     return 1, 0, 0, 1
 
 
@@ -115,9 +114,15 @@ def _interleaved(frame: av.video.frame.VideoFrame) -> npt.NDArray[np.uint8]:
     return np.asarray(cv2.merge([red, green, blue]), np.uint8)
 
 
-def _side_data(frame: av.video.frame.VideoFrame) -> list[Any]:
-    side_data: Any = frame.side_data
-    return [data for data in side_data if data.type.name == "DISPLAYMATRIX"]
+def _matrices_of(frame: av.video.frame.VideoFrame) -> list[list[float]]:
+    """The frame's display matrices, as (a, b, c, d)."""
+    try:
+        side_data: Any = frame.side_data
+    except ValueError:  # PyAV does not know all kinds (EXIF); then it tells how the frame is turned, not if mirrored
+        turn = math.radians(-frame.rotation)
+        return [[math.cos(turn), math.sin(turn), -math.sin(turn), math.cos(turn)]]
+    found = [np.frombuffer(bytes(data), np.int32) for data in side_data if data.type.name == "DISPLAYMATRIX"]
+    return [[values[i] / 65536 for i in (0, 1, 3, 4)] for values in found if len(values) == 9]
 
 
 def _matrix(frame: av.video.frame.VideoFrame) -> Colorspace | None:

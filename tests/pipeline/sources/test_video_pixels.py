@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
+from PIL import ExifTags, Image
 
 from depthmill.pipeline.sources import open_source, video_pixels
 from depthmill.pipeline.sources.video_pixels import to_rgb
@@ -30,6 +33,25 @@ def test_rotation(degrees: int, tmp_path: Path) -> None:
 def test_mirrored(tmp_path: Path) -> None:
     path = make.set_display_matrix(make.write_video(tmp_path / "clip.mp4", frames=12), -1, 0, 0, 1)
     np.testing.assert_allclose(read_all(path)[5].image, make.paint(5)[:, ::-1].astype(float), atol=12)
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (6, -1), (3, 2), (8, 1)])
+def test_jpegs_with_exif_in_a_video(orientation: int, turns: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("mjpeg", rate=25)
+        stream.height, stream.width, stream.pix_fmt = make.HEIGHT, make.WIDTH, "yuvj420p"
+        for index in range(3):
+            file = io.BytesIO()
+            Image.fromarray(make.paint(index)).save(file, "JPEG", quality=95, exif=exif)
+            packet = av.Packet(file.getvalue())
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 25), True
+            packet.pts = packet.dts = index
+            output.mux(packet)
+    for index, frame in enumerate(read_all(path)):
+        np.testing.assert_allclose(frame.image, np.rot90(make.paint(index), turns).astype(float), atol=12)
 
 
 @pytest.mark.parametrize(
