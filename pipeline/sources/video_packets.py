@@ -51,6 +51,13 @@ _MAX_UNCODED_BYTES = 16
 _JOINABLE = ("mpegts", "mpeg")
 _BACK_S, _AHEAD_S = 0.5, 3600.0
 
+# Brands of HEIF pictures, of which libav shows a tile, or the thumbnail. AVIF pictures may have one of them as well.
+_HEIF_BRANDS = ("heic", "heim", "heis", "heix", "hevc", "hevm", "hevs", "hevx", "mif1", "mif2", "msf1")
+_AVIF_BRANDS = ("avif", "avis")
+
+_TEXT_FORMATS = ("adf", "bin", "idf", "tty", "xbin")  # libav draws the letters of any text, and of other bytes
+_AS_A_LIST = "give a list of inputs as @list.txt"
+
 # Local files only: a playlist that calls itself .mp4 must not make the library fetch what it names.
 _OPEN_OPTIONS = {"protocol_whitelist": "file"}
 
@@ -133,7 +140,7 @@ class PacketTable:
 
 
 def open_container(uri: str) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
-    """Open a video file and pick its first video stream that is not a cover picture.
+    """Open a video file and pick the video stream that libav finds best, or the first that is not a cover picture.
 
     Raises:
         SourceError: If the file is no video.
@@ -143,12 +150,17 @@ def open_container(uri: str) -> tuple[av.container.InputContainer, av.video.stre
         file: Any = open_binary(uri) if is_url(uri) else uri
         container = av.open(file, "r", options=_OPEN_OPTIONS, metadata_errors="ignore")
     except (av.FFmpegError, OSError) as error:
+        remedy = _AS_A_LIST if uri.endswith(".txt") else "check it with ffprobe"
         raise SourceError(
             f"{uri}: cannot be opened as a video ({reason(error)}); expected a file that FFmpeg reads, whole up to "
-            "its index: check it with ffprobe, or leave it out"
+            f"its index: {remedy}, or leave it out"
         ) from error
+    refusal = _refusal(container)
+    if refusal:
+        container.close()
+        raise SourceError(f"{uri}: {refusal}")
     stream: Any  # its stub promises a codec context, which a codec without a decoder lacks
-    for stream in container.streams.video:
+    for stream in filter(None, (container.streams.best("video"), *container.streams.video)):
         if not stream.disposition & av.stream.Disposition.attached_pic:
             if stream.codec_context is None:
                 container.close()
@@ -159,6 +171,16 @@ def open_container(uri: str) -> tuple[av.container.InputContainer, av.video.stre
     kinds = ", ".join(stream.type for stream in container.streams) or "none"
     container.close()
     raise SourceError(f"{uri}: no video stream among its streams ({kinds}); expected one: leave this file out")
+
+
+def _refusal(container: av.container.InputContainer) -> str:
+    """Why a file that libav can open is no video; "" if it may be one."""
+    if container.format.name in _TEXT_FORMATS:
+        return f"text or other bytes, which FFmpeg would draw; expected a video: {_AS_A_LIST}, or leave it out"
+    brand, others = (container.metadata.get(name, "") for name in ("major_brand", "compatible_brands"))
+    if brand in _HEIF_BRANDS and not any(avif in others for avif in _AVIF_BRANDS):
+        return f"a HEIF picture ({brand}), which is not read: convert it to JPEG, PNG or AVIF"
+    return ""
 
 
 def demux(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Iterator[av.Packet[Any]]:

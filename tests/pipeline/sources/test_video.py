@@ -264,6 +264,50 @@ def test_cover_pictures_are_no_video(tmp_path: Path) -> None:
         open_source(path).probe()
 
 
+@pytest.mark.parametrize("of_two", [0, 1])
+def test_of_two_video_streams_the_default_one_counts(of_two: int, tmp_path: Path) -> None:
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as output:
+        streams = [output.add_stream("mpeg4", rate=25) for _ in range(2)]
+        for stream in streams:
+            stream.height, stream.width, stream.pix_fmt = make.HEIGHT, make.WIDTH, "yuv420p"
+        streams[of_two].disposition = av.stream.Disposition.default
+        for index in range(4):
+            for number, stream in enumerate(streams):
+                frame = av.VideoFrame.from_ndarray(make.paint(10 * number + index), format="rgb24")
+                output.mux(stream.encode(frame))
+        for stream in streams:
+            output.mux(stream.encode())
+    assert [make.read_index(frame.image) for frame in read_all(path)] == [10 * of_two + index for index in range(4)]
+
+
+def test_text_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    for lines in (2, 400):
+        path.write_text("clip-1.mp4\nclip-2.mp4\n" * lines)
+        with pytest.raises(SourceError, match=r"list\.txt: .*expected.*give a list of inputs as @list\.txt"):
+            open_source(path).probe()
+    (tmp_path / "art").write_bytes(b"XBIN\x1a" + bytes([80, 0, 25, 0, 16, 0]) + b"A\x07" * 2000)
+    with pytest.raises(SourceError, match="text or other bytes"):
+        open_source(tmp_path / "art").probe()
+
+
+@pytest.mark.parametrize(
+    ("brands", "refused"),
+    [((b"heic", b"mif1heic"), True), ((b"mif1", b"mif1heix"), True), ((b"mif1", b"mif1avif"), False)],
+)
+def test_heif_pictures_are_no_videos(brands: tuple[bytes, bytes], refused: bool, tmp_path: Path) -> None:
+    avif = make.encode(3, ".avif")  # the boxes of both are the same
+    assert avif[4:28] == b"ftypavif\0\0\0\0avifmif1miaf"
+    path = tmp_path / "photo"
+    path.write_bytes(avif[:8] + brands[0] + bytes(4) + brands[1] + avif[24:])
+    if refused:
+        with pytest.raises(SourceError, match=r"photo: a HEIF picture.*convert it to JPEG, PNG or AVIF"):
+            open_source(path).probe()
+    else:
+        assert open_source(path).probe().frames == 1
+
+
 def test_no_video_at_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text, empty, cut = tmp_path / "text.mp4", tmp_path / "empty.mp4", tmp_path / "cut.mp4"
     text.write_text("this is no video\n" * 100)
