@@ -17,7 +17,18 @@ from depthmill.pipeline.sources.pictures import Encoded, Header, Picture, decode
 from depthmill.pipeline.types import Frame, Source
 
 IMAGE_SUFFIXES = frozenset(
-    [".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"]
+    [
+        *(".avif", ".bmp", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"),
+        ".webp",
+    ]
+)
+
+# Of pictures that are not read: in folders they are left out, and counted.
+UNREAD_SUFFIXES = frozenset(
+    [
+        *(".arw", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".hif", ".jxl", ".nef", ".orf", ".psd", ".raf"),
+        *(".rw2", ".tga"),
+    ]
 )
 
 _HEADER_THREADS = 8  # waiting for the disk more than computing
@@ -113,7 +124,7 @@ def _list_files(path: Path) -> dict[str, Picture]:
             f"{error.filename}: cannot be listed ({error.strerror}); expected all of {path}, with its subfolders: "
             "let it be read, or give the others by themselves"
         ) from error
-    files = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
+    files = [file for file in found if _is_picture(file.name) and kind_of(file) != "other"]  # a pipe would never end
     if not files:
         raise _nothing(path)
     files.sort(key=lambda file: file.relative_to(path).as_posix())

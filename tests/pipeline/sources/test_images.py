@@ -200,6 +200,23 @@ def test_linked_subfolders_are_not_looked_into(tmp_path: Path) -> None:
     assert list(expand_inputs([str(tmp_path / "photos")])) == [str(tmp_path / "photos")]
 
 
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    make.write_image_folder(tmp_path / "photos", count=1)
+    os.mkfifo(tmp_path / "photos" / "pipe.jpg")
+    (tmp_path / "photos" / "gone.jpg").symlink_to("nothing.jpg")
+    (tmp_path / "photos" / "linked.png").symlink_to("000.png")
+    assert open_source(tmp_path / "photos").probe().keys == ("000.png", "gone.jpg", "linked.png")
+    with pytest.raises(SourceError, match="no such file"):
+        open_source(tmp_path / "photos" / "pipe.jpg").probe()
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JPG"])
+def test_suffixes_of_jpeg(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a{suffix}").write_bytes(make.encode(5, ".jpg"))
+    (frame,) = read_all(tmp_path)
+    assert make.read_index(frame.image) == 5
+
+
 def test_a_header_that_points_far_behind_its_end_is_a_bad_picture(tmp_path: Path) -> None:
     make.write_image_folder(tmp_path, count=1)
     (tmp_path / "big.tif").write_bytes(b"II+\0\x08\0\0\0" + (2**63 - 1).to_bytes(8, "little") + bytes(64))
