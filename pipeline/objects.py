@@ -38,6 +38,11 @@ def is_url(uri: object) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(uri)) is not None
 
 
+def is_bucket(uri: str) -> bool:
+    """Whether this is a URL of object storage, where prefixes can be listed."""
+    return uri.partition("://")[0].lower() in _BUCKETS
+
+
 def shown(uri: str) -> str:
     """What may be shown and stored of a path or URL: no user, no password, nothing of a query that signs or expires.
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.objects import is_url, path_of, shown, without_secrets
+from depthmill.pipeline.objects import is_bucket, is_url, path_of, shown, without_secrets
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES, ImageSource
-from depthmill.pipeline.sources.inputs import expand_inputs
+from depthmill.pipeline.sources.inputs import SUFFIXES, expand_inputs
 from depthmill.pipeline.sources.limits import MAX_FRAMES, MAX_PIXELS
 from depthmill.pipeline.sources.naming import source_id
-from depthmill.pipeline.sources.opening import kind_of
+from depthmill.pipeline.sources.opening import is_prefix, kind_of
 from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES, ParquetSource
 from depthmill.pipeline.sources.prefetch import Prefetch, prefetch
 from depthmill.pipeline.sources.video import VideoSource
@@ -33,19 +33,20 @@ _KINDS: tuple[tuple[Callable[[str], bool], Callable[[str, int, int, int], FrameS
 def open_source(
     uri: str | Path, *, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES, threads: int = 0
 ) -> FrameSource:
-    """Open an input. Nothing is read yet, but a path must exist.
+    """Open an input. Nothing is read yet, but a path must exist; a URL with an unknown suffix is looked up.
 
     Args:
         uri: Path or URL (`s3://`, `gs://`, `https://`) of a folder of pictures, a picture, a WebDataset tar, a Parquet
-            file, or a video. A URL whose name has no suffix is a folder's.
+            file, or a video. A URL whose name has no suffix, or ends in a slash, is a folder's.
         max_pixels: Pictures with more come as failed frames; a video with more is refused when it is probed.
         max_frames: An input with more is refused when it is probed.
         threads: Threads that one read decodes with; 0 for one a core (video) or four (pictures).
 
     Raises:
-        SourceError: If there is no such file or folder, or a URL has a password in it.
+        SourceError: If there is no such file or folder, or a URL has a password in it or cannot be looked up.
     """
     uri = str(uri)
+    is_folder = is_bucket(uri) and uri.endswith("/")
     if is_url(uri):
         if "@" in urlsplit(uri).netloc:
             raise SourceError(
@@ -54,7 +55,7 @@ def open_source(
         uri = without_secrets(uri)
     elif not kind_of(uri):
         raise SourceError(f"{uri}: no such file or folder; expected a video, a picture or a folder: check the path")
-    opens = next(opens for accepts, opens in _KINDS if accepts(uri))
+    opens = ImageSource if is_folder else next(opens for accepts, opens in _KINDS if accepts(uri))
     return opens(uri, max_pixels, max_frames, threads)
 
 
@@ -67,4 +68,8 @@ def _suffix(uri: str) -> str:
 
 
 def _is_folder(uri: str) -> bool:
-    return not _suffix(uri) if is_url(uri) else kind_of(uri) == "folder"
+    if not is_url(uri):
+        return kind_of(uri) == "folder"
+    if _name(uri).endswith(SUFFIXES):
+        return False
+    return not _suffix(uri) or (is_bucket(uri) and is_prefix(uri))

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.objects import is_url, path_of
-from depthmill.pipeline.sources.images import IMAGE_SUFFIXES
+from depthmill.pipeline.objects import is_bucket, is_url, path_of
+from depthmill.pipeline.sources.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from depthmill.pipeline.sources.naming import canonical_uri, natural_key
 from depthmill.pipeline.sources.opening import files_below, kind_of, list_files
 from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES
 from depthmill.pipeline.sources.video import VIDEO_SUFFIXES
 from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES
 
+log = logging.getLogger(__name__)
+
 _FILE_SUFFIXES = (*VIDEO_SUFFIXES, *TAR_SUFFIXES, *PARQUET_SUFFIXES)  # of files that are a source each
+_PICTURE_SUFFIXES = tuple(IMAGE_SUFFIXES)
+SUFFIXES = (*_PICTURE_SUFFIXES, *_FILE_SUFFIXES)
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 
@@ -27,9 +34,10 @@ def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
     """Turn files, folders, patterns and lists into absolute paths of sources: each once, in the order given.
 
     A folder that holds pictures, at any depth, is one source; each video and shard (tar, Parquet) in it is another.
-    Linked subfolders are not looked into, unless they are named, or `**` matches them. What a folder or a glob gives
-    comes in natural order, and of the files only those with the suffix of a source. An input that gives nothing stays
-    as it is: opening it says what is wrong with it.
+    Linked subfolders are not looked into, unless they are named, or `**` matches them, which it does once for each
+    folder, whatever leads there. What a folder or a glob gives comes in natural order, and of the files only those with
+    the suffix of a source; of pictures of other kinds a warning tells. An input that gives nothing stays as it is:
+    opening it says what is wrong with it.
 
     Args:
         inputs: What the user named, unless a file has that very name: `shard-{00000..00099}.tar` and `{a,b}.mp4` are
@@ -118,15 +126,17 @@ def _sources(given: str) -> Iterator[str | Path]:
 def _at_url(given: str) -> Iterator[str]:
     """As for paths: a file, a prefix or a glob. What cannot be listed stays as it is."""
     name = path_of(given).lower()
-    known = (*IMAGE_SUFFIXES, *_FILE_SUFFIXES)
     pattern = glob.has_magic(name)
-    if pattern or (not Path(name).suffix and not given.startswith("http")):
+    if pattern or (is_bucket(given) and not name.endswith(SUFFIXES)):
         with suppress(SourceError):
             found = list_files(given, pattern=pattern)
+            if not pattern or "/." not in given:
+                found = [url for url in found if "/." not in url.removeprefix(given.rstrip("/"))]
+            _tell_unread(given, found)
             if pattern:
-                found = [given] if given in found else [url for url in found if url.lower().endswith(known)]
+                found = [given] if given in found else [url for url in found if url.lower().endswith(SUFFIXES)]
             else:
-                pictures = any(url.lower().endswith(tuple(IMAGE_SUFFIXES)) for url in found)
+                pictures = any(url.lower().endswith(_PICTURE_SUFFIXES) for url in found)
                 names = set(found)
                 found = [given] * pictures + [
                     url for url in found if url.lower().endswith(_FILE_SUFFIXES) and not _is_metadata(url, names)
@@ -139,13 +149,26 @@ def _at_url(given: str) -> Iterator[str]:
 
 def _in_folder(folder: Path) -> Iterator[Path]:
     found, error = files_below(folder)
-    files = [path for path in found if kind_of(path) == "file"]
-    if error or any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
+    _tell_unread(folder, [path.name for path in found])
+    if error or any(path.name.lower().endswith(_PICTURE_SUFFIXES) and kind_of(path) == "file" for path in found):
         yield folder  # opening it says what could not be listed
+    files = [path for path in found if path.name.lower().endswith(_FILE_SUFFIXES) and kind_of(path) == "file"]
     names = {path.as_posix() for path in files}
     for path in sorted(files, key=lambda path: natural_key(path.as_posix())):
-        if path.name.lower().endswith(_FILE_SUFFIXES) and not _is_metadata(path.as_posix(), names):
+        if not _is_metadata(path.as_posix(), names):
             yield path
+
+
+def _tell_unread(folder: object, names: Sequence[str]) -> None:
+    suffixes = Counter(Path(name).suffix.lower() for name in names if name.lower().endswith(tuple(UNREAD_SUFFIXES)))
+    if suffixes:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
+        _warn_once(f"{folder}: pictures of kinds that are not read are left out ({kinds}): convert them to JPEG or PNG")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
 
 
 def _is_metadata(name: str, names: set[str]) -> bool:
@@ -155,17 +178,48 @@ def _is_metadata(name: str, names: set[str]) -> bool:
 
 
 def _matches(pattern: str) -> Iterator[Path]:
-    paths = [Path(match) for match in sorted(glob.glob(pattern, recursive=True), key=natural_key)]  # noqa: PTH207 (absolute patterns)
-    known = (*IMAGE_SUFFIXES, *_FILE_SUFFIXES)
-    files = {path for path in paths if path.name.lower().endswith(known) and kind_of(path) == "file"}
+    paths = [Path(match) for match in _glob(pattern)]
+    _tell_unread(pattern, [path.name for path in paths])
+    files = {path for path in paths if path.name.lower().endswith(SUFFIXES) and kind_of(path) == "file"}
     # `**` matches a folder and what is in it: files count before their folder, an outer folder before inner ones.
     inner = {parent for path in files for parent in path.parents}
     folders = {path for path in paths if path not in files and kind_of(path) == "folder" and path not in inner}
-    for path in paths:
+    for path in sorted(files | folders, key=lambda path: natural_key(path.as_posix())):
         if path in files:
             yield path
-        elif path in folders and not folders.intersection(path.parents):
+        elif not folders.intersection(path.parents):
             yield from _in_folder(path)
+
+
+def _glob(pattern: str) -> Iterable[str]:
+    """What matches, as `glob.glob` has it, but that `**` goes once into each folder, however many links lead there."""
+    first, *others = re.split(r"(?:(?<=/)|^)(?:\*\*(?:/+|$))+", pattern)
+    found = glob.glob(first) if first else [os.curdir]  # noqa: PTH207 (absolute patterns)
+    for part in others:
+        folders = _walk(found)
+        places = [os.path.join(glob.escape(folder), part or "*") for folder in folders]  # noqa: PTH118 (as above)
+        found = [match for place in places for match in glob.iglob(place)]  # noqa: PTH207
+        found += folders if not part else []
+    return dict.fromkeys(found)
+
+
+def _walk(given: Iterable[str]) -> list[str]:
+    """The folders and those below, without hidden ones, each once: by a path without a link if there is one."""
+    folders: dict[str, str] = {}  # without links -> as found
+    waiting, linked = deque[str](), deque[str]()
+    for folder in given:
+        (linked if os.path.islink(folder.rstrip("/")) else waiting).append(folder)  # noqa: PTH114
+    while waiting or linked:
+        folder = waiting.popleft() if waiting else linked.popleft()
+        real = os.path.realpath(folder)
+        if real in folders:
+            continue
+        folders[real] = folder
+        with suppress(OSError), os.scandir(folder) as entries:
+            seen = [entry for entry in entries if not entry.name.startswith(".")]
+            waiting += sorted(entry.path for entry in seen if entry.is_dir(follow_symlinks=False))
+            linked += sorted(entry.path for entry in seen if entry.is_symlink() and kind_of(entry.path) == "folder")
+    return list(folders.values())
 
 
 def _at_home(path: str) -> Path:

@@ -111,6 +111,16 @@ def unanswered(name: object, error: OSError) -> SourceError:
     )
 
 
+def is_prefix(uri: str) -> bool:
+    """Whether a URL is a folder's: that there is something below it.
+
+    Raises:
+        SourceError: If that cannot be told.
+    """
+    with _translated(uri) as (files, path):
+        return bool(files.isdir(path))
+
+
 @contextmanager
 def _translated(uri: str | Path) -> Iterator[tuple[Any, str]]:
     """The file system of a URL, and the path there; whatever its library raises comes as a SourceError."""

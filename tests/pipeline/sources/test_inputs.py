@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources import expand_inputs, open_source, source_id
+from depthmill.pipeline.sources.inputs import _glob
 from depthmill.pipeline.sources.naming import unique_names
 from depthmill.tests import media as make
 
@@ -44,6 +46,44 @@ def test_shards_are_sources_each(tree: Path) -> None:
     shards = ["shards/shard-8.TGZ", "shards/shard-9.tar.gz", "shards/shard-10.tar", "shards/train.parquet"]
     assert expand(tree, "shards") == shards
     assert expand(tree, "shards/*") == shards
+
+
+def test_links_in_circles_end(tree: Path) -> None:
+    (tree / "deep" / "latest").symlink_to(tree)
+    (tree / "deep" / "again").symlink_to("er")
+    (tree / "deep" / "itself").symlink_to("itself")
+    (tree / "deep" / "linked.mkv").symlink_to("er/clip1.mkv")
+    (tree / "other" / "more").mkdir(parents=True)
+    (tree / "other" / "more" / "clip3.mkv").write_bytes(b"")
+    (tree / "photos" / "more").symlink_to(tree / "other")
+    assert expand(tree, "**/*.mkv") == ["deep/er/clip1.mkv", "deep/linked.mkv", "other/more/clip3.mkv"]
+    assert expand(tree, "deep/**/*.mkv")[:2] == ["deep/er/clip1.mkv", "deep/latest/other/more/clip3.mkv"]
+    assert expand(tree, "photos/**/more/**/*.mkv") == ["photos/more/more/clip3.mkv"]
+    assert expand(tree, "deep/la*/**/clip2.mp4") == ["deep/latest/clip2.mp4"]
+    assert expand(tree, "other/**") == ["other/more/clip3.mkv"]
+
+
+def test_what_stars_match(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tree / ".hidden").mkdir()
+    (tree / ".hidden" / "clip4.mkv").write_bytes(b"")
+    monkeypatch.chdir(tree)
+    for pattern in (
+        *("**", "**/*", "**/**/*.mkv", "*/**/*.mkv", "**/er", "**/deep/**", "deep/**", "p*/**/*.png", "./**/*.mp4"),
+        *("**/.hidden/*", "cl**.mp4", f"{tree}/**", f"{tree}/de*p/**/clip*"),
+    ):
+        expected = {Path(match) for match in glob.glob(pattern, recursive=True)}  # noqa: PTH207
+        assert {Path(match) for match in _glob(pattern)} - {Path()} == expected, pattern
+
+
+def test_pictures_that_are_not_read_are_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "more/render.exr"):
+        (tree / "photos" / name).parent.mkdir(exist_ok=True)
+        (tree / "photos" / name).write_bytes(b"")
+    assert expand(tree, "photos", "photos") == ["photos"]
+    said = "pictures of kinds that are not read are left out"
+    assert caplog.messages == [f"{tree}/photos: {said} (2 .heic, 1 .exr): convert them to JPEG or PNG"]
+    expand(tree, "photos/*")
+    assert f"photos/*: {said} (2 .heic)" in caplog.messages[1]
 
 
 def test_duplicates_are_dropped(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,24 @@ def test_prefixes_and_patterns(remote: str) -> None:
     assert expand(f"{remote}/rows") == ["rows/0.tar", "rows/1.tar", "rows/2.parquet"]  # without img2dataset's metadata
 
 
+def test_prefixes_with_dots_and_hidden_names(s3, tmp_path: Path) -> None:
+    clip, files = make.write_video(tmp_path / "clip.mp4", frames=3).read_bytes(), fsspec.filesystem("s3")
+    for folder in ("v1.0", "my.photos", "mis.tar"):
+        for name, data in (("a.png", make.encode(3)), ("clip.mp4", clip), ("._clip.mp4", b"x"), (".b/c.mp4", b"x")):
+            files.pipe_file(f"{s3.url}/{folder}/{name}", data)
+    files.pipe_file(f"{s3.url}/clip.take2", clip)
+    for given in ("v1.0/", "v1.0", "my.photos/", "my.photos", "mis.tar/"):
+        folder, video = expand_inputs([f"{s3.url}/{given}"])
+        assert (folder, video) == (f"{s3.url}/{given}", f"{s3.url}/{given.rstrip('/')}/clip.mp4")
+        assert open_source(folder).probe().keys == ("a.png",)
+    assert list(expand_inputs([f"{s3.url}/v1.0/*.mp4"])) == [f"{s3.url}/v1.0/clip.mp4"]
+    assert list(expand_inputs([f"{s3.url}/v1.0/.b/*.mp4"])) == [f"{s3.url}/v1.0/.b/c.mp4"]
+    assert list(expand_inputs([f"{s3.url}/clip.take2"])) == [f"{s3.url}/clip.take2"]
+    assert open_source(f"{s3.url}/clip.take2").probe().kind == "video"
+    with pytest.raises(SourceError, match=r"missing\.thing"):
+        open_source(f"{s3.url}/missing.thing").probe()
+
+
 def test_what_is_not_there_is_said(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("missing.mp4", "missing.tar", "missing.parquet", "missing.png", "missing"):
         with pytest.raises(SourceError, match="missing"):
