@@ -1,9 +1,9 @@
 """WebDataset shards: tar archives whose members `000.jpg`, `000.json`, `000.txt` are one sample with the key `000`.
 
-A frame is a sample with a picture: its first member with a picture's extension, a plain one (`jpg`) before a longer one
-(`depth.png`). Nothing is unpacked to a disk. A picture that is a link, a sparse file or a device, or whose name leads
-out of the archive, is a failed frame; so is every stretch of the archive that is damaged, since there may have been
-pictures in it.
+A frame is a sample with a picture: its first member with a picture's plain extension (`jpg`); else the only one with a
+longer extension (`cam.png`), or the one called `rgb`, `image` or the like; where that does not decide, the frame fails.
+Nothing is unpacked to a disk. A picture that is a link, a sparse file or a device, or whose name leads out of the
+archive, is a failed frame; so is every stretch of the archive that is damaged, since pictures may have been in it.
 
 In a plain archive, pictures are read where they lie. In a gzip stream, what is before has to be passed over: a read
 goes on where the last one ended, so that segments in order pass over it once.
@@ -34,6 +34,9 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 # Key and extension: from the first dot of the last part on; a leading slash is no part of the key.
 _NAME = re.compile(r"/*((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+
+# Of a sample's pictures with longer extensions, what the one to label is called.
+_USUAL = ("rgb", "image", "img", "color", "colour")
 
 _NO_HEADER = Header(0, 0, "")
 _WINDOW_BYTES = 4096  # read of a picture at a time, for its header
@@ -177,25 +180,41 @@ def _pictures(file: BinaryIO, size: int | None, max_pixels: int) -> Iterator[_Pi
         max_pixels: Pictures with more do not count towards the size of the source.
     """
     key, extensions = "", set[str]()
-    plain: list[_Picture] = []
-    longer: list[_Picture] = []
+    found: dict[str, _Picture] = {}  # by extension
     for member in walk(file):
         named = _NAME.fullmatch(member.name)
         if member.name and not named:
             continue  # hidden, or without an extension: no part of a sample
         member_key, extension = named.groups() if named else ("", "")
         if member_key != key or extension in extensions:
-            yield from (plain or longer)[:1]
-            key, extensions, plain, longer = member_key, set(), [], []
+            yield from _chosen(found)
+            key, extensions, found = member_key, set(), {}
         extensions.add(extension)
         if not member.name:
             yield _Picture("", member.offset, 0, _NO_HEADER, member.problem)
         elif "." + extension.lower().rpartition(".")[2] in IMAGE_SUFFIXES:
-            picture, is_last = _describe(member, key, file, size, max_pixels)
-            (longer if "." in extension else plain).append(picture)
+            found[extension], is_last = _describe(member, key, file, size, max_pixels)
             if is_last:
                 break
-    yield from (plain or longer)[:1]
+    yield from _chosen(found)
+
+
+def _chosen(found: dict[str, _Picture]) -> Iterator[_Picture]:
+    """The one of a sample's pictures that is labelled, if it has any."""
+    names = {extension: extension.lower().rpartition(".")[0] for extension in found}  # "" of a plain one
+    for wanted in ([""], _USUAL, names.values()):
+        candidates = [extension for extension, name in names.items() if name in wanted]
+        if len({names[extension] for extension in candidates}) == 1:
+            yield found[candidates[0]]
+            return
+    if found:
+        key = next(iter(found.values())).key
+        some = ", ".join(f"{key}.{extension}" for extension in list(found)[:3]) + ", …" * (len(found) > 3)
+        error = (
+            f"{len(found)} pictures in one sample ({some}); expected one to be told by its name, {key}.jpg or "
+            f"{key}.rgb.jpg: rename it, or all (a sample's key ends at the first dot)"
+        )
+        yield _Picture(key, 0, 0, _NO_HEADER, error)
 
 
 def _describe(member: Member, key: str, file: BinaryIO, size: int | None, max_pixels: int) -> tuple[_Picture, bool]:

@@ -193,6 +193,21 @@ def test_of_two_pictures_of_a_sample_the_plain_one_counts(tmp_path: Path) -> Non
     assert [make.read_index(frame.image) for frame in frames] == [2, 4, 5, 6]
 
 
+def test_of_pictures_with_longer_extensions_the_usual_name_counts(tmp_path: Path) -> None:
+    members = [
+        *(("a.depth.png", make.encode(1)), ("a.RGB.png", make.encode(2)), ("a.rgb.webp", make.encode(3, ".webp"))),
+        *(("b.left.jpg", make.encode(4, ".jpg")), ("b.left.png", make.encode(5))),
+        *((f"clip.{index:04}.png", make.encode(index)) for index in range(5)),
+        *(("d.image.png", make.encode(6)), ("d.rgb.png", make.encode(7)), ("d.mask.png", make.encode(8))),
+        ("e.jpg", make.encode(9, ".jpg")),
+    ]
+    source, frames = probe_and_read(make.write_tar(tmp_path / "shard.tar", members))
+    assert source.keys == ("a", "b", "clip", "d", "e")
+    assert [frame.image is None or make.read_index(frame.image) for frame in frames] == [2, 4, True, True, 9]
+    assert "5 pictures in one sample (clip.0000.png, clip.0001.png, clip.0002.png, …)" in frames[2].error
+    assert "(d.image.png, d.rgb.png, d.mask.png); expected one to be told by its name, d.jpg or" in frames[3].error
+
+
 def test_gzip_is_told_by_its_bytes(tmp_path: Path) -> None:
     packed = make.write_tar(tmp_path / "shard.tgz", make.samples(3)).rename(tmp_path / "packed.tar")
     plain = make.write_tar(tmp_path / "shard.tar", make.samples(3)).rename(tmp_path / "plain.tar.gz")
