@@ -160,6 +160,12 @@ class LabelConfig(BaseModel):
         """YAML 1.1 reads on and off without quotes as booleans."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
+    @field_validator("labels")
+    @classmethod
+    def _in_one_order(cls, value: tuple[Modality, ...]) -> tuple[Modality, ...]:
+        """Depth first: they are the same labels, whatever their order."""
+        return tuple(sorted(value))
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.labels or len(set(self.labels)) != len(self.labels):

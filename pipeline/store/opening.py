@@ -129,13 +129,17 @@ def open_datasets(
 
 
 def _decisive(header: Document) -> Document:
-    """Of a store's header, what must be the same: a checkpoint is known by its sha256, whatever it was called."""
-    identity = header.get("identity", {})
+    """Of a store's header, what must be the same: not what checkpoints are called, nor the order of labels."""
+    identity, layout = header.get("identity", {}), header.get("layout", {})
     checkpoints = {
         modality: {key: value for key, value in checkpoint.items() if key != "name"}
         for modality, checkpoint in identity.get("checkpoints", {}).items()
     }
-    return {**header, "identity": {**identity, "checkpoints": checkpoints}}
+    return {
+        **header,
+        "identity": {**identity, "checkpoints": checkpoints},
+        "layout": {**layout, "labels": sorted(layout.get("labels", []))},
+    }
 
 
 def _refuse_foreign(directory: Directory) -> None:

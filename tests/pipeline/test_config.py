@@ -22,6 +22,10 @@ def test_options_win_over_the_file(tmp_path):
     assert (config.batch_size, config.workers, config.labels) == (4, 5, ("depth",))
 
 
+def test_labels_come_in_one_order_however_they_are_given():
+    assert LabelConfig(labels=("normals", "depth")) == LabelConfig(labels=("depth", "normals"))
+
+
 @pytest.mark.parametrize(
     ("options", "lengths"),
     [

@@ -113,6 +113,13 @@ def test_a_checkpoint_is_known_by_its_hash_whatever_it_is_called(tmp_path):
         stores.create(tmp_path, LAYOUT, identity("/home/me/ckpt", "bb"))
 
 
+def test_the_order_in_which_labels_were_named_does_not_matter(tmp_path):
+    stores.create(tmp_path, Layout(("normals", "depth")), IDENTITY)
+    assert stores.create(tmp_path, Layout(("depth", "normals")), IDENTITY).layout.labels == ("normals", "depth")
+    with pytest.raises(StoreMismatchError, match="labels"):
+        stores.create(tmp_path, Layout(("depth",)), IDENTITY)
+
+
 def test_overwrite_starts_anew(store, tmp_path):
     write(store, Segment("video", 0, 8))
     stores.write_failures(store, store.failures())
