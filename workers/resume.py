@@ -120,8 +120,7 @@ def planned_here(uris: Iterable[str], store: Store, prober: Prober) -> tuple[Ite
     """
     remaining = iter(uris)
     first = list(islice(remaining, _PROBED_HERE + 1))
-    there = set(store.sources())
-    if not there or len(first) > _PROBED_HERE or not all(source_id(uri) in there for uri in first):
+    if len(first) > _PROBED_HERE or not all(store.has(source_id(uri)) for uri in first):
         return chain(first, remaining), []
     prober.load()
     try:

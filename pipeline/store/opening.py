@@ -14,7 +14,7 @@ from depthmill.pipeline.errors import StoreError, StoreMismatchError
 from depthmill.pipeline.store.files import Directory, open_directory
 from depthmill.pipeline.store.layout import FORMAT, Document, Layout
 from depthmill.pipeline.store.removal import remove
-from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, new_root, read_root, write_root
+from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, Root, new_root, read_root, write_root
 from depthmill.pipeline.store.smoothed import smoothed
 from depthmill.pipeline.store.store import Store, differences
 from depthmill.pipeline.store.zarr_files import ZarrFiles
@@ -58,6 +58,8 @@ def create(uri: str | Path, layout: Layout, identity: Mapping[str, Any], *, over
         directory.clear_partial(name)
     if root is None:
         write_root(directory, new_root(header))
+    else:
+        _forget_removed(directory, root)
     return _open(directory, new=root is None)
 
 
@@ -140,6 +142,14 @@ def _decisive(header: Document) -> Document:
         "identity": {**identity, "checkpoints": checkpoints},
         "layout": {**layout, "labels": sorted(layout.get("labels", []))},
     }
+
+
+def _forget_removed(directory: Directory, root: Root) -> None:
+    """Take sources out of the index whose directories were removed by hand: the run may label them again, changed."""
+    there = {name.rstrip("/") for name in directory.children()}
+    members = {path: text for path, text in root.members.items() if path.partition("/")[0] in there}
+    if len(members) < len(root.members):
+        write_root(directory, Root(root.attributes, members))
 
 
 def _refuse_foreign(directory: Directory) -> None:

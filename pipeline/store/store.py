@@ -90,6 +90,8 @@ class Store:
     def add_source(self, source: Source) -> None:
         """Make the group of a source: all metadata, times and keys. One that is there already is checked.
 
+        If the index alone has it, its own zarr.json having been removed, the same is written again.
+
         Any process may do this, at any time, and two at once for the same source; the root is not touched.
 
         Raises:
@@ -106,14 +108,15 @@ class Store:
                 raise StoreMismatchError(
                     f"{source.uri} has the pictures that were labelled into {self.uri}, but the largest of those that "
                     f"--max-pixels lets in is another:\n{found}\nGive --max-pixels as it was then{self._last_limit()}; "
-                    "to label larger pictures as well, give another path, or --overwrite to label everything again."
+                    f"to label larger pictures as well, {self._ways_out(source.id)}."
                 )
             if found:
                 raise StoreMismatchError(
                     f"{source.uri} changed since it was labelled into {self.uri}:\n{found}\n"
-                    "Give --overwrite to label everything again, or another path to keep both."
+                    f"To label it anew, and nothing else, {self._ways_out(source.id)}."
                 )
-            return
+            if self.has(source.id):
+                return
         arrays = source_arrays(attributes, self.layout)
         documents = {f"{source.id}/{name}/{METADATA}": json_bytes(arrays[name]) for name in arrays}
         group = f"{source.id}/{METADATA}"
@@ -143,13 +146,17 @@ class Store:
             write_root(self.directory, Root(root.attributes, members))
 
     def sources(self) -> list[str]:
-        """Ids of all sources, sorted: those that the root named when the store was opened, and all others.
+        """Ids of all sources, sorted: by one listing, and read if the root did not name them when it was opened.
 
-        The others are looked for in one listing, and read if they were not known.
+        What the root names but was removed since is none.
         """
-        groups = (name.rstrip("/") for name in self.directory.children() if name.endswith("/"))
-        self._load([name for name in groups if name not in self._attributes])
-        return sorted(self._attributes)
+        names = self.directory.children()
+        self._load([name.rstrip("/") for name in names if name.endswith("/")])
+        return sorted(self._attributes.keys() & {name.rstrip("/") for name in names})
+
+    def has(self, source_id: str) -> bool:
+        """Whether a source is there, whatever the root says: its own zarr.json is."""
+        return self.directory.read(f"{source_id}/{METADATA}", 0, 1) is not None
 
     def attributes(self, source_id: str) -> Document:
         """Attributes of a source's group: uri, kind, frames, size, fingerprint and, for videos, fps."""
@@ -256,6 +263,9 @@ class Store:
             for name in (FAILURES, RUN, METADATA):
                 self.directory.delete(name)
             self.directory.remove_root()
+
+    def _ways_out(self, source_id: str) -> str:
+        return f"remove {self.uri}/{source_id} and run the same command again, or give another store to keep both"
 
     def _last_limit(self) -> str:
         """`--max-pixels` of the last run that labelled something, in words; "" if none has ended."""

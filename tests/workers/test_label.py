@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError,
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import open_datasets, open_store
+from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.worker import Worker
 from depthmill.tests import media, runs
 from depthmill.workers.label import _options, label
@@ -178,7 +181,7 @@ def test_another_configuration_is_not_mixed_in(video, tmp_path, config, change, 
 def test_a_changed_file_is_not_mixed_in(video, tmp_path, config):
     run([video], tmp_path / "out.zarr", config)
     media.write_video(video, frames=18)
-    with pytest.raises(StoreMismatchError, match="overwrite"):
+    with pytest.raises(StoreMismatchError, match=r"remove .* and run the same command again"):
         run([video], tmp_path / "out.zarr", config)
 
 
@@ -312,6 +315,13 @@ def test_one_changed_input_among_others_is_left_out(video, tmp_path, config):
     summary = run([video, other, more], tmp_path / "out.zarr", config)
     assert (summary.sources, summary.committed) == (2, 3)
     assert "changed since" in summary.failures[0].reason
+    group = re.search(r"remove (\S+) and", summary.failures[0].reason)[1]
+    assert open_store(tmp_path / "out.zarr").attributes(Path(group).name)["uri"] == str(video)
+    shutil.rmtree(group)
+    summary = run([video, other, more], tmp_path / "out.zarr", config)
+    assert (summary.sources, summary.committed, summary.failures) == (3, 18, ())
+    assert verify(open_store(tmp_path / "out.zarr")).damage == ()
+    assert {len(source.time) for source in open_datasets(tmp_path / "out.zarr").values()} == {3, 18}
 
 
 def test_a_wrong_path_does_not_cost_the_store_that_was_to_be_overwritten(video, tmp_path, config):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -103,6 +104,47 @@ def test_publishing_keeps_what_it_does_not_know(store):
     assert members.pop("video/temporal") == foreign
     assert list(members) == sorted(members)
     assert sum("/" not in name for name in members) == 3
+
+
+def test_a_source_whose_directory_was_removed_is_no_more_and_can_be_another(store):
+    write(store, Segment("images", 0, 5))
+    before, group = files(store.uri), Path(store.uri) / "images"
+    shutil.rmtree(group)
+    assert stores.open_store(store.uri).sources() == ["video"]
+    stores.create(store.uri, LAYOUT, IDENTITY).add(IMAGES)
+    write(store, Segment("images", 0, 5))
+    assert files(store.uri) == before
+    shutil.rmtree(group)
+    grown = dataclasses.replace(IMAGES, fingerprint="f9", height=48)
+    driver, worker = stores.create(store.uri, LAYOUT, IDENTITY), stores.open_store(store.uri)
+    worker.add_source(grown)
+    worker.writer(Segment("images", 0, 5)).put(0, *labels(0, 48))
+    driver.publish(["images"])
+    assert stores.open_store(store.uri).attributes("images")["size"] == [48, 32]
+
+
+def test_what_was_removed_of_a_source_is_written_anew(store):
+    """Its index is right, and what is committed stays."""
+    write(store, Segment("video", 0, 8))
+    before, group = files(store.uri), Path(store.uri) / "video"
+    for path in (group / "zarr.json", group / "depth/zarr.json", group / "time/c/0"):
+        path.unlink()
+    again = stores.create(store.uri, LAYOUT, IDENTITY)
+    assert not again.has("video")
+    with pytest.raises(StoreMismatchError, match=f"remove {group} and run the same command again"):
+        again.add_source(dataclasses.replace(VIDEO, fingerprint="f9"))
+    again.add_source(VIDEO)
+    assert again.has("video")
+    assert files(store.uri) == before
+
+
+def test_a_source_that_lies_elsewhere_behind_a_link_stays(store, tmp_path):
+    (Path(store.uri) / "video").rename(tmp_path / "elsewhere")
+    (Path(store.uri) / "video").symlink_to(tmp_path / "elsewhere")
+    before = files(store.uri)
+    again = stores.create(store.uri, LAYOUT, IDENTITY)
+    assert again.sources() == ["images", "video"]
+    assert files(store.uri) == before
 
 
 def test_progress(store):
