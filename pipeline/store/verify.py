@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +29,7 @@ from depthmill.pipeline.store.verify_smoothing import verify_smoothing
 from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
 
+_AT_ONCE_BYTES = 16 * 2**20  # of files that a worker has in memory: enough that requests go out many at a time
 _DECODES = {"scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned"}  # attributes by which xarray does
 
 
@@ -152,49 +153,70 @@ class _Check:
         number = segment.start // self._length
         status_key = file_key(segment.source_id, "status", self._arrays["status"], segment.start)
         sums_key = file_key(segment.source_id, "checksum", self._arrays["checksum"], number)
-        data = self._store.directory.read_all([*keys, status_key, sums_key])
         rows = slice(segment.start, segment.stop)
         found: list[tuple[str, int, int, str]] = []
 
-        def values(name: str, key: str, part: slice) -> npt.NDArray[Any] | None:
+        def values(name: str, key: str, file: bytes | None, part: slice) -> npt.NDArray[Any] | None:
             """Decode rows of an array out of one file, or note that it cannot be."""
             try:
-                return _decoded(segment.source_id, name, self._arrays[name], key, data.get(key), part)
+                return _decoded(segment.source_id, name, self._arrays[name], key, file, part)
             except Exception as error:  # whatever codecs raise of broken bytes
                 frames = rows if name == "checksum" else part
                 found.append((key, *_bounds(frames), f"cannot be decoded: {type(error).__name__}: {error}"))
                 return None
 
-        status = values("status", status_key, rows)
+        data = self._store.directory.read_all([status_key, sums_key])
+        files, size = len(data), sum(map(len, data.values()))
+        status = values("status", status_key, data.get(status_key), rows)
         if status is not None and (status == PENDING).any():
             found.append((status_key, *_bounds(rows), "says of some frames that they are pending"))
             status = None
-        sums = values("checksum", sums_key, slice(number, number + 1)) if sums_key in data else None
-        if self._has_checksums and sums_key not in data:
+        sums = None
+        if sums_key in data:
+            sums = values("checksum", sums_key, data[sums_key], slice(number, number + 1))
+        elif self._has_checksums:
             found.append((sums_key, *_bounds(rows), "is missing"))
+        expected = {} if sums is None else dict(zip(keys, map(int, sums[0]), strict=False))
         reasons = None
-        for column, (key, (name, start, stop)) in enumerate(keys.items()):
-            labelled = status is not None and bool(
-                (status[start - segment.start : stop - segment.start] == LABELLED).any()
-            )
-            # Without checksums: what holds labels, or says why there are none, cannot be all fill.
-            expected = int(sums[0, column]) if sums is not None else None
-            wrong = _compare(data.get(key), expected, needed=labelled and name != "reason")
-            if wrong:
-                found.append((key, start, stop, wrong))
-                continue
-            decoded = values(name, key, slice(start, stop))
-            if name == "reason":
-                reasons = decoded
+        for together in _groups(keys, expected):
+            data = self._store.directory.read_all(together)
+            files, size = files + len(data), size + sum(map(len, data.values()))
+            for key in together:
+                (name, start, stop), file = keys[key], data.pop(key, None)
+                labelled = status is not None and bool(
+                    (status[start - segment.start : stop - segment.start] == LABELLED).any()
+                )
+                # Without checksums: what holds labels, or says why there are none, cannot be all fill.
+                wrong = _compare(file, expected.get(key), needed=labelled and name != "reason")
+                if wrong:
+                    found.append((key, start, stop, wrong))
+                    continue
+                decoded = values(name, key, file, slice(start, stop))
+                if name == "reason":
+                    reasons = decoded
         if status is not None and reasons is not None and ((status == FAILED) != (reasons != "")).any():
             found.append((status_key, *_bounds(rows), "does not agree with the reasons of failures"))
         return _Checked(
             segment,
             unchecked=not self._has_checksums,
-            files=len(data),
-            bytes=sum(map(len, data.values())),
+            files=files,
+            bytes=size,
             damage=tuple(Damage(segment.source_id, start, stop, key, reason) for key, start, stop, reason in found),
         )
+
+
+def _groups(keys: Iterable[str], checksums: Mapping[str, int]) -> Iterator[list[str]]:
+    """The keys, as many together as may be in memory at once; a file without a checksum counts as an eighth of that."""
+    group: list[str] = []
+    size = 0
+    for key in keys:
+        expected = checksums[key] >> 32 if checksums else _AT_ONCE_BYTES // 8
+        if group and size + expected > _AT_ONCE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(key)
+        size += expected
+    yield group
 
 
 def _compare(data: bytes | None, expected: int | None, *, needed: bool) -> str:

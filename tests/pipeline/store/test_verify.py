@@ -10,6 +10,8 @@ import pytest
 import zarr
 
 from depthmill.pipeline import store as stores
+from depthmill.pipeline.store import verify as verifying
+from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import Segment
 from depthmill.tests.pipeline.store.samples import IMAGES, VIDEO, files, labels, write
@@ -89,6 +91,23 @@ def test_damage_is_named_and_repair_uncommits_its_segment(done, tmp_path, key, c
             writer.put(index, *labels(index))
     writer.commit()
     assert files(done.uri) == before, "the rerun leaves the bytes of a store that was never damaged"
+
+
+def test_few_files_of_a_segment_are_in_memory_at_once(done, monkeypatch):
+    together, read_all = [], LocalDirectory.read_all
+
+    def noted(self, keys):
+        found = read_all(self, keys)
+        together.append([len(data) for key, data in found.items() if "/c/" in key])
+        return found
+
+    monkeypatch.setattr(LocalDirectory, "read_all", noted)
+    monkeypatch.setattr(verifying, "_AT_ONCE_BYTES", 5000)
+    report = verify(done)
+    assert report.damage == ()
+    assert (sum(map(len, together)), sum(map(sum, together))) == (report.files, report.bytes)
+    assert all(sum(sizes) <= 5000 or len(sizes) == 1 for sizes in together)
+    assert max(map(len, together)) > 1
 
 
 def test_a_status_that_changed_its_mind_is_found(done):
