@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_bucket, is_url, path_of, shown, without_secrets
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES, ImageSource
-from depthmill.pipeline.sources.inputs import SUFFIXES, expand_inputs
+from depthmill.pipeline.sources.inputs import SUFFIXES, Refused, expand_inputs
 from depthmill.pipeline.sources.limits import MAX_FRAMES, MAX_PIXELS
 from depthmill.pipeline.sources.naming import source_id
 from depthmill.pipeline.sources.opening import is_prefix, kind_of
@@ -45,6 +45,8 @@ def open_source(
     Raises:
         SourceError: If there is no such file or folder, or a URL has a password in it or cannot be looked up.
     """
+    if isinstance(uri, Refused):
+        raise SourceError(uri.why)
     uri = str(uri)
     is_folder = is_bucket(uri) and uri.endswith("/")
     if is_url(uri):

@@ -30,6 +30,12 @@ SUFFIXES = (*_PICTURE_SUFFIXES, *_FILE_SUFFIXES)
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 
+class Refused(str):
+    """An input that `open_source` does not open, but says why."""
+
+    why = ""
+
+
 def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
     """Turn files, folders, patterns and lists into absolute paths of sources: each once, in the order given.
 
@@ -37,7 +43,7 @@ def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
     Linked subfolders are not looked into, unless they are named, or `**` matches them, which it does once for each
     folder, whatever leads there. What a folder or a glob gives comes in natural order, and of the files only those with
     the suffix of a source; of pictures of other kinds a warning tells. An input that gives nothing stays as it is:
-    opening it says what is wrong with it.
+    opening it says what is wrong with it. Lists are read at once, all else is looked for when it is its turn.
 
     Args:
         inputs: What the user named, unless a file has that very name: `shard-{00000..00099}.tar` and `{a,b}.mp4` are
@@ -45,12 +51,16 @@ def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
             a text file, relative to its folder, without empty ones and those that start with `#`.
 
     Raises:
-        SourceError: If a list cannot be read, or names another list; or if two URLs differ in what signs them alone.
-            Not before it is its turn.
+        SourceError: If a list cannot be read, or names another list.
     """
+    return _expanded([name for given in inputs for name in _listed(given)])
+
+
+def _expanded(names: Sequence[str]) -> Iterator[str]:
+    """The sources of all names; of URLs that differ in what signs them alone, all but the first are refused."""
     seen: dict[str, str] = {}
-    for given in inputs:
-        for named in _named(given):
+    for given in names:
+        for named in _braces(given):
             for source in _sources(named):
                 name = canonical_uri(source)
                 opened = str(source) if is_url(source) else name  # a URL with what signs it
@@ -58,17 +68,18 @@ def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
                     seen[name] = opened
                     yield opened
                 elif is_url(name) and parse_qsl(urlsplit(seen[name]).query) != parse_qsl(urlsplit(opened).query):
-                    raise SourceError(
+                    refused = Refused(name)
+                    refused.why = (
                         f"{name} was given twice, with different signatures or tokens, by which inputs are not told "
                         "apart: give it once, or each input in a run and a store of its own"
                     )
+                    yield refused
 
 
-def _named(given: str) -> Iterator[str]:
-    """What a list or a pattern with braces names."""
+def _listed(given: str) -> list[str]:
+    """The lines of a list; anything else as it is."""
     if not given.startswith("@") or kind_of(given):
-        yield from _braces(given)
-        return
+        return [given]
     path = _at_home(given[1:])
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -76,11 +87,13 @@ def _named(given: str) -> Iterator[str]:
         raise SourceError(
             f"the list {path} cannot be read ({error}); expected a text file, one input a line"
         ) from error
+    names = []
     for line in (line.strip() for line in lines):
         if line.startswith("@"):
             raise SourceError(f"the list {path} names another list, {line}: give that one as an input of its own")
         if line and not line.startswith("#"):
-            yield from _braces(line if is_url(line) else str(path.parent / _at_home(line)))
+            names.append(line if is_url(line) else str(path.parent / _at_home(line)))
+    return names
 
 
 def _braces(pattern: str) -> Iterator[str]:

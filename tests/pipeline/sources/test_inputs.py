@@ -125,9 +125,9 @@ def test_a_list_of_inputs(tree: Path) -> None:
     assert list(expand_inputs([f"@{tree / 'list.txt'}"])) == [str(tree / "clip2.mp4")]
     (tree / "list.txt").write_text("@other.txt\n")
     with pytest.raises(SourceError, match=r"names another list, @other\.txt"):
-        list(expand_inputs([f"@{tree / 'list.txt'}"]))
+        expand_inputs(["clip2.mp4", f"@{tree / 'list.txt'}"])  # at once, before the first is opened
     with pytest.raises(SourceError, match=r"cannot be read.*one input a line"):
-        list(expand_inputs([f"@{tree / 'missing.txt'}"]))
+        expand_inputs(["clip2.mp4", f"@{tree / 'missing.txt'}"])
 
 
 def test_shards_in_folders_and_patterns(tree: Path) -> None:
