@@ -117,12 +117,13 @@ class Labels:
 
 @dataclass(frozen=True)
 class Failure:
-    """A frame, or a whole source where `frame` is None, that has no labels, and why."""
+    """A frame, or a whole source where `frame` is None, that has no labels, and why; `key` is the frame's, if any."""
 
     uri: str
     source_id: str | None
     frame: int | None
     reason: str
+    key: str | None = None
 
 
 class FrameSource(Protocol):

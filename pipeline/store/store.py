@@ -286,8 +286,14 @@ class Store:
         if not failed.size:
             return []
         reasons = self.reasons(source_id)
-        uri = self.attributes(source_id)["uri"]
-        return [Failure(uri, source_id, int(i), str(reasons[i])) for i in failed]
+        attributes = self.attributes(source_id)
+        keys: Sequence[str | None] = [None] * len(failed)
+        if attributes["kind"] != "video":
+            keys = [str(key) for key in np.asarray(self._array(source_id, "key")[:])[failed]]
+        return [
+            Failure(attributes["uri"], source_id, int(i), str(reasons[i]), key)
+            for i, key in zip(failed, keys, strict=True)
+        ]
 
     def _find(self, source_id: str) -> Document | None:
         """Attributes of a source, also if another process has added it since; None if there is none."""
@@ -318,7 +324,11 @@ def write_failures(store: Store, failures: Iterable[Failure]) -> str:
         The file's path or URL.
     """
     lines = [
-        json.dumps({"uri": f.uri, "source_id": f.source_id, "frame": f.frame, "reason": f.reason})
+        json.dumps(
+            {"uri": f.uri, "source_id": f.source_id, "frame": f.frame}
+            | ({} if f.key is None else {"key": f.key})
+            | {"reason": f.reason}
+        )
         for f in sorted(failures, key=lambda f: (f.uri, f.source_id or "", f.frame or 0, f.reason))
     ]
     store.write_file(FAILURES, "".join(f"{line}\n" for line in lines).encode())

@@ -87,8 +87,8 @@ def test_failed_frames_keep_their_reason(store):
     assert store.failures() == []
     writer.commit()
     assert store.failures() == [
-        Failure("/in/images", "images", 1, "picture 1 is öken"),
-        Failure("/in/images", "images", 3, "picture 3 is öken"),
+        Failure("/in/images", "images", 1, "picture 1 is öken", key="ö/b.png"),
+        Failure("/in/images", "images", 3, "picture 3 is öken", key="d"),
     ]
     assert store.status("images").tolist() == [LABELLED, FAILED, LABELLED, FAILED, LABELLED]
     dataset = depthmill.open(store.uri)["images"]
@@ -96,10 +96,10 @@ def test_failed_frames_keep_their_reason(store):
     assert dataset["reason"].values.tolist() == ["", "picture 1 is öken", "", "picture 3 is öken", ""]
     path = Path(stores.write_failures(store, [*store.failures(), Failure("/in/a.mp4", None, None, "no such file")]))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["uri"], line["frame"]) for line in lines] == [
-        ("/in/a.mp4", None),
-        ("/in/images", 1),
-        ("/in/images", 3),
+    assert [(line["uri"], line["frame"], line.get("key")) for line in lines] == [
+        ("/in/a.mp4", None, None),
+        ("/in/images", 1, "ö/b.png"),
+        ("/in/images", 3, "d"),
     ]
     # What is no part of the hierarchy does not disturb its readers (a warning is an error here).
     (Path(store.uri) / "run.json").write_text("{}")
