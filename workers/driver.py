@@ -49,6 +49,7 @@ class Driver:
     Attributes:
         standing: Where the run stands.
         inputs: What is to be probed, and what could not be.
+        ids: Of the sources that have been.
         stopped: Set it to end the run.
     """
 
@@ -71,7 +72,7 @@ class Driver:
         self._backlog = Backlog()
         self._trials: deque[Trial] = deque()
         self._open = 0  # segments that are planned and not committed
-        self._ids: set[str] = set()
+        self.ids: set[str] = set()
         self._at: dict[Segment, set[int]] = {}  # who labels a segment: two of them where one straggles
         self._next: dict[int, Task] = {}  # worker -> what it has been told that it will be given next
         self._void: set[int] = set()  # workers whose answer no longer matters
@@ -302,9 +303,9 @@ class Driver:
             self._calls.say(f"left out: {why}")
 
     def _plan(self, source: Planned) -> None:
-        if source.id in self._ids:  # one input, named twice in two ways
+        if source.id in self.ids:  # one input, named twice in two ways
             return
-        self._ids.add(source.id)
+        self.ids.add(source.id)
         self._backlog.add(source)
         self._open += source.segments
         self.standing.planned(source)

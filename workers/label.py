@@ -33,12 +33,12 @@ from depthmill.pipeline.sources import expand_inputs, open_source
 from depthmill.pipeline.sources.naming import readable
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.stages import fail_task
-from depthmill.pipeline.store import Store, create, write_failures
+from depthmill.pipeline.store import Store, create
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.driver import Driver
 from depthmill.workers.pool import InProcess, Pool
 from depthmill.workers.progress import Rate, open_display
-from depthmill.workers.resume import Summary, identity, layout, planned_here
+from depthmill.workers.resume import Summary, identity, layout, list_failures, planned_here
 from depthmill.workers.standing import Standing
 from depthmill.workers.terms import Calls, Options
 
@@ -145,8 +145,7 @@ def label(
             f"none of the {len(driver.inputs.failures)} inputs can be opened: nothing to label"
         )
     store.publish(store.sources())  # of two runs that published at once, one may have undone what the other did
-    failures = (*driver.inputs.failures, *store.failures())
-    write_failures(store, failures)
+    failures, others = list_failures(store, driver.inputs.failures, driver.ids)
     summary = Summary(
         store=store.uri,
         sources=standing.sources,
@@ -154,6 +153,7 @@ def label(
         labelled=standing.labelled,
         committed=standing.counts.done,
         failures=failures,
+        other_failures=others,
         seconds=seconds,
         frames_per_s=rate(standing.counts.done),
         device=standing.device,

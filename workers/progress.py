@@ -165,6 +165,12 @@ def print_summary(summary: Summary) -> None:
         console.print(f"{len(summary.failures)} failures, listed in {summary.store}/failures.jsonl:", markup=False)
         for reason, count in Counter(failure.reason for failure in summary.failures).most_common(_REASONS_SHOWN):
             console.print(f"  {count} x {reason}", markup=False)
+    if others := summary.other_failures:
+        frames = "1 frame" if others == 1 else f"{others} frames"
+        console.print(
+            f"{frames} of other sources in the store failed earlier: {summary.store}/failures.jsonl has them, too",
+            markup=False,
+        )
 
 
 def quiet_libraries() -> None:

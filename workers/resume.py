@@ -6,7 +6,7 @@ Without the libraries that the network needs, whose import takes most of the tim
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -33,7 +33,8 @@ class Summary:
         frames: Their frames.
         labelled: Frames with labels, earlier runs' included.
         committed: Frames that this run committed, with labels or as failed.
-        failures: What has no labels, and why: frames, and inputs that could not be opened.
+        failures: What has no labels, and why: frames of the run's sources, and inputs that could not be opened.
+        other_failures: Frames without labels of other sources in the store.
         seconds: Of this run, from the first input on.
         frames_per_s: Of this run, since the first worker had loaded.
         device: Where the model ran and in what dtype; empty if nothing was left to do.
@@ -50,6 +51,7 @@ class Summary:
     labelled: int
     committed: int
     failures: tuple[Failure, ...]
+    other_failures: int
     seconds: float
     frames_per_s: float
     device: str
@@ -90,8 +92,7 @@ def finished(
     if uris is not None or not sources or any(source.segments for source in planned):
         return None
     store.publish(sources)
-    failures = tuple(store.failures())
-    write_failures(store, failures)
+    failures, others = list_failures(store, (), sources)
     return Summary(
         store=store.uri,
         sources=len(sources),
@@ -99,6 +100,7 @@ def finished(
         labelled=sum(source.labelled for source in sources.values()),
         committed=0,
         failures=failures,
+        other_failures=others,
         seconds=time.perf_counter() - started_s,
         frames_per_s=0.0,
         device="",
@@ -127,6 +129,22 @@ def planned_here(uris: Iterable[str], store: Store, prober: Prober) -> tuple[Ite
         return None, [prober.probe(uri) for uri in first]
     except (SourceError, StoreMismatchError):  # gone, or changed: that is the driver's to tell
         return chain(first, remaining), []
+
+
+def list_failures(
+    store: Store, unopened: Iterable[Failure], source_ids: Container[str]
+) -> tuple[tuple[Failure, ...], int]:
+    """Write `failures.jsonl`, of the whole store; what of it is a run's own, and how many others there are.
+
+    Args:
+        store: The store.
+        unopened: Inputs of the run that could not be opened.
+        source_ids: Its sources.
+    """
+    unopened, found = tuple(unopened), store.failures()
+    write_failures(store, (*unopened, *found))
+    own = [failure for failure in found if failure.source_id in source_ids]
+    return (*unopened, *own), len(found) - len(own)
 
 
 def layout(config: LabelConfig) -> Layout:

@@ -9,6 +9,7 @@ import pytest
 from depthmill.pipeline.config import LabelConfig
 from depthmill.tests import media
 from depthmill.workers.label import label
+from depthmill.workers.progress import print_summary
 from depthmill.workers.resume import finished
 
 
@@ -34,7 +35,8 @@ def test_says_what_label_would_say(store, clip, config):
     found = finished([str(clip)], store, config)
     again = label([str(clip)], store, config)
     assert (found.labelled, found.committed) == (3, 0)
-    for name in ("store", "sources", "frames", "labelled", "committed", "failures", "device", "bytes"):
+    same = ("store", "sources", "frames", "labelled", "committed", "failures", "other_failures", "device", "bytes")
+    for name in same:
         assert getattr(found, name) == getattr(again, name)
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
 
@@ -51,6 +53,23 @@ def test_tells_failures_again(tmp_path, config):
     assert once.failures
     assert finished([str(folder)], store, config).failures == once.failures
     assert finished([str(folder)], store, config, retry_failed=True) is None
+
+
+def test_failures_of_other_sources_are_listed_and_not_counted(tmp_path, clip, config, capsys):
+    folder = tmp_path / "pictures"
+    media.write_image_folder(folder, count=2)
+    (folder / "broken.png").write_bytes(b"broken")
+    store = tmp_path / "out.zarr"
+    assert len(label([str(folder)], store, config).failures) == 1
+    other = media.write_video(tmp_path / "other.mp4", frames=2)
+    for found in (label([str(clip)], store, config), finished([str(clip)], store, config)):
+        assert (found.failures, found.other_failures) == ((), 1)
+        (line,) = (store / "failures.jsonl").read_text().splitlines()
+        assert (json.loads(line)["uri"], json.loads(line)["key"]) == (str(folder), "broken.png")
+    print_summary(found)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("1 frame of other sources in the store failed earlier")
+    assert len(label([str(folder), str(other)], store, config).failures) == 1
 
 
 def test_an_open_dtype_is_the_stores(store, clip, config):
