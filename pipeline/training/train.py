@@ -283,4 +283,5 @@ def _resume(accelerator: Accelerator, config: TrainConfig, output: Path, *, over
     for name in different if accelerator.is_main_process else ():
         log.warning("from step %s on %s is %s, not %s", states[-1].name, name, new[name], old[name])
     accelerator.load_state(str(states[-1]))
+    accelerator.step = 0  # not the micro-batches that as many processes as there were have accumulated so far
     return int(states[-1].name)

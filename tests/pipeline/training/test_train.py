@@ -255,6 +255,21 @@ def test_a_step_is_of_as_many_pictures_when_processes_change(scene_pool, tmp_pat
         train(settings, tmp_path)
 
 
+def test_a_run_that_more_processes_began_goes_on_to_the_same_losses(scene_pool, tmp_path, monkeypatch):
+    settings = config(scene_pool, steps=5, accumulation=4, save_steps=3)
+    train(settings, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path / "broken")
+    path = tmp_path / "broken" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"accumulation": 1, "processes": 4}))  # as four left it,
+    (drawn,) = (tmp_path / "broken").glob("states/000003/random_states_*.pkl")
+    torch.save(torch.load(drawn, weights_only=False) | {"step": 3}, drawn)  # after three micro-batches each
+    train(settings, tmp_path / "broken")
+    assert table(tmp_path / "broken") == table(tmp_path / "whole")
+
+
 def test_a_run_goes_on_with_the_remedy_for_a_loss_that_was_no_number(scene_pool, tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
