@@ -75,17 +75,17 @@ def augmented(batch: Batch, augment: Augment, rng: np.random.Generator) -> Batch
     return Batch(degrade(batch.rgb, rng), batch.target, batch.mask) if augment.degrade else batch
 
 
-def load(config: TrainConfig, numbers: Iterable[int], *, pin: bool) -> Iterable[Loaded]:
+def load(batches: MicroBatches, numbers: Iterable[int], *, workers: int, pin: bool) -> Iterable[Loaded]:
     """Read the micro-batches with these numbers, in this order, ahead of whoever takes them.
 
     Args:
-        config: The run's.
+        batches: The run's.
         numbers: Which.
+        workers: Processes that read; 0 reads in this one.
         pin: Put them into page-locked memory, for a GPU.
     """
-    workers = config.loader_workers
     return DataLoader(
-        MicroBatches(config),
+        batches,
         batch_size=None,
         sampler=numbers,
         num_workers=workers,

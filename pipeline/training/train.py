@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 
 from depthmill.pipeline.config import validated
@@ -28,7 +29,7 @@ from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.training import start
 from depthmill.pipeline.training.batch import Batch, concatenate
 from depthmill.pipeline.training.config import TrainConfig
-from depthmill.pipeline.training.loader import load
+from depthmill.pipeline.training.loader import MicroBatches, load
 from depthmill.pipeline.training.mixing import read_usable
 from depthmill.pipeline.training.objectives import Objective
 from depthmill.pipeline.training.raycast import DEPTH_RANGE_M
@@ -81,16 +82,20 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
     if config.ema is not None:
         average = EMAModel(objective.trained.parameters(), decay=config.ema)
         accelerator.register_for_checkpointing(average)
-    first = _resume(accelerator, config, output, overwrite=overwrite)
+    first = 0 if overwrite else _resume(accelerator, config, output)
     if average is not None:
         average.to(accelerator.device)  # what was loaded is on the CPU
+    batches = MicroBatches(config)
+    held_out = _held_out(config) if accelerator.is_main_process else None
+    if overwrite:  # now that all there is to read was found
+        _remove(accelerator, output)
+    output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         record = config.model_dump(mode="json") | {"processes": accelerator.num_processes}
         (output / "config.json").write_text(json.dumps(record, indent=2) + "\n")
     accelerator.init_trackers("train")
-    held_out = _held_out(config) if accelerator.is_main_process else None
     with LossTable(output / "losses.csv", lambda row: int(row["step"]) <= first) as table:
-        for done, row in _steps(accelerator, wrapped, optimizer, config, first):
+        for done, row in _steps(accelerator, wrapped, optimizer, batches, first):
             if average is not None:
                 average.step(objective.trained.parameters())
             if accelerator.is_main_process:
@@ -109,7 +114,7 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
     with _averaged(average, objective):
         if accelerator.is_main_process:
             if config.objective == "autoencoder":
-                _scale_latents(objective, config, accelerator.device)
+                _scale_latents(objective, batches, accelerator.device)
             start.save(begun, output / "checkpoint", config)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -117,14 +122,15 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
 
 
 def _steps(
-    accelerator: Accelerator, wrapped: torch.nn.Module, optimizer: Any, config: TrainConfig, first: int
+    accelerator: Accelerator, wrapped: torch.nn.Module, optimizer: Any, batches: MicroBatches, first: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Train from step `first`; after each step, yield how many are done and the table's row."""
-    trained = accelerator.unwrap_model(wrapped).trained
+    config, trained = batches.config, accelerator.unwrap_model(wrapped).trained
     processes, rank = accelerator.num_processes, accelerator.process_index
     every = config.accumulation * processes  # micro-batches of a step
     numbers = range(first * every + rank, config.steps * every, processes)
-    stream = zip(numbers, load(config, numbers, pin=accelerator.device.type == "cuda"), strict=True)
+    loader = load(batches, numbers, workers=config.loader_workers, pin=accelerator.device.type == "cuda")
+    stream = zip(numbers, loader, strict=True)
     started = time.monotonic()
     skipped: set[tuple[int, int]] = set()
     for step in range(first, config.steps):
@@ -170,13 +176,13 @@ def _draws(seed: int, number: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def _scale_latents(objective: Objective, config: TrainConfig, device: torch.device) -> None:
+def _scale_latents(objective: Objective, batches: MicroBatches, device: torch.device) -> None:
     """Make the VAE's scaling factor one over the standard deviation of pictures' latents, as Stable Diffusion's is.
 
     Diffusion adds noise of unit variance, and takes it that latents are of the same size (Rombach et al., CVPR 2022,
     appendix G).
     """
-    sample = load(config.model_copy(update={"loader_workers": 0}), range(_SCALE_BATCHES), pin=False)
+    sample = load(batches, range(_SCALE_BATCHES), workers=0, pin=False)
     latents = torch.cat([objective.encode(each.batch.to(device).rgb * 2 - 1).float() for each in sample])
     vae = objective.vae
     vae.register_to_config(scaling_factor=vae.config.scaling_factor / float(latents.std()))
@@ -253,17 +259,26 @@ def _save_state(accelerator: Accelerator, folder: Path, step: int) -> None:
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Accelerator, config: TrainConfig, output: Path, *, overwrite: bool) -> int:
-    """Load the last whole state, if there is one; the number of steps that are done."""
-    states = sorted(path for path in (output / "states").glob("*") if path.name.isdigit())
+def _remove(accelerator: Accelerator, output: Path) -> None:
+    """Remove an earlier run."""
     accelerator.wait_for_everyone()
-    if overwrite and accelerator.is_main_process:
+    if accelerator.is_main_process:
         for name in ("states", "tensorboard", "pictures", "checkpoint"):
             shutil.rmtree(output / name, ignore_errors=True)
         (output / "losses.csv").unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    if overwrite or not states:
+
+
+def _resume(accelerator: Accelerator, config: TrainConfig, output: Path) -> int:
+    """Load the last whole state, if there is one; the number of steps that are done."""
+    states = sorted(path for path in (output / "states").glob("*") if path.name.isdigit())
+    found = gather_object([states[-1].name if states else "none"])
+    if len(set(found)) > 1:
+        raise TrainingError(
+            f"the last saved state in {output} is {' or '.join(sorted(set(found)))}, as different machines see it; "
+            "expected one: give a folder that all of them share (--out)"
+        )
+    if not states:
         return 0
     recorded = output / "config.json"
     document = json.loads(recorded.read_text())
@@ -279,6 +294,11 @@ def _resume(accelerator: Accelerator, config: TrainConfig, output: Path, *, over
         shown = ", ".join(f"{name} ({old[name]}, now {new[name]})" for name in refused)
         raise TrainingError(
             f"{output} holds a run with another {shown}: train into another folder, or start over with --overwrite"
+        )
+    if new["mixed_precision"] == "fp16" != old["mixed_precision"]:
+        raise TrainingError(
+            f"{output} holds a run with mixed_precision {old['mixed_precision']}, whose states lack what fp16 scales "
+            "gradients by: go on with bf16 or no, or start over with --overwrite"
         )
     for name in different if accelerator.is_main_process else ():
         log.warning("from step %s on %s is %s, not %s", states[-1].name, name, new[name], old[name])

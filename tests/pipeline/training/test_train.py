@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -278,6 +279,30 @@ def test_a_run_goes_on_with_the_remedy_for_a_loss_that_was_no_number(scene_pool,
     train(config(scene_pool, learning_rate=1e-4), tmp_path)
     assert "learning_rate is 0.0001, not 0.001" in caplog.text
     assert [float(row["learning_rate"]) > 1e-4 for row in table(tmp_path)] == [True, True, False, False]
+
+
+def test_a_run_does_not_go_on_in_float16_after_another_precision(scene_pool, tmp_path):
+    train(config(scene_pool, steps=1), tmp_path)
+    half = config(scene_pool, steps=1, mixed_precision="fp16")
+    with pytest.raises(TrainingError, match=r"mixed_precision no, .*go on with bf16 or no"):
+        train_module._resume(Accelerator(cpu=True), half, tmp_path)  # fp16 itself needs a GPU
+
+
+def test_machines_that_see_different_states_are_refused(scene_pool, tmp_path, monkeypatch):
+    train(config(scene_pool, steps=1), tmp_path)
+    monkeypatch.setattr(train_module, "gather_object", lambda names: [*names, "none"])
+    with pytest.raises(TrainingError, match=r"is 000001 or none, .*share"):
+        train(config(scene_pool, steps=1), tmp_path)
+
+
+def test_nothing_is_removed_before_all_sets_are_found(scene_pool, tmp_path):
+    train(config(scene_pool, steps=1), tmp_path / "run")
+    there = sorted((tmp_path / "run").rglob("*"))
+    lacking = {"kind": "hypersim", "path": tmp_path / "nowhere"}
+    for changes in ({"sets": [lacking]}, {"held_out": lacking}):
+        with pytest.raises(TrainingError, match="nowhere"):
+            train(config(scene_pool, steps=1, **changes), tmp_path / "run", overwrite=True)
+    assert sorted((tmp_path / "run").rglob("*")) == there
 
 
 def test_a_gradient_that_is_no_number_is_not_saved(scene_pool, tmp_path, monkeypatch):
