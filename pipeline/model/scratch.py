@@ -22,6 +22,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from pydantic import BaseModel, ConfigDict, model_validator
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from depthmill.pipeline.model.checkpoint import DESCRIPTION_FILE, Description
@@ -256,6 +257,12 @@ def save(
     # Transformers 5 writes `tokenizer.json` alone; older versions write, and read, the two files that it is made from.
     if (fast := getattr(parts.tokenizer, "backend_tokenizer", None)) is not None:
         fast.model.save(str(directory / "tokenizer"))  # vocab.json, merges.txt
+    # Transformers from 5.6 on leaves out the prefix that older versions, and published checkpoints, have.
+    text = {
+        f"text_model.{key.removeprefix('text_model.')}": weight
+        for key, weight in modules["text_encoder"].state_dict().items()
+    }
+    save_file(text, directory / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     told, assumed = description or Description(), Description()
     said: dict[str, Any] = {}
     if modality == "normals":

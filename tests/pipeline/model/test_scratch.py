@@ -15,6 +15,7 @@ from depthmill.pipeline.model import scratch
 from depthmill.pipeline.types import Modality
 
 PIPELINES = {"depth": MarigoldDepthPipeline, "normals": MarigoldNormalsPipeline}
+DEMO = Path(__file__).parents[3] / "pipeline" / "model" / "demo"
 PARTS = {"unet", "vae", "scheduler", "tokenizer", "text_encoder"}
 
 
@@ -83,6 +84,13 @@ def test_the_files_that_transformers_4_reads_are_the_tokenizers_own(tmp_path: Pa
     assert read.get_vocab() == tokenizer.get_vocab()
     assert read("ab").input_ids == [0, 5, 1]
     assert read.pad_token == "!"
+
+
+def test_text_encoders_have_the_names_that_every_transformers_reads(tmp_path: Path) -> None:
+    scratch.create(tmp_path, scratch.Architecture(), "depth", seed=0)
+    for checkpoint in (tmp_path, DEMO / "depth", DEMO / "normals"):
+        weights = load_file(checkpoint / "text_encoder" / "model.safetensors")
+        assert {key.split(".")[0] for key in weights} == {"text_model"}
 
 
 @pytest.mark.parametrize(
