@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from depthmill.pipeline.errors import CheckpointError
@@ -136,14 +138,29 @@ def load_part(checkpoint: Checkpoint, kind: type[Any], part: str, **options: Any
             output_loading_info=True,
             **options,
         )
+        missing, unexpected = _misplaced(checkpoint.directory / part)
     except Exception as error:
         raise _unloadable(checkpoint, part, error) from error
+    for what, keys in (("missing_keys", missing), ("unexpected_keys", unexpected)):
+        info[what] = {*info[what], *keys}
     _check_strict(checkpoint, part, info)
     return module.eval().requires_grad_(False)
 
 
+def _misplaced(folder: Path) -> tuple[set[str], set[str]]:
+    """Weights that the index of shards lists and no shard has, and the other way about: diffusers reads the index."""
+    listed, there = set[str](), set[str]()
+    for index in folder.glob("*model.safetensors.index.json"):
+        shard_of = read_json(index)["weight_map"]
+        listed |= shard_of.keys()
+        for shard in set(shard_of.values()):
+            with safe_open(folder / shard, "pt") as file:
+                there |= set(file.keys())
+    return listed - there, there - listed
+
+
 def _check_strict(checkpoint: Checkpoint, part: str, info: dict[str, Any]) -> None:
-    """Refuse what the libraries let pass with a warning: weights left random, or left over."""
+    """Refuse what the libraries let pass with a warning at most: weights left random, or left over."""
     wrong = {
         kind: sorted(map(str, info.get(kind) or ()))
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")

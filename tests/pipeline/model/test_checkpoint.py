@@ -78,6 +78,23 @@ def test_weights_must_fit_exactly(depth, part, damage):
         (load_unet if part == "unet" else load_vae)(checkpoint)
 
 
+@pytest.mark.parametrize("damage", ["missing", "left over"])
+def test_weights_of_shards_must_fit_exactly(depth, damage):
+    unet = UNet2DConditionModel.from_pretrained(depth / "unet")
+    (depth / WEIGHTS).unlink()
+    unet.save_pretrained(depth / "unet", max_shard_size="500KB")
+    load_unet(open_checkpoint(str(depth), "depth"))
+    path = sorted((depth / "unet").glob("*.safetensors"))[1]
+    weights = load_file(path)
+    if damage == "missing":
+        del weights[sorted(weights)[0]]
+    else:
+        weights["stray.weight"] = torch.zeros(1)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"unet/ does not fit .*(missing|unexpected) keys"):
+        load_unet(open_checkpoint(str(depth), "depth"))
+
+
 def test_text_encoder_must_fit_exactly(depth):
     path = depth / "text_encoder" / "model.safetensors"
     weights = load_file(path)
