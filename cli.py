@@ -382,7 +382,10 @@ def evaluate(
         str | None, typer.Option(help="Where x, y and z of the checkpoint's, or the folder's, normals point.")
     ] = None,
     domain: Annotated[
-        str | None, typer.Option(help="indoor, outdoor or object, for GeoWizard checkpoints; Sintel's is outdoor.")
+        str | None,
+        typer.Option(
+            help="indoor, outdoor or object, for GeoWizard checkpoints; by default indoor, for sintel outdoor."
+        ),
     ] = None,
     processing_resolution: Annotated[
         int | None,

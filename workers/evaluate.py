@@ -66,8 +66,9 @@ def evaluate(
         out: Folder for `metrics.json` and `per_image.csv`; a labelling run also leaves `pictures/` and `labels.zarr`
             there, and goes on with what an earlier run left.
         what: How to label, or what was labelled. Of a configuration the labels are the set's; a resolution that is left
-            open is the paper's for this set, if the checkpoint is one for 768 pixels, else the checkpoint's own; and
-            a dtype that is left to the device is float32, as in the paper's evaluation.
+            open is the paper's for this set, if the checkpoint is one for 768 pixels, else the checkpoint's own; a
+            dtype that is left to the device is float32, and a joint checkpoint's domain that is left open the set's,
+            as in the paper's evaluation.
         split: A list of the pictures to use instead of all.
         overwrite: Label anew, whatever `out` holds.
         console: Where progress and the table are shown; by default standard output.
@@ -123,6 +124,8 @@ def _configure(wanted: EvaluationSet, config: LabelConfig) -> LabelConfig:
         changes["round_aspect"] = False  # the paper's pictures are not squeezed, however many there are
     if config.processing_resolution is None and checkpoint.processing_resolution == DEFAULT_RESOLUTION:
         changes["processing_resolution"] = wanted.resolution
+    if config.domain is None and checkpoint.domain is not None:
+        changes["domain"] = wanted.domain
     return config.model_copy(update=changes)
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from depthmill.pipeline.errors import EvaluationError
 from depthmill.pipeline.evaluation import decode
 from depthmill.pipeline.evaluation.decode import Floats
-from depthmill.pipeline.types import Modality
+from depthmill.pipeline.types import Domain, Modality
 
 Region = tuple[slice, slice]
 
@@ -91,6 +91,7 @@ class EvaluationSet:
         region: What part of the (cropped) picture is scored.
         fit_columns: Columns that the alignment is fitted on (`metrics.thin_columns`); None for all.
         axes: Where the x, y and z of true normals point.
+        domain: The scene that E2E-FT's evaluation tells GeoWizard of.
     """
 
     name: str
@@ -111,6 +112,7 @@ class EvaluationSet:
     region: Callable[[int, int], Region] = everywhere
     fit_columns: int | None = None
     axes: str = _DSINE_AXES
+    domain: Domain = "indoor"
 
 
 _MILLIMETRES = partial(decode.depth_png, steps_per_m=1000)
@@ -228,6 +230,7 @@ SETS: dict[str, EvaluationSet] = {
             decode=decode.normals_exr,
             archive="sintel",
             resolution=1024,
+            domain="outdoor",
         ),
     )
 }

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from typer.testing import CliRunner
 from depthmill.cli import app
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import ConfigError, DepthmillError, EvaluationError
+from depthmill.pipeline.evaluation.datasets import SETS
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.tests import runs
 from depthmill.tests.pipeline.evaluation import layouts
+from depthmill.workers import evaluate as module
 from depthmill.workers.evaluate import Folder, LabelledStore, evaluate, label_options
 from depthmill.workers.label import label
 
@@ -61,6 +64,20 @@ def test_a_checkpoint_is_labelled_and_scored_as_its_own_predictions_are(name, ch
     monkeypatch.setattr(Labeler, "label", lambda *_: pytest.fail("labelled again"))
     assert evaluate(wanted, data, out, what, console=console()) == scores
     assert runs.contents(out).keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "domain"),
+    [("sintel", None, "outdoor"), ("ibims", None, "indoor"), ("sintel", "object", "object")],
+)
+def test_a_joint_checkpoint_is_told_of_the_sets_domain(monkeypatch, name, given, domain):
+    joint = SimpleNamespace(processing_resolution=768, domain=given or "indoor")
+    monkeypatch.setattr(module, "open_checkpoints", lambda config: [joint])
+    options = {"checkpoint": "joint", "domain": given}
+    assert module._configure(SETS[name], LabelConfig(**label_options(SETS[name], options))).domain == domain
+    joint.domain = None  # of another kind
+    options["domain"] = None
+    assert module._configure(SETS[name], LabelConfig(**label_options(SETS[name], options))).domain is None
 
 
 def test_a_finished_store_is_scored(checkpoints, tmp_path):
