@@ -1,7 +1,8 @@
 """Rendered scenes on disk, so that several epochs, stages and runs share the price of rendering them.
 
-A pool is a folder of shards, each `SHARD` consecutive seeds at one size, of one version of the scenes; a shard appears
-under its name only when it is complete, so that any number of processes may fill one pool and any may be killed.
+A pool is a folder of shards, each `SHARD` consecutive seeds at one size, of one version of the scenes, or the first few
+of them; a shard appears under its name only when it is complete, so that any number of processes may fill one pool and
+any may be killed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Pool:
     """Open shards, in the order of their seeds.
 
     Attributes:
-        shards: Each (SHARD, H, W) of `_PIXEL`, mapped from its file.
+        shards: Each (SHARD, H, W) of `_PIXEL`, mapped from its file; the last may be shorter.
         resident: All of them in a GPU's memory, (scenes, H, W, 8) uint8, if they were put there.
     """
 
@@ -43,7 +44,7 @@ class Pool:
     resident: Tensor | None = None
 
     def __len__(self) -> int:
-        return SHARD * len(self.shards)
+        return sum(map(len, self.shards))
 
     def to(self, device: torch.device) -> Pool:
         """The same in a GPU's memory, 150 kB a scene of 120x160, from where it gives its scenes; on a CPU itself."""
@@ -75,7 +76,7 @@ def open_pool(
 
     Args:
         directory: Of the pool; made if missing.
-        count: How many scenes; a multiple of `SHARD`.
+        count: How many scenes.
         height: Rows.
         width: Columns.
         processes: How many processes render, each on one core, or on a GPU what one core makes up.
@@ -84,9 +85,11 @@ def open_pool(
     """
     folder = directory / f"v{scenes.VERSION}-{height}x{width}"
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(first, first + count, SHARD)
-    paths = [folder / f"{start:07d}.npy" for start in starts]
-    jobs = [(path, start, height, width, device) for path, start in zip(paths, starts, strict=True)]
+    seeds = [range(start, min(start + SHARD, first + count)) for start in range(first, first + count, SHARD)]
+    paths = [folder / f"{each.start:07d}.npy" for each in seeds]
+    if len(seeds[-1]) < SHARD and not paths[-1].exists():
+        paths[-1] = folder / f"{seeds[-1].start:07d}-{len(seeds[-1])}.npy"
+    jobs = [(path, each, height, width, device) for path, each in zip(paths, seeds, strict=True)]
     missing = [job for job in jobs if not job[0].exists()]
     if missing:
         started = time.monotonic()
@@ -94,9 +97,9 @@ def open_pool(
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as executor:
             for done, future in enumerate(as_completed([executor.submit(_fill, *job) for job in missing]), 1):
                 future.result()
-                pace = done * SHARD / (time.monotonic() - started)
+                pace = done * len(missing[0][1]) / (time.monotonic() - started)
                 logger.info("rendered %d of %d shards, %.1f scenes/s", done, len(missing), pace)
-    return Pool(tuple(np.load(path, mmap_mode="r") for path in paths))
+    return Pool(tuple(np.load(path, mmap_mode="r")[: len(each)] for path, each in zip(paths, seeds, strict=True)))
 
 
 def render(seeds: Sequence[int], height: int, width: int, device: str = "cpu") -> npt.NDArray[np.void]:
@@ -114,11 +117,11 @@ def _bytes(pixels: npt.NDArray[np.void]) -> Tensor:
     return torch.from_numpy(pixels.view(np.uint8).reshape(*pixels.shape, _PIXEL.itemsize))
 
 
-def _fill(path: Path, first_seed: int, height: int, width: int, device: str = "cpu") -> None:
+def _fill(path: Path, seeds: range, height: int, width: int, device: str = "cpu") -> None:
     if path.exists():
         return
     torch.set_num_threads(1)
-    pixels = render(range(first_seed, first_seed + SHARD), height, width, device)
+    pixels = render(seeds, height, width, device)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("wb") as file:
         np.save(file, pixels)

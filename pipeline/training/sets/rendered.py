@@ -31,7 +31,7 @@ class SceneOptions(SetOptions):
 
     kind: Literal["scenes"] = "scenes"
     path: Path = Path(".cache/scenes")
-    scenes: int = Field(gt=0, multiple_of=SHARD)
+    scenes: int = Field(gt=0)
     first: int = Field(default=0, ge=0, multiple_of=SHARD)
     height: int = Field(default=144, gt=0)
     width: int = Field(default=192, gt=0)

@@ -63,12 +63,11 @@ def test_a_batch_is_made_on_the_gpu(small_pool: pool.Pool) -> None:
     assert (ours.rgb.cpu() - theirs.rgb).abs().mean() < 0.02
 
 
-def test_a_shard_is_rendered_once_and_left_no_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "SHARD", 3)
+def test_a_shard_is_rendered_once_and_left_no_pieces(tmp_path: Path) -> None:
     path = tmp_path / "0000006.npy"
-    pool._fill(path, 6, H, W)
+    pool._fill(path, range(6, 9), H, W)
     written = path.stat().st_mtime_ns
-    pool._fill(path, 6, H, W)
+    pool._fill(path, range(6, 9), H, W)
     assert path.stat().st_mtime_ns == written
     assert list(tmp_path.iterdir()) == [path]
     assert np.array_equal(np.load(path), pool.render(range(6, 9), H, W))

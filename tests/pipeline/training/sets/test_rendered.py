@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,20 @@ def test_truth_is_the_renderers(config: SceneOptions, seed: int) -> None:
     mask = rendered.mask
     torch.testing.assert_close(depth.target[:, 0][mask], rendered.depth[mask], rtol=1e-3, atol=0)
     assert (normals.target - rendered.normals).abs().max() < 0.01
+
+
+def test_no_more_scenes_are_rendered_than_asked_for(
+    scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    few = SceneOptions(path=tmp_path, scenes=2, height=H, width=W)
+    new = open_set(few, "depth")
+    (file,) = tmp_path.rglob("*.npy")
+    assert np.load(file).shape == (2, H, W)
+    of_a_full_shard = open_set(few.model_copy(update={"path": scene_pool}), "depth")
+    assert len(list(scene_pool.rglob("*.npy"))) == 1
+    assert len(new) == len(of_a_full_shard) == 2
+    assert all(torch.equal(new.read(i).target, of_a_full_shard.read(i).target) for i in range(2))
 
 
 def test_a_scene_of_sky_alone_and_one_with_nan(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_entries_of_a_configuration() -> None:
         ({"kind": "hypersim", "path": "x", "ratio": 0}, "greater than 0"),
         ({"kind": "hypersim", "path": "x", "ratio": float("inf")}, "finite"),
         ({"kind": "vkitti2", "path": "x", "conditions": ["snow"]}, "'clone'"),
-        ({"kind": "scenes", "scenes": 150}, "multiple of 100"),
+        ({"kind": "scenes", "scenes": 100, "first": 150}, "multiple of 100"),
         ({"kind": "store", "path": "x"}, "height"),
     ],
 )
