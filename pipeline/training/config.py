@@ -52,10 +52,11 @@ class TrainConfig(_Strict):
         held_out: Where the pictures come from that are drawn and scored every `picture_steps`, which must not be
             trained on; left out, none are.
         held_out_pictures: How many of them.
-        noise: What stands in the noisy latent's place in `end_to_end`, as it will in labelling.
+        noise: What stands in the noisy latent's place in the single step: of `end_to_end`, and when held-out pictures
+            are scored. The checkpoint does not say it: labelling has to be told the same (`--noise`).
         noise_discount: Strength of the multi-resolution noise of `diffusion`, annealed to none at t = 0; 0 is gaussian.
-        anchor: Weight of the plain difference to depth normalised to [-1, 1], beside the paper's affine-invariant loss,
-            which does not mind depth running backwards; for starts that never saw depth.
+        anchor: Weight of the plain difference to depth normalised to [-1, 1], beside the paper's affine-invariant loss
+            (`end_to_end`, depth), which does not mind depth running backwards; for starts that never saw depth.
         slopes: Weight of the difference of slopes to that same target: for edges, sooner.
         relative: Weight of the affine-invariant loss once more, each pixel's part divided by its depth.
         steps: Optimizer steps.
@@ -120,4 +121,18 @@ class TrainConfig(_Strict):
                 f"batch_size is {self.batch_size}; an autoencoder needs 2 at least: every other picture of a "
                 "micro-batch is shown to it as depth or normals"
             )
+        if self.augment.smallest_cut < 1 and self.augment.height is None:
+            raise ValueError("augment: smallest_cut is of pieces, and none are cut out; give height and width, too")
+        of_depth = self.objective == "end_to_end" and self.modality == "depth"
+        heeded = {
+            "noise": self.objective in ("diffusion", "end_to_end"),
+            "noise_discount": self.objective == "diffusion",
+            **dict.fromkeys(("anchor", "slopes", "relative"), of_depth),
+        }
+        for key, is_heeded in heeded.items():
+            if not is_heeded and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)}, which changes nothing for objective {self.objective} of "
+                    f"{self.modality}: leave it out"
+                )
         return self

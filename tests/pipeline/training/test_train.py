@@ -336,6 +336,22 @@ def test_an_autoencoder_that_would_never_see_depth_is_refused(scene_pool):
     assert config(scene_pool, batch_size=1).batch_size == 1
 
 
+@pytest.mark.parametrize(
+    "ignored",
+    [
+        {"anchor": 0.5, "modality": "normals"},
+        {"relative": 1, "objective": "diffusion"},
+        {"noise": "gaussian", "objective": "generative"},
+        {"noise_discount": 0.5},
+        {"augment": {"smallest_cut": 0.5}},
+    ],
+    ids=lambda ignored: next(iter(ignored)),
+)
+def test_an_option_that_the_objective_does_not_heed_is_refused(scene_pool, ignored):
+    with pytest.raises(ConfigError, match=rf"{next(iter(ignored))}: .*give height|{next(iter(ignored))} is .*leave it"):
+        config(scene_pool, **ignored)
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_twice_the_accumulation(scene_pool, tmp_path):
     (damaged,) = scene_pool.rglob("*.npy")
