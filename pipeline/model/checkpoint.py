@@ -144,6 +144,12 @@ def open_checkpoint(
         )
     if normals_axes is not None:
         description = replace(description, normals_axes=normals_axes)
+    elif modality == "normals" and _may_be_e2e(name, directory, index):
+        _warn(
+            f"checkpoint {name} does not say where its normals point, taken to be {description.normals_axes}; E2E-FT's "
+            f"trainer saves such ones, and theirs are left-up-towards: --normals-axes or a {DESCRIPTION_FILE} in it "
+            "says so"
+        )
     axes_signs(description.normals_axes)
     joint = _parts(directory) == _JOINT_PARTS
     if domain is not None and not joint:
@@ -261,14 +267,23 @@ def _hash(directory: Path, files: list[Path]) -> str:
     return total.hexdigest()
 
 
+def _may_be_e2e(name: str, directory: Path, index: dict[str, Any]) -> bool:
+    """Whether an estimator lies here as Stable Diffusion, as E2E-FT's trainer saves it, and nothing describes it."""
+    if (directory / DESCRIPTION_FILE).is_file() or index.get("_class_name") != "StableDiffusionPipeline":
+        return False
+    estimator = read_json(directory / "unet" / "config.json").get("in_channels") == 8
+    return estimator and _published(name, directory) is None
+
+
 def _describe(name: str, directory: Path, index: dict[str, Any]) -> Description:
+    full_z_range = bool(index.get("use_full_z_range", True))
     if not (directory / DESCRIPTION_FILE).is_file() and (published := _published(name, directory)):
-        return published
+        return replace(published, full_z_range=full_z_range)
     declared = index.get("prediction_type")
     description = replace(
         _JOINT if _parts(directory) == _JOINT_PARTS else Description(),
         modality=declared if declared in ("depth", "normals") else None,
-        full_z_range=bool(index.get("use_full_z_range", True)),
+        full_z_range=full_z_range,
     )
     if not (directory / DESCRIPTION_FILE).is_file():
         return description
@@ -296,21 +311,17 @@ def _published(name: str, directory: Path) -> Description | None:
             return description
         if "e2e-ft" in known and directory.name == known.split("/")[1]:
             if description.modality == "normals":
-                _warn_of_axes(name, known, description.normals_axes)
+                _warn(
+                    f"checkpoint {name} is taken for a copy of {known} by its directory's name: normals have axes "
+                    f"{description.normals_axes}; --normals-axes or a {DESCRIPTION_FILE} in it says otherwise"
+                )
             return description
     return None
 
 
 @cache  # a run opens its checkpoints several times
-def _warn_of_axes(name: str, known: str, axes: str) -> None:
-    log.warning(
-        "checkpoint %s is taken for a copy of %s by its directory's name: normals have axes %s; --normals-axes or a %s "
-        "in it says otherwise",
-        name,
-        known,
-        axes,
-        DESCRIPTION_FILE,
-    )
+def _warn(message: str) -> None:
+    log.warning("%s", message)
 
 
 def read_json(path: Path) -> dict[str, Any]:

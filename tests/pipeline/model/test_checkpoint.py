@@ -219,6 +219,27 @@ def test_a_copy_of_a_published_checkpoint_has_its_axes(checkpoints, tmp_path, ca
     assert open_checkpoint(str(directory), "normals").description.normals_axes == "right-up-towards"
 
 
+def test_a_published_checkpoints_range_of_z_is_its_index(checkpoints, tmp_path):
+    name = "models--prs-eth--marigold-normals-v0-1/snapshots/0123abcd"
+    directory = shutil.copytree(checkpoints / "normals", tmp_path / name)
+    (directory / "depthmill.json").unlink()
+    assert open_checkpoint(str(directory), "normals").description.full_z_range
+    edit_json(directory / "model_index.json", use_full_z_range=False)
+    assert not open_checkpoint(str(directory), "normals").description.full_z_range
+
+
+def test_axes_of_what_the_papers_trainer_saved_are_asked_for(checkpoints, tmp_path, caplog):
+    directory = shutil.copytree(checkpoints / "normals", tmp_path / "mine")
+    edit_json(directory / "model_index.json", _class_name="StableDiffusionPipeline", prediction_type=None)
+    for options in ({}, {"normals_axes": "left-up-towards"}):  # with its depthmill.json, and told
+        open_checkpoint(str(directory), "normals", **options)
+        assert not caplog.records
+        (directory / "depthmill.json").unlink(missing_ok=True)
+    assert open_checkpoint(str(directory), "normals").description.normals_axes == "right-up-towards"
+    assert "taken to be right-up-towards" in caplog.text
+    assert "--normals-axes" in caplog.text
+
+
 @pytest.mark.parametrize("copy", ["marigold-normals", "marigold-normals-v1-1"])
 def test_a_name_that_others_may_have_says_nothing_of_the_axes(checkpoints, tmp_path, copy):
     directory = shutil.copytree(checkpoints / "normals", tmp_path / copy)
