@@ -31,6 +31,7 @@ import yaml
 
 from depthmill.pipeline.bench.timing import Spent, interleave, ratio, typical
 from depthmill.pipeline.evaluation.metrics import angles_deg, depth_metrics, fit_affine
+from depthmill.pipeline.model.backend import pick_device, pick_dtype
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.training import scenes
 from depthmill.pipeline.training.raycast import DEPTH_RANGE_M, Views
@@ -221,11 +222,12 @@ def report(paper: Paper, seconds: Mapping[str, float]) -> str:
             reference = reference or found
         return [f"| {' | '.join(line)} |" for line in lines]
 
+    dtype = str(pick_dtype("auto", pick_device("auto"))).removeprefix("torch.")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     about = f"""\
 `make paper`, finished {datetime.now(UTC):%Y-%m-%d}: {os.cpu_count()} CPU cores of {platform.machine()}{gpu}, torch {torch.__version__}.
-Trained from nothing on rendered scenes (version {scenes.VERSION}) of {s["width"]} x {s["height"]}, scored on {s["held_out"]} others through `Labeler`. One
-seed. AbsRel and δ1 are after affine alignment to metric depth and clipping to the depths that scenes may have. Figures
+Trained from nothing on rendered scenes (version {scenes.VERSION}) of {s["width"]} x {s["height"]}, scored on {s["held_out"]} others through `Labeler`
+in {dtype}. One seed. AbsRel and δ1 are after affine alignment to metric depth and clipping to the depths that scenes may have. Figures
 are means over scenes; in brackets, the mean difference from the table's first row, scene by scene, ± its standard error
 over scenes (not over trainings). Times are medians of {ROUNDS} rounds in which all ways labelled {TIMED} pictures in turn, on a
 shared machine. What starts from noise runs the network as it is, the single step from zeros with its constants folded
