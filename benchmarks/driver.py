@@ -154,13 +154,14 @@ class _ProbingPool:
         self._answered.append(Event(len(self._kinds) - 1, "null"))
         return len(self._kinds) - 1
 
-    def call(self, worker: int, method: str, argument: object, *following: object) -> None:
+    def call(self, worker: int, method: str, *arguments: object) -> None:
+        argument = arguments[0] if arguments else None
         if method == "probe":
             self._futures[worker] = self._processes.submit(_probe, argument)
         elif method == "label":
             self._answered.append(Event(worker, Report(argument.segment, argument.segment.frames, 0, 0.0)))
-        else:  # `try_task`
-            self._answered.append(Event(worker, argument.frames))
+        else:  # a check
+            self._answered.append(Event(worker, 1))
 
     def wait(self, timeout_s: float) -> list[Event]:
         from concurrent.futures import FIRST_COMPLETED, wait
@@ -240,7 +241,7 @@ def simulate(gpus: int, frame_s: float, hours: float, call_s: float) -> str:
     def behave(pool, worker, method, argument):
         if method == "probe":
             return 1.0, _planned(argument, shard)
-        if method == "try_task":
+        if method != "label":
             return frame_s * argument.frames, argument.frames
         took = mean_s * chance.lognormvariate(-SIGMA * SIGMA / 2, SIGMA)
         return took, Report(argument.segment, SEGMENT, 0, 0.0)

@@ -20,6 +20,10 @@ class MissingError(SourceError):
     """A file that is not there: asking again will not change that."""
 
 
+class SourceChangedError(SourceError):
+    """An input that is another one than it was when it was probed."""
+
+
 class CheckpointError(DepthmillError):
     """A checkpoint that is missing, incomplete, unsafe, or of another architecture."""
 

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 
+import numpy as np
 import torch
 
 from depthmill.pipeline.config import LabelConfig
@@ -225,6 +226,13 @@ class Worker:
             return self._thread.submit(try_segment, source, task.segment, self._labeler, on_frames).result()
         finally:
             self._state = WorkerState("idle")
+
+    def try_noise(self) -> int:
+        """Label a small picture of noise, to see whether the device can do anything; 1 if the answer is a number."""
+        noise = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+        labels = self._thread.submit(self._labeler, noise).result()
+        answers = [one for one in (labels.depth, labels.normals) if one is not None]
+        return int(all(np.isfinite(one).any() and one.any() for one in answers))
 
     def state(self) -> WorkerState:
         """What it is doing now; may be called from another thread."""

@@ -2,7 +2,7 @@
 
 A worker that cannot do those is at fault: a mount is away, credentials have expired, its GPU is in an error that lasts.
 It would fail at all that is left in no time, so it is given nothing else until it can, and what it failed at is not
-held against the segments.
+held against the segments. Before anything was labelled it tries a picture of noise, which tells of its device alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from depthmill.pipeline.errors import DepthmillError, RunStoppedError
+from depthmill.pipeline.errors import (
+    DepthmillError,
+    RunStoppedError,
+    SourceChangedError,
+    SourceError,
+    StoreError,
+)
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Report
 from depthmill.workers.crew import Crew, Running
@@ -20,10 +26,10 @@ from depthmill.workers.pool import Event
 
 _CHECK_FRAMES = 4
 _LONGEST_REST_S = 32.0  # the first is of a second, each other twice as long
-_REPLACED_AFTER = 3  # checks in vain; at once, if others work on: it is not the inputs then
-_HOPELESS_AFTER = 8  # the same; after a minute and a half
-_FEWEST_GIVEN_UP = 5  # segments
-_MAKE_UP = 4  # segments labelled, for one given up
+_REPLACED_AFTER = 3  # checks in vain, of the device; at once, if others work on
+_HOPELESS_AFTER = 8  # checks in vain; after a minute and a half
+_UNPROVEN = 2  # workers that never did anything, and are replaced before anything was labelled
+PATIENCE_S = 95.0  # in which nobody does anything, until a run ends for it
 
 
 Held = tuple[Running, Event]  # what a worker did, and how that ended
@@ -31,17 +37,17 @@ Held = tuple[Running, Event]  # what a worker did, and how that ended
 
 @dataclass(frozen=True)
 class Check:
-    """Frames that were labelled before, to be tried by a worker in doubt."""
+    """Frames that were labelled before, to be tried by a worker in doubt; noise, if there are none."""
 
-    task: Task
+    task: Task | None
 
     @property
     def frames(self) -> int:
         """Number of frames in it."""
-        return self.task.frames
+        return self.task.frames if self.task else 1
 
     def __str__(self) -> str:
-        return f"trying {self.task} again"
+        return f"trying {self.task} again" if self.task else "trying noise"
 
 
 @dataclass
@@ -52,6 +58,7 @@ class _Failing:
         since_s: When that was.
         failures: How often it has failed.
         in_doubt: Whether it is to be checked before it is given anything else.
+        writes: Whether it is to go on, when it has rested, without a check, which writes nothing.
         held: What it failed at last, which is judged when it has been checked.
         faults: Checks in vain.
         rests_until_s: When it is to be checked again.
@@ -60,6 +67,7 @@ class _Failing:
     since_s: float
     failures: int = 0
     in_doubt: bool = False
+    writes: bool = False
     held: Held | None = None
     faults: int = 0
     rests_until_s: float = 0.0
@@ -84,8 +92,9 @@ class Doubts:
         self.sample: Task | None = None
         self._whole: Task  # of which the sample is the beginning
         self._able: set[int] = set()  # those that have ever done something
+        self._unproven = _UNPROVEN
         self._failing: dict[int, _Failing] = {}
-        self._did_s = float("-inf")  # when somebody did something last
+        self._did_s = self._came_s = float("-inf")  # when somebody did something last; when somebody came
 
     @property
     def workers(self) -> list[int]:
@@ -101,8 +110,9 @@ class Doubts:
             self.sample, self._whole = Task(task.uri, task.fingerprint, few), task
 
     def came(self, worker: int) -> None:
-        """A worker has loaded: where others have labelled something, it does so too before it is trusted."""
-        if self.sample is not None:
+        """A worker has loaded: where others have done something, or died, it is checked before it is trusted."""
+        self._came_s = self._crew.now_s
+        if self.sample is not None or self._crew.deaths:
             self._failing[worker] = _Failing(self._crew.now_s, in_doubt=True)
 
     def did(self, worker: int) -> Held | None:
@@ -128,24 +138,36 @@ class Doubts:
             failing.in_doubt, failing.held = True, (running, event)
         return failing.in_doubt
 
-    def check(self, limits: Callable[[Task], Limits]) -> list[Held]:
-        """Have workers in doubt try the sample; `limits` says how long a task may take.
+    def cannot_write(self, event: Event) -> None:
+        """A worker could not write to the store: it rests, and goes on with whatever comes next.
 
-        They have the time of the whole segment: it is the first that a new worker does, and that takes longer.
-
-        Returns:
-            What is judged without: it was held, but nothing was labelled before, and nobody is at work who could.
+        Raises:
+            RunStoppedError: If no worker can do anything any more.
         """
-        idle = [worker for worker in self.workers if worker in self._crew.idle]
-        if self.sample is not None:
-            for worker in idle:
-                if self._crew.now_s >= self._failing[worker].rests_until_s:
-                    self._crew.call(worker, Check(self.sample), limits(self._whole), "try_task", self.sample)
-        elif not any(isinstance(running.item, Task) for running in self._crew.running.values()):
-            return [held for worker in idle if (held := self.left(worker)) is not None]
-        return []
+        failing = self._failing.setdefault(event.worker, _Failing(self._crew.now_s))
+        failing.in_doubt = failing.writes = True
+        self._in_vain(event.worker, f"a worker cannot write ({words_of(event)})", event, device=False)
 
-    def checked(self, event: Event) -> tuple[Held | None, bool]:
+    def check(self, limits: Callable[[Task], Limits], to_open: Limits) -> None:
+        """Have workers in doubt try the sample; noise, if there is none, and nobody is at work who could label one.
+
+        Args:
+            limits: How long a task may take. Workers have the time of the whole segment: it is the first that a new one
+                does, and that takes longer.
+            to_open: How long noise may take.
+        """
+        for worker in [worker for worker in self.workers if worker in self._crew.idle]:
+            failing = self._failing[worker]
+            if self._crew.now_s < failing.rests_until_s:
+                continue
+            if failing.writes:
+                failing.in_doubt = failing.writes = False
+            elif self.sample is not None:
+                self._crew.call(worker, Check(self.sample), limits(self._whole), "try_task", self.sample)
+            elif not any(isinstance(running.item, Task) for running in self._crew.running.values()):
+                self._crew.call(worker, Check(None), to_open, "try_noise")
+
+    def checked(self, check: Check, event: Event) -> tuple[Held | None, bool]:
         """Take the outcome of a check.
 
         Returns:
@@ -156,88 +178,52 @@ class Doubts:
         Raises:
             RunStoppedError: If no worker can do anything any more.
         """
-        worker, now_s = event.worker, self._crew.now_s
+        worker, cause = event.worker, cause_of(event.error)
         if event.error is None and event.answer:
-            return self.did(worker), True
+            self._able.add(worker)
+            return (self.did(worker) if check.task else self.left(worker)), True
+        if isinstance(cause, SourceChangedError) and check.task == self.sample:
+            self.sample = None  # it tells nothing any more
+            return None, False
         failing = self._failing[worker]
+        held, failing.held = failing.held, None
+        if event.died:
+            self.left(worker)
+        else:
+            silent = "none of the frames can be read" if check.task else "its answer is no number"
+            why = words_of(event) if event.error is not None else silent
+            known = "what was labelled before" if check.task else "anything"
+            device = not isinstance(cause, SourceError | StoreError) and not (check.task and event.error is None)
+            self._in_vain(worker, f"a worker can no longer label {known} ({why})", event, device=device)
+        outside = held is None or event.lost or isinstance(cause_of(held[1].error), DepthmillError)
+        return held, failing.failures == 1 and not outside
+
+    def _in_vain(self, worker: int, at_fault: str, event: Event, *, device: bool) -> None:
+        """A worker could do nothing: it rests or, if others can or it is its device, is replaced."""
+        failing, now_s = self._failing[worker], self._crew.now_s
         failing.rests_until_s = now_s + min(2.0**failing.faults, _LONGEST_REST_S)
         failing.faults += 1
-        held, failing.held = failing.held, None
-        why = words_of(event) if event.error is not None else "none of the frames can be read"
-        at_fault = f"a worker can no longer label what was labelled before ({why})"
         others_do = self._did_s > failing.since_s
-        # Only one that did well before, lest its machine is bad: then another would do no better.
-        if self._replace and worker in self._able and (others_do or failing.faults > _REPLACED_AFTER):
+        if self._replace and (others_do or (device and failing.faults > _REPLACED_AFTER)) and self._may_replace(worker):
             self._say(f"{at_fault}: it is replaced")
             self._crew.dismiss(worker)
             self.left(worker)
-        elif all(self._hopeless(one) for one in self._crew.labelers - self._crew.loading):
+        elif now_s - max(self._did_s, self._came_s) > PATIENCE_S and all(
+            self._hopeless(one) for one in self._crew.labelers - self._crew.loading
+        ):
             raise RunStoppedError(
-                f"no worker can label any more what was labelled before ({why}); expected inputs, credentials and "
-                "devices to be as they were: see to them, and run the same command again; what is committed stays"
+                f"no worker can go on: {at_fault}; expected inputs, credentials and devices to be as they were: see to "
+                "them, and run the same command again; what is committed stays"
             ) from event.error
         else:
             self._say(f"{at_fault}: it is given nothing else until it can")
-        outside = held is None or isinstance(cause_of(held[1].error), DepthmillError)
-        return held, failing.failures == 1 and not outside
+
+    def _may_replace(self, worker: int) -> bool:
+        """Whether another would do better: if this one did well before, else its machine may be bad."""
+        if worker in self._able:
+            return True
+        self._unproven -= self.sample is None
+        return self.sample is None and self._unproven >= 0
 
     def _hopeless(self, worker: int) -> bool:
         return worker in self._failing and self._failing[worker].faults >= _HOPELESS_AFTER
-
-
-class GivenUp:
-    """Segments that are to be committed as failed, once several others were labelled for each.
-
-    If not, it is hardly their fault: what a run has probed can nearly always be read.
-    """
-
-    def __init__(self) -> None:
-        """None yet."""
-        self._tasks: list[tuple[Task, str]] = []
-        self._to_make_up = 0  # segments to be labelled
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def add(self, task: Task, why: str, workers: int, labelled: bool) -> list[tuple[Task, str]]:
-        """Add a segment, and why; those that are to be committed now.
-
-        Args:
-            task: The segment.
-            why: It failed.
-            workers: Those that are ready.
-            labelled: Whether anything was labelled in this run.
-
-        Raises:
-            RunStoppedError: If there are many, of different sources.
-        """
-        self._tasks.append((task, why))
-        self._to_make_up += _MAKE_UP
-        if self._to_make_up < _MAKE_UP * max(_FEWEST_GIVEN_UP, 2 * workers):
-            return []
-        if len({task.uri for task, _ in self._tasks}) > 1:
-            raise self._stopped()
-        return self.take() if labelled else []
-
-    def labelled(self) -> list[tuple[Task, str]]:
-        """A segment was labelled; those that are to be committed now."""
-        self._to_make_up = max(0, self._to_make_up - 1)
-        return [] if self._to_make_up else self.take()
-
-    def take(self, labelled: bool = True) -> list[tuple[Task, str]]:
-        """All of them, which are forgotten; `labelled` as above.
-
-        Raises:
-            RunStoppedError: If there are many, and nothing was labelled in this run.
-        """
-        if not labelled and len(self) >= _FEWEST_GIVEN_UP:
-            raise self._stopped()
-        tasks, self._tasks, self._to_make_up = self._tasks, [], 0
-        return tasks
-
-    def _stopped(self) -> RunStoppedError:
-        return RunStoppedError(
-            f"{len(self)} segments failed, and few were labelled meanwhile; the last: {self._tasks[-1][1]}. That is "
-            "hardly the fault of each; expected inputs, credentials and devices to be as they were: see to them, and "
-            "run the same command again; what is committed stays, and these segments are not committed as failed"
-        )

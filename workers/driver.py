@@ -12,7 +12,6 @@ A worker that went with its machine counts against no segment, nor do failures t
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
@@ -21,19 +20,24 @@ from depthmill.pipeline.errors import (
     ConfigError,
     DepthmillError,
     RunStoppedError,
+    SourceChangedError,
+    StoreError,
     StoreFullError,
+    StoreMismatchError,
 )
 from depthmill.pipeline.plan import Planned, Task
 from depthmill.pipeline.types import Report, Segment
 from depthmill.workers.backlog import Backlog, Probe
 from depthmill.workers.crew import Crew, Running
-from depthmill.workers.doubts import Check, Doubts, GivenUp
+from depthmill.workers.doubts import Check, Doubts
+from depthmill.workers.given_up import GivenUp, Suspect
 from depthmill.workers.inputs import Inputs
-from depthmill.workers.inquest import Inquest, Trial, after, cause_of, excused, hear, open_inquest, reason, words_of
+from depthmill.workers.inquest import Searches, Trial, after, cause_of, words_of
+from depthmill.workers.loading import Loading
 from depthmill.workers.pace import Limits, Pace
 from depthmill.workers.pool import Event, Pool
 from depthmill.workers.standing import Standing
-from depthmill.workers.terms import Calls, Options
+from depthmill.workers.terms import Calls, Options, Root
 
 _POLL_S = 0.5
 _SHOW_EVERY_S = 0.2
@@ -70,7 +74,7 @@ class Driver:
         self.inputs = Inputs(uris, options.attempts)
         self.stopped = False
         self._backlog = Backlog()
-        self._trials: deque[Trial] = deque()
+        self._searches = Searches(options.attempts)
         self._open = 0  # segments that are planned and not committed
         self.ids: set[str] = set()
         self._at: dict[Segment, set[int]] = {}  # who labels a segment: two of them where one straggles
@@ -79,12 +83,12 @@ class Driver:
         self._doubts = Doubts(self._crew, self._say_once, replace=options.workers != 0)
         self._given_up = GivenUp()
         self._said: set[str] = set()
-        self._unpublished: list[str] = []
-        self._published = 0
+        self._root = Root(calls.publish)
         self._pace = Pace(options.frame_limit_s, options.least_limit_s)
         self._probe_s: dict[str, float] = {}  # source -> what probing it took
         self._backends: set[str] = set()  # how workers use their devices, by their own account
-        self._load_failures = 0  # since one could
+        self._loading = Loading(self._crew, self._say_once, lambda: options.attempts * self._most_labelers)
+        self._dropped: set[str] = set()  # sources that changed
         self._shown_s = self._looked_s = float("-inf")
         self._happened_s = self._crew.now_s
         for source in planned:
@@ -108,15 +112,16 @@ class Driver:
                 for event in self._crew.wait(_POLL_S):
                     self._take(event)
                 self._look()
-            self._publish(everything=True)
+            self._root.publish()
         except BaseException as error:
             with suppress(Exception):  # what stopped the run matters more
-                self._publish(everything=True)
-            if not isinstance(error, StoreFullError):
+                self._root.publish()
+            if not isinstance(error, StoreError) or isinstance(error, StoreMismatchError):
                 raise
+            remedy = "make room" if isinstance(error, StoreFullError) else "see to the store"
             raise RunStoppedError(
                 f"{error}\nThe run was stopped with {self.standing.left_to_label(self.inputs.left)}. "
-                "What is committed stays: make room, then run the same command again to go on from there"
+                f"What is committed stays: {remedy}, then run the same command again to go on from there"
             ) from error
         finally:
             self._show()
@@ -126,9 +131,10 @@ class Driver:
         crew = self._crew
         for _ in range(min(self._probers, self.inputs.unprobed) - len(crew.probers)):
             crew.hire("prober")
-        work = len(self._backlog) + len(self._trials) - len(self._able) - len(crew.loading)
-        if work > 0 and (self._load_failures < self._most_load_failures or not crew.labelers):
-            for _ in range(min(self._most_labelers - len(crew.labelers), work)):
+        work = len(self._backlog) + len(self._searches) - len(self._able) - len(crew.loading)
+        if work > 0 and not self._loading.pauses:
+            wanted = work + self._loading.failures  # more, lest the only one comes to a bad machine again
+            for _ in range(min(self._most_labelers - len(crew.labelers), wanted)):
                 crew.hire("labeler")
 
     @property
@@ -142,28 +148,22 @@ class Driver:
         return self._options.workers or self._crew.room()
 
     @property
-    def _most_load_failures(self) -> int:
-        return self._options.attempts * self._most_labelers
-
-    @property
     def _probers(self) -> int:
         return max(self._options.probers, self._crew.ready // _LABELERS_A_PROBER)
 
     def _assign(self) -> None:
         """Give idle workers something to do."""
         crew = self._crew
-        while crew.idle_probers and (probe := self.inputs.take()) is not None:
+        while crew.idle_probers and (probe := self.inputs.take(crew.now_s)) is not None:
             crew.call(crew.idle_probers.pop(), probe, self._pace.to_open(), "probe", probe.uri)
             self.inputs.read(_AHEAD * self._probers)
         if not self.inputs.left:
             crew.dismiss_idle_probers()
-        for running, event in self._doubts.check(self._limits):
-            self._outcome(running, event)
+        self._doubts.check(self._limits, self._pace.to_open())
         alone = crew.ready - len(self._doubts.workers) == 1
         for worker in self._able:
             task = self._next.pop(worker, None)
-            if task is None and self._trials:
-                trial = self._trials.popleft()
+            if task is None and (trial := self._searches.take()):
                 crew.call(worker, trial, self._limits(trial.task), "try_task", trial.task)
                 continue
             if task is None:
@@ -223,7 +223,7 @@ class Driver:
         running = self._crew.ended(event)
         if event.died:
             self._release(worker)
-            if (held := self._doubts.left(worker)) is not None:
+            if (running is None or not isinstance(running.item, Check)) and (held := self._doubts.left(worker)):
                 self._put_back(*held)
         if running is None or worker in self._void:
             self._void.discard(worker)
@@ -233,12 +233,16 @@ class Driver:
         match running.item:
             case Probe() as probe:
                 self._probed(probe, running, event)
-            case Check() if not event.died:
-                self._checked(event)
-            case None | Check():
-                self._loaded(event, cause, prober)
+            case Check() as check:
+                self._checked(check, event)
+            case None:
+                self._loaded(event, prober)
             case _ if isinstance(cause, StoreFullError | ConfigError | CheckpointError):  # so would every other worker
                 raise cause
+            case _ if isinstance(cause, StoreError):
+                self._put_back(running, event)
+                self._release(worker)
+                self._doubts.cannot_write(event)
             case item if event.error is None:
                 self._doubts.did(worker)
                 self._outcome(running, event)
@@ -256,37 +260,33 @@ class Driver:
         else:
             self._labelled(running.item, running, event)
 
-    def _loaded(self, event: Event, cause: BaseException | None, prober: bool) -> None:
-        if event.error is None:
-            self.standing.device = self.standing.device or event.answer
-            if not prober:
-                self._backends.add(event.answer)
-                self._doubts.came(event.worker)
-            if not self._doubts.sample:
-                self._load_failures = 0
+    def _loaded(self, event: Event, prober: bool) -> None:
+        if event.error is not None:
+            needed = prober or not (self._crew.ready or self._crew.loading)
+            self._loading.failed(event, "loading the model", needed)
             return
-        needed = prober or not self._crew.ready  # else others work on: it may be one machine of many that is at fault
-        if needed and not event.died:
-            raise cause or event.error
-        self._load_failures += not event.lost
-        if self._load_failures < self._most_load_failures:
-            return
-        said = f"workers failed {self._load_failures} times while loading the model ({reason(event.error)})"
-        if needed:
-            raise RunStoppedError(f"{said}; is there memory for so many of them? Try fewer --workers") from event.error
-        if self._load_failures == self._most_load_failures:
-            self._calls.say(f"{said}: no more are asked for while the others work on")
+        self.standing.device = self.standing.device or event.answer
+        if not prober:
+            self._backends.add(event.answer)
+            self._loading.loaded()
+            self._doubts.came(event.worker)
+        if event.worker not in self._doubts.workers:
+            self._loading.trusted()
 
-    def _checked(self, event: Event) -> None:
-        self._load_failures = 0
-        held, counts = self._doubts.checked(event)
+    def _checked(self, check: Check, event: Event) -> None:
+        held, counts = self._doubts.checked(check, event)
         if held is not None:
             (self._outcome if counts else self._put_back)(*held)
+        if event.died:
+            doing = f"trying again {'what was labelled before' if check.task else 'to label anything'}"
+            self._loading.failed(event, doing, needed=self._crew.ready == len(self._doubts.workers))
+        elif event.error is None and event.answer:
+            self._loading.trusted()
 
     def _put_back(self, running: Running, event: Event) -> None:
         """What a worker failed at that is at fault, or gone, is as it was before."""
         if isinstance(running.item, Trial):
-            self._trials.appendleft(running.item)
+            self._searches.again(running.item)
         elif not self._leave(running.item, event.worker):
             self._backlog.again(running.item, event.worker)
 
@@ -295,12 +295,12 @@ class Driver:
 
     def _probed(self, probe: Probe, running: Running, event: Event) -> None:
         if event.error is None:
-            self.inputs.probed()
-            self._probe_s[event.answer.id] = self._crew.now_s - running.since_s
+            took_s = self._crew.now_s - running.since_s
+            self.inputs.probed(probe, took_s)
+            self._probe_s[event.answer.id] = took_s
             self._plan(event.answer)
-        elif (why := self.inputs.failed(probe, event)) is not None:
-            self.standing.count_reason(why, 1)
-            self._calls.say(f"left out: {why}")
+        else:
+            self.inputs.failed(probe, event, self._crew.now_s)
 
     def _plan(self, source: Planned) -> None:
         if source.id in self.ids:  # one input, named twice in two ways
@@ -309,15 +309,7 @@ class Driver:
         self._backlog.add(source)
         self._open += source.segments
         self.standing.planned(source)
-        self._unpublished.append(source.id)
-        self._publish()
-
-    def _publish(self, everything: bool = False) -> None:
-        """Write the store's root seldom enough that its size does not matter: when it has grown by half."""
-        if self._unpublished and (everything or len(self._unpublished) > self._published // 2):
-            self._calls.publish(self._unpublished)
-            self._published += len(self._unpublished)
-            self._unpublished = []
+        self._root.add(source.id)
 
     def _labelled(self, task: Task, running: Running, event: Event) -> None:
         others = self._leave(task, event.worker)
@@ -327,40 +319,47 @@ class Driver:
             return
         self._at.pop(task.segment, None)
         self._void |= others  # what they write is the same: see `_left_over`
-        self._pace.add(task.frames, self._crew.now_s - running.since_s)
+        self._pace.add(event.answer.labelled, self._crew.now_s - running.since_s)
         self._doubts.committed(task, event.answer)
         self._committed(event.answer)
         if event.answer.labelled:
-            self._fail(self._given_up.labelled())
+            self._judge(self._given_up.labelled())
 
     def _failed(self, task: Task, event: Event) -> None:
-        tried, why = after(task, event), words_of(event)
+        tried, why, cause = after(task, event), words_of(event), cause_of(event.error)
         self.standing.retries += 1
-        if tried.attempts < self._options.attempts:
+        if task.segment.source_id in self._dropped:
+            self._open -= 1
+        elif tried.attempts < self._options.attempts:
             self._backlog.again(tried, event.worker)
-        elif task.searched or isinstance(cause_of(event.error), DepthmillError):  # a search finds every frame guilty
-            times = "once" if tried.attempts == 1 else f"{tried.attempts} times"
-            why = f"the segment was tried {times}: {why}"
-            self._fail(self._given_up.add(task, why, self._crew.ready, self.standing.succeeded))
+        elif isinstance(cause, SourceChangedError):
+            self._dropped.add(task.segment.source_id)  # what is committed of it stays
+            self._open -= 1 + self._backlog.drop(task.segment.source_id)
+            self.inputs.leave_out(task.uri, str(cause))
         else:
-            inquest, trials = open_inquest(task, why)
-            self._trials.extendleft(reversed(trials))
-            self._hear(inquest)
+            search = not (task.searched or isinstance(cause, DepthmillError))  # it would find every frame guilty
+            suspect = Suspect(task, why, search)
+            if search and self.standing.succeeded:
+                self._judge([suspect])
+            else:
+                only = len(self.ids) == 1 and not self.inputs.left
+                self._judge(self._given_up.add(suspect, self._crew.ready, self.standing.succeeded, only))
 
-    def _fail(self, tasks: list[tuple[Task, str]]) -> None:
-        for task, why in tasks:
-            self._committed(self._calls.fail(task, why))
+    def _judge(self, suspects: list[Suspect]) -> None:
+        for suspect in suspects:
+            if suspect.search:
+                self._found(self._searches.open(suspect.task, suspect.why))
+            else:
+                times = "once" if self._options.attempts == 1 else f"{self._options.attempts} times"
+                why = f"the segment was tried {times}: {suspect.why}"
+                self._committed(self._calls.fail(suspect.task, why))
 
     def _tried(self, trial: Trial, running: Running, event: Event) -> None:
-        why = None if event.error is None else words_of(event)
-        if why is None:
-            self._pace.add(trial.task.frames, self._crew.now_s - running.since_s)
-        # The newest first: one culprit is found before the next is looked for, and few trials wait at any time.
-        self._trials.extendleft(reversed(hear(trial, why, excused(trial, event), self._options.attempts)))
-        self._hear(trial.inquest)
+        if event.error is None:
+            self._pace.add(event.answer, self._crew.now_s - running.since_s)
+        self._found(self._searches.tried(trial, event))
 
-    def _hear(self, inquest: Inquest) -> None:
-        verdict = inquest.verdict
+    def _found(self, verdict: Task | None) -> None:
         if verdict is not None:
             self._backlog.again(verdict, None)
 
@@ -378,7 +377,10 @@ class Driver:
             for event in self._crew.end_overdue():
                 self._take(event)
         if len(self._given_up) == self._open and not self.inputs.left:  # nothing is left that could succeed
-            self._fail(self._given_up.take(self.standing.succeeded))
+            self._judge(self._given_up.take(self.standing.succeeded))
+        for why in self.inputs.left_out():
+            self.standing.count_reason(why, 1)
+            self._calls.say(f"left out: {why}")
         if now_s - self._shown_s >= _SHOW_EVERY_S:
             self._show()
         if now_s - self._happened_s >= _WATCH_S:

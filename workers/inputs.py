@@ -1,16 +1,31 @@
-"""The inputs of a run, until they are in the store or left out."""
+"""The inputs of a run, until they are in the store or left out.
+
+One that cannot be opened is left out, unless several fail in a row: then one that was opened before is opened again. If
+it cannot be, inputs are away, or the store is: probing rests, and those that failed are tried again afterwards.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
 
-from depthmill.pipeline.errors import DepthmillError, MissingError, SourceError, StoreMismatchError
+from depthmill.pipeline.errors import (
+    DepthmillError,
+    MissingError,
+    RunStoppedError,
+    SourceError,
+    StoreError,
+    StoreMismatchError,
+)
 from depthmill.pipeline.sources import shown
 from depthmill.pipeline.types import Failure
 from depthmill.workers.backlog import Probe
 from depthmill.workers.inquest import after, cause_of, words_of
 from depthmill.workers.pool import Event
+
+_IN_A_ROW = 5
+_LONGEST_REST_S = 32.0  # the first is of a second, each other twice as long
+_HOPELESS_AFTER = 8  # rests; after a minute and a half
 
 
 class Inputs:
@@ -19,7 +34,7 @@ class Inputs:
     Attributes:
         more: Whether there may be some that are not known yet.
         unprobed: Those that are known, and not probed.
-        failures: Those that could not be opened.
+        failures: Those that are left out.
         mismatch: The first of those that changed since they were added to the store.
     """
 
@@ -32,6 +47,11 @@ class Inputs:
         """
         self._uris, self._attempts = iter(uris), attempts
         self._waiting: deque[Probe] = deque()
+        self._suspects: list[tuple[str, str]] = []  # that failed since one was opened, and why
+        self._good: tuple[float, str] | None = None  # what was opened quickest: how long that took, and what it is
+        self._check: Probe | None = None  # of that, under way
+        self._rests, self._rests_until_s = 0, float("-inf")
+        self._news: list[str] = []
         self.more = True
         self.unprobed = 0
         self.failures: list[Failure] = []
@@ -52,33 +72,88 @@ class Inputs:
                 self._waiting.append(Probe(uri))
                 self.unprobed += 1
 
-    def take(self) -> Probe | None:
-        """The next to be probed; None if none is at hand."""
+    def take(self, now_s: float) -> Probe | None:
+        """The next to be probed; None if none is at hand, or all rest."""
+        if self._check is not None or now_s < self._rests_until_s:
+            return None
+        if self._good is not None and len(self._suspects) >= _IN_A_ROW:
+            self._check = Probe(self._good[1])
+            return self._check
         return self._waiting.popleft() if self._waiting else None
 
-    def probed(self) -> None:
-        """One was."""
-        self.unprobed -= 1
+    def left_out(self) -> list[str]:
+        """Why inputs are left out, of those of which that was not told yet."""
+        few = self._good is None or len(self._suspects) < _IN_A_ROW
+        if few and (self._good is None or (not self.more and self.unprobed == len(self._suspects))):
+            self._leave_out_suspects()
+        news, self._news = self._news, []
+        return news
 
-    def failed(self, probe: Probe, event: Event) -> str | None:
-        """One could not be; why it is left out, None if it is tried again.
+    def probed(self, probe: Probe, took_s: float) -> None:
+        """One was."""
+        if probe is not self._check:
+            self.unprobed -= 1
+            self._good = min(self._good or (took_s, probe.uri), (took_s, probe.uri))
+            if len(self._suspects) < _IN_A_ROW:
+                self._leave_out_suspects()
+        elif self._rests:  # what failed meanwhile did so for want of what is there again
+            self._waiting.extend(Probe(uri) for uri, _ in self._suspects)
+            self._suspects = []
+        else:
+            self._leave_out_suspects()
+        if probe is self._check or not self._suspects:
+            self._check, self._rests = None, 0
+
+    def failed(self, probe: Probe, event: Event, now_s: float) -> None:
+        """One could not be.
 
         Raises:
             DepthmillError: If it is not the input's fault.
         """
         cause = cause_of(event.error)
-        why = str(cause)
-        if isinstance(cause, StoreMismatchError):
-            self.mismatch = self.mismatch or cause
-        elif isinstance(cause, DepthmillError) and not isinstance(cause, SourceError):
+        changed = isinstance(cause, StoreMismatchError)
+        if isinstance(cause, DepthmillError) and not isinstance(cause, SourceError | StoreError):
             raise cause
+        if probe is self._check:
+            self._check = None
+            if changed:  # it tells nothing any more
+                self._good = None
+            else:
+                self._rest(event, now_s)
+        elif isinstance(cause, StoreMismatchError):
+            self.mismatch = self.mismatch or cause
+            self.unprobed -= 1
+            self.leave_out(probe.uri, str(cause))
+        elif isinstance(cause, StoreError):
+            self._waiting.append(probe)
+            self._rest(event, now_s)
         else:
             tried = after(probe, event)
             if tried.attempts < self._attempts and not isinstance(cause, MissingError):
                 self._waiting.append(tried)
-                return None
-            if not isinstance(cause, SourceError):
-                why = f"{shown(probe.uri)}: probing it failed {tried.attempts} times: {words_of(event)}"
-        self.unprobed -= 1
-        self.failures.append(Failure(uri=shown(probe.uri), source_id=None, frame=None, reason=why))
-        return why
+                return
+            failed = f"{shown(probe.uri)}: probing it failed {tried.attempts} times: {words_of(event)}"
+            self._suspects.append((probe.uri, str(cause) if isinstance(cause, SourceError) else failed))
+
+    def leave_out(self, uri: str, why: str) -> None:
+        """One is, though it was probed: it is another one since."""
+        self.failures.append(Failure(uri=shown(uri), source_id=None, frame=None, reason=why))
+        self._news.append(why)
+
+    def _rest(self, event: Event, now_s: float) -> None:
+        """Wait for what is away: longer each time, but once for all that failed together."""
+        if now_s < self._rests_until_s:
+            return
+        if self._rests >= _HOPELESS_AFTER:
+            raise RunStoppedError(
+                f"inputs can no longer be opened ({cause_of(event.error)}); expected inputs, store and credentials to "
+                "be as they were: see to them, and run the same command again; what is committed stays"
+            ) from event.error
+        self._rests_until_s = now_s + min(2.0**self._rests, _LONGEST_REST_S)
+        self._rests += 1
+
+    def _leave_out_suspects(self) -> None:
+        suspects, self._suspects = self._suspects, []
+        for uri, why in suspects:
+            self.unprobed -= 1
+            self.leave_out(uri, why)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, log2
@@ -89,22 +90,43 @@ class Trial:
         return Task(whole.uri, whole.fingerprint, segment)
 
 
-def open_inquest(task: Task, why: str) -> tuple[Inquest, list[Trial]]:
-    """Begin the search in a segment that has failed as a whole.
+class Searches:
+    """The searches under way, and the trials that nobody holds yet.
 
-    Args:
-        task: The segment.
-        why: It failed.
-
-    Returns:
-        The search and its first trials; none if there is but one frame, which is guilty then.
+    The newest come first: one culprit is found before the next is looked for, and few trials wait at any time.
     """
-    frames = task.only or range(task.segment.start, task.segment.stop)
-    inquest = Inquest(task, frames)
-    return inquest, _split(Trial(inquest, 0, len(frames)), why)
+
+    def __init__(self, attempts: int) -> None:
+        """None yet; a single frame is guilty after so many failures."""
+        self._attempts = attempts
+        self._trials: deque[Trial] = deque()
+
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def take(self) -> Trial | None:
+        """The next trial, if there is one."""
+        return self._trials.popleft() if self._trials else None
+
+    def again(self, trial: Trial) -> None:
+        """Put back a trial that was not held."""
+        self._trials.appendleft(trial)
+
+    def open(self, task: Task, why: str) -> Task | None:
+        """Begin the search in a segment that has failed as a whole; its verdict, if there is but one frame."""
+        frames = task.only or range(task.segment.start, task.segment.stop)
+        inquest = Inquest(task, frames)
+        self._trials.extendleft(reversed(_split(Trial(inquest, 0, len(frames)), why)))
+        return inquest.verdict
+
+    def tried(self, trial: Trial, event: Event) -> Task | None:
+        """Take the outcome of a trial; the verdict, if it was the last."""
+        why = None if event.error is None else words_of(event)
+        self._trials.extendleft(reversed(_hear(trial, why, excused(trial, event), self._attempts)))
+        return trial.inquest.verdict
 
 
-def hear(trial: Trial, why: str | None, lost: bool, attempts: int) -> list[Trial]:
+def _hear(trial: Trial, why: str | None, lost: bool, attempts: int) -> list[Trial]:
     """Take the outcome of a trial.
 
     Args:

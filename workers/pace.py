@@ -42,9 +42,10 @@ class Pace:
         self._seconds = self._frames = 0.0
 
     def add(self, frames: int, seconds: float) -> None:
-        """Something was done."""
-        self._frames += frames
-        self._seconds += seconds
+        """So many frames were labelled; what took its time and labelled none tells nothing."""
+        if frames:
+            self._frames += frames
+            self._seconds += seconds
 
     @property
     def frame_s(self) -> float:

@@ -46,3 +46,26 @@ class Calls:
     fail: Callable[[Task, str], Report]
     show: Callable[[Standing], None]
     say: Callable[[str], None]
+
+
+class Root:
+    """The store's root, in which sources are named seldom enough that its size does not matter."""
+
+    def __init__(self, publish: Callable[[list[str]], None]) -> None:
+        """Nothing is to be named yet; `publish` is `Calls`'s."""
+        self._publish = publish
+        self._waiting: list[str] = []
+        self._named = 0
+
+    def add(self, source_id: str) -> None:
+        """One more source is in the store; they are named when there are half as many as were named before."""
+        self._waiting.append(source_id)
+        if len(self._waiting) > self._named // 2:
+            self.publish()
+
+    def publish(self) -> None:
+        """Name those that are not."""
+        if self._waiting:
+            self._publish(self._waiting)
+            self._named += len(self._waiting)
+            self._waiting = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.errors import SourceChangedError
 from depthmill.pipeline.sources import open_source, shown
 from depthmill.pipeline.types import FrameSource
 
@@ -24,7 +24,7 @@ class OpenSources:
         """The source at `uri`; it stays open.
 
         Raises:
-            SourceError: If it is not the one with this fingerprint.
+            SourceChangedError: If it is not the one with this fingerprint.
         """
         with self._lock:
             if uri in self._sources:
@@ -36,7 +36,7 @@ class OpenSources:
             source = open_source(uri, max_pixels=max_pixels, max_frames=max_frames)
             if source.probe().fingerprint != fingerprint:
                 source.close()
-                raise SourceError(
+                raise SourceChangedError(
                     f"{shown(uri)} is not the file that the run was planned with; expected it unchanged, and the same "
                     "on every machine: put it back, or label it into another store"
                 )

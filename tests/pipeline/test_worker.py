@@ -1,7 +1,9 @@
 import gc
 import logging
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from depthmill.pipeline import store as stores
@@ -88,6 +90,15 @@ def test_what_was_begun_is_dropped_for_a_search(start):
     assert worker.try_task(tasks[3]) == tasks[3].frames
     assert begun._dropped
     assert worker._next is None
+
+
+@pytest.mark.parametrize(("value", "fit"), [(1.0, 1), (np.nan, 0)])
+def test_noise_tells_whether_the_device_can_do_anything(start, monkeypatch, value, fit):
+    worker, _ = start("some")
+    answer = type(worker._labeler).__call__
+    spoilt = lambda *given: replace(answer(*given), depth=value * answer(*given).depth)  # noqa: E731
+    monkeypatch.setattr(type(worker._labeler), "__call__", spoilt)
+    assert worker.try_noise() == fit
 
 
 def test_a_source_that_is_open_is_a_step(start, monkeypatch):

@@ -5,11 +5,13 @@ import itertools
 import random
 import time
 
-from depthmill.pipeline.plan import Planned
-from depthmill.pipeline.types import Report, WorkerState
+from depthmill.pipeline.plan import Planned, Task
+from depthmill.pipeline.types import Report, Segment, WorkerState
 from depthmill.workers.driver import Driver
 from depthmill.workers.pool import Event
 from depthmill.workers.terms import Calls, Options
+
+NOISE = Task("noise", "f", Segment("noise", 0, 1))  # what `try_noise` is shown as
 
 
 class SimulatedPool:
@@ -77,7 +79,7 @@ class SimulatedPool:
         assert worker in self.alive, "called after its end"
         assert worker not in self.current, "called while it is busy"
         self.calls += 1
-        seconds, outcome = self.behave(self, worker, method, arguments[0])
+        seconds, outcome = self.behave(self, worker, method, arguments[0] if arguments else NOISE)
         for following in arguments[1:]:  # it is begun meanwhile, and the worker may die of it
             if self.behave(self, worker, "try_task", following)[1] == "die":
                 outcome = "die"

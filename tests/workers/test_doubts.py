@@ -2,7 +2,8 @@
 
 import pytest
 
-from depthmill.pipeline.errors import RunStoppedError, SourceError
+from depthmill.pipeline.errors import RunStoppedError, SourceChangedError, SourceError, StoreError
+from depthmill.pipeline.types import WorkerState
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
 
 
@@ -11,11 +12,13 @@ def all_frames(ledger):
 
 
 def failing(ledger, fails, *, frame_s=0.1):
-    """A `behave` in which what `fails` (pool, worker, task) names ends, at once, in the exception that it returns."""
+    """A `behave` in which what `fails` (pool, worker, task) names ends at once, in what it returns: an error, "die"."""
     behave = labels(ledger, frame_s)
 
     def act(pool, worker, method, argument):
         error = None if method == "probe" else fails(pool, worker, argument)
+        if method == "try_noise" and isinstance(error, SourceError | StoreError):  # it needs neither
+            error = None
         return (0.01, error) if error is not None else behave(pool, worker, method, argument)
 
     return act
@@ -187,3 +190,120 @@ def test_a_worker_whose_frames_can_no_longer_be_read_is_at_fault():
     drive(SimulatedPool(lambda: 2, act), ledger)
     assert not ledger.failed
     assert [line for line in ledger.said if "none of the frames can be read" in line]
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+@pytest.mark.parametrize("error", [POISONED, "die", "hang"], ids=["raises", "dies", "hangs"])
+def test_what_fails_from_the_first_frame_on_stops_the_run_and_fails_nothing(workers, error):
+    ledger = Ledger({f"s{i}": (128, 64) for i in range(4)})
+    pool = SimulatedPool(lambda: workers, failing(ledger, lambda *_: error))
+    with pytest.raises(RunStoppedError, match="run the same command again"):
+        drive(pool, ledger, frame_limit_s=1.0)
+    assert not ledger.failed
+    assert len(labelers(pool)) < 10 * workers + 10
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+def test_a_frame_at_the_start_that_spoils_its_worker_is_found(workers):
+    """Before anything was labelled, noise tells a spoilt worker from a frame that cannot be labelled."""
+    ledger = Ledger({f"s{i}": (640, 64) for i in range(4)})
+    spoilt = set()
+
+    def fails(pool, worker, task):
+        if task.uri == "s0" and task.segment.start <= 10 < task.segment.stop and 10 not in dict(task.skip):
+            spoilt.add(worker)
+        return POISONED if worker in spoilt else None
+
+    drive(SimulatedPool(lambda: workers, failing(ledger, fails)), ledger)
+    assert set(ledger.failed) == {("s0", 10)}
+    assert set(ledger.labelled) == all_frames(ledger) - {("s0", 10)}
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_frame_that_raises_and_then_kills_its_worker_is_found(workers):
+    ledger = Ledger({"a": (640, 64)})
+    spoilt = set()
+
+    def fails(pool, worker, task):
+        if worker in spoilt:
+            return "die"
+        if task.segment.start <= 200 < task.segment.stop and 200 not in dict(task.skip):
+            spoilt.add(worker)
+            return POISONED
+        return None
+
+    drive(SimulatedPool(lambda: workers, failing(ledger, fails)), ledger)
+    assert set(ledger.failed) == {("a", 200)}
+    assert set(ledger.labelled) == all_frames(ledger) - {("a", 200)}
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+def test_inputs_and_checkpoint_that_are_away_together_for_half_a_minute_cost_nothing(workers):
+    ledger = Ledger({f"s{i}": (1280, 64) for i in range(workers)})
+
+    def away(pool):
+        return 30 < pool.clock_s < 60
+
+    pool = SimulatedPool(lambda: workers, failing(ledger, lambda pool, *_: AWAY if away(pool) else None))
+    place = pool._end_in
+    pool._end_in = lambda seconds, worker, answer: place(
+        seconds, worker, OSError("no checkpoint") if answer == "simulated" and away(pool) else answer
+    )
+    pool.at(35, lambda: pool.lose(max(pool.alive)))
+    drive(pool, ledger)
+    assert not ledger.failed
+    assert set(ledger.labelled) == all_frames(ledger)
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+@pytest.mark.parametrize(("until_s", "stops"), [(90, False), (900, True)])
+def test_a_store_that_is_away_costs_no_frame(workers, until_s, stops):
+    ledger = Ledger({f"s{i}": (1280, 64) for i in range(workers)})
+    behave = labels(ledger)
+
+    def refuses(pool, worker, method, argument):
+        if method == "label" and 30 < pool.clock_s < until_s:
+            return 6.4, StoreError("s3://bucket/labels.zarr cannot be written: 503")
+        return behave(pool, worker, method, argument)
+
+    pool = SimulatedPool(lambda: workers, refuses)
+    if stops:
+        with pytest.raises(RunStoppedError, match=r"cannot be written: 503[\s\S]*run the same command again"):
+            drive(pool, ledger)
+        assert pool.clock_s < 300
+    else:
+        drive(pool, ledger)
+        assert set(ledger.labelled) == all_frames(ledger)
+    assert not ledger.failed
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_source_that_changes_during_a_run_is_left_out_and_none_of_it_is_failed(workers):
+    ledger = Ledger({"a": (640, 64), "b": (640, 64)})
+    changed = SourceChangedError("b is not the file that the run was planned with")
+
+    def fails(pool, worker, task):
+        return changed if task.uri == "b" and pool.clock_s > 10 else None
+
+    driver = drive(SimulatedPool(lambda: workers, failing(ledger, fails)), ledger)
+    assert not ledger.failed
+    assert {frame for uri, frame in ledger.labelled if uri == "a"} == set(range(640))
+    assert [failure.reason for failure in driver.inputs.failures] == [str(changed)]
+    assert len([line for line in ledger.said if "left out" in line]) == 1
+
+
+def test_broken_pictures_do_not_make_good_ones_too_slow():
+    """A picture that cannot be read takes no time, which tells nothing of how long a good one may take."""
+    ledger = Ledger({"broken": (64, 64), "good": (64, 64)})
+    behave = labels(ledger, 20.0)
+
+    def act(pool, worker, method, argument):
+        if method == "label" and argument.uri == "broken":
+            return 0.1, ledger.fail(argument, "no picture")
+        return behave(pool, worker, method, argument)
+
+    pool = SimulatedPool(lambda: 1, act)
+    pool.state = lambda worker: WorkerState("busy", steps=1 + int(pool.clock_s / 160))  # batches of eight
+    driver = drive(pool, ledger, frame_limit_s=60.0)
+    assert {frame for uri, frame in ledger.labelled if uri == "good"} == set(range(64))
+    assert driver.standing.deaths == 0

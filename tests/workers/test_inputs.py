@@ -1,6 +1,8 @@
 """Inputs on their way into the store, by simulated workers."""
 
-from depthmill.pipeline.errors import SourceError
+import pytest
+
+from depthmill.pipeline.errors import MissingError, RunStoppedError, SourceError, StoreError
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
 
 
@@ -31,3 +33,34 @@ def test_inputs_that_cannot_be_opened_are_listed_and_the_rest_goes_on():
     assert "dies of it" in reasons["kills"]
     assert "time limit" in reasons["hangs"]
     assert len(ledger.labelled) == 40
+
+
+@pytest.mark.parametrize("error", [MissingError("no such file"), SourceError("stale"), StoreError("503")])
+@pytest.mark.parametrize(("until_s", "stops"), [(65, False), (1e9, True)])
+def test_inputs_that_are_away_while_they_are_probed_are_probed_later(error, until_s, stops):
+    ledger = Ledger({f"s{i}": (64, 64) for i in range(500)})
+    behave = labels(ledger)
+
+    def away(pool, worker, method, argument):
+        if method == "probe" and 5 < pool.clock_s < until_s:
+            return 0.01, error
+        seconds, answer = behave(pool, worker, method, argument)
+        return seconds + 0.1 * (method == "probe"), answer
+
+    pool = SimulatedPool(lambda: 4, away)
+    if stops:
+        with pytest.raises(RunStoppedError, match="can no longer be opened"):
+            drive(pool, ledger)
+        return
+    driver = drive(pool, ledger)
+    assert not driver.inputs.failures
+    assert len(ledger.labelled) == 500 * 64
+
+
+def test_a_list_of_which_half_is_missing_is_gone_through():
+    missing = {f"s{i}": MissingError(f"s{i}") for i in range(400) if i % 40 >= 20}
+    ledger = Ledger({f"s{i}": (10, 10) for i in range(400)})
+    driver = drive(SimulatedPool(lambda: 4, labels(ledger, bad=missing)), ledger)
+    assert {failure.uri for failure in driver.inputs.failures} == set(missing)
+    assert len(ledger.labelled) == 200 * 10
+    assert driver.standing.reasons.total() == 200

@@ -1,0 +1,83 @@
+"""Workers that cannot load: when the next one is asked for, and when the run ends for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from depthmill.pipeline.errors import RunStoppedError
+from depthmill.workers.crew import Crew
+from depthmill.workers.doubts import PATIENCE_S
+from depthmill.workers.inquest import cause_of, reason
+from depthmill.workers.pool import Event
+
+_LONGEST_PAUSE_S = 32.0
+_SELDOM_S = 60.0
+
+
+class Loading:
+    """What is known of workers that could not load since one could, or that ended while they were checked.
+
+    As long as others are at work or loading, it may be one machine of many that is at fault. If nobody is, but workers
+    could load before, what they load may be away for a moment.
+
+    Attributes:
+        failures: How many there were since a labeler was last given work.
+    """
+
+    def __init__(self, crew: Crew, say: Callable[[str], None], most: Callable[[], int]) -> None:
+        """All is well.
+
+        Args:
+            crew: The workers.
+            say: Says a line to the user, once.
+            most: Failures after which workers are asked for seldom, or the run ends.
+        """
+        self._crew, self._say, self._most = crew, say, most
+        self.failures = 0
+        self._could = False  # whether any worker could, ever
+        self._next_s = float("-inf")  # when the next is asked for
+        self._alone_s = float("inf")  # since when nobody is there
+
+    @property
+    def pauses(self) -> bool:
+        """Whether no labeler is to be asked for now."""
+        return self._crew.now_s < self._next_s
+
+    def loaded(self) -> None:
+        """A labeler has."""
+        self._could = True
+
+    def trusted(self) -> None:
+        """A labeler is to be given work."""
+        self.failures, self._alone_s = 0, float("inf")
+
+    def failed(self, event: Event, doing: str, needed: bool) -> None:
+        """A worker could not load, or died in a check.
+
+        Args:
+            event: How that ended.
+            doing: What it did, in words.
+            needed: Whether the run cannot go on without one like it.
+
+        Raises:
+            Exception: The worker's, or RunStoppedError, if nobody can load.
+        """
+        self.failures += not event.lost
+        now_s, most = self._crew.now_s, self._most()
+        said = f"workers failed {self.failures} times while {doing} ({reason(event.error)})"
+        if needed:
+            self._alone_s = min(self._alone_s, now_s)
+            if not (self._could and now_s - self._alone_s < PATIENCE_S):
+                if not event.died:
+                    raise cause_of(event.error) or RunStoppedError(said)
+                if self.failures >= most:
+                    raise RunStoppedError(
+                        f"{said}; expected devices, memory for so many workers, and inputs that answer: try fewer "
+                        "--workers, or see to them, and run the same command again; what is committed stays"
+                    ) from event.error
+            elif not event.died or self.failures >= most:
+                self._next_s = now_s + min(2.0 ** min(self.failures, 10), _LONGEST_PAUSE_S)
+        elif self.failures >= most:
+            self._next_s = now_s + _SELDOM_S
+            if self.failures == most:
+                self._say(f"{said}: while others work on, one more is asked for once a minute")
