@@ -173,7 +173,7 @@ class Doubts:
         Returns:
             What the worker failed at before, if that was held, and whether it counts. It does not if the worker is at
             fault; but it does if it may have spoilt it, as it may have killed it: the worker did well until then, and
-            it was not the source or the store that failed.
+            it was not the source, the store or the system that failed.
 
         Raises:
             RunStoppedError: If no worker can do anything any more.
@@ -193,9 +193,11 @@ class Doubts:
             silent = "none of the frames can be read" if check.task else "its answer is no number"
             why = words_of(event) if event.error is not None else silent
             known = "what was labelled before" if check.task else "anything"
-            device = not isinstance(cause, SourceError | StoreError) and not (check.task and event.error is None)
+            device = not isinstance(cause, SourceError | StoreError | OSError) and not (
+                check.task and event.error is None
+            )
             self._in_vain(worker, f"a worker can no longer label {known} ({why})", event, device=device)
-        outside = held is None or event.lost or isinstance(cause_of(held[1].error), DepthmillError)
+        outside = held is None or event.lost or isinstance(cause_of(held[1].error), DepthmillError | OSError)
         return held, failing.failures == 1 and not outside
 
     def _in_vain(self, worker: int, at_fault: str, event: Event, *, device: bool) -> None:
