@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_url
 from depthmill.pipeline.sources.limits import check_frames
 from depthmill.pipeline.sources.naming import canonical_uri, readable, source_id
-from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files
+from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files, unanswered
 from depthmill.pipeline.sources.pictures import Encoded, Header, Picture, decode_ahead, read_header
 from depthmill.pipeline.types import Frame, Source
 
@@ -32,6 +34,7 @@ UNREAD_SUFFIXES = frozenset(
 )
 
 _HEADER_THREADS = 8  # waiting for the disk more than computing
+_OTHERS = 8  # that are looked at where a picture is gone
 
 
 class ImageSource:
@@ -62,7 +65,8 @@ class ImageSource:
 
         Raises:
             SourceError: If there is no file with a picture's suffix, or more than `max_frames`; a subfolder cannot be
-                listed; or a file cannot be read for a reason that is not its own, as when a disk or network fails.
+                listed; or a file cannot be read for a reason that is not its own: a disk or network fails, a mount is
+                away.
         """
         return self._open()[0]
 
@@ -76,7 +80,8 @@ class ImageSource:
         source, files, headers = self._open()
         if not 0 <= start <= stop <= source.frames:
             raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
-        return decode_ahead(_encoded(files, headers, start, stop), self._max_pixels, self._threads)
+        pictures = _encoded(files, headers, start, stop, self._max_pixels)
+        return decode_ahead(pictures, self._max_pixels, self._threads)
 
     def close(self) -> None:
         """Nothing is held: each read has its own threads."""
@@ -94,6 +99,9 @@ def _probe(uri: str, max_pixels: int, max_frames: int) -> tuple[Source, list[Pic
     files = list(names.values())
     with ThreadPoolExecutor(_HEADER_THREADS, "depthmill-headers") as pool:
         headers = list(pool.map(lambda file: read_header(file, max_pixels), files))
+    for index in [index for index, header in enumerate(headers) if not header.height][-1:]:
+        if _is_away(files, headers, index, max_pixels):
+            raise unanswered(files[index], OSError("nor can others that could be before"))
     keys = tuple(names)
     digest = hashlib.sha256()
     for key, header in zip(keys, headers, strict=True):
@@ -157,7 +165,39 @@ def _nothing(where: object) -> SourceError:
 
 
 def _encoded(
-    files: Sequence[Picture], headers: Sequence[Header], start: int, stop: int
+    files: Sequence[Picture], headers: Sequence[Header], start: int, stop: int, max_pixels: int
 ) -> Generator[Encoded, None, None]:
     for index in range(start, stop):
-        yield Encoded(index, files[index], 3 * headers[index].height * headers[index].width)
+        size_bytes = 3 * headers[index].height * headers[index].width
+        away = partial(_is_away, files, headers, index, max_pixels)
+        yield Encoded(index, files[index], size_bytes, away=away) if size_bytes else Encoded(index, files[index])
+
+
+def _is_away(files: Sequence[Picture], headers: Sequence[Header], index: int, max_pixels: int) -> bool:
+    """Whether a picture that is not there, or may not be read, went with its folder: a mount, rights that expired.
+
+    That is so if the folder is gone, or empty, or not to be listed; or if of some others in the source, here and there,
+    whose headers could be read, none can be any more.
+    """
+    file = files[index]
+    if isinstance(file, Path) and not _holds_files(file.parent):
+        return True
+    step = -(-len(files) // _OTHERS)
+    parts = (range(start, min(start + step, len(files))) for start in range(0, len(files), step))
+    others = {next((i for i in part if headers[i].height and i != index), index) for part in parts} - {index}
+    return bool(others) and not any(_can_be_read(files[i], max_pixels) for i in others)
+
+
+def _holds_files(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entries)
+    except OSError:
+        return False
+
+
+def _can_be_read(file: Picture, max_pixels: int) -> bool:
+    try:
+        return read_header(file, max_pixels).height > 0
+    except SourceError:
+        return False

@@ -12,7 +12,7 @@ import os
 import threading
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -46,6 +46,7 @@ _MAX_PIXELS_PER_BYTE = {"PNG": 8 * 1032, "JPEG": 8 * 64}
 # Of errors in reading, those that a picture is to blame for: what Pillow says (without a number), files that are not
 # there or not to be read, links in a circle, and places asked for that no file has.
 _OWN_ERRORS = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EINVAL)
+_AWAY_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM)  # of these, what all others have too if it is their folder's
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -88,12 +89,14 @@ class Encoded:
         picture: The encoded picture, a file or what one would hold; None if there is none.
         size_bytes: What it takes in memory, encoded and decoded, as far as is known.
         error: Why `picture` is None, else "".
+        away: Asked where `picture` is not there or may not be read: whether it is its folder that cannot be.
     """
 
     index: int
     picture: Picture | None
     size_bytes: int = 0
     error: str = ""
+    away: Callable[[], bool] = lambda: False
 
 
 def decode_image(picture: Path | BinaryIO, max_pixels: int) -> npt.NDArray[np.uint8]:
@@ -326,10 +329,15 @@ def _read_frame(encoded: Encoded, max_pixels: int) -> Frame:
         if isinstance(picture, str):
             picture = BytesIO(read_whole(picture))
     except MissingError as error:  # with other errors, it is not the picture that is wrong
+        if encoded.away():
+            raise unanswered(picture, OSError("no such object")) from error
         return Frame(encoded.index, None, str(error))
     try:
         return Frame(encoded.index, decode_image(picture, max_pixels))
     except SourceError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _AWAY_ERRORS and encoded.away():
+            raise unanswered(picture, cause) from error
         return Frame(encoded.index, None, str(error))
     except OSError as error:
         raise unanswered(picture, error) from error

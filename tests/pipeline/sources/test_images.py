@@ -162,6 +162,75 @@ def test_a_disk_that_fails_while_pictures_are_decoded_fails_no_frame(
     assert all(frame.image is not None for frame in source.read(0, 3))
 
 
+@pytest.mark.parametrize("leaves", ["nothing", "an empty folder", "one file"])
+def test_a_folder_that_goes_away_fails_no_frame(tmp_path: Path, leaves: str) -> None:
+    folder = tmp_path / "photos"
+    make.write_image_folder(folder, count=1 if leaves == "an empty folder" else 12)
+    source = open_source(folder)
+    frames = source.probe().frames
+    folder.rename(tmp_path / "away")
+    if leaves != "nothing":
+        folder.mkdir()
+    if leaves == "one file":
+        (folder / "mount it here").touch()
+    for start, stop in ((0, frames), (frames - 1, frames)):
+        with pytest.raises(SourceError, match=r"photos/.*: cannot be read \(No such file.*same command again"):
+            list(source.read(start, stop))
+    with pytest.raises(SourceError, match="photos"):
+        open_source(folder).probe()
+
+
+def test_a_folder_that_goes_away_while_it_is_probed_is_not_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make.write_image_folder(tmp_path, count=4)
+    original, seen = pictures.open_binary, []
+
+    def fail(picture: Path, **options: bool) -> object:
+        seen.append(picture)
+        if len(seen) > 2:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(picture))
+        return original(picture, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "open_binary", fail)
+        source = open_source(tmp_path)
+        with pytest.raises(SourceError, match=r"003\.png: cannot be read \(nor can others.*same command again"):
+            source.probe()
+    assert (source.probe().height, source.probe().width) == (48, 64)
+
+
+def test_rights_that_are_gone_fail_no_frame_but_one_picture_s_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make.write_image_folder(tmp_path, count=12)
+    source = open_source(tmp_path)
+    source.probe()
+    denied = {"003.png"}
+
+    def fail(picture: object, *arguments: object, original=Image.open, **words: object) -> object:
+        name = Path(str(getattr(picture, "name", picture))).name
+        if not denied or name in denied:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return original(picture, *arguments, **words)
+
+    monkeypatch.setattr(Image, "open", fail)
+    assert [frame.index for frame in source.read(0, 12) if frame.image is None] == [3]
+    denied.clear()
+    for start in (0, 3, 11):
+        with pytest.raises(SourceError, match=r"\.png: cannot be read \(Permission denied.*same command again"):
+            list(source.read(start, start + 1))
+
+
+def test_pictures_that_are_removed_fail_alone_as_long_as_others_are_there(tmp_path: Path) -> None:
+    make.write_image_folder(tmp_path, count=40)
+    source = open_source(tmp_path)
+    source.probe()
+    for index in range(30):
+        (tmp_path / f"{index:03}.png").unlink()
+    assert [frame.image is None for frame in source.read(0, 40)] == [True] * 30 + [False] * 10
+
+
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.EACCES])
 def test_a_picture_that_may_not_be_read_is_a_frame_without_a_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int

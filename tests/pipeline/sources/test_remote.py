@@ -206,6 +206,17 @@ def test_a_picture_that_is_gone_since_it_was_listed_fails_alone(remote: str, mon
     assert [frame.image is None for frame in source.read(0, 2)] == [False, True]
 
 
+def test_a_prefix_of_which_nothing_is_left_fails_no_frame(remote: str) -> None:
+    source = open_source(f"{remote}/photos")
+    frames = source.probe().frames
+    files = fsspec.filesystem("s3")
+    files.rm(f"{remote}/photos/000.png")
+    assert [frame.index for frame in source.read(0, frames) if frame.image is None] == [0, 3]
+    files.rm(f"{remote}/photos", recursive=True)
+    with pytest.raises(SourceError, match=r"photos/001\.png: cannot be read \(no such object\).*same command again"):
+        list(source.read(1, 2))
+
+
 @pytest.fixture
 def fetched(s3, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many bytes each request for a part of a file took."""
