@@ -42,6 +42,8 @@ class Directory(Protocol):
 
         Raises:
             StoreFullError: If there is no space left.
+            StoreError: If this directory is not there, or folders would have to be made in it and it is empty: that is
+                what a mount that is away leaves.
         """
         ...
 
@@ -63,6 +65,10 @@ class Directory(Protocol):
 
     def remove(self, key: str) -> None:
         """Remove a directory below this one with all that is in it, if it is there."""
+        ...
+
+    def make_root(self) -> None:
+        """Make this directory itself, if it is not there; a bucket never. No other call does."""
         ...
 
     def remove_root(self) -> None:
@@ -117,8 +123,10 @@ class LocalDirectory:
         """See `Directory`."""
         path = self.path / key
         try:
-            write_atomically(path, data)
+            write_atomically(path, data, self.path)
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not _holds_files(self.path):
+                raise store_away(self.uri) from error
             if error.errno in _FULL:
                 raise StoreFullError(
                     f"{path} cannot be written: {error.strerror}; it takes {len(data):,} bytes and {_free(path):,} are "
@@ -180,6 +188,13 @@ class LocalDirectory:
         except OSError as error:
             raise _cannot_remove(self.path / key, error) from error
 
+    def make_root(self) -> None:
+        """See `Directory`."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be made: {error.strerror}; give another path") from error
+
     def remove_root(self) -> None:
         """See `Directory`."""
         with suppress(OSError):  # something is in it, or it is mounted there
@@ -194,8 +209,10 @@ class LocalDirectory:
             folder.rmdir()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all.
+def write_atomically(path: Path, data: bytes, root: Path | None = None) -> None:
+    """Write a file that appears whole or not at all, and make the folders that it lies in.
+
+    Where `root` is one of those, it is not made, nor any other in it while it is empty.
 
     A power cut leaves no part of one, but it may take the files of the last seconds, whose names are not on the disk
     yet: a sync of the folder for each would cost as much again. What is lost of a store so is labelled again; a commit
@@ -208,17 +225,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     for _ in range(_TRIES):
         try:
-            _write_once(path, data)
+            _write_once(path, data, root)
             return
         except OSError as error:
             if error.errno not in _RACED:
                 raise
-    _write_once(path, data)
+    _write_once(path, data, root)
 
 
-def _write_once(path: Path, data: bytes) -> None:
+def _write_once(path: Path, data: bytes, root: Path | None) -> None:
     partial = _partials(path) / f".{uuid.uuid4().hex}.{_PARTIAL}"
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(partial.parent, root)
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -229,6 +246,25 @@ def _write_once(path: Path, data: bytes) -> None:
         with suppress(OSError):  # it has become the file, or another is writing the same file
             partial.unlink(missing_ok=True)
             partial.parent.rmdir()
+
+
+def _make_folder(folder: Path, root: Path | None) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        above = folder.parent
+        if above in (root, folder) or (above.parent == root and not _holds_files(above.parent)):
+            raise
+        _make_folder(above, root)
+        folder.mkdir(exist_ok=True)
+
+
+def _holds_files(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entries)
+    except FileNotFoundError:
+        return False
 
 
 def _partials(path: Path) -> Path:
@@ -252,8 +288,16 @@ def _free(path: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def store_away(uri: str) -> StoreError:
+    """What to raise where a store was, and is not."""
+    return StoreError(
+        f"{uri} is gone, or there is nothing in it: it is no store any more; expected it as it was made, on a mount "
+        "that is there: see to that, then run the same command again"
+    )
+
+
 def _cannot_remove(path: Path, error: OSError) -> StoreError:
     return StoreError(f"{path} cannot be removed: {error.strerror}; check its permissions, then try again")
 
 
-__all__ = ["Directory", "LocalDirectory", "json_bytes", "open_directory", "write_atomically"]
+__all__ = ["Directory", "LocalDirectory", "json_bytes", "open_directory", "store_away", "write_atomically"]

@@ -98,6 +98,9 @@ class ObjectDirectory:
             except FileNotFoundError:
                 return
 
+    def make_root(self) -> None:
+        """See `Directory`: a prefix is there with its first object."""
+
     def remove_root(self) -> None:
         """See `Directory`: a prefix is gone with its last object."""
 

@@ -57,6 +57,7 @@ def create(uri: str | Path, layout: Layout, identity: Mapping[str, Any], *, over
     for name in (METADATA, FAILURES, RUN):
         directory.clear_partial(name)
     if root is None:
+        directory.make_root()
         write_root(directory, new_root(header))
     else:
         _forget_removed(directory, root)

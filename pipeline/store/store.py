@@ -23,7 +23,7 @@ import numpy.typing as npt
 import zarr
 
 from depthmill.pipeline.errors import StoreError, StoreMismatchError
-from depthmill.pipeline.store.files import Directory, json_bytes
+from depthmill.pipeline.store.files import Directory, json_bytes, store_away
 from depthmill.pipeline.store.layout import (
     Document,
     Layout,
@@ -137,7 +137,8 @@ class Store:
         wanted = sorted(set(source_ids))
         self._load(wanted)
         root = read_root(self.directory)
-        assert root is not None
+        if root is None:
+            raise store_away(self.uri)
         members = dict(root.members)
         for source_id in wanted:
             if source_id not in root.members:

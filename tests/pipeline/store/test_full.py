@@ -1,5 +1,6 @@
 """The disk is full, or something else cannot be written: nothing that was committed is harmed."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -13,7 +14,7 @@ import pytest
 
 from depthmill.pipeline.errors import StoreError, StoreFullError
 from depthmill.pipeline.types import Segment
-from depthmill.tests.pipeline.store.samples import files, labels, write
+from depthmill.tests.pipeline.store.samples import VIDEO, files, labels, write
 
 FILL = """
 import json, sys
@@ -109,3 +110,25 @@ def test_a_file_that_may_not_be_so_long_is_an_error_of_its_own(store):
     assert not isinstance(caught.value, StoreFullError)
     assert files(store.uri) == before
     assert not list(Path(store.uri).rglob("*.partial"))
+
+
+@pytest.mark.parametrize("leaves", ["nothing", "an empty folder"])
+def test_a_store_that_is_away_is_not_begun_anew_where_it_was(store, tmp_path, leaves):
+    path, away = Path(store.uri), tmp_path / "away"
+    before = files(path)
+    path.rename(away)
+    if leaves == "an empty folder":
+        path.mkdir()
+    for attempt in (
+        lambda: write(store, Segment("video", 16, 18)),
+        lambda: store.add_source(dataclasses.replace(VIDEO, id="another")),
+        lambda: store.publish(["video"]),
+    ):
+        with pytest.raises(StoreError, match=rf"{path}.*is (away|gone).*mount.*same command again"):
+            attempt()
+    assert path.exists() == (leaves != "nothing")
+    assert not path.exists() or not any(path.iterdir())
+    path.exists() and path.rmdir()
+    away.rename(path)
+    assert files(path) == before
+    write(store, Segment("video", 16, 18))

@@ -108,7 +108,7 @@ def test_failed_frames_keep_their_reason(store):
 
 
 def test_a_shard_that_could_not_be_written_is_not_committed(store, monkeypatch):
-    def full(path, data):
+    def full(path, data, root):
         raise OSError(28, "No space left on device")
 
     segment = Segment("video", 16, 18)
