@@ -40,6 +40,10 @@ class StoreFullError(StoreError):
     """No space is left for a store; what is committed in it stays."""
 
 
+class VoidError(DepthmillError):
+    """A model whose answers for all pictures of a segment are no numbers: hardly the fault of each."""
+
+
 class TrainingError(DepthmillError):
     """A training run that cannot start or go on."""
 

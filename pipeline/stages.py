@@ -12,6 +12,7 @@ from typing import Any
 import numpy.typing as npt
 
 from depthmill.pipeline.batches import in_batches
+from depthmill.pipeline.errors import VoidError
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.model.transfer import NormalsDtype, Pending
 from depthmill.pipeline.plan import Task
@@ -46,6 +47,7 @@ class Labelled:
 
         Raises:
             StoreError: If something of it cannot be written.
+            VoidError: If the answers for all of its pictures, of which there are several, are no numbers.
         """
         take_last, self.take_last = self.take_last, lambda: None  # else it holds a batch of pictures, and a cycle
         take_last()
@@ -103,8 +105,9 @@ def label_frames(
 
     Frames that share a padded shape are labelled in full batches, in the order in which those fill, in bounded memory
     (`pipeline/batches.py`): which frames meet in a batch depends on the segment alone. Frames that could not be read
-    are marked as failed with their reason. A batch is asked for before the labels of the one before it are taken, so
-    that a GPU is never without work.
+    are marked as failed with their reason, and so are those for which the model's answer is no number; but if that is
+    so of all, the segment is not committed, since a device that is broken answers so. A batch is asked for before the
+    labels of the one before it are taken, so that a GPU is never without work.
 
     Args:
         frames: As they are read, in order.
@@ -118,6 +121,7 @@ def label_frames(
     writer = store.writer(segment, redo=only)
     done = Labelled(segment, writer, time.perf_counter(), labeler.batch_size)
     packing = store.layout.normals_dtype
+    void = f"the model's answer is no number, in {labeler.dtype}: --dtype float32 may help"
 
     def fail(index: int, reason: str) -> None:
         writer.fail(index, reason)
@@ -135,7 +139,7 @@ def label_frames(
     def take(batch: Sequence[Frame], answer: Pending) -> None:
         for frame, labels in zip(batch, answer.result(), strict=True):
             if _is_void(labels):
-                fail(frame.index, f"the model's answer is no number, in {labeler.dtype}: --dtype float32 may help")
+                fail(frame.index, void)
                 continue
             done.labelled += 1
             writer.put(
@@ -148,14 +152,19 @@ def label_frames(
         done.batches += 1
         on_frames(done.labelled + done.failed)
 
+    def take_last(last: tuple[list[Frame], Pending] | None) -> None:
+        if last is not None:
+            take(*last)
+        if done.reasons[void] > 1 and not done.labelled and only is None:  # frames done again lose nothing
+            raise _all_void(labeler)
+
     asked: tuple[list[Frame], Pending] | None = None
     for batch in _batches(pictures(), labeler, rounded, lambda: writer.waiting_bytes):
         answer = _submit(batch, segment, labeler, rounded, packing)
         if asked is not None:
             take(*asked)
         asked = batch, answer
-    if asked is not None:
-        done.take_last = partial(take, *asked)
+    done.take_last = partial(take_last, asked)
     return done
 
 
@@ -188,9 +197,15 @@ def read_segment(
 def try_segment(
     source: FrameSource, segment: Segment, labeler: Labeler, on_frames: Callable[[int], None] = lambda frames: None
 ) -> int:
-    """Read and label a segment without writing anything, to see whether it can be done; how many frames could be."""
+    """Read and label a segment without writing anything, to see whether it can be done; how many frames could be.
+
+    Answers that are no numbers do not count.
+
+    Raises:
+        VoidError: If there are several, and no others.
+    """
     rounded = labeler.rounds(source.probe())
-    done = 0
+    done = read = 0
 
     def pictures() -> Iterator[Frame]:
         for frame in source.read(segment.start, segment.stop):
@@ -199,9 +214,11 @@ def try_segment(
                 yield frame
 
     for batch in _batches(pictures(), labeler, rounded):
-        _submit(batch, segment, labeler, rounded).result()
-        done += len(batch)
+        done += sum(not _is_void(labels) for labels in _submit(batch, segment, labeler, rounded).result())
+        read += len(batch)
         on_frames(done)
+    if read > 1 and not done:
+        raise _all_void(labeler)
     return done
 
 
@@ -215,6 +232,13 @@ def _batches(
     return in_batches(frames, shape, labeler.batch_size, waiting_bytes)
 
 
+def _all_void(labeler: Labeler) -> VoidError:
+    return VoidError(
+        f"the model's answer is no number for any picture of a segment, in {labeler.dtype}; expected some at least: "
+        "see to the device, or try --dtype float32"
+    )
+
+
 def _is_void(packed: Labels) -> bool:
     """Whether the network answered with nothing but NaN, as one does that overflows."""
 
@@ -226,7 +250,7 @@ def _is_void(packed: Labels) -> bool:
 
 
 def _submit(
-    batch: Sequence[Frame], segment: Segment, labeler: Labeler, rounded: bool, packing: NormalsDtype | None = None
+    batch: Sequence[Frame], segment: Segment, labeler: Labeler, rounded: bool, packing: NormalsDtype = "int8"
 ) -> Pending:
     keys = [f"{segment.source_id}/{frame.index}" for frame in batch]
     images = [frame.image for frame in batch if frame.image is not None]

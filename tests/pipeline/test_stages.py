@@ -7,10 +7,12 @@ import torch
 
 import depthmill
 from depthmill.pipeline import store as stores
+from depthmill.pipeline.errors import VoidError
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.stages import fail_task, label_frames, label_segment, try_segment
 from depthmill.pipeline.store import Layout
+from depthmill.pipeline.store.layout import DEPTH_INVALID
 from depthmill.pipeline.types import FAILED, LABELLED, Frame, Source
 from depthmill.tests.pipeline.store.samples import files
 
@@ -165,9 +167,48 @@ def test_pictures_are_let_go_with_the_commit(labeler, store):
         gc.enable()
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["depth", "normals"])
-def test_an_answer_that_is_no_number_is_a_failure_and_no_label(labeler, store, which):
-    torch.nn.init.constant_(labeler._network.folded.last[which][-1].bias, torch.nan)
+@pytest.fixture(params=[0, 1], ids=["depth", "normals"])
+def void(request, labeler):
+    """A labeler whose answers are NaN."""
+    torch.nn.init.constant_(labeler._network.folded.last[request.param][-1].bias, torch.nan)
+    return labeler
+
+
+def test_answers_that_are_all_no_numbers_are_not_committed(void, store):
+    segment = store.segments("pictures")[0]
+    with pytest.raises(VoidError, match=r"no number for any picture.*device.*--dtype"):
+        run(Pictures(), store, void)
+    assert store.pending("pictures") == [segment]
+    with pytest.raises(VoidError, match="no number for any picture"):
+        try_segment(Pictures(), segment, void)
+
+
+def test_an_answer_that_is_no_number_is_a_failure_and_no_label(labeler, store, monkeypatch):
+    submit = labeler.submit
+
+    def some(images, keys, **options):
+        answer = submit(images, keys, **options)
+        for key, labels in zip(keys, answer._staged, strict=True):
+            if key in ("pictures/3", "pictures/8"):
+                labels.labels["depth"].fill_(DEPTH_INVALID)
+        return answer
+
+    monkeypatch.setattr(labeler, "submit", some)
+    assert try_segment(Pictures(), store.segments("pictures")[0], labeler) == 9
     report = run(Pictures(), store, labeler)
-    assert (report.labelled, report.failed) == (0, len(SIZES))
-    assert all("no number" in failure.reason for failure in store.failures())
+    assert (report.labelled, report.failed) == (9, 2)
+    assert [failure.frame for failure in store.failures() if "no number" in failure.reason] == [3, 8]
+
+
+def test_a_picture_whose_answer_is_no_number_fails_where_it_is_the_only_one(void, store):
+    source = Pictures(broken=dict.fromkeys(range(1, 11), "gone"))
+    assert try_segment(source, store.segments("pictures")[0], void) == 0
+    report = run(source, store, void)
+    assert (report.labelled, report.failed) == (0, 11)
+    assert "no number" in store.failures()[0].reason
+
+
+def test_frames_whose_answers_are_no_numbers_again_stay_failed(labeler, store):
+    run(Pictures(broken={1: "gone", 6: "gone"}), store, labeler)
+    torch.nn.init.constant_(labeler._network.folded.last[0][-1].bias, torch.nan)
+    assert run(Pictures(), store, labeler, only=[1, 6]).failed == 2
