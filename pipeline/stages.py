@@ -169,7 +169,11 @@ def label_frames(
 
 
 def read_segment(
-    source: FrameSource, segment: Segment, skip: Mapping[int, str] = {}, only: Sequence[int] | None = None
+    source: FrameSource,
+    segment: Segment,
+    skip: Mapping[int, str] = {},
+    only: Sequence[int] | None = None,
+    on_passed: Callable[[], None] = lambda: None,
 ) -> Iterator[Frame]:
     """The wanted frames, in order; those to be skipped come with their reason, without being read.
 
@@ -178,6 +182,7 @@ def read_segment(
         segment: Which frames.
         skip: Frames that are not to be read -> why they fail.
         only: Those of the segment that are wanted; None for all.
+        on_passed: Told of what is passed over on the way to a frame.
     """
     wanted = only or range(segment.start, segment.stop)
     at = 0
@@ -190,12 +195,16 @@ def read_segment(
         stop = at + 1
         while stop < len(wanted) and wanted[stop] == wanted[stop - 1] + 1 and wanted[stop] not in skip:
             stop += 1
-        yield from source.read(first, wanted[stop - 1] + 1)
+        yield from source.read(first, wanted[stop - 1] + 1, on_passed)
         at = stop
 
 
 def try_segment(
-    source: FrameSource, segment: Segment, labeler: Labeler, on_frames: Callable[[int], None] = lambda frames: None
+    source: FrameSource,
+    segment: Segment,
+    labeler: Labeler,
+    on_frames: Callable[[int], None] = lambda frames: None,
+    on_passed: Callable[[], None] = lambda: None,
 ) -> int:
     """Read and label a segment without writing anything, to see whether it can be done; how many frames could be.
 
@@ -208,7 +217,7 @@ def try_segment(
     done = read = 0
 
     def pictures() -> Iterator[Frame]:
-        for frame in source.read(segment.start, segment.stop):
+        for frame in source.read(segment.start, segment.stop, on_passed):
             on_frames(done)
             if frame.image is not None:
                 yield frame

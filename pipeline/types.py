@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -137,10 +137,12 @@ class FrameSource(Protocol):
         """
         ...
 
-    def read(self, start: int, stop: int) -> Iterator[Frame]:
+    def read(self, start: int, stop: int, on_passed: Callable[[], None] = lambda: None) -> Iterator[Frame]:
         """Yield the frames [start, stop), one for each index, in order, whatever is broken in between.
 
         The same frames, bit for bit, whether read as one run or in pieces. At most a bounded number is held ahead.
+        `on_passed` is told of each step that it takes to get to a frame, where there are any: packets that are decoded,
+        a part that is unpacked.
         """
         ...
 
@@ -186,7 +188,8 @@ class WorkerState:
         doing: A word or two: `loading`, `idle`, or the segment.
         frames: Frames of the segment that are done.
         of: Frames of the segment.
-        steps: Rises with each frame that is read and each batch that is labelled; standing still, it hangs.
+        steps: Rises with each frame that is read or passed over, and each batch that is labelled; standing still, it
+            hangs.
     """
 
     doing: str

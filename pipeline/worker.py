@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import count
+from functools import partial
 
 import numpy as np
 import torch
@@ -52,22 +52,40 @@ class _DroppedError(Exception):
     """The labels of a task are no longer wanted."""
 
 
+class _Steps:
+    """How far a worker is with a task; two threads take its steps."""
+
+    def __init__(self, doing: str, frames: int) -> None:
+        self.state = WorkerState(doing, 0, frames)
+        self._lock = threading.Lock()
+
+    def take(self, done: int | None = None) -> WorkerState:
+        """One more, with which so many frames are done, if it makes a difference to that."""
+        with self._lock:
+            frames = self.state.frames if done is None else done
+            self.state = replace(self.state, frames=frames, steps=self.state.steps + 1)
+            return self.state
+
+
 class _Job:
     """A task on its way: a thread of its own reads its frames, the worker's one labelling thread labels them.
 
     Attributes:
         read: Done when the last frame has been read and taken, whatever became of it.
         labelled: Its labels, but for the commit.
-        state: How far it is.
+        steps: How far it is.
     """
 
-    def __init__(self, task: Task, open_source: Callable[[], FrameSource], ahead: int) -> None:
+    def __init__(
+        self, task: Task, open_source: Callable[[], FrameSource], ahead: int, on_passed: Callable[[_Steps], None]
+    ) -> None:
         self.task = task
         self.read: Future[None] = Future()
         self.labelled: Future[Labelled]
-        self.state = WorkerState(str(task.segment), 0, task.frames)
+        self.steps = _Steps(str(task.segment), task.frames)
         self._open = open_source
         self._ahead = ahead
+        self._on_passed = on_passed
         self._source: Future[FrameSource] = Future()
         self._frames: Prefetch[Frame] | None = None
         self._dropped = False
@@ -115,7 +133,9 @@ class _Job:
         except BaseException as error:
             self._source.set_exception(error)
             raise
-        yield from read_segment(self.source(), self.task.segment, dict(self.task.skip), self.task.only or None)
+        task = self.task
+        on_passed = partial(self._on_passed, self.steps)
+        yield from read_segment(self.source(), task.segment, dict(task.skip), task.only or None, on_passed)
 
 
 class Worker:
@@ -203,7 +223,7 @@ class Worker:
         if job is None:
             job = self._queue(task, None)
         else:
-            self._now(job.state)
+            self._now(job.steps.state)
         if following is not None:
             self._next = self._queue(following, job)
         self._current = job
@@ -217,13 +237,14 @@ class Worker:
         job, self._next = self._next, None
         if job is not None:
             job.drop()
-        state = WorkerState(f"searching {task.segment}", 0, task.frames)
-        self._now(state)
-        on_frames = self._counted(state)
+        steps = _Steps(f"searching {task.segment}", task.frames)
+        self._now(steps.state)
+        on_frames, on_passed = partial(self._on_frames, steps), partial(self._on_passed, steps)
         try:
             source = self._sources.open(task.uri, task.fingerprint)
             on_frames(0)
-            return self._thread.submit(try_segment, source, task.segment, self._labeler, on_frames).result()
+            trial = self._thread.submit(try_segment, source, task.segment, self._labeler, on_frames, on_passed)
+            return trial.result()
         finally:
             self._state = WorkerState("idle")
 
@@ -250,9 +271,10 @@ class Worker:
 
     def _queue(self, task: Task, after: _Job | None) -> _Job:
         """Have a task read when the reading of another has ended, and labelled when its labelling has."""
-        job = _Job(task, lambda: self._sources.open(task.uri, task.fingerprint), 2 * self._labeler.batch_size)
+        open_source = partial(self._sources.open, task.uri, task.fingerprint)
+        job = _Job(task, open_source, 2 * self._labeler.batch_size, self._on_passed)
         if after is None:
-            self._now(job.state)
+            self._now(job.steps.state)
             job.begin()
         else:
             after.read.add_done_callback(lambda _: job.begin())
@@ -261,7 +283,7 @@ class Worker:
 
     def _label(self, job: _Job) -> Labelled:
         task = job.task
-        on_frames = self._counted(job.state, job)
+        on_frames = partial(self._on_frames, job.steps)
         try:
             rounded = self._labeler.rounds(job.source().probe())
             on_frames(0)
@@ -278,17 +300,15 @@ class Worker:
             job.end_reading()
             job.release()
 
-    def _counted(self, state: WorkerState, job: _Job | None = None) -> Callable[[int], None]:
-        """What is told how many frames are done; first, once the source is open, that none is."""
-        steps = count(1)
+    def _on_frames(self, steps: _Steps, done: int) -> None:
+        """So many frames are done; first, once the source is open, none."""
+        self._now(steps.take(done))
 
-        def on_frames(done: int) -> None:
-            now = replace(state, frames=done, steps=next(steps))
-            if job is not None:
-                job.state = now
-            self._now(now)
-
-        return on_frames
+    def _on_passed(self, steps: _Steps) -> None:
+        """Something was passed over on the way to a frame, perhaps of what is only begun ahead; not worth showing."""
+        state = steps.take()
+        if self._state.doing == state.doing:
+            self._state = state
 
     def _now(self, state: WorkerState) -> None:
         self._state = state

@@ -60,7 +60,12 @@ def edges_shape(max_edge: int) -> tuple[int, int]:
 
 
 def write_segment_edges(
-    source: FrameSource, segment: Segment, store: Store, config: SmoothConfig, on_frame: Callable[[], None]
+    source: FrameSource,
+    segment: Segment,
+    store: Store,
+    config: SmoothConfig,
+    on_frame: Callable[[], None],
+    on_passed: Callable[[], None] = lambda: None,
 ) -> str:
     """Compute and commit the edges of a segment, with the `max_edge` frames before it read again.
 
@@ -71,7 +76,7 @@ def write_segment_edges(
     """
     start = max(0, segment.start - config.max_edge)
     unread: dict[int, str] = {}
-    views = _views(source, store, segment.source_id, start, segment.stop, on_frame, unread)
+    views = _views(source, store, segment.source_id, start, segment.stop, on_frame, on_passed, unread)
     edges, score = segment_edges(views, segment.start - start, max_edge=config.max_edge, flow=config.flow)
     for frame in unread:
         for row, gap in enumerate(GAPS[: edges.shape[1]]):
@@ -101,7 +106,12 @@ def solve_source(source_id: str, store: Store, config: SmoothConfig) -> None:
 
 
 def filter_segment(
-    source: FrameSource, segment: Segment, store: Store, config: SmoothConfig, on_frame: Callable[[], None]
+    source: FrameSource,
+    segment: Segment,
+    store: Store,
+    config: SmoothConfig,
+    on_frame: Callable[[], None],
+    on_passed: Callable[[], None] = lambda: None,
 ) -> str:
     """Filter and commit a segment, with `REACH` frames on both sides.
 
@@ -121,7 +131,7 @@ def filter_segment(
         unread[frame.index] = _why(frame)
         scaled[frame.index] = labels
 
-    given = _filter_frames(source, store, segment.source_id, start, stop, on_frame, on_unread)
+    given = _filter_frames(source, store, segment.source_id, start, stop, on_frame, on_passed, on_unread)
     filtered = filter_frames(given, segment.start - start, stop - segment.stop, flow=config.flow)
 
     def named() -> Iterator[tuple[int, Mapping[str, npt.NDArray[np.float32]]] | None]:
@@ -173,12 +183,17 @@ class Smoother:
             SourceError: If the source is not, or is no longer, what was labelled.
             StoreError: If the store cannot be read or written.
         """
-        done = 0
+        done = steps = 0
+
+        def on_passed() -> None:
+            nonlocal steps
+            steps += 1
+            self._state = WorkerState(str(task), min(done, task.frames), task.frames, steps)
 
         def on_frame() -> None:
             nonlocal done
             done += 1
-            self._state = WorkerState(str(task), min(done, task.frames), task.frames, done)
+            on_passed()
             self.on_state(self._state)
 
         try:
@@ -187,8 +202,8 @@ class Smoother:
                 return ""
             source = self._sources.open(task.uri, task.fingerprint)
             if task.phase == "filter":
-                return filter_segment(source, task.segment, self._store, self._config, on_frame)
-            return write_segment_edges(source, task.segment, self._store, self._config, on_frame)
+                return filter_segment(source, task.segment, self._store, self._config, on_frame, on_passed)
+            return write_segment_edges(source, task.segment, self._store, self._config, on_frame, on_passed)
         finally:
             self._state = WorkerState("idle")
 
@@ -208,13 +223,15 @@ def _views(
     start: int,
     stop: int,
     on_frame: Callable[[], None],
+    on_passed: Callable[[], None],
     unread: dict[int, str],
 ) -> Iterator[View | None]:
     """What the edges see of each frame; `unread` is told why pictures of labelled frames could not be read."""
     status = store.status(source_id, start, stop)
     extents = _extents(store, source_id, start, stop)
     rows = stored_rows(store, source_id, "depth", start, stop)
-    for frame, packed, code, (height, width) in zip(source.read(start, stop), rows, status, extents, strict=True):
+    frames = source.read(start, stop, on_passed)
+    for frame, packed, code, (height, width) in zip(frames, rows, status, extents, strict=True):
         on_frame()
         if code != LABELLED:
             yield None
@@ -232,11 +249,12 @@ def _filter_frames(
     start: int,
     stop: int,
     on_frame: Callable[[], None],
+    on_passed: Callable[[], None],
     on_unread: Callable[[Frame, dict[str, npt.NDArray[np.float32]]], None],
 ) -> Iterator[FilterFrame | None]:
     shot = Temporal(store, source_id).read("shot")[start:stop]
     rows = _label_rows(store, source_id, start, stop)
-    for frame, labels, number in zip(source.read(start, stop), rows, shot, strict=True):
+    for frame, labels, number in zip(source.read(start, stop, on_passed), rows, shot, strict=True):
         on_frame()
         if frame.image is None or labels is None:
             if labels is not None:

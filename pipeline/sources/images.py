@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ class ImageSource:
         """
         return self._open()[0]
 
-    def read(self, start: int, stop: int) -> Iterator[Frame]:
+    def read(self, start: int, stop: int, on_passed: Callable[[], None] = lambda: None) -> Iterator[Frame]:
         """Yield the pictures [start, stop); one that cannot be decoded comes with its reason instead.
 
         Raises:

@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from itertools import accumulate, chain
 from pathlib import Path
@@ -74,8 +74,10 @@ class ParquetSource:
         """
         return self._open()[0]
 
-    def read(self, start: int, stop: int) -> Iterator[Frame]:
+    def read(self, start: int, stop: int, on_passed: Callable[[], None] = lambda: None) -> Iterator[Frame]:
         """Yield the pictures of the rows [start, stop); one that cannot be read comes with its reason instead.
+
+        `on_passed` is told of each few rows.
 
         Raises:
             SourceError: If the file cannot be read.
@@ -83,7 +85,7 @@ class ParquetSource:
         source, headers, errors = self._open()
         if not 0 <= start <= stop <= source.frames:
             raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
-        return decode_ahead(self._encoded(headers, errors, start, stop), self._max_pixels, self._threads)
+        return decode_ahead(self._encoded(headers, errors, start, stop, on_passed), self._max_pixels, self._threads)
 
     def close(self) -> None:
         """Release the file; reads that are still running release theirs when they end."""
@@ -140,7 +142,7 @@ class ParquetSource:
         return source, headers, errors
 
     def _encoded(
-        self, headers: list[Header], errors: dict[int, str], start: int, stop: int
+        self, headers: list[Header], errors: dict[int, str], start: int, stop: int, on_passed: Callable[[], None]
     ) -> Generator[Encoded, None, None]:
         with self._lock:
             rows, self._parked = self._parked, None
@@ -151,7 +153,7 @@ class ParquetSource:
                     continue
                 rows = rows or _Rows(self._uri)
                 try:
-                    data = rows.cell(row)[0]
+                    data = rows.cell(row, on_passed)[0]
                 except _DamageError as error:
                     raise SourceError(
                         f"{self._uri}: {error}, which it was not when it was probed; expected a file that does not "
@@ -219,8 +221,10 @@ class _Rows:
             self._file.close()
             raise
 
-    def cell(self, row: int) -> tuple[bytes | None, str | None]:
+    def cell(self, row: int, on_passed: Callable[[], None] = lambda: None) -> tuple[bytes | None, str | None]:
         """The encoded picture of a row, and its path; each None where there is none. Cheap from row to row.
+
+        `on_passed` is told of each batch of rows that is read on the way.
 
         Raises:
             _DamageError: If the row group cannot be read up to the row.
@@ -235,6 +239,7 @@ class _Rows:
             self._batch = _NO_ROWS
             try:
                 self._batch = next(self._batches)
+                on_passed()
             except _DamageError as error:
                 self._group = -1
                 raise _DamageError(f"row group {group} cannot be read from row {self._first} on ({error})") from error

@@ -16,7 +16,7 @@ often decoded as if it were a picture.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
@@ -120,8 +120,10 @@ class VideoSource:
         """
         return self._open()[0]
 
-    def read(self, start: int, stop: int) -> Iterator[Frame]:
+    def read(self, start: int, stop: int, on_passed: Callable[[], None] = lambda: None) -> Iterator[Frame]:
         """Yield the frames [start, stop); one that cannot be decoded comes with its reason instead of a picture.
+
+        `on_passed` is told of each packet.
 
         Raises:
             SourceError: If the file cannot be probed or read, or is another one than when it was.
@@ -129,7 +131,7 @@ class VideoSource:
         source, table, codec = self._open()
         if not 0 <= start <= stop <= source.frames:
             raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
-        return self._read(source, table, codec, start, stop)
+        return self._read(source, table, codec, start, stop, on_passed)
 
     def close(self) -> None:
         """Release the file and its decoder; reads that are still running release theirs when they end."""
@@ -180,9 +182,12 @@ class VideoSource:
                 "it down, or raise max_pixels"
             )
 
-    def _read(self, source: Source, table: PacketTable, codec: str, start: int, stop: int) -> Iterator[Frame]:
+    def _read(
+        self, source: Source, table: PacketTable, codec: str, start: int, stop: int, on_passed: Callable[[], None]
+    ) -> Iterator[Frame]:
         reformatter = VideoReformatter()
         decoder, whole = self._take(table), True
+        decoder.on_packet = on_passed
         try:
             index = start
             while index < stop:
@@ -221,6 +226,7 @@ class VideoSource:
         return parked or Decoder(self._uri, table, self._threads, self._seeks)
 
     def _park(self, decoder: Decoder) -> None:
+        decoder.on_packet = lambda: None
         with self._lock:
             unused = self._parked if not self._closed else decoder
             if not self._closed:
@@ -236,9 +242,9 @@ class VideoSource:
         while start < stop:
             try:
                 if damaged:
-                    verdict = self._verdicts.get(group.start) or self._judge(table, group)
+                    verdict = self._verdicts.get(group.start) or self._judge(table, group, decoder.on_packet)
                     self._verdicts[group.start] = verdict
-                    for index, picture in self._rescue(table, group, verdict, start, stop):
+                    for index, picture in self._rescue(table, group, verdict, start, stop, decoder.on_packet):
                         yield index, picture, "" if picture else _why_lost(table, verdict, index)
                         start = index + 1
                 else:
@@ -255,24 +261,26 @@ class VideoSource:
                     ) from None
                 self._seeks = decoder.seeks = False
 
-    def _judge(self, table: PacketTable, group: Group) -> _Verdict:
+    def _judge(self, table: PacketTable, group: Group, on_packet: Callable[[], None]) -> _Verdict:
         """Decode a damaged group alone, to see from which packet on it is lost."""
         number = table.group_of(group.start)
         packets = table.packets_of(group)
         best = _Verdict(group.first, -1, -1, "")
         for back in range(min(number, _MAX_GROUPS_BACK) + 1):
-            verdict = self._inspect(table, group, packets, int(table.group_first[number - back]))
+            verdict = self._inspect(table, group, packets, int(table.group_first[number - back]), on_packet)
             if verdict.damaged > best.damaged:
                 best = verdict
             if best.damaged > packets[0]:
                 break  # its keyframe is whole: starting earlier would change nothing
         return best
 
-    def _inspect(self, table: PacketTable, group: Group, packets: list[int], first: int) -> _Verdict:
+    def _inspect(
+        self, table: PacketTable, group: Group, packets: list[int], first: int, on_packet: Callable[[], None]
+    ) -> _Verdict:
         errors: dict[int, str] = {}
         whole: set[int] = set()
         flawed: set[int] = set()
-        with closing(Decoder(self._uri, table, 1, self._seeks)) as decoder:
+        with closing(Decoder(self._uri, table, 1, self._seeks, on_packet)) as decoder:
             for ordinal, frame in decoder.decode(first, group.last, errors):
                 (flawed if frame.is_corrupt else whole).add(ordinal)
         for before, ordinal in pairwise([packets[0], *packets]):
@@ -287,11 +295,17 @@ class VideoSource:
         return _Verdict(first, len(table.size), len(table.size), "")
 
     def _rescue(
-        self, table: PacketTable, group: Group, verdict: _Verdict, start: int, stop: int
+        self,
+        table: PacketTable,
+        group: Group,
+        verdict: _Verdict,
+        start: int,
+        stop: int,
+        on_packet: Callable[[], None],
     ) -> Iterator[tuple[int, av.video.frame.VideoFrame | None]]:
         """Yield the frames [start, stop) of a damaged group: those before the damage, and None for the others."""
         waiting: dict[int, av.video.frame.VideoFrame] = {}
-        with closing(Decoder(self._uri, table, 1, self._seeks)) as decoder:
+        with closing(Decoder(self._uri, table, 1, self._seeks, on_packet)) as decoder:
             outputs = decoder.decode(verdict.first, group.last, errors={})
             for index in range(start, stop):
                 if table.order[index] < verdict.lost_from:

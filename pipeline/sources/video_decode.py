@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import av
@@ -30,12 +30,16 @@ class Decoder:
     Attributes:
         position: The next frame that it can give without a seek, or None.
         seeks: Whether to seek at all; else packets are skipped from the start of the file.
+        on_packet: Told of each packet that is decoded or skipped.
     """
 
-    def __init__(self, uri: str, table: PacketTable, threads: int, seeks: bool) -> None:
+    def __init__(
+        self, uri: str, table: PacketTable, threads: int, seeks: bool, on_packet: Callable[[], None] = lambda: None
+    ) -> None:
         self._uri, self._table, self._threads = uri, table, threads
         self.position: int | None = None
         self.seeks = seeks
+        self.on_packet = on_packet
         self._outputs: Iterator[tuple[int, av.video.frame.VideoFrame]] = iter(())
         self._whole: set[int] = set()  # packets that gave their picture
         self._waiting: dict[int, av.video.frame.VideoFrame] = {}
@@ -183,6 +187,7 @@ class Decoder:
         for ordinal, packet in enumerate(packets, start):
             if ordinal >= len(self._table.size) or packet.size != self._table.size[ordinal]:
                 raise LostPlaceError
+            self.on_packet()
             if ordinal >= first:
                 yield ordinal, packet
 

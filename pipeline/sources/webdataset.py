@@ -15,7 +15,7 @@ import hashlib
 import io
 import re
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ _USUAL = ("rgb", "image", "img", "color", "colour")
 
 _NO_HEADER = Header(0, 0, "")
 _WINDOW_BYTES = 4096  # read of a picture at a time, for its header
+_PASSED_BYTES = 1 << 22  # in one step: far less than a second to unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,10 @@ class WebDatasetSource:
         """
         return self._open()[0]
 
-    def read(self, start: int, stop: int) -> Iterator[Frame]:
+    def read(self, start: int, stop: int, on_passed: Callable[[], None] = lambda: None) -> Iterator[Frame]:
         """Yield the pictures [start, stop); one that cannot be read comes with its reason instead.
+
+        `on_passed` is told of each few MiB that are passed over.
 
         Raises:
             SourceError: If the archive cannot be read.
@@ -91,7 +94,7 @@ class WebDatasetSource:
         source, pictures = self._open()
         if not 0 <= start <= stop <= source.frames:
             raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
-        return decode_ahead(self._encoded(pictures, start, stop), self._max_pixels, self._threads)
+        return decode_ahead(self._encoded(pictures, start, stop, on_passed), self._max_pixels, self._threads)
 
     def close(self) -> None:
         """Release the archive; reads that are still running release theirs when they end."""
@@ -139,7 +142,9 @@ class WebDatasetSource:
         )
         return source, pictures
 
-    def _encoded(self, pictures: list[_Picture], start: int, stop: int) -> Generator[Encoded, None, None]:
+    def _encoded(
+        self, pictures: list[_Picture], start: int, stop: int, on_passed: Callable[[], None]
+    ) -> Generator[Encoded, None, None]:
         with self._lock:
             file, self._parked = self._parked, None
         try:
@@ -149,7 +154,7 @@ class WebDatasetSource:
                     yield Encoded(index, None, error=picture.error)
                     continue
                 file = file or open_archive(self._uri)[0]
-                data, problem = _read(file, picture.offset, picture.size)
+                data, problem = _read(file, picture.offset, picture.size, on_passed)
                 if problem:  # a gzip stream does not go on behind damage
                     file.close()
                     file = None
@@ -237,10 +242,13 @@ def _describe(member: Member, key: str, file: BinaryIO, size: int | None, max_pi
     return _Picture(key, member.offset, member.size, header, problem), is_last
 
 
-def _read(file: BinaryIO, offset: int, size: int) -> tuple[bytes, str]:
-    """The bytes of a member, or why they cannot be had."""
+def _read(file: BinaryIO, offset: int, size: int, on_passed: Callable[[], None] = lambda: None) -> tuple[bytes, str]:
+    """The bytes of a member, or why they cannot be had; what is before is passed over in steps."""
     try:
-        file.seek(offset)
+        at = file.tell() if file.tell() <= offset else file.seek(0)
+        while at < offset:
+            at = file.seek(min(at + _PASSED_BYTES, offset))
+            on_passed()
         data = file.read(size)
     except GZIP_DAMAGE as error:
         return b"", f"the gzip stream is damaged within it ({error}): what lies behind is unknown"

@@ -31,7 +31,7 @@ class Pictures:
         keys = tuple(f"{i}.png" for i in range(len(SIZES)))
         return Source("pictures", "/pictures", self.kind, len(SIZES), 60, 60, None, "f", keys=keys)
 
-    def read(self, start, stop):
+    def read(self, start, stop, on_passed=None):
         for index in range(start, stop):
             assert index not in self.deadly, "the process is gone"
             image = None if index in self.broken else self.images[index]

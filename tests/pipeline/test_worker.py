@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from depthmill.pipeline import stages
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import SourceError
@@ -111,9 +112,30 @@ def test_a_source_that_is_open_is_a_step(start, monkeypatch):
         states.clear()
         call(tasks[0])
         steps = [state.steps for state in states if state.doing == name]
-        assert steps == list(range(len(steps)))
+        assert steps == sorted({0, *steps})
         assert len(steps) == 2 + 8 + 3  # closed, and open; each frame, and each batch
     assert opened == [0, 0]
+
+
+def test_frames_that_are_passed_over_are_steps(start, video, monkeypatch):
+    media.write_video(video, frames=30, gop=1000)
+    worker, tasks = start("some")
+    states, first, real = [], [], stages.read_segment
+
+    def watched(*given):
+        for frame in real(*given):
+            first.append(worker.state())
+            yield frame
+
+    monkeypatch.setattr("depthmill.pipeline.worker.read_segment", watched)
+    worker.label(tasks[3], tasks[2])  # which is begun from the keyframe again, and says nothing while the first goes on
+    assert (first[0].doing, first[0].frames, first[0].steps >= 24) == (str(tasks[3]), 0, True)
+    worker.on_state = states.append
+    worker.label(tasks[2])
+    assert (states[0].doing, states[0].steps >= 16) == (str(tasks[2]), True)
+    states.clear()
+    worker.try_task(tasks[1])
+    assert [state.steps >= 8 for state in states if state.doing != "idle"][:3] == [False, False, True]
 
 
 def test_what_was_begun_is_no_longer_being_opened_when_it_is_called_for(start, monkeypatch):

@@ -21,7 +21,7 @@ class Unread:
     def __init__(self, source, *indices):
         self._source, self._indices = source, indices
 
-    def read(self, start, stop):
+    def read(self, start, stop, on_passed=None):
         for frame in self._source.read(start, stop):
             lost = frame.index in self._indices
             yield dataclasses.replace(frame, image=None, error="timed out") if lost else frame

@@ -183,6 +183,15 @@ def test_segments_in_order_pass_over_a_row_group_once(tmp_path: Path, monkeypatc
     assert opened == [[0], [1]]
 
 
+def test_rows_that_are_passed_over_are_told_of(tmp_path: Path) -> None:
+    source = open_source(make.write_parquet(tmp_path / "a.parquet", {"image": encoded(80)}, rows_in_group=80))
+    passed: list[int] = []
+    (frame,) = source.read(79, 80, lambda: passed.append(1))
+    assert make.read_index(frame.image) == 79
+    assert len(passed) == 5
+    source.close()
+
+
 def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     before = open_source(make.write_parquet(path, {"image": encoded(3), "key": ["a", "b", "c"]})).probe().fingerprint

@@ -167,6 +167,20 @@ def test_a_seek_that_finds_nothing_falls_back_to_the_start(
     source.close()
 
 
+def test_packets_that_are_passed_over_are_told_of(tmp_path: Path) -> None:
+    path = make.write_video(tmp_path / "clip.mp4", gop=1000)
+    source, passed = open_source(path), []
+    frames = source.read(FRAMES - 1, FRAMES, lambda: passed.append(1))
+    assert make.read_index(next(frames).image) == FRAMES - 1
+    assert len(passed) == FRAMES
+    source.close()
+    make.break_middle(path, 0.6, 3000)
+    source, passed = open_source(path), []
+    assert next(source.read(FRAMES - 1, FRAMES, lambda: passed.append(1))).image is None
+    assert len(passed) > FRAMES  # once more, to see what is lost
+    source.close()
+
+
 @pytest.mark.parametrize("offsets_s", [(3, 1.013), (100, 0), (0, 90_000)])
 @pytest.mark.parametrize("suffix", [".mpg", ".ts"])
 def test_files_joined_with_a_clock_each_follow_each_other(

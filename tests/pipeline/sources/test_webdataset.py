@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources import open_source, tar_members
+from depthmill.pipeline.sources import open_source, tar_members, webdataset
 from depthmill.pipeline.types import Frame, Source
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import SourceContract
@@ -268,6 +268,19 @@ def test_segments_in_order_unpack_a_gzip_stream_once(tmp_path: Path, monkeypatch
         assert all(frame.image is not None for frame in source.read(start, start + 3))
     source.close()
     assert len(opened) == 1
+
+
+def test_what_is_unpacked_on_the_way_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset, "_PASSED_BYTES", 1 << 12)
+    path = make.write_tar(tmp_path / "shard.tar.gz", make.samples(12))
+    size = len(gzip.decompress(path.read_bytes()))
+    source, passed = open_source(path), []
+    for start in (11, 10):  # the second from the beginning again
+        passed.clear()
+        (frame,) = source.read(start, start + 1, lambda: passed.append(1))
+        assert make.read_index(frame.image) == start
+        assert size / (1 << 13) < len(passed) <= size / (1 << 12)
+    source.close()
 
 
 def test_what_is_no_archive_of_pictures(tmp_path: Path) -> None:
