@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from io import TextIOWrapper
@@ -35,18 +36,24 @@ def main() -> NoReturn:
     try:
         app()
     except RunStoppedError as error:
-        _say(error)
-        sys.exit(STOPPED)
+        _stopped(error)
     except DepthmillError as error:
         _say(error)
         sys.exit(NOT_STARTED)
     except KeyboardInterrupt:
-        _say("stopped before anything was written")
-        sys.exit(STOPPED)
+        _stopped("stopped; what is committed stays")
     except Exception:  # Python's own status for it would say that some frames failed
         traceback.print_exc()
         sys.exit(CRASHED)
     sys.exit(0)
+
+
+def _stopped(why: object) -> NoReturn:
+    """End at once: a signal may have cut off anything, such as the making of a thread that Python would wait for."""
+    _say(why)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(STOPPED)
 
 
 def _say(message: object) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -193,3 +194,21 @@ def test_bench_prints_what_to_change(cli, checkpoints, clip):
     assert done.returncode == 0, done.stderr
     assert "-bound; what helps:" in done.stdout
     assert cli("bench", "--checkpoint", "nowhere").returncode == 2
+
+
+def test_a_run_that_is_stopped_waits_for_no_thread():
+    """A signal may have cut off the making of one, of which Python's own exit then knows nothing."""
+    code = """
+        import threading
+        from depthmill import cli
+        from depthmill.pipeline.errors import RunStoppedError
+        def stopped():
+            threading.Thread(target=threading.Event().wait).start()
+            raise RunStoppedError("10 of 20 frames are committed")
+        cli.app = stopped
+        cli.main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "depthmill: 10 of 20 frames are committed\n")

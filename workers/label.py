@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -79,6 +79,7 @@ def label(
             f"--workers 0 with it, or CUDA_VISIBLE_DEVICES={config.device.removeprefix('cuda:')} and --device cuda"
         )
     with ExitStack() as stack:
+        stop = stack.enter_context(_stoppable())
         gpus = None
         if config.address and config.workers != 0:  # its GPUs, not this machine's, decide the dtype of the store
             gpus = stack.enter_context(_cluster(config))
@@ -129,8 +130,8 @@ def label(
                 planned,
             )
             try:
-                with _stoppable(driver):
-                    driver.run()
+                stop.driver = driver
+                driver.run()
             except KeyboardInterrupt:
                 counts = driver.standing.counts
                 raise RunStoppedError(
@@ -237,23 +238,35 @@ def _write_run(
     store.write_file("run.json", (json.dumps(values, indent=2) + "\n").encode())
 
 
+@dataclass
+class _Stop:
+    """What a signal is to stop, besides this thread."""
+
+    driver: Driver | None = None
+
+
 @contextmanager
-def _stoppable(driver: Driver) -> Iterator[None]:
+def _stoppable() -> Iterator[_Stop]:
     """Let SIGINT (Ctrl-C) and SIGTERM end the run alike; a no-op outside the main thread, where no signal arrives.
 
-    Both raise KeyboardInterrupt, and leave a note in `driver`: one raised inside a callback of Ray's is lost there.
+    The first raises KeyboardInterrupt, and leaves a note in the driver: one raised inside a callback of Ray's is lost
+    there. Others are ignored: workers are being ended then.
     """
+    running = _Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield running
         return
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        driver.stopped = True
+        for number in before:
+            signal.signal(number, lambda *_: None)
+        if running.driver is not None:
+            running.driver.stopped = True
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield running
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
