@@ -128,11 +128,16 @@ def _translated(uri: str | Path) -> Iterator[tuple[Any, str]]:
         yield locate(str(uri), SourceError)
     except SourceError:
         raise
-    except FileNotFoundError:
-        raise MissingError(f"{uri}: no such object; expected one that can be read: check the URL") from None
     except Exception as error:  # they have no exception tree in common; without the cause, which may hold credentials
+        cause: Any = error
+        if isinstance(error, FileNotFoundError) and str(uri).startswith("http"):  # raised for whatever goes wrong there
+            cause = error.__cause__ or error
+        status = getattr(cause, "status", None)  # of a response, with the whole URL in the error's words
+        if isinstance(cause, FileNotFoundError) or status in (404, 410):
+            raise MissingError(f"{uri}: no such object; expected one that can be read: check the URL") from None
+        why = said(cause) if status is None else f"{status} {cause.message}"
         raise SourceError(
-            f"{uri}: cannot be read ({said(error)}); check the URL, the credentials in the environment and the endpoint"
+            f"{uri}: cannot be read ({why}); check the URL, the credentials in the environment and the endpoint"
         ) from None
 
 

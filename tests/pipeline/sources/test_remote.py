@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.errors import MissingError, SourceError
 from depthmill.pipeline.objects import shown
 from depthmill.pipeline.sources import expand_inputs, images, open_source, source_id
 from depthmill.pipeline.types import Frame
@@ -269,8 +269,8 @@ class _Ranges(http.server.SimpleHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         path = Path(self.server.folder) / self.path.partition("?")[0].lstrip("/")
-        if "0123456789abcdef" not in self.path or not path.is_file():
-            self.send_error(403)
+        if self.server.outage or "0123456789abcdef" not in self.path or not path.is_file():
+            self.send_error(self.server.outage or 403)
             return
         data, first = path.read_bytes(), 0
         wanted = self.headers.get("Range")
@@ -292,30 +292,46 @@ class _Ranges(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture
 def web(local: Path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Ranges)
-    server.folder = local
+    server.folder, server.outage = local, 0
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
     server.shutdown()
     thread.join()
     server.server_close()
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "shard-00000.tar", "photos/001.png"])
-def test_a_signed_url_opens_and_its_signature_is_nowhere(local: Path, web: str, name: str) -> None:
-    url = f"{web}/{name}?{SECRETS}"
+def test_a_signed_url_opens_and_its_signature_is_nowhere(local: Path, web, name: str) -> None:
+    url = f"{web.url}/{name}?{SECRETS}"
     assert list(expand_inputs([url])) == [url]
     source = open_source(url)
     probed = source.probe()
     assert content(list(source.read(0, probed.frames))) == content(read_all(local / name))
     source.close()
-    assert probed.uri == f"{web}/{name}"
+    assert probed.uri == f"{web.url}/{name}"
     assert probed.id == source_id(url) == source_id(url.replace("X-Amz-Expires=60", "X-Amz-Expires=61"))
     wrong = url.replace("0123456789abcdef", "fedcba9876543210")
     with pytest.raises(SourceError) as raised:
         frames(wrong)
     for secret in ("fedcba9876543210", "AKIDEXAMPLE", "tok9tok9"):
         assert secret not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "shard-00000.tar", "photos/001.png", "rows.parquet"])
+def test_a_server_that_does_not_answer_is_no_missing_file(web, name: str) -> None:
+    url = f"{web.url}/{name}?{SECRETS}"
+    for status, words in ((404, "no such object"), (410, "no such object"), (403, "403 Forbidden"), (503, "503 Serv")):
+        web.outage = status
+        with pytest.raises(SourceError, match=f"{name}: .*{words}") as raised:
+            open_source(url).probe()
+        assert isinstance(raised.value, MissingError) == (status in (404, 410))
+    web.outage = 0
+    assert open_source(url).probe().frames
+    with pytest.raises(SourceError, match="Cannot connect") as raised:
+        open_source(f"http://127.0.0.1:9/{name}").probe()
+    assert not isinstance(raised.value, MissingError)
 
 
 def test_urls_that_differ_are_told_apart_without_telling_secrets() -> None:
