@@ -7,15 +7,17 @@ import sys
 import traceback
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 from depthmill import __version__
 from depthmill.pipeline.errors import ConfigError, DepthmillError, RunStoppedError
 
 if TYPE_CHECKING:
-    from depthmill.pipeline.config import SmoothConfig
+    from depthmill.pipeline.config import LabelConfig, SmoothConfig
 
 app = typer.Typer(
     name="depthmill",
@@ -24,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+_CHECKPOINT = "Depth checkpoint: a hub id, a directory in diffusers layout, or demo, the embedded toy model."
+_ADDRESS = "An existing Ray cluster: auto, or ray://host:10001; default: RAY_ADDRESS, else one for this run."
 
 SOME_FAILED, NOT_STARTED, CRASHED, STOPPED = 1, 2, 70, 130
 
@@ -75,7 +80,52 @@ def _options(
     pass
 
 
-@app.command()
+class _Command(TyperCommand):
+    """A command whose help has the choices and defaults of the configuration that its options are keys of."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from depthmill.pipeline.config import LabelConfig, SmoothConfig
+
+        fields = (SmoothConfig if self.name == "smooth" else LabelConfig).model_fields
+        option: Any
+        for option in self.params:
+            field = fields.get(option.opts[0].removeprefix("--").replace("-", "_"))
+            if field is None or option.default is not None:
+                continue
+            kind = field.annotation
+            parts = (kind,) if get_origin(kind) is Literal else get_args(kind)
+            choices = [word for part in parts for word in get_args(part)]
+            known = all(part is NoneType or get_origin(part) is Literal for part in parts)
+            if known and not all(word in option.help for word in choices):
+                option.help += f" One of {', '.join(choices)}."
+            if isinstance(field.default, (str, int, float, tuple)) and "default" not in option.help:
+                words = field.default if isinstance(field.default, tuple) else [field.default]
+                option.show_default = ",".join("no" if word is False else str(word) for word in words)
+        super().format_help(ctx, formatter)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            if error.param is None or error.param.name != "inputs":
+                raise
+            raise ConfigError(  # of a single argument, the parser misses the inputs
+                "expected INPUT... STORE, the last of which is where the labels go, as in "
+                "`depthmill label clip.mp4 labels.zarr`"
+            ) from None
+
+
+def _warn_of_demo(settings: LabelConfig) -> None:
+    if settings.labels_by_default:
+        typer.secho(
+            "depthmill: no --checkpoint is given, so the embedded demo model is used, a toy; for labels that you care "
+            "about: --config video, --config images, or --checkpoint",
+            fg="yellow",
+            err=True,
+        )
+
+
+@app.command(cls=_Command)
 def label(
     inputs: Annotated[
         list[str],
@@ -83,60 +133,67 @@ def label(
     ],
     store: Annotated[str, typer.Argument(metavar="STORE", help="Zarr store for the labels; an existing one resumes.")],
     config: Annotated[str | None, typer.Option(help="YAML file; the options below win over it.")] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Depth checkpoint: demo, a directory in diffusers layout, or a hub id.")
+    checkpoint: Annotated[str | None, typer.Option(help=_CHECKPOINT)] = None,
+    normals_checkpoint: Annotated[
+        str | None, typer.Option(help="The same for normals; default: CHECKPOINT, if it is demo or GeoWizard.")
     ] = None,
-    normals_checkpoint: Annotated[str | None, typer.Option(help="The same for normals.")] = None,
     labels: Annotated[str | None, typer.Option(help="depth, normals, or depth,normals.")] = None,
     normals_axes: Annotated[
-        str | None, typer.Option(help="Where the normals checkpoint's x, y and z point, as in left-up-towards.")
+        str | None,
+        typer.Option(help="Where the normals checkpoint's x, y, z point, as left-up-towards; default: as it says."),
     ] = None,
     domain: Annotated[
-        str | None, typer.Option(help="indoor, outdoor or object: the scene that a GeoWizard checkpoint is told of.")
+        str | None, typer.Option(help="Scene that a GeoWizard checkpoint is told of; default: indoor.")
     ] = None,
     processing_resolution: Annotated[
-        int | None, typer.Option(help="Longer side in pixels at which the model sees a frame.")
+        int | None, typer.Option(help="Longer side in pixels at which the model sees a frame; default: CHECKPOINT's.")
     ] = None,
-    batch_size: Annotated[str | None, typer.Option(help="Frames a forward pass, or auto: as many as fit.")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="Frames per forward pass; auto: as many as fit in memory.")
+    ] = None,
     compile_network: Annotated[
-        str | None, typer.Option("--compile", help="auto, on or off: whether full batches run compiled.")
+        str | None, typer.Option("--compile", help="Whether full batches run compiled; auto: on CUDA, in long runs.")
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda, xpu or mps; with --workers 0 also cuda:1.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the network.")] = None,
-    normals_dtype: Annotated[str | None, typer.Option(help="int8, int16 or float16, of stored normals.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the network.")] = None,
+    normals_dtype: Annotated[str | None, typer.Option(help="Of stored normals.")] = None,
     shard_frames: Annotated[int | None, typer.Option(help="Frames in a shard file.")] = None,
-    segment_frames: Annotated[int | None, typer.Option(help="Frames in a unit of work and commit.")] = None,
+    segment_frames: Annotated[
+        int | None, typer.Option(help="Frames in a unit of work and commit; default: about 64, of corpora 2048.")
+    ] = None,
     round_aspect: Annotated[
         bool | None,
         typer.Option(
             "--round-aspect/--exact-aspect",
-            help="Show the model pictures at few aspect ratios, so that batches fill; left out, those of a corpus.",
+            help="Round aspect ratios so that batches fill; default: only for corpora.",
         ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Ray workers; 0 labels in this process.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.")] = None,
-    address: Annotated[str | None, typer.Option(help="An existing Ray cluster: auto, or ray://host:10001.")] = None,
-    attempts: Annotated[
-        int | None, typer.Option(help="Tries of a segment, and then of a frame that makes it fail.")
+    workers: Annotated[
+        int | None, typer.Option(help="Ray workers; 0 labels in this process; default: one for each GPU, or one.")
     ] = None,
-    frame_limit_s: Annotated[
-        float | None, typer.Option(help="Seconds that a frame may take, before it is given up.")
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of each worker; default: one for each core, at most 8.")
     ] = None,
+    address: Annotated[str | None, typer.Option(help=_ADDRESS)] = None,
+    attempts: Annotated[int | None, typer.Option(help="Attempts per segment, then per failing frame.")] = None,
+    frame_limit_s: Annotated[float | None, typer.Option(help="Seconds that a frame may take, at most.")] = None,
     max_pixels: Annotated[
-        int | None, typer.Option(help="Larger pictures count as failed, larger videos are left out.")
+        int | None, typer.Option(help="Pixel limit: larger images fail, larger videos are skipped.")
     ] = None,
     max_frames: Annotated[int | None, typer.Option(help="Inputs with more frames are refused.")] = None,
     steps: Annotated[int | None, typer.Option(help="UNet calls for a label; 1 is what E2E-FT models need.")] = None,
-    ensemble: Annotated[int | None, typer.Option(help="Members drawn of each frame and made one.")] = None,
-    noise: Annotated[str | None, typer.Option(help="zeros, gaussian or pyramid: what labels are drawn from.")] = None,
-    timestep_spacing: Annotated[
-        str | None, typer.Option(help="trailing, or leading: the flaw, to compare with.")
+    ensemble: Annotated[
+        int | None, typer.Option(help="Predictions per frame that are combined into one (1, or 3 and more).")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the noise.")] = None,
+    noise: Annotated[str | None, typer.Option(help="What labels are drawn from.")] = None,
+    timestep_spacing: Annotated[
+        str | None, typer.Option(help="trailing; leading reproduces the scheduler flaw, for comparison.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of the noise.")] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Label again, too, the frames that failed in earlier runs.")
+        bool, typer.Option("--retry-failed", help="Also label frames again that failed in earlier runs.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an existing store first.")] = False,
     smooth: Annotated[bool, typer.Option("--smooth", help="Then smooth the videos over time.")] = False,
@@ -176,6 +233,7 @@ def label(
     from depthmill.pipeline.config import LabelConfig, load_config
 
     settings = load_config(LabelConfig, config, options)
+    _warn_of_demo(settings)
     if smooth and "depth" not in settings.labels:
         raise ConfigError(
             f"--smooth is given with labels {', '.join(settings.labels)}; expected depth among them, which is what is "
@@ -201,21 +259,25 @@ def label(
         raise typer.Exit(SOME_FAILED)
 
 
-@app.command("smooth")
+@app.command("smooth", cls=_Command)
 def smooth_store(
     store: Annotated[str, typer.Argument(metavar="STORE", help="A labelled store.")],
     config: Annotated[str | None, typer.Option(help="YAML file; the options below win over it.")] = None,
-    source: Annotated[list[str] | None, typer.Option(help="Id of a source, again for more; by default videos.")] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Source id; repeat for several; default: all videos.")
+    ] = None,
     max_edge: Annotated[int | None, typer.Option(help="Frames between the two of an edge, at most.")] = None,
-    flow: Annotated[str | None, typer.Option(help="ultrafast, fast or medium: the optical flow.")] = None,
-    leak: Annotated[float | None, typer.Option(help="Radians a frame: slower changes of scale stay.")] = None,
+    flow: Annotated[str | None, typer.Option(help="Quality of the optical flow.")] = None,
+    leak: Annotated[float | None, typer.Option(help="Cut-off in radians per frame; slower changes are kept.")] = None,
     filter_labels: Annotated[
         bool | None, typer.Option("--filter/--no-filter", help="Filter labels over five frames as well.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Ray workers; 0 smooths in this process.")] = None,
-    address: Annotated[str | None, typer.Option(help="An existing Ray cluster: auto, or ray://host:10001.")] = None,
-    attempts: Annotated[int | None, typer.Option(help="Tries of a segment.")] = None,
-    frame_limit_s: Annotated[float | None, typer.Option(help="Seconds that a frame may take.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Ray workers; 0 smooths in this process; default: one for each core.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help=_ADDRESS)] = None,
+    attempts: Annotated[int | None, typer.Option(help="Attempts per segment.")] = None,
+    frame_limit_s: Annotated[float | None, typer.Option(help="Seconds that a frame may take, at most.")] = None,
 ) -> None:
     """Smooth depth over time: a scale and shift for each frame, beside the labels, which stay as they are.
 
@@ -239,12 +301,13 @@ def smooth_store(
 
 def _smooth(store: str, settings: SmoothConfig, sources: list[str]) -> bool:
     """Smooth and say how it went; whether all is smoothed."""
+    from depthmill.workers.progress import count
     from depthmill.workers.smooth import smooth as run
 
     done = run(store, settings, sources=sources)
     typer.echo(
-        f"{len(done.smoothed)} sources are smoothed in {done.store}; {done.frames} frames were done in this run, in "
-        f"{done.seconds:.1f} s"
+        f"{count(len(done.smoothed), 'source')} smoothed in {done.store}; {count(done.frames, 'frame')} done in this "
+        f"run, in {done.seconds:.1f} s"
     )
     for name, why in {**done.left_out, **done.unread}.items():
         typer.echo(f"  {name}: {why}")
@@ -325,7 +388,7 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; by default runs/ and the name of CONFIG.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu keeps off a GPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu: do not use a GPU.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever the folder holds.")] = False,
 ) -> None:
     """Train a checkpoint; the same command goes on where it was stopped.
@@ -359,7 +422,7 @@ def train(
     typer.echo(run(load_config(TrainConfig, config, {}), folder, overwrite=overwrite, device=device))
 
 
-@app.command()
+@app.command(cls=_Command)
 def evaluate(
     name: Annotated[
         str,
@@ -376,7 +439,7 @@ def evaluate(
         bool, typer.Option("--video", help="Clips: depth under one scale and shift a clip, raw and smoothed, and TAE.")
     ] = False,
     checkpoint: Annotated[
-        str | None, typer.Option(help="What to evaluate: demo, a directory in diffusers layout, or a hub id.")
+        str | None, typer.Option(help="What to evaluate: a hub id, a directory in diffusers layout, or demo.")
     ] = None,
     store: Annotated[str | None, typer.Option(help="Score this labelled store instead.")] = None,
     predictions: Annotated[
@@ -389,28 +452,24 @@ def evaluate(
         str | None, typer.Option(help="Where x, y and z of the checkpoint's, or the folder's, normals point.")
     ] = None,
     domain: Annotated[
-        str | None,
-        typer.Option(
-            help="indoor, outdoor or object, for GeoWizard checkpoints; by default indoor, for sintel outdoor."
-        ),
+        str | None, typer.Option(help="Scene, for GeoWizard checkpoints; default: indoor, for sintel outdoor.")
     ] = None,
     processing_resolution: Annotated[
         int | None,
         typer.Option(help="Longer side in pixels at which the model sees a picture; by default the paper's."),
     ] = None,
-    batch_size: Annotated[str | None, typer.Option(help="Pictures a forward pass, or auto.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Pictures per forward pass.")] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda, xpu or mps; with --workers 0 also cuda:1.")
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16, of the network; by default float32, with --video the device's."
-        ),
+    dtype: Annotated[str | None, typer.Option(help="Of the network; by default float32, with --video auto.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Ray workers; 0 labels in this process; default: one for each GPU, or one.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Ray workers; 0 labels in this process.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker.")] = None,
-    address: Annotated[str | None, typer.Option(help="An existing Ray cluster: auto, or ray://host:10001.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of each worker; default: one for each core, at most 8.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help=_ADDRESS)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Label anew, whatever the folder holds.")] = False,
 ) -> None:
     """Measure a checkpoint, a labelled store or a folder of predictions on a public set.
@@ -421,7 +480,8 @@ def evaluate(
     Exit status: 0 all pictures scored, 1 some skipped, 2 nothing could start, 130 stopped; a rerun resumes.
     """
     from depthmill.pipeline.config import LabelConfig, load_config
-    from depthmill.pipeline.evaluation.datasets import find_set
+    from depthmill.pipeline.evaluation.clips import CLIP_SETS
+    from depthmill.pipeline.evaluation.datasets import SETS, find_set
     from depthmill.pipeline.geometry import STORED_AXES
     from depthmill.workers.evaluate import Folder, LabelledStore, label_options
     from depthmill.workers.evaluate import evaluate as run
@@ -441,6 +501,8 @@ def evaluate(
     }
     if video and split is not None:
         raise ConfigError("--split names pictures of a set; with --video give an index of the clips to use as DATA")
+    if not video and name in CLIP_SETS and name not in SETS:
+        raise ConfigError(f"{name} is a set of clips: add --video")
     wanted = None if video else find_set(name)
     given = {key: value for key, value in {**options, "config": config}.items() if value is not None}
     if overwrite:
@@ -461,6 +523,7 @@ def evaluate(
     else:
         labelled = label_options(wanted, options) if wanted else {**options, "labels": ("depth",)}
         what = load_config(LabelConfig, config, labelled)
+        _warn_of_demo(what)
     quiet_libraries()
     if wanted is None:
         from depthmill.workers.evaluate_clips import evaluate_clips
@@ -472,26 +535,28 @@ def evaluate(
         raise typer.Exit(SOME_FAILED)
 
 
-@app.command()
+@app.command(cls=_Command)
 def bench(
     video: Annotated[
         str | None, typer.Option(help="Input to measure reading and writing with: a video, a folder, a shard.")
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames of it that are read, and written, in a round.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="In which the alternatives take turns.")] = 5,
-    folder: Annotated[Path | None, typer.Option(help="On the disk to measure writing to; by default /tmp's.")] = None,
-    config: Annotated[str | None, typer.Option(help="YAML file; the options below win over it.")] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Depth checkpoint: demo, a directory in diffusers layout, or a hub id.")
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of measurement.")] = 5,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder on the disk whose write speed is measured; by default /tmp.")
     ] = None,
-    normals_checkpoint: Annotated[str | None, typer.Option(help="The same for normals.")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file; the options below win over it.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help=_CHECKPOINT)] = None,
+    normals_checkpoint: Annotated[
+        str | None, typer.Option(help="The same for normals; default: CHECKPOINT, if it is demo or GeoWizard.")
+    ] = None,
     labels: Annotated[str | None, typer.Option(help="depth, normals, or depth,normals.")] = None,
     processing_resolution: Annotated[
-        int | None, typer.Option(help="Longer side in pixels at which the model sees a frame.")
+        int | None, typer.Option(help="Longer side in pixels at which the model sees a frame; default: CHECKPOINT's.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Frames a forward pass.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Frames per forward pass.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the network.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the network.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the network; by default one a core.")] = None,
 ) -> None:
     """Measure how fast this machine labels, and say what to change.
@@ -512,6 +577,7 @@ def bench(
         "threads": threads,
     }
     settings = load_config(LabelConfig, config, options)
+    _warn_of_demo(settings)
     from depthmill.pipeline.bench.bench import bench as measure
     from depthmill.workers.progress import quiet_libraries
 

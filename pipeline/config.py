@@ -200,6 +200,12 @@ class LabelConfig(BaseModel):
         names: dict[Modality, str] = {"depth": self.checkpoint, "normals": self.normals_checkpoint or self.checkpoint}
         return {modality: names[modality] for modality in self.labels}
 
+    @property
+    def labels_by_default(self) -> bool:
+        """Whether a label comes from the embedded model only because no checkpoint was named for it."""
+        asked = "depth" in self.labels or self.normals_checkpoint is None
+        return asked and "checkpoint" not in self.model_fields_set
+
 
 class SmoothConfig(BaseModel):
     """Options of `depthmill smooth`.

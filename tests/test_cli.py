@@ -67,6 +67,36 @@ def test_every_option_of_the_config_has_a_flag():
         assert device in shown
 
 
+def test_help_shows_choices_and_defaults(cli, monkeypatch):
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 200)
+    shown = {name: cli(name, "--help").stdout for name in ("label", "smooth", "evaluate", "bench", "train")}
+    for words in ("depth,normals", "134217728", "demo", "60.0", "trailing"):
+        assert f"[default: ({words})]" in shown["label"]
+    for words in ("auto, float32, bfloat16, float16", "indoor, outdoor, object"):
+        assert f"One of {words}." in shown["label"]
+    assert "[default: (32)]" in shown["smooth"]
+    assert "[default: (auto)]" in shown["bench"]
+    for option in ("--dtype", "--device"):  # the first has a default of its own
+        (line,) = (line for line in shown["evaluate"].splitlines() if option in line)
+        assert ("[default: (auto)]" in line) == (option == "--device")
+    assert "(auto)" not in shown["train"]
+
+
+def test_labelling_with_the_embedded_model_unasked_is_said(cli, clip, tmp_path):
+    def said(*options):
+        done = cli("label", tmp_path / "missing.mp4", tmp_path / "out.zarr", "--workers", "0", *options)
+        assert done.returncode == 2
+        return "embedded demo model is used, a toy" in done.stderr
+
+    config = tmp_path / "a.yaml"
+    config.write_text("checkpoint: demo\n")
+    assert said()
+    assert said("--labels", "normals")
+    assert not said("--checkpoint", "demo")
+    assert not said("--config", config)
+    assert not said("--labels", "normals", "--normals-checkpoint", "demo")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -111,6 +141,8 @@ def test_exit_statuses_of_runs(label, clip, tmp_path):
     some = label([clip, tmp_path / "missing.mp4"], store)
     assert some.returncode == 1
     assert "missing.mp4" in some.stdout
+    assert "5 of 5 frames of 1 source labelled in" in some.stdout
+    assert "1 failure, listed in" in some.stdout
     assert label([tmp_path / "missing.mp4"], store).returncode == 2
 
 
@@ -142,7 +174,17 @@ def test_an_error_that_was_not_foreseen_is_no_failed_frame(cli, tmp_path, monkey
     assert "RuntimeError: unforeseen" in done.stderr
 
 
-def test_the_store_argument_that_was_forgotten(label, clip):
+def test_a_set_of_clips_without_video(cli, tmp_path):
+    for name in ("rendered", "bonn"):
+        done = cli("evaluate", name, tmp_path)
+        assert done.returncode == 2
+        assert "add --video" in done.stderr
+
+
+def test_the_store_argument_that_was_forgotten(cli, label, clip):
+    alone = cli("label", clip)
+    assert alone.returncode == 2
+    assert "expected INPUT... STORE" in alone.stderr
     done = label([clip], clip)
     assert done.returncode == 2
     assert clip.stat().st_size > 0

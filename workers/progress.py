@@ -152,23 +152,30 @@ def _words(state: WorkerState) -> str:
     return f"{state.doing} {state.frames}/{state.of}" if state.of else state.doing
 
 
+def count(number: int, noun: str) -> str:
+    """`1 source`, `2 sources`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def print_summary(summary: Summary) -> None:
     """Say how a run ended, the reasons of its failures most frequent first."""
     console = Console(highlight=False, soft_wrap=True)
     speed = f", {summary.frames_per_s:.2f} frames/s ({summary.device})" if summary.committed else ""
     console.print(
-        f"{summary.labelled} of {summary.frames} frames of {summary.sources} sources are labelled in {summary.store}; "
-        f"{summary.committed} were done in this run, in {summary.seconds:.1f} s{speed}",
+        f"{summary.labelled} of {count(summary.frames, 'frame')} of {count(summary.sources, 'source')} labelled in "
+        f"{summary.store}; {summary.committed} done in this run, in {summary.seconds:.1f} s{speed}",
         markup=False,
     )
     if summary.failures:
-        console.print(f"{len(summary.failures)} failures, listed in {summary.store}/failures.jsonl:", markup=False)
-        for reason, count in Counter(failure.reason for failure in summary.failures).most_common(_REASONS_SHOWN):
-            console.print(f"  {count} x {reason}", markup=False)
-    if others := summary.other_failures:
-        frames = "1 frame" if others == 1 else f"{others} frames"
         console.print(
-            f"{frames} of other sources in the store failed earlier: {summary.store}/failures.jsonl has them, too",
+            f"{count(len(summary.failures), 'failure')}, listed in {summary.store}/failures.jsonl:", markup=False
+        )
+        for reason, times in Counter(failure.reason for failure in summary.failures).most_common(_REASONS_SHOWN):
+            console.print(f"  {times} x {reason}", markup=False)
+    if summary.other_failures:
+        console.print(
+            f"{count(summary.other_failures, 'frame')} of other sources in the store failed earlier: "
+            f"{summary.store}/failures.jsonl has them, too",
             markup=False,
         )
 

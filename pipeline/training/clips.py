@@ -73,11 +73,12 @@ def render_clip(seed: int, camera: Camera, frames: int, height: int, width: int,
         raise ValueError(f"camera is {camera!r}; expected one of {', '.join(get_args(Camera))}")
     still = scenes.sample(seed)
     path = _path(still, camera, frames)
+    seen = path[:1] if camera == "static" else path  # one view, again and again
     parts = [
-        render(path[start : start + _RENDERED_AT_ONCE], height, width, samples=samples)
-        for start in range(0, frames, _RENDERED_AT_ONCE)
+        render(seen[start : start + _RENDERED_AT_ONCE], height, width, samples=samples)
+        for start in range(0, len(seen), _RENDERED_AT_ONCE)
     ]
-    views = concatenate(parts)
+    views = concatenate(parts * (frames // len(seen)))
     focal_px = still.focal * width
     poses = np.tile(np.eye(4), (frames, 1, 1))
     for pose, scene in zip(poses, path, strict=True):

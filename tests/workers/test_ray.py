@@ -64,7 +64,7 @@ def test_killed_at_random_moments_and_run_again(undisturbed, tmp_path, checkpoin
         done = runs.run(inputs, store, checkpoints, "--workers", "2")
     assert done.returncode == 1, done.stderr
     assert runs.contents(store) == expected
-    (committed,) = re.findall(r"(\d+) were done in this run", done.stdout)
+    (committed,) = re.findall(r"(\d+) done in this run", done.stdout)
     assert int(committed) == FRAMES - 2 * kept, "what was committed is not done again"
 
 

@@ -263,7 +263,7 @@ def test_the_command_line_labels_smooths_and_previews(tmp_path, video):
     (name,) = open_store(store).sources()
     before = written(open_store(store))
     again = depthmill("smooth", store, "--workers", 0, "--source", name)
-    assert "0 frames were done in this run" in again
+    assert "0 frames done in this run" in again
     assert written(open_store(store)) == before
     assert f"{FRAMES} frames were done" in depthmill("smooth", store, "--workers", 0, "--filter", "--leak", 0.2)
     sizes = []
