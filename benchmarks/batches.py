@@ -49,7 +49,6 @@ def mixes() -> dict[str, list[Size]]:
 
 
 SHAPES: dict[str, Callable[[int, int], Size]] = {
-    "exact size (before)": lambda height, width: processed_size(height, width, RESOLUTION),
     "padded to 8": lambda height, width: padded_size(processed_size(height, width, RESOLUTION), 8),
     "padded to 64": lambda height, width: padded_size(processed_size(height, width, RESOLUTION), 64),
     "rounded to twelfths": lambda height, width: rounded_size(height, width, RESOLUTION, FACTOR),

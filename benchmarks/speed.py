@@ -92,11 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(text)
         else:
             write_section(options.out, f"{size}, {kind}", text)
-    if options.quick:
-        return
-    for missing in [f"{size}, cuda" for size in ARCHITECTURES] if not torch.cuda.is_available() else []:
-        if missing not in sections(options.out):
-            write_section(options.out, missing, "not run: no GPU")
 
 
 def section(size: str, device: torch.device, kind: str, options: Any) -> str:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -206,6 +208,18 @@ def test_preview_names_what_it_drew(cli, label, clip, tmp_path):
     done = cli("preview", store, "--out", tmp_path / "pictures")
     assert done.returncode == 0, done.stderr
     assert sorted(line.rsplit(".", 1)[1] for line in done.stdout.splitlines()) == ["mp4", "png"]
+
+
+def test_the_readmes_data_set_reads_a_store(label, clip, tmp_path):
+    from torch.utils.data import DataLoader
+
+    assert label([clip], tmp_path / "out.zarr").returncode == 0
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "class Labels" in block)
+    exec(code, names := {})
+    depth, normals = next(iter(DataLoader(names["Labels"](tmp_path / "out.zarr"), batch_size=5)))
+    assert normals.shape == (*depth.shape, 3)
+    assert depth.shape[0] == 5
 
 
 def test_verify_and_inspect(cli, label, clip, tmp_path):

@@ -58,10 +58,16 @@ def evaluate_clips(
     except EvaluationError:
         if name != "rendered":
             raise
-        from depthmill.pipeline.training.clips import export_clips
+        from depthmill.pipeline.training.clips import CAMERAS, SEEDS, export_clips
 
+        total = len(SEEDS) * len(CAMERAS)
+        console.print(
+            f"rendering {total} clips to {data}, which takes minutes each; a rerun goes on",
+            markup=False,
+            soft_wrap=True,
+        )
         with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-            for _ in progress.track(export_clips(data), description="rendering"):
+            for _ in progress.track(export_clips(data), total=total, description="rendering"):
                 pass
     clips = open_clips(wanted, data)
     samples = [frame.sample for clip in clips for frame in clip.frames]

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating[Any]]
-Mask = npt.NDArray[np.bool_]
 
 DEPTH_METRICS = ("abs_rel", "delta1", "delta2", "delta3", "rmse", "log10", "silog")
 _ANGLES_DEG = {"under_5": 5.0, "under_7.5": 7.5, "under_11.25": 11.25, "under_22.5": 22.5, "under_30": 30.0}

@@ -26,6 +26,8 @@ from depthmill.pipeline.training.shapes import Scene
 
 Floats = npt.NDArray[np.float32]
 Camera = Literal["static", "pan", "forward"]
+CAMERAS: tuple[Camera, ...] = get_args(Camera)
+SEEDS = (1, 2, 3, 4)  # of the set `rendered`
 
 _PAN_DEG = 0.25  # a frame
 _TRAVEL = 0.25  # of the median depth, in the whole clip; less where something is in the way
@@ -69,8 +71,8 @@ def render_clip(seed: int, camera: Camera, frames: int, height: int, width: int,
     Raises:
         ValueError: If the camera is unknown, or sees nothing but sky.
     """
-    if camera not in get_args(Camera):
-        raise ValueError(f"camera is {camera!r}; expected one of {', '.join(get_args(Camera))}")
+    if camera not in CAMERAS:
+        raise ValueError(f"camera is {camera!r}; expected one of {', '.join(CAMERAS)}")
     still = scenes.sample(seed)
     path = _path(still, camera, frames)
     seen = path[:1] if camera == "static" else path  # one view, again and again
@@ -95,7 +97,7 @@ def render_clip(seed: int, camera: Camera, frames: int, height: int, width: int,
 
 
 def export_clips(
-    folder: Path, seeds: Sequence[int] = (1, 2, 3, 4), frames: int = 40, height: int = 240, width: int = 320
+    folder: Path, seeds: Sequence[int] = SEEDS, frames: int = 40, height: int = 240, width: int = 320
 ) -> Iterator[str]:
     """Render clips to files, in the layout of `evaluation.clips`, with intrinsics and poses: set `rendered`.
 
@@ -115,7 +117,7 @@ def export_clips(
     made = {"version": scenes.VERSION, "frames": frames, "height": height, "width": width}
     index = folder / "rendered_video.json"
     sequences = []
-    for seed, camera in product(seeds, get_args(Camera)):
+    for seed, camera in product(seeds, CAMERAS):
         name = f"{camera}_{seed}"
         about = folder / name / "clip.json"
         there = json.loads(about.read_text()) if about.is_file() else {}
@@ -176,22 +178,21 @@ def normalised(depth_m: Floats, valid: npt.NDArray[np.bool_]) -> Floats:
 
 
 def disturbed(
-    depth: Floats, rng: np.random.Generator, *, log_scale: float = 0.08, shift: float = 0.05, noise: float = 0.01
+    depth: Floats, rng: np.random.Generator, *, noise: float = 0.01
 ) -> tuple[Floats, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Depth as a model that flickers would give it, and a store would keep it.
 
     Args:
         depth: (N, H, W) from `normalised`.
         rng: Draws.
-        log_scale: Standard deviation of a frame's log-scale, about the middle of the range, 0.5.
-        shift: Standard deviation of a frame's shift, as a share of the range (0.5).
-        noise: Standard deviation of a pixel's, as a share of the range.
+        noise: Standard deviation of a pixel's, as a share of the range (0.5). A frame's shift has 0.05 of it, its
+            log-scale 0.08, about the middle of the range.
 
     Returns:
         Depth (N, H, W) float32, clipped to [0, 1] and in the store's steps of 1/5120; and what each frame's was
         multiplied by, and then added to it, (N,) each.
     """
-    scales = np.exp(rng.normal(0, log_scale, len(depth)))
-    shifts = 0.5 * (1 - scales) + rng.normal(0, 0.5 * shift, len(depth))
+    scales = np.exp(rng.normal(0, 0.08, len(depth)))
+    shifts = 0.5 * (1 - scales) + rng.normal(0, 0.5 * 0.05, len(depth))
     values = depth * scales[:, None, None] + shifts[:, None, None] + rng.normal(0, 0.5 * noise, depth.shape)
     return (np.round(np.clip(values, 0, 1) * 5120) / 5120).astype(np.float32), scales, shifts

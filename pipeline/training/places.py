@@ -30,9 +30,10 @@ def _camera(
     return tuple(clear), where, rotation.astype(np.float32), float(0.5 / np.tan(np.radians(fov_deg) / 2))
 
 
-def _contains(shape: Shape, point: Floats, margin_m: float = 0.4) -> bool:
+def _contains(shape: Shape, point: Floats) -> bool:
+    """Whether a point is in a shape, or within 0.4 m of its box."""
     own = shape.rotation.T @ (point - shape.centre)
-    return shape.kind != "plane" and bool(np.all(np.abs(own) < shape.size + margin_m))
+    return shape.kind != "plane" and bool(np.all(np.abs(own) < shape.size + 0.4))
 
 
 def _outdoors(

@@ -31,13 +31,11 @@ def sample(seed: int) -> Scene:
     return place(rng)
 
 
-def view(
-    seeds: Sequence[int], height: int, width: int, *, samples: int = 1, device: torch.device | None = None
-) -> Views:
+def view(seeds: Sequence[int], height: int, width: int, *, device: torch.device | None = None) -> Views:
     """Make up the scenes of some seeds and render them: see `raycast.render`."""
     batch = _BATCH if device is None or device.type == "cpu" else len(seeds)
     parts = [
-        render([sample(seed) for seed in seeds[start : start + batch]], height, width, samples=samples, device=device)
+        render([sample(seed) for seed in seeds[start : start + batch]], height, width, device=device)
         for start in range(0, len(seeds), batch)
     ]
     return concatenate(parts)

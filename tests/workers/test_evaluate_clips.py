@@ -24,7 +24,7 @@ def evaluate(*arguments, name="rendered"):
     """Exit status and output; 2 and the message if nothing could start, as `depthmill` itself does it."""
     result = CliRunner().invoke(app, ["evaluate", name, *map(str, arguments), "--video"])
     if isinstance(result.exception, DepthmillError):
-        return 2, str(result.exception)
+        return 2, f"{result.output}\n{result.exception}"
     return result.exit_code, result.output
 
 
@@ -76,6 +76,7 @@ def test_clips_are_rendered_where_there_are_none(tmp_path, monkeypatch):
     monkeypatch.setattr(clips.export_clips, "__defaults__", ((3,), 2, 32, 48))
     code, output = evaluate(tmp_path / "made", "--predictions", tmp_path, "--out", tmp_path / "out")
     assert code == 2
+    assert "rendering 12 clips to" in output
     assert "0 of 6 pictures" in " ".join(output.split())
     assert (tmp_path / "made/rendered_video.json").is_file()
 

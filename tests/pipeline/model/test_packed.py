@@ -7,7 +7,7 @@ from torch import nn
 from depthmill.pipeline.model.blocks import replace
 from depthmill.pipeline.model.packed import PackedConvolution, PackedLinear, can_pack, packed
 from depthmill.pipeline.model.specialize import Specialized
-from tests.pipeline.model.test_specialize import CPU, head, pictures
+from depthmill.tests.pipeline.model.test_specialize import CPU, head, pictures
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this CPU does not multiply bfloat16")
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from depthmill.pipeline.model import winograd
 from depthmill.pipeline.model.specialize import Specialized, _doubling
 from depthmill.pipeline.model.winograd import Winograd, use_winograd
-from tests.pipeline.model.test_specialize import CPU, errors, head, pictures
+from depthmill.tests.pipeline.model.test_specialize import CPU, errors, head, pictures
 
 
 @pytest.fixture(autouse=True)

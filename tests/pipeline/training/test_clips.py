@@ -7,6 +7,7 @@ from PIL import Image
 
 from depthmill.pipeline.training import scenes
 from depthmill.pipeline.training.clips import disturbed, export_clips, normalised, render_clip
+from depthmill.pipeline.training.raycast import render
 
 H, W = 96, 128
 
@@ -34,7 +35,9 @@ def test_a_frame_seen_from_the_next_ones_camera_is_the_next_frame(camera, seed):
 
 def test_only_a_camera_that_moves_changes_the_picture():
     still, pan, forward = (render_clip(3, camera, 4, 48, 64) for camera in ("static", "pan", "forward"))
-    assert (still.rgb[0] == still.rgb[3]).all()
+    views = render([scenes.sample(3)] * 4, 48, 64, samples=2)
+    assert (still.rgb == views.frames()).all()
+    assert (still.depth_m == views.depth.numpy()).all()
     assert (pan.poses[:, :3, 3] == pan.poses[0, :3, 3]).all()
     turns = pan.poses[1:, :3, :3] @ pan.poses[:-1, :3, :3].transpose(0, 2, 1)
     np.testing.assert_allclose(np.degrees(np.arccos((np.trace(turns, axis1=1, axis2=2) - 1) / 2)), 0.25, atol=1e-3)
