@@ -16,7 +16,6 @@ from depthmill.pipeline.errors import VoidError
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.model.transfer import NormalsDtype, Pending
 from depthmill.pipeline.plan import Task
-from depthmill.pipeline.sources import prefetch
 from depthmill.pipeline.store import Store
 from depthmill.pipeline.store.layout import DEPTH_INVALID
 from depthmill.pipeline.store.writer import SegmentWriter
@@ -63,32 +62,6 @@ class Labelled:
             bytes=written,
             reasons=self.reasons,
         )
-
-
-def label_segment(
-    source: FrameSource,
-    segment: Segment,
-    labeler: Labeler,
-    store: Store,
-    on_frames: Callable[[int], None] = lambda frames: None,
-    *,
-    skip: Mapping[int, str] = {},
-    only: Sequence[int] | None = None,
-) -> Report:
-    """Read, label, write and commit one segment: `read_segment` and `label_frames`.
-
-    Args:
-        source: Open, the segment's.
-        segment: Which frames.
-        labeler: Predicts.
-        store: Takes the labels.
-        on_frames: Told how many frames are done, after each frame that is read and each batch.
-        skip: Frames that are not to be read -> why they fail.
-        only: Frames of a committed segment to label again; its others stay as they are.
-    """
-    frames = prefetch(read_segment(source, segment, skip, only), 2 * labeler.batch_size, lambda frame: frame.nbytes)
-    rounded = labeler.rounds(source.probe())
-    return label_frames(frames, segment, labeler, store, on_frames, rounded=rounded, only=only).commit()
 
 
 def label_frames(

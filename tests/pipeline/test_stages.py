@@ -10,7 +10,7 @@ from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import VoidError
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.plan import Task
-from depthmill.pipeline.stages import fail_task, label_frames, label_segment, try_segment
+from depthmill.pipeline.stages import fail_task, label_frames, read_segment, try_segment
 from depthmill.pipeline.store import Layout
 from depthmill.pipeline.store.layout import DEPTH_INVALID
 from depthmill.pipeline.types import FAILED, LABELLED, Frame, Source
@@ -53,8 +53,10 @@ def store(tmp_path):
     return store
 
 
-def run(source, store, labeler, **options):
-    return label_segment(source, store.segments("pictures")[0], labeler, store, **options)
+def run(source, store, labeler, only=None, **skip):
+    segment, rounded = store.segments("pictures")[0], labeler.rounds(source.probe())
+    frames = read_segment(source, segment, only=only, **skip)
+    return label_frames(frames, segment, labeler, store, rounded=rounded, only=only).commit()
 
 
 def company(labeler, monkeypatch):

@@ -1,5 +1,6 @@
 """Two sources, their labels, and what a store has on disk."""
 
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,22 @@ def labels(seed: int, height: int = 24, width: int = 32) -> tuple[np.ndarray, np
     return rng.random((height, width), dtype=np.float32), normals.astype(np.float32)
 
 
-def write(store: stores.Store, segment: Segment) -> None:
-    writer = store.writer(segment)
-    for index in range(segment.start, segment.stop):
-        writer.put(index, *labels(index))
-    writer.commit()
+def write(
+    store: stores.Store,
+    segment: Segment,
+    failed: Container[int] = (),
+    reason: str = "broken",
+    redo: Sequence[int] | None = None,
+    size: tuple[int, int] = (24, 32),
+) -> int:
+    """Commit a segment, or frames of it again; the bytes written."""
+    writer = store.writer(segment, redo)
+    for index in redo or range(segment.start, segment.stop):
+        if index in failed:
+            writer.fail(index, reason)
+        else:
+            writer.put(index, *labels(index, *size))
+    return writer.commit()
 
 
 def angle_deg(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from depthmill.pipeline.errors import StoreError, StoreMismatchError
 from depthmill.pipeline.store import Layout, layout
 from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import Segment
-from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels, write
+from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, write
 
 
 def test_resume_goes_on_where_it_stopped(store):
@@ -43,9 +43,7 @@ def test_a_store_whose_labels_were_compressed_otherwise_is_gone_on_with(tmp_path
     again.add(VIDEO)
     write(again, segments[1])
     write(again, segments[2])
-    writer = again.writer(segments[0], redo=[3])
-    writer.put(3, *labels(3))
-    writer.commit()
+    write(again, segments[0], redo=[3])
     new = stores.create(tmp_path / "new", LAYOUT, IDENTITY)
     new.add(VIDEO)
     for segment in segments:

@@ -53,13 +53,7 @@ def test_labels_of_an_abandoned_attempt_do_not_outlive_it(store, tmp_path):
             writer.put(index, *labels(index))
         writer._finish_writing()
         for target in (store, other):
-            writer = target.writer(segment)
-            for index in range(segment.start, segment.stop):
-                if index in failed:
-                    writer.fail(index, "killed the worker")
-                else:
-                    writer.put(index, *labels(index))
-            writer.commit()
+            write(target, segment, failed)
     assert files(store.uri) == files(other.uri)
 
 

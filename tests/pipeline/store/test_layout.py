@@ -8,7 +8,7 @@ from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.store import Layout
 from depthmill.pipeline.types import CORPUS_PICTURES, Segment
-from depthmill.tests.pipeline.store.samples import IMAGES, files, labels
+from depthmill.tests.pipeline.store.samples import IMAGES, files, labels, write
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,7 @@ def test_huge_pictures_are_written_in_small_shards(tmp_path):
     store.add(dataclasses.replace(IMAGES, height=8000, width=6250))
     first, second = store.segments("images")
     assert (first, second) == (Segment("images", 0, 4), Segment("images", 4, 5))
-    writer = store.writer(second)
-    writer.put(4, *labels(4, 100, 6250))
-    writer.commit()
+    write(store, second, size=(100, 6250))
     assert store.pending("images") == [first]
     dataset = depthmill.open(store.uri)["images"]
     assert np.abs(dataset["depth"][4, :100].values - labels(4, 100, 6250)[0]).max() <= 1e-4

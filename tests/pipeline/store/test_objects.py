@@ -77,19 +77,13 @@ def test_workers_and_driver_meet_in_a_bucket(s3):
     uri = f"{s3.url}/s"
     driver, worker = stores.create(uri, LAYOUT, IDENTITY), stores.open_store(uri)
     worker.add_source(IMAGES)
-    writer = worker.writer(Segment("images", 0, 5))
-    for index in range(5):
-        writer.fail(index, "broken")
-    written = writer.commit()
+    written = write(worker, Segment("images", 0, 5), failed=range(5))
     assert written == sum(len(data) for key, data in objects(uri).items() if "/c/" in key and "/key/" not in key)
     assert driver.progress("images").failed == 5, "and no listing is remembered"
     assert stores.open_store(uri).sources() == ["images"]
     driver.publish(["images"])
     ((segment, frames),) = worker.failed_segments("images")
-    writer = worker.writer(segment, frames)
-    for index in frames:
-        writer.put(index, *labels(index))
-    writer.commit()
+    write(worker, segment, redo=frames)
     assert driver.failures() == []
     assert verify(driver).damage == ()
     directory = open_directory(uri)

@@ -7,19 +7,9 @@ from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import Failure, Segment
-from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels
+from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels, write
 
 VIDEO_SEGMENT, IMAGES_SEGMENT = Segment("video", 0, 8), Segment("images", 0, 5)
-
-
-def commit(store, segment, failed=(), redo=None, size=(24, 32)):
-    writer = store.writer(segment, redo)
-    for index in redo or range(segment.start, segment.stop):
-        if index in failed:
-            writer.fail(index, f"frame {index} is broken")
-        else:
-            writer.put(index, *labels(index, *size))
-    return writer.commit()
 
 
 @pytest.fixture
@@ -30,24 +20,24 @@ def other(tmp_path):
 
 
 def test_frames_done_again_leave_the_bytes_of_a_store_in_which_they_never_failed(store, other):
-    commit(store, VIDEO_SEGMENT, failed={1, 5, 6})
-    commit(store, IMAGES_SEGMENT, failed=range(5), size=(20, 30))
+    write(store, VIDEO_SEGMENT, failed={1, 5, 6})
+    write(store, IMAGES_SEGMENT, failed=range(5), size=(20, 30))
     first = Path(store.uri) / "video/depth/c/0/0/0"
     before = first.stat().st_mtime_ns
     for segment, frames in store.failed_segments("video"):
-        commit(store, segment, redo=frames[1:])
+        write(store, segment, redo=frames[1:])
     assert first.stat().st_mtime_ns == before, "a shard of which nothing is done again is left alone"
-    assert store.failures()[5:] == [Failure("/in/video.mp4", "video", 1, "frame 1 is broken")]
-    commit(store, VIDEO_SEGMENT, redo=[1])
-    commit(store, IMAGES_SEGMENT, redo=[4, 0], size=(20, 30))
-    commit(other, VIDEO_SEGMENT)
-    commit(other, IMAGES_SEGMENT, failed={1, 2, 3}, size=(20, 30))
+    assert store.failures()[5:] == [Failure("/in/video.mp4", "video", 1, "broken")]
+    write(store, VIDEO_SEGMENT, redo=[1])
+    write(store, IMAGES_SEGMENT, redo=[4, 0], size=(20, 30))
+    write(other, VIDEO_SEGMENT)
+    write(other, IMAGES_SEGMENT, failed={1, 2, 3}, size=(20, 30))
     assert files(store.uri) == files(other.uri)
     assert verify(store).damage == ()
 
 
 def test_what_fails_again_has_its_new_reason(store, other):
-    commit(store, IMAGES_SEGMENT, failed={1, 3})
+    write(store, IMAGES_SEGMENT, failed={1, 3})
     writer = store.writer(IMAGES_SEGMENT, [1, 3])
     writer.fail(3, "still broken")
     writer.put(1, *labels(1))
@@ -57,22 +47,22 @@ def test_what_fails_again_has_its_new_reason(store, other):
 
 
 def test_being_killed_half_way_is_seen_and_mended(store, other):
-    commit(store, VIDEO_SEGMENT, failed={1, 5})
+    write(store, VIDEO_SEGMENT, failed={1, 5})
     writer = store.writer(VIDEO_SEGMENT, [1, 5])
     writer.put(1, *labels(1))
     writer._finish_writing()  # and no more: the first shard is new, its checksum is not
     assert store.failed_segments("video") == [(VIDEO_SEGMENT, (1, 5))]
     assert [damage.file for damage in verify(store).damage] == ["video/depth/c/0/0/0", "video/normals/c/0/0/0/0"]
     ((segment, frames),) = store.failed_segments("video")
-    commit(store, segment, redo=frames)
-    commit(other, VIDEO_SEGMENT)
+    write(store, segment, redo=frames)
+    write(other, VIDEO_SEGMENT)
     assert files(store.uri) == files(other.uri)
 
 
 def test_only_frames_of_a_committed_segment_can_be_done_again(store):
     with pytest.raises(StoreError, match=r"frames \[1\] cannot be redone: expected some of video\[0:8\], committed"):
         store.writer(VIDEO_SEGMENT, [1])
-    commit(store, VIDEO_SEGMENT, failed={1})
+    write(store, VIDEO_SEGMENT, failed={1})
     for redo in ([], [9], [1, 8]):
         with pytest.raises(StoreError, match="cannot be redone"):
             store.writer(VIDEO_SEGMENT, redo)
@@ -85,6 +75,6 @@ def test_only_frames_of_a_committed_segment_can_be_done_again(store):
 
 def test_commit_says_how_many_bytes_it_wrote(store):
     before = files(store.uri)
-    written = commit(store, VIDEO_SEGMENT, failed={1})
+    written = write(store, VIDEO_SEGMENT, failed={1})
     assert written == sum(len(data) for key, data in files(store.uri).items() if key not in before)
-    assert 0 < commit(store, VIDEO_SEGMENT, redo=[1]) < written
+    assert 0 < write(store, VIDEO_SEGMENT, redo=[1]) < written

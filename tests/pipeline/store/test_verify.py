@@ -14,7 +14,7 @@ from depthmill.pipeline.store import verify as verifying
 from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import Segment
-from depthmill.tests.pipeline.store.samples import IMAGES, VIDEO, files, labels, write
+from depthmill.tests.pipeline.store.samples import IMAGES, VIDEO, files, write
 
 
 @pytest.fixture
@@ -22,13 +22,7 @@ def done(store):
     """All committed but the video's last segment; frames 1 and 3 of the pictures, and 8 to 12 of the video, failed."""
     write(store, Segment("video", 0, 8))
     for segment, failed in ((Segment("video", 8, 16), range(8, 12)), (Segment("images", 0, 5), (1, 3))):
-        writer = store.writer(segment)
-        for index in range(segment.start, segment.stop):
-            if index in failed:
-                writer.fail(index, "broken")
-            else:
-                writer.put(index, *labels(index))
-        writer.commit()
+        write(store, segment, failed)
     return store
 
 
@@ -83,13 +77,7 @@ def test_damage_is_named_and_repair_uncommits_its_segment(done, tmp_path, key, c
     (segment,) = set(done.pending(damage.source_id)) - {Segment("video", 16, 18)}
     assert segment.start <= damage.start < damage.stop <= segment.stop
     failed = {"video": range(8, 12), "images": (1, 3)}[segment.source_id]
-    writer = done.writer(segment)
-    for index in range(segment.start, segment.stop):
-        if index in failed:
-            writer.fail(index, "broken")
-        else:
-            writer.put(index, *labels(index))
-    writer.commit()
+    write(done, segment, failed)
     assert files(done.uri) == before, "the rerun leaves the bytes of a store that was never damaged"
 
 

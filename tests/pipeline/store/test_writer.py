@@ -168,8 +168,5 @@ def test_misuse_is_refused(store):
 
 
 def test_a_reason_may_name_a_file_whose_name_is_no_utf_8(store):
-    writer = store.writer(Segment("images", 0, 5))
-    for index in range(5):
-        writer.fail(index, "caf\udce9: no picture")
-    writer.commit()
+    write(store, Segment("images", 0, 5), range(5), "caf\udce9: no picture")
     assert {failure.reason for failure in store.failures()} == {"caf\\udce9: no picture"}
