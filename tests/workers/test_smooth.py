@@ -259,13 +259,13 @@ def test_the_command_line_labels_smooths_and_previews(tmp_path, video):
 
     store = tmp_path / "a.zarr"
     options = ("--checkpoint", "demo", "--processing-resolution", 64, "--workers", 0, "--segment-frames", 16)
-    assert "1 sources are smoothed" in depthmill("label", video, store, *options, "--smooth")
+    assert "1 source smoothed in" in depthmill("label", video, store, *options, "--smooth")
     (name,) = open_store(store).sources()
     before = written(open_store(store))
     again = depthmill("smooth", store, "--workers", 0, "--source", name)
     assert "0 frames done in this run" in again
     assert written(open_store(store)) == before
-    assert f"{FRAMES} frames were done" in depthmill("smooth", store, "--workers", 0, "--filter", "--leak", 0.2)
+    assert f"{FRAMES} frames done" in depthmill("smooth", store, "--workers", 0, "--filter", "--leak", 0.2)
     sizes = []
     for out, more in ((tmp_path / "plain", ()), (tmp_path / "smooth", ("--smooth",))):
         depthmill("preview", store, "--out", out, *more)

@@ -45,7 +45,7 @@ def test_two_workers_write_the_bytes_of_none(tmp_path, video, undisturbed):
     done = subprocess.run(command(store, "--workers", "2"), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert written(store) == undisturbed
-    assert "1 sources are smoothed" in done.stdout
+    assert "1 source smoothed in" in done.stdout
 
 
 @pytest.mark.slow
