@@ -94,7 +94,7 @@ def label_frames(
     writer = store.writer(segment, redo=only)
     done = Labelled(segment, writer, time.perf_counter(), labeler.batch_size)
     packing = store.layout.normals_dtype
-    void = f"the model's answer is no number, in {labeler.dtype}: --dtype float32 may help"
+    voids = 0
 
     def fail(index: int, reason: str) -> None:
         writer.fail(index, reason)
@@ -110,9 +110,11 @@ def label_frames(
                 fail(frame.index, frame.error)
 
     def take(batch: Sequence[Frame], answer: Pending) -> None:
+        nonlocal voids
         for frame, labels in zip(batch, answer.result(), strict=True):
             if _is_void(labels):
-                fail(frame.index, void)
+                voids += 1
+                fail(frame.index, f"the model's answer is no number, in {labeler.dtype}: --dtype float32 may help")
                 continue
             done.labelled += 1
             writer.put(
@@ -128,7 +130,7 @@ def label_frames(
     def take_last(last: tuple[list[Frame], Pending] | None) -> None:
         if last is not None:
             take(*last)
-        if done.reasons[void] > 1 and not done.labelled and only is None:  # frames done again lose nothing
+        if voids > 1 and not done.labelled and only is None:  # frames done again lose nothing
             raise _all_void(labeler)
 
     asked: tuple[list[Frame], Pending] | None = None
