@@ -22,12 +22,14 @@ Floats = npt.NDArray[np.floating[Any]]
 Doubles = npt.NDArray[np.float64]
 
 _ROUNDS = 12
+_LEAST_SPREAD = 0.25  # of the residuals, in standard deviations that their weights say: frozen frames have none
 _HUBER = 1.345  # 95 % efficient on normal residuals
 _TIE = 1e-6  # of the median weight: holds neighbours together where no edge does
 _LEVEL = 1e-9  # how little the trend may slope, against how little it may bend
 _LEAST_WEIGHT = 1e-3  # of the median weight: less is no trust at all
 # What the solve finds in rendered clips that do not flicker, panning and forward (benchmarks/smoothing.md).
 _SCALE_ERROR, _SHIFT_ERROR = 0.003, 0.001
+_AROUND = 64  # frames to either side whose flicker is a frame's own
 _LEAST_SCALE_WEIGHT = 100.0  # a log-scale that is off by 0.1 tells nothing: depth is flat there
 
 
@@ -90,24 +92,33 @@ def _shot(edges: Floats, labelled: npt.NDArray[np.bool_], leak: float) -> tuple[
 
 
 def _trusted(correction: Doubles, error: float) -> Doubles:
-    """A correction without the share of its variance that is the solve's own error: a Wiener filter of one gain.
+    """A correction without what may be the solve's own error.
 
-    A shot that hardly flickers is so left as it is, rather than given the errors of its flow.
+    A Wiener filter, 1 - error² / variance, of the variance of `_AROUND` frames to either side: where a shot hardly
+    flickers it is left as it is, rather than given the errors of its flow, however much it flickers elsewhere. A frame
+    that stands out alone hardly raises that variance, so each keeps 1 - (3 error / correction)² at least: the
+    nonnegative garrote (Breiman, Technometrics 37, 1995) at three standard deviations.
 
     Args:
         correction: (N,) of a shot.
         error: Standard deviation that it has where nothing flickers.
     """
-    variance = float(np.square(correction).mean())
-    return correction * max(0.0, 1 - error**2 / variance) if variance > 0 else correction
+    square = np.square(correction)
+    sums, frame = np.cumsum([0.0, *square]), np.arange(len(square))
+    start, stop = np.maximum(frame - _AROUND, 0), np.minimum(frame + _AROUND + 1, len(square))
+    variance = (sums[stop] - sums[start]) / (stop - start)
+    lost, least = error**2 / np.maximum(variance, error**2), (3 * error) ** 2
+    kept: Doubles = 1 - np.minimum(lost, least / np.maximum(square, least))
+    return correction * kept
 
 
 def _track(step: Floats, weight: Floats) -> Doubles:
     """Values u, up to a constant, with u[t] - u[t - g] nearest to step[t, g]: robust least squares.
 
     Iteratively reweighted by Huber's function of the residuals in units of their own spread (Holland and Welsch, Comm.
-    Statist. A6, 1977). The normal equations are banded, `max_edge` wide: time and memory are linear in the frames. The
-    pairs are float32, as they were measured.
+    Statist. A6, 1977), but not of less than `_LEAST_SPREAD`: where most frames repeat the one before, most residuals
+    are 0, and all that flickers would be outliers. The normal equations are banded, `max_edge` wide: time and memory
+    are linear in the frames. The pairs are float32, as they were measured.
 
     Args:
         step: (N, gaps); NaN where unknown.
@@ -130,9 +141,7 @@ def _track(step: Floats, weight: Floats) -> Doubles:
         for row, gap in enumerate(spans):
             residual[gap:, row] = u[gap:] - u[:-gap] - step[gap:, row]
         size = np.abs(residual) * np.sqrt(weight)
-        spread = 1.4826 * float(np.median(size[used]))
-        if spread < 1e-12:
-            break
+        spread = max(1.4826 * float(np.median(size[used])), _LEAST_SPREAD / float(np.sqrt(typical)))
         robust = weight / np.maximum(size / (_HUBER * spread), 1)
     return u
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from depthmill.pipeline.evaluation.metrics import depth_metrics, fit_affine
-from depthmill.pipeline.smoothing.edges import segment_edges, view
+from depthmill.pipeline.smoothing.edges import GAPS, segment_edges, view
 from depthmill.pipeline.smoothing.solve import solve
 from depthmill.tests.pipeline.smoothing import worlds
 
@@ -21,6 +21,20 @@ def applied(solution, depth):
 
 def figures(depth, metres):
     return depth_metrics(depth.ravel(), metres.ravel(), *fit_affine(depth.ravel(), metres.ravel()), (1e-3, 1e3))
+
+
+def left(scale):
+    """What smoothing leaves of the log-scales of a video whose edges are off by 0.001, and what it takes off."""
+    frames, rng = len(scale), np.random.default_rng(0)
+    edges = np.full((frames, len(GAPS), 6), np.nan, np.float32)
+    for row, gap in enumerate(GAPS):
+        ratio = np.log(scale[:-gap] / scale[gap:])
+        middle, weight = np.full(len(ratio), 0.5), np.full(len(ratio), 1 / (0.002 * gap) ** 2)
+        noise = rng.normal(0, (0.001, 0.0001), (len(ratio), 2)).T * (ratio != 0)
+        fields = ratio + noise[0], middle, middle + noise[1], weight, 25 * weight, np.full(len(ratio), 0.9)
+        edges[gap:, row] = np.stack(fields, -1)
+    solution = solve(edges, np.full(frames, 0.02, np.float32), np.ones(frames, bool), leak=0.1)
+    return np.log(scale * solution.scale), np.log(solution.scale)
 
 
 @pytest.mark.parametrize(("camera", "times"), [("static", 50), ("pan", 50), ("forward", 20)])
@@ -47,6 +61,29 @@ def test_constant_input_stays():
     solution = smooth(np.repeat(images, 10, 0), np.repeat(depth, 10, 0))
     np.testing.assert_allclose(solution.scale, 1, atol=1e-6)
     np.testing.assert_allclose(solution.shift, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("glitch", [0.05, 0.1, 0.4])
+def test_one_frame_of_a_long_calm_shot_that_flickers(glitch):
+    scale = np.ones(5000)
+    scale[2500] = np.exp(glitch)
+    log_scale, said = left(scale)
+    assert abs(log_scale[2500]) <= 0.1 * glitch
+    assert not np.delete(said, np.r_[2350:2650]).any(), "the rest is calm, and stays as it is"
+
+
+def test_a_part_of_a_long_calm_shot_that_flickers():
+    scale = np.ones(5000)
+    scale[:100] = np.exp(np.random.default_rng(0).normal(0, 0.02, 100))
+    log_scale, said = left(scale)
+    assert np.diff(log_scale[:99]).std() < 0.1 * np.diff(np.log(scale[:99])).std()
+    assert not said[300:].any()
+
+
+def test_a_frozen_picture_is_no_measure_of_flicker():
+    scale = np.exp(np.random.default_rng(0).normal(0, 0.08, 40))
+    log_scale, _ = left(np.append(scale, np.full(200, scale[-1])))
+    assert np.diff(log_scale[:40]).std() < 0.05 * np.diff(np.log(scale)).std()
 
 
 def test_joined_clips_give_what_each_gives():
