@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,20 +76,17 @@ def evaluate_clips(
         folder = what.path / name if (what.path / name).is_dir() else what.path
         compared = {"raw": from_folder(folder, samples, "depth")}
     elif isinstance(what, LabelledStore):
-        compared = _compared(what.path, {sample: sample for sample in samples}, console)
+        compared = _compared(what.path, samples, console)
     else:
         if what.labels != ("depth",):
             raise ConfigError(f"labels is {list(what.labels)}; clips are scored by depth alone")
         # A clip is a video, however its pictures lie: a long one is not to be squeezed as a corpus's are.
         what = what if what.round_aspect is not None else what.model_copy(update={"round_aspect": False})
         config = what
-        named = {
-            frame.sample: Sample(f"{clip.name}/{i:06d}", f"{clip.name}/{i:06d}{frame.picture.suffix}", "", None)
-            for clip in clips
-            for i, frame in enumerate(clip.frames)
-        }
         claim(name, samples, out, overwrite=overwrite)
-        compared = _compared(_label(clips, named, out, what, overwrite, console), named, console)
+        clips = tuple(map(_numbered, clips))
+        store = _label(clips, out, what, overwrite, console)
+        compared = _compared(store, [frame.sample for clip in clips for frame in clip.frames], console)
     scores = {}
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         for which, predictions in compared.items():
@@ -104,20 +101,25 @@ def evaluate_clips(
     return scores
 
 
-def _label(
-    clips: Sequence[TrueClip],
-    named: Mapping[Sample, Sample],
-    out: Path,
-    config: LabelConfig,
-    overwrite: bool,
-    console: Console,
-) -> Path:
-    """Label each clip as a folder of its own, its pictures numbered in order, and smooth it."""
+def _numbered(clip: TrueClip) -> TrueClip:
+    """The clip with pictures numbered in order, in a folder of its own: clips may have some in common."""
+    names = [f"{clip.name}/{i:06d}" for i in range(len(clip.frames))]
+    return replace(
+        clip,
+        frames=tuple(
+            replace(frame, sample=Sample(name, f"{name}{frame.picture.suffix}", "", None))
+            for name, frame in zip(names, clip.frames, strict=True)
+        ),
+    )
+
+
+def _label(clips: Sequence[TrueClip], out: Path, config: LabelConfig, overwrite: bool, console: Console) -> Path:
+    """Label each clip as a folder, and smooth it."""
     pictures, store = out / "pictures", out / "labels.zarr"
     if overwrite:
         shutil.rmtree(pictures, ignore_errors=True)
     for frame in (frame for clip in clips for frame in clip.frames):
-        path = pictures / named[frame.sample].picture
+        path = pictures / frame.sample.picture
         if not path.is_file():
             write_atomically(path, frame.picture.read_bytes())
     label([str(pictures / clip.name) for clip in clips], store, config, overwrite=overwrite, console=console)
@@ -128,23 +130,11 @@ def _label(
     return store
 
 
-def _compared(store: str | Path, named: Mapping[Sample, Sample], console: Console) -> dict[str, Predictions]:
-    """A store's labels as they are and, if all are, smoothed.
-
-    Args:
-        store: The store.
-        named: By the sample of a frame, that of its row in the store.
-        console: Where is said that they are not smoothed.
-    """
-    samples = list(named.values())
+def _compared(store: str | Path, samples: Sequence[Sample], console: Console) -> dict[str, Predictions]:
+    """A store's labels as they are and, if all are, smoothed; the console is told if not."""
     found = {"raw": from_store(store, samples, "depth")}
     try:
         found["smoothed"] = from_store(store, samples, "depth", smooth=True)
     except (EvaluationError, StoreError) as error:
         console.print(f"smoothed labels are left out: {error}", style="yellow", markup=False, soft_wrap=True)
-    return {which: _renamed(one, named) for which, one in found.items()}
-
-
-def _renamed(predictions: Predictions, named: Mapping[Sample, Sample]) -> Predictions:
-    """The same by the samples of frames."""
-    return replace(predictions, read=lambda sample: predictions.read(named[sample]))
+    return found

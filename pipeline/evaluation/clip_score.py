@@ -97,8 +97,8 @@ def _score_clip(wanted: ClipSet, clip: TrueClip, read: Callable[[Sample], Floats
     nearest_m = np.inf
     found: list[Moments | None] = []
     for frame in clip.frames:
-        truth = read_true_depth(wanted, frame)
-        found.append(_moments(frame, truth, read))
+        depth, truth = _compared(wanted, frame, read)
+        found.append(_moments(frame, depth, truth))
         nearest_m = min(nearest_m, float(np.nanmin(truth, initial=np.inf)))
     known = [one for one in found if one is not None]
     if not known:
@@ -109,8 +109,7 @@ def _score_clip(wanted: ClipSet, clip: TrueClip, read: Callable[[Sample], Floats
     errors: list[float] = []
     before: tuple[ClipFrame, Floats] | None = None
     for frame, moments in zip(clip.frames, found, strict=True):
-        truth = read_true_depth(wanted, frame)
-        depth = _prediction(frame, truth, read)
+        depth, truth = _compared(wanted, frame, read)
         valid = np.isfinite(truth)
         if moments is not None:
             figures.append(depth_metrics(depth[valid], truth[valid], scale, shift, (_NEAREST_M, wanted.cap_m)))
@@ -135,16 +134,17 @@ def _score_clip(wanted: ClipSet, clip: TrueClip, read: Callable[[Sample], Floats
     )
 
 
-def _moments(frame: ClipFrame, truth: Floats, read: Callable[[Sample], Floats]) -> Moments | None:
+def _moments(frame: ClipFrame, depth: Floats, truth: Floats) -> Moments | None:
     valid = np.isfinite(truth)
-    p = _prediction(frame, truth, read)[valid]
+    p = depth[valid]
     if bad := int((~np.isfinite(p)).sum()):
         raise UnscorableError(f"prediction of {frame.sample.name} is NaN or infinite at {bad} of {len(p)} valid pixels")
     return Moments.of(p, truth[valid]) if len(p) else None
 
 
-def _prediction(frame: ClipFrame, truth: Floats, read: Callable[[Sample], Floats]) -> Floats:
-    """The prediction, resized bilinearly to the truth."""
+def _compared(wanted: ClipSet, frame: ClipFrame, read: Callable[[Sample], Floats]) -> tuple[Floats, Floats]:
+    """What is scored of a prediction, resized bilinearly to what its picture shows, and of the truth: (H, W) each."""
+    truth = read_true_depth(wanted, frame)
     try:
         depth = read(frame.sample)
     except UnscorableError as error:
@@ -153,8 +153,9 @@ def _prediction(frame: ClipFrame, truth: Floats, read: Callable[[Sample], Floats
         raise UnscorableError(f"{frame.sample.name}: its prediction is of shape {depth.shape}; expected (H, W)")
     if depth.shape != truth.shape:
         size = (truth.shape[1], truth.shape[0])
-        return np.asarray(cv2.resize(depth.astype(np.float32), size, interpolation=cv2.INTER_LINEAR), np.float32)
-    return depth
+        depth = np.asarray(cv2.resize(depth.astype(np.float32), size, interpolation=cv2.INTER_LINEAR), np.float32)
+    scored = (wanted.rows, wanted.columns) if frame.uncut else (slice(None), slice(None))
+    return depth[scored], truth[scored]
 
 
 def _both_ways(one: ClipFrame, depth: Floats, other: ClipFrame, other_depth: Floats) -> list[float]:

@@ -7,6 +7,7 @@ relative to its own folder. Pictures are as the model is to see them; truth is c
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -32,8 +33,9 @@ class ClipSet:
         name: On the command line, and in the index.
         title: For people.
         cap_m: Depth is valid between 1 mm and this, both excluded; aligned predictions are clipped to it.
-        rows: Of the truth that the pictures show.
+        rows: Of the truth that the pictures show, and that is scored.
         columns: Likewise.
+        uncut: Folder whose pictures show all of the truth; no more of it is scored. "" if the set has none.
     """
 
     name: str
@@ -41,13 +43,14 @@ class ClipSet:
     cap_m: float
     rows: slice = field(default_factory=partial(slice, None))
     columns: slice = field(default_factory=partial(slice, None))
+    uncut: str = ""
 
 
 CLIP_SETS = {
     one.name: one
     for one in (
         ClipSet("sintel", "Sintel", 70, slice(0, 436), slice(0, 1024)),
-        ClipSet("scannet", "ScanNet", 10, slice(8, -8), slice(11, -11)),
+        ClipSet("scannet", "ScanNet", 10, slice(8, -8), slice(11, -11), "color_origin"),
         ClipSet("kitti", "KITTI", 80, slice(0, 374), slice(0, 1242)),
         ClipSet("bonn", "Bonn RGB-D Dynamic", 10, slice(0, 480), slice(0, 640)),
         ClipSet("nyuv2", "NYUv2 video", 10, slice(45, 471), slice(41, 601)),
@@ -67,6 +70,7 @@ class ClipFrame:
         factor: What the PNG has for a metre.
         intrinsics: (3, 3) pixels of the cut truth; None if the index has none.
         pose: (4, 4) camera to world, metres; None if the index has none, or it is not finite: tracking was lost there.
+        uncut: Whether the picture shows all of the truth.
     """
 
     sample: Sample
@@ -75,6 +79,7 @@ class ClipFrame:
     factor: float
     intrinsics: Doubles | None
     pose: Doubles | None
+    uncut: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +140,12 @@ def open_clips(wanted: ClipSet, data: Path) -> tuple[TrueClip, ...]:
             f"{index} cannot be read ({type(error).__name__}: {error}); expected {{{wanted.name!r}: [{{sequence: "
             f"[{{image, gt_depth, factor, ...}}, ...]}}, ...]}}, as {_BENCHMARK} writes it"
         ) from error
+    names = [clip.name for clip in clips]
+    if bad := sorted({name for name in names if names.count(name) > 1 or not re.fullmatch(r"(?!\.)[^/\\\0]+", name)}):
+        raise EvaluationError(
+            f"{index} calls sequences {some(bad)}: expected names that differ, without / or \\, and not from a dot on; "
+            "name them anew in it"
+        )
     frames = [frame for clip in clips for frame in clip.frames]
     missing = [str(path) for frame in frames for path in (frame.picture, frame.truth) if not path.is_file()]
     if missing or not frames:
@@ -147,16 +158,20 @@ def open_clips(wanted: ClipSet, data: Path) -> tuple[TrueClip, ...]:
 
 
 def read_true_depth(wanted: ClipSet, frame: ClipFrame) -> Floats:
-    """(H, W) metres of what the picture shows; NaN where it is not valid.
+    """(H, W) metres of what the picture shows; NaN where it is not valid, or not scored.
 
     Raises:
         UnscorableError: If it cannot be read.
     """
     try:
-        depth = depth_png(frame.truth.read_bytes(), steps_per_m=frame.factor)[wanted.rows, wanted.columns]
+        whole = depth_png(frame.truth.read_bytes(), steps_per_m=frame.factor)
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
         raise UnscorableError(f"{frame.truth} cannot be read: {str(error) or type(error).__name__}") from error
-    return np.where((depth > 1e-3) & (depth < wanted.cap_m), depth, np.nan)
+    valid = (whole > 1e-3) & (whole < wanted.cap_m)
+    scored = wanted.rows, wanted.columns
+    depth = np.full_like(whole, np.nan)
+    depth[scored] = np.where(valid, whole, np.nan)[scored]
+    return depth if frame.uncut else depth[scored]
 
 
 def _frame(wanted: ClipSet, folder: Path, entry: dict[str, Any]) -> ClipFrame:
@@ -181,4 +196,5 @@ def _frame(wanted: ClipSet, folder: Path, entry: dict[str, Any]) -> ClipFrame:
         factor=float(entry["factor"]),
         intrinsics=intrinsics,
         pose=pose if pose is not None and np.isfinite(pose).all() and np.linalg.det(pose) else None,
+        uncut=wanted.uncut in name.parts,
     )

@@ -48,6 +48,22 @@ def test_a_checkpoint_labels_smooths_and_is_scored(rendered, tmp_path):
     assert evaluate(rendered, *options)[0] == 0
 
 
+def test_clips_that_share_pictures_are_labelled_and_scored_each(rendered, tmp_path):
+    document = json.loads((rendered / "rendered_video.json").read_text())
+    frames = document["rendered"][0]["static_3"]
+    document["rendered"] = [{"whole": frames}, {"backwards": frames[::-1]}]
+    index = rendered / "overlapping.json"
+    index.write_text(json.dumps(document))
+    options = ("--checkpoint", "demo", "--processing-resolution", 64, "--workers", 0)
+    code, output = evaluate(index, *options, "--out", tmp_path / "out")
+    assert code == 0, output
+    with (tmp_path / "out/per_clip.csv").open() as file:
+        one, other = (row for row in csv.DictReader(file) if row["labels"] == "raw")
+    assert one["pixels"] == other["pixels"]
+    assert float(one["abs_rel"]) == pytest.approx(float(other["abs_rel"]), abs=1e-6)
+    assert sorted(path.name for path in (tmp_path / "out/pictures").iterdir()) == ["backwards", "whole"]
+
+
 def test_exact_predictions_are_exact_and_missing_ones_named(rendered, tmp_path):
     wanted = CLIP_SETS["rendered"]
     files = []

@@ -91,6 +91,25 @@ def test_intrinsics_follow_the_crop_and_lost_poses_are_left_out(tmp_path):
     assert scores.metrics["tae"] == pytest.approx(0, abs=1e-9)  # it says the same of each frame, and no camera moves
 
 
+def test_pictures_that_are_not_cut_are_cut_with_the_truth(tmp_path):
+    k = [[577, 0, 79.5], [0, 577, 59.5], [0, 0, 1]]
+    write(tmp_path, "scannet", K=k, pose=np.eye(4).tolist())
+    index = tmp_path / "scannet_video_tae.json"
+    index.write_text((tmp_path / "scannet_video.json").read_text().replace("/color/", "/color_origin/"))
+    steps = np.linspace(1000, 4000, 160) * np.linspace(1, 2, 120)[:, None]
+    for sequence in "ab":
+        (tmp_path / sequence / "color").rename(tmp_path / sequence / "color_origin")
+        for i in range(FRAMES):
+            Image.fromarray(steps.astype(np.uint16)).save(tmp_path / f"{sequence}/depth/{i}.png")
+    wanted = CLIP_SETS["scannet"]
+    clips = open_clips(wanted, index)
+    assert clips[0].frames[0].intrinsics.tolist() == [[577, 0, 68.5], [0, 577, 51.5], [0, 0, 1]]
+    row = score_clips(wanted, clips, lambda _: steps.astype(np.uint16) / 1000).rows[0]
+    assert row.pixels == FRAMES * 104 * 138
+    assert row.metrics["abs_rel"] == pytest.approx(0, abs=1e-9)
+    assert row.metrics["tae"] == pytest.approx(0, abs=1e-6)
+
+
 def test_tae_is_the_mean_of_both_ways_in_per_cent(tmp_path):
     k = [[50, 0, 39.5], [0, 50, 29.5], [0, 0, 1]]
     write(tmp_path, "rendered", sequences=("a",), K=k, pose=np.eye(4).tolist())
@@ -166,6 +185,8 @@ def test_frames_without_truth_are_counted(tmp_path):
         (lambda d: {"rendered": [{"a": [{**d["rendered"][0]["a"][0], "factor": 0}]}]}, "expected more than 0"),
         (lambda d: {"rendered": [{"a": [{**d["rendered"][0]["a"][0], "image": "a/x.png"}]}]}, "x.png that are not"),
         (lambda d: {"rendered": []}, "lists no frame"),
+        (lambda d: {"rendered": d["rendered"][:1] * 2}, "calls sequences a: expected names that differ"),
+        (lambda d: {"rendered": [{"../a": d["rendered"][0]["a"]}]}, r"calls sequences \.\./a: expected"),
     ],
 )
 def test_a_wrong_index_is_refused(tmp_path, change, message):
