@@ -15,7 +15,6 @@ from depthmill.pipeline.store.files import Directory, open_directory
 from depthmill.pipeline.store.layout import FORMAT, Document, Layout
 from depthmill.pipeline.store.removal import remove
 from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, Root, new_root, read_root, write_root
-from depthmill.pipeline.store.smoothed import smoothed
 from depthmill.pipeline.store.store import Store, differences
 from depthmill.pipeline.store.zarr_files import ZarrFiles
 
@@ -128,7 +127,11 @@ def open_datasets(
                 # JSON has float64 only, in which xarray would then decode: twice the memory, for 13 bits of depth.
                 attributes["scale_factor"] = np.float32(attributes["scale_factor"])
         datasets[source_id] = xarray.decode_cf(dataset)
-    return smoothed(store, datasets) if smooth else datasets
+    if not smooth:
+        return datasets
+    from depthmill.pipeline.store.smoothed import smoothed
+
+    return smoothed(store, datasets)
 
 
 def _decisive(header: Document) -> Document:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xarray
+import zarr
+from xarray.backends import BackendArray
+from xarray.core.indexing import IndexingSupport, LazilyIndexedArray, explicit_indexing_adapter
 
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store.store import Store
 from depthmill.pipeline.store.temporal import Temporal
-
-if TYPE_CHECKING:
-    import xarray
 
 
 def smoothed(store: Store, datasets: Mapping[str, xarray.Dataset]) -> dict[str, xarray.Dataset]:
@@ -34,18 +36,16 @@ def smoothed(store: Store, datasets: Mapping[str, xarray.Dataset]) -> dict[str, 
 
 
 def _applied(temporal: Temporal, dataset: xarray.Dataset) -> xarray.Dataset:
-    from xarray.core.indexing import LazilyIndexedArray
-
     store, source_id = temporal.store, temporal.source_id
     scale, shift = temporal.read("scale"), temporal.read("shift")
     labels: dict[str, Any] = {"shot": ("frame", temporal.read("shot"))}
     if temporal.filtered():
         for name in store.layout.labels:
-            labels[name] = _rows(store, source_id, f"{name}_smooth")
+            labels[name] = _Rows(store.array(source_id, f"{name}_smooth"))
     else:
-        labels["depth"] = _rows(store, source_id, "depth", scale, shift)
+        labels["depth"] = _Rows(store.array(source_id, "depth"), scale, shift)
     if store.layout.uncertainty:  # in units of depth, whose are others now
-        labels["uncertainty"] = _rows(store, source_id, "uncertainty", scale, np.zeros_like(shift))
+        labels["uncertainty"] = _Rows(store.array(source_id, "uncertainty"), scale, np.zeros_like(shift))
     for array in store.layout.arrays:
         if array in labels:
             about = {key: dataset[array].attrs[key] for key in ("units",) if key in dataset[array].attrs}
@@ -57,38 +57,30 @@ def _applied(temporal: Temporal, dataset: xarray.Dataset) -> xarray.Dataset:
     return dataset.assign(labels)
 
 
-def _rows(
-    store: Store,
-    source_id: str,
-    name: str,
-    scale: npt.NDArray[np.float32] | None = None,
-    shift: npt.NDArray[np.float32] | None = None,
-) -> Any:
+@dataclass(eq=False)
+class _Rows(BackendArray):
     """A lazy array: decoded, and with scale and shift of (frames,) applied where they are given."""
-    from xarray.backends import BackendArray
-    from xarray.core.indexing import IndexingSupport, explicit_indexing_adapter
 
-    stored = store.array(source_id, name)
-    attributes: dict[str, Any] = dict(stored.attrs)
-    step, offset = np.float32(attributes.get("scale_factor", 1)), np.float32(attributes.get("add_offset", 0))
-    fill = attributes.get("_FillValue")
+    stored: zarr.Array[Any]
+    scale: npt.NDArray[np.float32] | None = None
+    shift: npt.NDArray[np.float32] | None = None
 
-    class Rows(BackendArray):
-        shape, dtype = stored.shape, np.dtype(np.float32)
+    def __post_init__(self) -> None:
+        self.shape, self.dtype = self.stored.shape, np.dtype(np.float32)
 
-        def __getitem__(self, key: Any) -> Any:
-            return explicit_indexing_adapter(key, self.shape, IndexingSupport.OUTER, self._read)
+    def __getitem__(self, key: Any) -> Any:
+        return explicit_indexing_adapter(key, self.shape, IndexingSupport.OUTER, self._read)
 
-        def _read(self, key: tuple[Any, ...]) -> npt.NDArray[np.float32]:
-            packed = np.asarray(stored.oindex[key])
-            values = np.asarray(packed, np.float32) * step + offset
-            if fill is not None:
-                values = np.where(packed == fill, np.float32(np.nan), values)
-            if scale is not None and shift is not None:
-                a, b = scale[key[0]], shift[key[0]]
-                if np.ndim(a):
-                    a, b = (np.reshape(one, (-1,) + (1,) * (values.ndim - 1)) for one in (a, b))
-                values = values * a + b
-            return np.asarray(values, np.float32)
-
-    return Rows()
+    def _read(self, key: tuple[Any, ...]) -> npt.NDArray[np.float32]:
+        attributes: dict[str, Any] = dict(self.stored.attrs)
+        step, offset = np.float32(attributes.get("scale_factor", 1)), np.float32(attributes.get("add_offset", 0))
+        packed = np.asarray(self.stored.oindex[key])
+        values = np.asarray(packed, np.float32) * step + offset
+        if (fill := attributes.get("_FillValue")) is not None:
+            values = np.where(packed == fill, np.float32(np.nan), values)
+        if self.scale is not None and self.shift is not None:
+            a, b = self.scale[key[0]], self.shift[key[0]]
+            if np.ndim(a):
+                a, b = (np.reshape(one, (-1,) + (1,) * (values.ndim - 1)) for one in (a, b))
+            values = values * a + b
+        return np.asarray(values, np.float32)

@@ -1,6 +1,7 @@
 """Smoothing runs, in this process."""
 
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -52,6 +53,8 @@ def test_scales_are_written_beside_labels_that_stay(tmp_path, video):
     assert np.array_equal(smooth_.depth[7].values, expected[7])
     assert np.array_equal(smooth_.depth[[9, 2], 3, ::2].values, expected[[9, 2], 3, ::2])
     assert smooth_.depth.dtype == np.float32
+    sent = pickle.loads(pickle.dumps(smooth_))  # as to the workers of a DataLoader
+    assert np.array_equal(sent.depth[7].values, expected[7])
 
 
 def test_bytes_depend_on_neither_segments_nor_a_stop(tmp_path, video, monkeypatch):
@@ -249,6 +252,19 @@ def test_pictures_of_several_sizes_are_left_out(tmp_path):
     writer.commit()
     done = smooth(store.uri, SmoothConfig(workers=0), sources=[about.id], console=Console(file=io.StringIO()))
     assert "differ in size" in done.left_out[about.id]
+
+
+def test_sources_that_are_no_videos_are_named(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 24), (80 * i, 0, 0)).save(folder / f"{i}.png")
+    store, name = labelled(tmp_path / "a.zarr", folder)
+    result = CliRunner().invoke(app, ["smooth", store.uri, "--workers", "0"])
+    assert f"1 sources are no videos, and were left as they are: {name}" in result.output
+    result = CliRunner().invoke(app, ["smooth", store.uri, "--workers", "0", "--source", name, "--max-frames", "2"])
+    assert (result.exit_code, "no videos" in result.output) == (1, False)
+    assert "more than 2 frames" in result.output
 
 
 def test_the_command_line_labels_smooths_and_previews(tmp_path, video):
