@@ -30,6 +30,8 @@ _STEP = 0.3  # of the spread of depth in 3x3 pixels: more is a depth edge
 _FLAT = 0.02  # of the whole range of depth: less never is an edge
 _GREY_LEVELS = 20.0  # two pixels that differ by more, after the frames' median difference, show different things
 _BLANK = 5.0  # standard deviation of the greys: less is no picture that flow could know again
+_BLACK, _DIM = 1.5, 7.5  # standard deviations: between them, there are too few greys for a histogram
+_WOBBLE = 4.0  # grey levels from frame to frame; a fade takes more
 _CAUCHY = 2.385  # 95 % efficient on normal residuals
 _ROUNDS = 8
 _LEAST_PAIRS = 64
@@ -123,7 +125,14 @@ def segment_edges(
 
 
 def _difference(grey: npt.NDArray[np.uint8], before: npt.NDArray[np.uint8]) -> float:
-    """Half the L1 distance of the grey histograms: no motion inside the frame counts, a new scene does."""
+    """Half the L1 distance of the grey histograms: no motion inside the frame counts, a new scene does.
+
+    Two dim frames of almost the same grey do not differ: at night, a wobble of the exposure fills other bins.
+    """
+    spread, other = float(grey.std()), float(before.std())
+    dim = min(spread, other) > _BLACK and max(spread, other) <= _DIM
+    if dim and abs(float(grey.mean()) - float(before.mean())) <= _WOBBLE:
+        return 0.0
     counts = [np.bincount(picture.ravel() >> 3, minlength=_BINS) / picture.size for picture in (grey, before)]
     return float(np.abs(counts[0] - counts[1]).sum() / 2)
 

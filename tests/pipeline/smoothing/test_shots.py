@@ -103,6 +103,7 @@ REAL = {
     "a flash": (lambda clip, _: [clip[:8], np.minimum(clip[8:11] * 1.8 + 40, 255), clip[11:]], []),
     "white frames": (lambda clip, _: [clip[:8], np.full_like(clip[8:10], 255), clip[10:]], []),
     "noise": (lambda clip, _: [clip + np.random.default_rng(0).normal(0, 12, clip.shape)], []),
+    "a step of exposure at night": (lambda clip, _: [clip[:12] * 0.08 + 3, clip[12:] * 0.08 + 5], []),
     "a pan": (lambda _, picture: [panned(picture, 8)], []),
     "a pan too fast for flow": (lambda _, picture: [panned(picture, 64)], []),
 }
