@@ -278,6 +278,8 @@ def smooth_store(
     address: Annotated[str | None, typer.Option(help=_ADDRESS)] = None,
     attempts: Annotated[int | None, typer.Option(help="Attempts per segment.")] = None,
     frame_limit_s: Annotated[float | None, typer.Option(help="Seconds that a frame may take, at most.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="As in depthmill label.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="As in depthmill label.")] = None,
 ) -> None:
     """Smooth depth over time: a scale and shift for each frame, beside the labels, which stay as they are.
 
@@ -294,6 +296,8 @@ def smooth_store(
         "address": address,
         "attempts": attempts,
         "frame_limit_s": frame_limit_s,
+        "max_pixels": max_pixels,
+        "max_frames": max_frames,
     }
     if not _smooth(store, load_config(SmoothConfig, config, options), source or []):
         raise typer.Exit(SOME_FAILED)
@@ -311,6 +315,12 @@ def _smooth(store: str, settings: SmoothConfig, sources: list[str]) -> bool:
     )
     for name, why in {**done.left_out, **done.unread}.items():
         typer.echo(f"  {name}: {why}")
+    if done.unasked:
+        shown = ", ".join(done.unasked[:3]) + (" …" if len(done.unasked) > 3 else "")
+        typer.echo(
+            f"{len(done.unasked)} sources are no videos, and were left as they are: {shown}; name those that are the "
+            "frames of one: depthmill smooth STORE --source ID"
+        )
     return not done.left_out and not done.unread
 
 

@@ -214,7 +214,7 @@ class SmoothConfig(BaseModel):
         max_edge: Frames between the two of an edge, at most; edges are 1, 2, 4, 8, 16 and 32 frames long.
         flow: Preset of the optical flow.
         leak: Radians a frame: changes of scale and shift that are slower stay, faster ones go; 0, or 0.001 or more, for
-            float64 has no digits for slower ones.
+            float64 has no digits for slower ones; 3.14 at most, for none is faster.
         filter: Whether labels are also filtered over five frames, into arrays of their own.
         workers: Ray workers, one core each; 0 smooths in this process; left out, one for each core of the cluster.
         address: As in `LabelConfig`.
@@ -228,7 +228,7 @@ class SmoothConfig(BaseModel):
 
     max_edge: int = Field(default=32, ge=1, le=32)
     flow: Literal["ultrafast", "fast", "medium"] = "fast"
-    leak: float = Field(default=0.1, ge=0)
+    leak: float = Field(default=0.1, ge=0, le=3.14, allow_inf_nan=False)
     filter: bool = False
     workers: int | None = Field(default=None, ge=0)
     address: str | None = Field(default_factory=lambda: os.environ.get("RAY_ADDRESS"))

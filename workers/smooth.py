@@ -52,6 +52,7 @@ class SmoothSummary:
             run of the same command reads them.
         frames: Frames that this run worked on, once a phase.
         seconds: Of this run.
+        unasked: Ids of the sources that are no videos, where none were named.
     """
 
     store: str
@@ -60,6 +61,7 @@ class SmoothSummary:
     unread: dict[str, str]
     frames: int
     seconds: float
+    unasked: tuple[str, ...]
 
 
 def smooth(
@@ -80,9 +82,9 @@ def smooth(
     store = open_store(store_uri)
     if "depth" not in store.layout.labels:
         raise ConfigError(f"{store.uri} has no depth to smooth: it holds {', '.join(store.layout.labels)}")
-    wanted = list(dict.fromkeys(sources)) or [
-        one for one in store.sources() if store.attributes(one)["kind"] == "video"
-    ]
+    kinds = {} if sources else {one: store.attributes(one)["kind"] for one in store.sources()}
+    wanted = list(dict.fromkeys(sources)) or [one for one, kind in kinds.items() if kind == "video"]
+    unasked = tuple(one for one, kind in kinds.items() if kind != "video")
     left_out = {one: why for one in wanted if (why := _unfit(store, one))}
     run = _Run(store, config, [one for one in wanted if one not in left_out])
     started_s = time.perf_counter()
@@ -111,7 +113,8 @@ def smooth(
                 ) from error
     left_out |= run.left_out
     smoothed = tuple(one for one in wanted if one not in left_out)
-    return SmoothSummary(store.uri, smoothed, left_out, run.unread, run.done, time.perf_counter() - started_s)
+    seconds = time.perf_counter() - started_s
+    return SmoothSummary(store.uri, smoothed, left_out, run.unread, run.done, seconds, unasked)
 
 
 def _unfit(store: Store, source_id: str) -> str:

@@ -90,6 +90,12 @@ def test_the_cluster_of_the_environment_is_one_whose_address_is_given(monkeypatc
     assert model().address is None
 
 
+@pytest.mark.parametrize("leak", [-0.1, 1e-4, 4, float("inf"), float("nan")])
+def test_a_leak_that_makes_no_sense_is_refused(leak):
+    with pytest.raises(ConfigError, match="leak"):
+        load_config(SmoothConfig, None, {"leak": leak})
+
+
 def test_the_demo_answers_normals_by_itself():
     assert LabelConfig().checkpoints == {"depth": "demo", "normals": "demo"}
     assert LabelConfig(checkpoint="a/b", labels=("depth",)).checkpoints == {"depth": "a/b"}
