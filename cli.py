@@ -333,12 +333,17 @@ def preview(
     source: Annotated[str | None, typer.Option(help="Id of one source; by default all.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames on the contact sheet.")] = 6,
     smooth: Annotated[bool, typer.Option("--smooth", help="Raw and smoothed, side by side and over time.")] = False,
+    video: Annotated[bool, typer.Option("--video/--no-video", help="Whether to draw the MP4.")] = True,
+    start: Annotated[float, typer.Option(help="Second at which the MP4 begins.")] = 0.0,
+    stop: Annotated[float, typer.Option(help="Second at which it ends.")] = float("inf"),
 ) -> None:
     """Draw a contact sheet (PNG) and a side-by-side video (MP4) of frames, depth and normals."""
     from depthmill.pipeline.preview import preview as draw
 
     folder = out or (Path() if "://" in store else Path(store).resolve().parent)
-    for path in draw(store, folder, source_id=source, frames=frames, smooth=smooth):
+    for path in draw(
+        store, folder, source_id=source, frames=frames, smooth=smooth, video=video, start_s=start, stop_s=stop
+    ):
         typer.echo(path)
 
 

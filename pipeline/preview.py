@@ -6,20 +6,25 @@ Of a smoothed store on demand raw and smoothed side by side, and what smoothing 
 from __future__ import annotations
 
 import logging
+import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import track
 
+from depthmill.pipeline.colours import GREY, Rgb, depth_rgb, normals_rgb
 from depthmill.pipeline.errors import ConfigError, SourceError, StoreError
+from depthmill.pipeline.mp4 import write_mp4
 from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources.video_packets import open_container
 from depthmill.pipeline.store import Store, open_datasets, open_store
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.timeline import Timeline, draw_timeline
@@ -30,32 +35,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Rgb = npt.NDArray[np.uint8]
-
-# ColorBrewer's Spectral: warm where near.
-SPECTRAL = (
-    (158, 1, 66),
-    (213, 62, 79),
-    (244, 109, 67),
-    (253, 174, 97),
-    (254, 224, 139),
-    (255, 255, 191),
-    (230, 245, 152),
-    (171, 221, 164),
-    (102, 194, 165),
-    (50, 136, 189),
-    (94, 79, 162),
-)
-GREY = 128  # of what has no labels
-
 _RANGE_FRAMES = 32  # sampled for the depth range, over the whole length
 _CELL_WIDTH, _CELL_HEIGHT = 320, 400  # most pixels of a contact sheet's picture
 _MARGIN, _GAP, _LINE = 72, 4, 18
 _TIMELINE_FRAMES, _TIMELINE_WIDTH = 1024, 480  # at most; at least, in pixels
 _CONTOURS = 12  # over the range of colours
 _SMOOTHED = "{}\nsmoothed"  # what the smoothed kind of a label is called
-_TIME_BASE = Fraction(1, 90_000)
-_BT709 = 1  # FFmpeg's number of it, as matrix, primaries and transfer
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +78,9 @@ def preview(
     frames: int = 6,
     max_width: int = 1920,
     smooth: bool = False,
+    video: bool = True,
+    start_s: float = 0.0,
+    stop_s: float = math.inf,
 ) -> list[Path]:
     """Draw a store: for each source a contact sheet (PNG), and for each video a side-by-side MP4.
 
@@ -101,18 +89,24 @@ def preview(
         out_dir: Where the files go, named by source id; made if there is none.
         source_id: Only this source.
         frames: Columns of a contact sheet, spread over the source's length.
-        max_width: Most pixels across the side-by-side video.
+        max_width: Most pixels across the side-by-side video; it is no higher either.
         smooth: Draw smoothed labels beside the raw ones, and below the contact sheet how they go over time;
             without `source_id`, sources that are not smoothed are drawn as ever.
+        video: Whether to draw the MP4.
+        start_s: Of the part of the video that the MP4 shows, from where its time counts.
+        stop_s: Likewise.
 
     Returns:
         The files written, in order of source.
 
     Raises:
         StoreError: If there is no such store or source, or it is not smoothed and `smooth` asks for that.
+        ConfigError: If the folder cannot be written, or an option makes no sense.
     """
     if frames < 1 or max_width < 64:
         raise ConfigError(f"preview of {frames} frames, {max_width} pixels wide: give at least 1 frame and 64 pixels")
+    if not 0 <= start_s < stop_s:
+        raise ConfigError(f"a preview from {start_s} to {stop_s} s: give a start of at least 0, and a stop after it")
     store = open_store(store_path)
     datasets = open_datasets(store_path)
     smoothed = {}
@@ -122,7 +116,13 @@ def preview(
         smoothed = open_datasets(store_path, smooth=True, sources=[source_id])
     elif smooth:
         smoothed = open_datasets(store_path, smooth=True, sources=_smoothed(store))
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{out_dir} cannot be written ({error.strerror}): give a folder that can, --out FOLDER"
+        ) from error
     written = []
     for name in store.sources() if source_id is None else [source_id]:
         attributes = store.attributes(name)
@@ -142,46 +142,16 @@ def preview(
         try:
             timeline = _timeline(store, view) if name in smoothed else None
             written.append(_write_contact_sheet(view, timeline, out_dir / f"{name}.png", frames))
-            if attributes["kind"] == "video":
-                written.append(_write_video(view, out_dir / f"{name}.mp4", max_width))
+            if attributes["kind"] == "video" and video:
+                shown = _between(view, start_s, stop_s)
+                if shown:
+                    written.append(_write_video(view, shown, start_s, out_dir / f"{name}.mp4", max_width))
+                else:
+                    log.warning("%s: it has no frame from %g to %g s; it gets no video", name, start_s, stop_s)
         finally:
             if pictures is not None:
                 pictures.close()
     return written
-
-
-def depth_rgb(depth: npt.NDArray[np.float32], near: float, far: float) -> Rgb:
-    """Colour depth, warm where near.
-
-    Args:
-        depth: (H, W) float32, NaN where invalid.
-        near: Depth of the first colour; what is nearer has it too.
-        far: Depth of the last colour.
-
-    Returns:
-        (H, W, 3) uint8, grey where invalid.
-    """
-    anchors = np.array(SPECTRAL, np.float64)
-    at = np.linspace(0, len(anchors) - 1, 256)
-    palette = np.stack([np.interp(at, np.arange(len(anchors)), channel) for channel in anchors.T], -1)
-    index = np.nan_to_num(np.clip((depth - near) / max(far - near, 1e-6), 0, 1)) * 255
-    colours: Rgb = np.rint(palette).astype(np.uint8)[np.rint(index).astype(np.uint8)]
-    colours[np.isnan(depth)] = GREY
-    return colours
-
-
-def normals_rgb(normals: npt.NDArray[np.float32]) -> Rgb:
-    """Colour normals: x to the right is red, y up is green, z towards the viewer is blue.
-
-    Args:
-        normals: (H, W, 3) float32 unit vectors, (0, 0, 0) where invalid.
-
-    Returns:
-        (H, W, 3) uint8, grey where invalid.
-    """
-    colours: Rgb = np.clip(normals * 127.5 + 128, 0, 255).astype(np.uint8)  # rounds, as + 127.5 + 0.5
-    colours[(normals[..., 0] == 0) & (normals[..., 1] == 0) & (normals[..., 2] == 0)] = GREY
-    return colours
 
 
 def _labels(
@@ -350,41 +320,50 @@ def _smoothed(store: Store) -> list[str]:
     return found
 
 
-def _write_video(view: _View, path: Path, max_width: int) -> Path:
-    """Picture | depth | normals, each frame shown when the source shows it."""
+def _between(view: _View, start_s: float, stop_s: float) -> range:
+    """The frames that are shown from `start_s` until before `stop_s`."""
+    times_s = view.dataset["time"].values
+    shown = np.flatnonzero((times_s >= start_s) & (times_s < stop_s))
+    return range(int(shown[0]), int(shown[-1]) + 1) if shown.size else range(0)
+
+
+def _pixel_aspect(view: _View) -> Fraction:
+    """Width over height of a pixel on the screen: 1 but for anamorphic videos, and where the source is gone."""
+    if view.pictures is None:
+        return Fraction(1)
+    container, stream = open_container(view.pictures.probe().uri)
+    with container:
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        turned = (stream.height, stream.width) != (view.dataset.sizes["y"], view.dataset.sizes["x"])
+    return 1 / aspect if turned else aspect
+
+
+def _write_video(view: _View, frames: range, start_s: float, path: Path, max_width: int) -> Path:
+    """Picture | depth | normals, each frame shown when the source shows it, from `start_s` on."""
     H, W = view.dataset.sizes["y"], view.dataset.sizes["x"]
-    # yuv420p wants even sides.
-    panel_width = max(2, min(W, max_width // len(view.rows)) // 2 * 2)
-    panel = panel_width, max(2, round(H * panel_width / W / 2) * 2)
-    partial = path.with_suffix(".partial.mp4")
+    shrink = min(1, max_width // len(view.rows) / W, max_width / H)
+    panel = max(2, int(W * shrink) // 2 * 2), max(2, round(H * shrink / 2) * 2)  # yuv420p wants even sides
     # A video of one frame has no rate, and need not: each frame has its own time.
     rate = Fraction(view.dataset.attrs.get("fps") or 25).limit_denominator(1001) or Fraction(1, 1001)
-    with av.open(str(partial), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
-        stream.width, stream.height, stream.pix_fmt = panel[0] * len(view.rows), panel[1], "yuv420p"
-        context = stream.codec_context
-        context.time_base = _TIME_BASE
-        # Said, not left to be guessed from the height, as players do.
-        context.colorspace = context.color_primaries = context.color_trc = _BT709
-        context.color_range = ColorRange.MPEG
-        pts = -1
-        for index, strip in _strips(view, panel):
-            shown = av.VideoFrame.from_ndarray(np.asarray(strip), format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-            )
-            pts = max(pts + 1, round(float(view.dataset["time"].values[index]) / _TIME_BASE))
-            shown.pts, shown.time_base = pts, _TIME_BASE
-            container.mux(stream.encode(shown))
-        container.mux(stream.encode())
-    partial.replace(path)
+    times_s = view.dataset["time"].values
+    console = Console(stderr=True)
+    strips = track(
+        _strips(view, frames, panel),
+        path.name,
+        len(frames),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    shown = ((float(times_s[index]) - start_s, np.asarray(strip)) for index, strip in strips)
+    write_mp4(path, shown, (panel[0] * len(view.rows), panel[1]), rate, _pixel_aspect(view))
     return path
 
 
-def _strips(view: _View, panel: tuple[int, int]) -> Iterator[tuple[int, Image.Image]]:
-    """All frames of a video in order, one held at a time."""
-    frames = view.status.size
-    pictures = (frame.image for frame in view.pictures.read(0, frames)) if view.pictures else (None,) * frames
-    for index, picture in enumerate(pictures):
+def _strips(view: _View, frames: range, panel: tuple[int, int]) -> Iterator[tuple[int, Image.Image]]:
+    """Frames of a video in order, one held at a time."""
+    read = view.pictures.read(frames.start, frames.stop) if view.pictures else None
+    for index, picture in zip(frames, (frame.image for frame in read) if read else (None,) * len(frames), strict=True):
         strip = Image.new("RGB", (panel[0] * len(view.rows), panel[1]))
         for column, row in enumerate(view.rows):
             drawn = _draw(view, index, row, picture).resize(panel, Image.Resampling.BILINEAR)

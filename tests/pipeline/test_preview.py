@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from depthmill.pipeline import store as stores
+from depthmill.pipeline.colours import GREY, SPECTRAL, depth_rgb, normals_rgb
 from depthmill.pipeline.errors import ConfigError, StoreError
-from depthmill.pipeline.preview import GREY, SPECTRAL, depth_rgb, normals_rgb, preview
+from depthmill.pipeline.preview import preview
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store.temporal import Temporal
 
@@ -118,6 +119,60 @@ def test_wide_videos_are_scaled_to_even_sides(video, tmp_path):
     assert frames.shape == (FRAMES, 24, 96, 3)
     assert near(frames[3, 12, 70:], (128, 128, 255))
     assert near(frames[4, 12, 40:], (GREY,) * 3), "what is not labelled yet is grey"
+
+
+def test_a_part_of_a_video_or_none(video, tmp_path):
+    store = labelled(video, tmp_path / "s")
+    out = tmp_path / "out"
+    _, video_path = preview(store.uri, out, start_s=0.25, stop_s=1.15)  # frames 7 to 9 are 0.3 s late
+    frames, times = decoded(video_path)
+    np.testing.assert_allclose(times, np.array([0.3, 0.4, 0.5, 0.6, 1.0, 1.1]) - 0.25, atol=1e-3)
+    assert near(frames[0, H // 2, W // 2], colour(3))
+    assert near(frames[-1, H // 2, W // 2], colour(8))
+    assert [path.suffix for path in preview(store.uri, out, start_s=9)] == [".png"]
+    assert [path.suffix for path in preview(store.uri, out, video=False)] == [".png"]
+    with pytest.raises(ConfigError, match="a preview from 2 to 1 s"):
+        preview(store.uri, out, start_s=2, stop_s=1)
+
+
+def test_a_stopped_preview_leaves_no_half_video(video, tmp_path, monkeypatch):
+    store = labelled(video, tmp_path / "s")
+
+    def stopped(*_):
+        yield 0, Image.new("RGB", (3 * W, H))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("depthmill.pipeline.preview._strips", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        preview(store.uri, tmp_path / "out")
+    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".png"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(video, tmp_path):
+    store = labelled(video, tmp_path / "s")
+    with pytest.raises(ConfigError, match=r"clip\.mp4/out cannot be written"):
+        preview(store.uri, video / "out")
+
+
+def test_anamorphic_videos_stay_so(tmp_path):
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(64, 45)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((H, W, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    store = labelled(path, tmp_path / "s")
+    _, video_path = preview(store.uri, tmp_path / "out")
+    with av.open(str(video_path)) as container:
+        assert container.streams.video[0].sample_aspect_ratio == Fraction(64, 45)
+
+
+def test_tall_videos_are_no_higher_than_wide(video, tmp_path):
+    store = stores.create(tmp_path / "s", stores.Layout(shard_frames=2, segment_frames=2), {})
+    store.add(replace(open_source(video).probe(), height=20_000))
+    _, video_path = preview(store.uri, tmp_path / "out", stop_s=0.1)
+    assert decoded(video_path)[0].shape[1] == 1920
 
 
 @pytest.mark.parametrize("change", ["gone", "changed"])
