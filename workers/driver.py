@@ -351,8 +351,7 @@ class Driver:
                 self._found(self._searches.open(suspect.task, suspect.why))
             else:
                 times = "once" if self._options.attempts == 1 else f"{self._options.attempts} times"
-                why = f"the segment was tried {times}: {suspect.why}"
-                self._committed(self._calls.fail(suspect.task, why))
+                self._committed(self._calls.fail(suspect.task, f"the segment was tried {times}: {suspect.why}"))
 
     def _tried(self, trial: Trial, running: Running, event: Event) -> None:
         if event.error is None:

@@ -171,6 +171,17 @@ class Ledger:
         return Report(task.segment, 0, task.segment.frames, 0.0)
 
 
+def all_frames(ledger):
+    return {(uri, frame) for uri, (frames, _) in ledger.sources.items() for frame in range(frames)}
+
+
+def check(ledger, bad):
+    """Every frame is labelled, but the bad ones, which are listed."""
+    assert set(ledger.failed) == set(bad)
+    assert set(ledger.labelled) == all_frames(ledger) - set(bad)
+    assert sorted(ledger.published) == sorted(ledger.sources)
+
+
 def drive(pool, ledger, *, workers=None, attempts=3, frame_limit_s=10.0, probers=2, race=True):
     """Run the driver to its end; the driver."""
     calls = Calls(ledger.publish, ledger.fail, lambda standing: None, ledger.said.append)

@@ -4,11 +4,7 @@ import pytest
 
 from depthmill.pipeline.errors import RunStoppedError, SourceChangedError, SourceError, StoreError
 from depthmill.pipeline.types import WorkerState
-from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
-
-
-def all_frames(ledger):
-    return {(uri, frame) for uri, (frames, _) in ledger.sources.items() for frame in range(frames)}
+from depthmill.tests.workers.simulated import Ledger, SimulatedPool, all_frames, drive, labels
 
 
 def failing(ledger, fails, *, frame_s=0.1):

@@ -5,20 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from depthmill.pipeline.errors import CheckpointError, ConfigError, RunStoppedError, StoreFullError
+from depthmill.pipeline.errors import ConfigError, RunStoppedError, StoreFullError
 from depthmill.pipeline.types import WorkerState
-from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
-
-
-def all_frames(ledger):
-    return {(uri, frame) for uri, (frames, _) in ledger.sources.items() for frame in range(frames)}
-
-
-def check(ledger, bad):
-    """Every frame is labelled, but the bad ones, which are listed."""
-    assert set(ledger.failed) == set(bad)
-    assert set(ledger.labelled) == all_frames(ledger) - set(bad)
-    assert sorted(ledger.published) == sorted(ledger.sources)
+from depthmill.tests.workers.simulated import Ledger, SimulatedPool, all_frames, check, drive, labels
 
 
 def test_all_is_labelled_once_and_the_workers_share_the_work():
@@ -249,67 +238,6 @@ def test_the_search_among_frames_far_apart_has_the_time_of_all_that_it_reads():
     driver = drive(SimulatedPool(lambda: 1, behave), ledger, frame_limit_s=2.0)
     assert ledger.failed == {("a", 1800): "RuntimeError: no luck"}
     assert driver.standing.deaths == 0
-
-
-def test_workers_that_die_while_they_load_end_the_run():
-    ledger = Ledger({"a": (40, 10)})
-    pool = SimulatedPool(lambda: 2, labels(ledger))
-    place = pool._end_in
-    pool._end_in = lambda seconds, worker, outcome: place(seconds, worker, "die" if outcome == "simulated" else outcome)
-    with pytest.raises(RunStoppedError, match="while loading"):
-        drive(pool, ledger)
-
-
-def test_a_checkpoint_that_does_not_load_ends_the_run_with_its_reason():
-    ledger = Ledger({"a": (40, 10)})
-    pool = SimulatedPool(lambda: 2, labels(ledger))
-    place = pool._end_in
-
-    def end(seconds, worker, outcome):
-        broken = outcome == "simulated" and pool.kinds[worker] == "labeler"
-        place(seconds, worker, CheckpointError("no unet") if broken else outcome)
-
-    pool._end_in = end
-    with pytest.raises(CheckpointError, match="no unet"):
-        drive(pool, ledger)
-
-
-@pytest.mark.parametrize("outcome", ["die", RuntimeError("CUDA out of memory"), CheckpointError("not fetched")])
-@pytest.mark.parametrize("workers", [None, 4])
-def test_one_machine_on_which_nothing_loads_ends_no_run(outcome, workers):
-    """Three workers load; whoever comes to the fourth machine fails, and is the last to be placed there."""
-    ledger = Ledger({"a": (4000, 10)})
-    pool = SimulatedPool(lambda: 4, labels(ledger))
-    place, good = pool._end_in, []
-
-    def end(seconds, worker, answer):
-        if answer == "simulated" and pool.kinds[worker] == "labeler":
-            good.append(worker)
-            seconds, answer = (seconds, answer) if len(good) <= 3 else (2 * seconds, outcome)
-        place(seconds, worker, answer)
-
-    pool._end_in = end
-    drive(pool, ledger, workers=workers)
-    check(ledger, {})
-    assert 3 + 3 * 4 <= len(good) <= 3 + 3 * 4 + 3  # then one a minute
-    assert [line for line in ledger.said if "while loading" in line and "once a minute" in line]
-
-
-@pytest.mark.parametrize("outcome", [RuntimeError("CUDA unknown error"), CheckpointError("not fetched")])
-def test_one_machine_that_fails_to_load_before_the_others_have_loaded_ends_no_run(outcome):
-    ledger = Ledger({"a": (4000, 10)})
-    pool = SimulatedPool(lambda: 4, labels(ledger))
-    place, first = pool._end_in, []
-
-    def end(seconds, worker, answer):
-        if answer == "simulated" and pool.kinds[worker] == "labeler":
-            first.append(worker)
-            seconds, answer = (seconds, answer) if 1 < len(first) <= 4 else (seconds / 2, outcome)
-        place(seconds, worker, answer)
-
-    pool._end_in = end
-    drive(pool, ledger)
-    check(ledger, {})
 
 
 @pytest.mark.parametrize("workers", [1, 3])
