@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from types import NoneType
@@ -55,9 +56,10 @@ def main() -> NoReturn:
 
 def _stopped(why: object) -> NoReturn:
     """End at once: a signal may have cut off anything, such as the making of a thread that Python would wait for."""
-    _say(why)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody may be there to read it
+        _say(why)
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(STOPPED)
 
 

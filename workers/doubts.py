@@ -21,15 +21,12 @@ from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Report
 from depthmill.workers.crew import Crew, Running
 from depthmill.workers.inquest import cause_of, words_of
-from depthmill.workers.pace import Limits
+from depthmill.workers.pace import HOPELESS_AFTER, PATIENCE_S, Limits, rest_s
 from depthmill.workers.pool import Event
 
 _CHECK_FRAMES = 4
-_LONGEST_REST_S = 32.0  # the first is of a second, each other twice as long
 _REPLACED_AFTER = 3  # checks in vain, of the device; at once, if others work on
-_HOPELESS_AFTER = 8  # checks in vain; after a minute and a half
 _UNPROVEN = 2  # workers that never did anything, and are replaced before anything was labelled
-PATIENCE_S = 95.0  # in which nobody does anything, until a run ends for it
 
 
 Held = tuple[Running, Event]  # what a worker did, and how that ended
@@ -203,7 +200,7 @@ class Doubts:
     def _in_vain(self, worker: int, at_fault: str, event: Event, *, device: bool) -> None:
         """A worker could do nothing: it rests or, if others can or it is its device, is replaced."""
         failing, now_s = self._failing[worker], self._crew.now_s
-        failing.rests_until_s = now_s + min(2.0**failing.faults, _LONGEST_REST_S)
+        failing.rests_until_s = now_s + rest_s(failing.faults)
         failing.faults += 1
         others_do = self._did_s > failing.since_s
         if self._replace and (others_do or (device and failing.faults > _REPLACED_AFTER)) and self._may_replace(worker):
@@ -228,4 +225,4 @@ class Doubts:
         return self.sample is None and self._unproven >= 0
 
     def _hopeless(self, worker: int) -> bool:
-        return worker in self._failing and self._failing[worker].faults >= _HOPELESS_AFTER
+        return worker in self._failing and self._failing[worker].faults >= HOPELESS_AFTER

@@ -21,11 +21,10 @@ from depthmill.pipeline.sources import shown
 from depthmill.pipeline.types import Failure
 from depthmill.workers.backlog import Probe
 from depthmill.workers.inquest import after, cause_of, words_of
+from depthmill.workers.pace import HOPELESS_AFTER, rest_s
 from depthmill.workers.pool import Event
 
 _IN_A_ROW = 5
-_LONGEST_REST_S = 32.0  # the first is of a second, each other twice as long
-_HOPELESS_AFTER = 8  # rests; after a minute and a half
 
 
 class Inputs:
@@ -144,12 +143,12 @@ class Inputs:
         """Wait for what is away: longer each time, but once for all that failed together."""
         if now_s < self._rests_until_s:
             return
-        if self._rests >= _HOPELESS_AFTER:
+        if self._rests >= HOPELESS_AFTER:
             raise RunStoppedError(
                 f"inputs can no longer be opened ({cause_of(event.error)}); expected inputs, store and credentials to "
                 "be as they were: see to them, and run the same command again; what is committed stays"
             ) from event.error
-        self._rests_until_s = now_s + min(2.0**self._rests, _LONGEST_REST_S)
+        self._rests_until_s = now_s + rest_s(self._rests)
         self._rests += 1
 
     def _leave_out_suspects(self) -> None:

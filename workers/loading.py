@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 from depthmill.pipeline.errors import RunStoppedError
 from depthmill.workers.crew import Crew
-from depthmill.workers.doubts import PATIENCE_S
 from depthmill.workers.inquest import cause_of, reason
+from depthmill.workers.pace import PATIENCE_S, rest_s
 from depthmill.workers.pool import Event
 
-_LONGEST_PAUSE_S = 32.0
 _SELDOM_S = 60.0
 
 
@@ -76,7 +75,7 @@ class Loading:
                         "--workers, or see to them, and run the same command again; what is committed stays"
                     ) from event.error
             elif not event.died or self.failures >= most:
-                self._next_s = now_s + min(2.0 ** min(self.failures, 10), _LONGEST_PAUSE_S)
+                self._next_s = now_s + rest_s(self.failures)
         elif self.failures >= most:
             self._next_s = now_s + _SELDOM_S
             if self.failures == most:

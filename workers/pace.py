@@ -1,4 +1,4 @@
-"""How long something may take: by the configuration, and by what the same run took for the same so far."""
+"""How long something may take, by the configuration and by what the same run took so far; how long to wait for it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ _START_FRAMES = 16
 _STEP_FRAMES = 32
 _OPEN_FRAMES = 30.0  # frames' limits that opening a source may take, of which no pace tells anything
 _PACES = 20.0  # times the measured pace is too long
+
+
+# What is away for a moment (inputs, a store, a device) is waited for: so often, and so for a minute and a half.
+HOPELESS_AFTER = 8
+PATIENCE_S = 95.0
+
+
+def rest_s(times: int) -> float:
+    """How long to wait after so many failures before: 1, 2, 4 … 32 s, so that eight take `PATIENCE_S`."""
+    return 2.0 ** min(times, 5)
 
 
 @dataclass(frozen=True)
