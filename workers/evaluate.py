@@ -93,7 +93,7 @@ def evaluate(
             task = progress.add_task("scoring", total=len(samples))
             scores = score(wanted, archive, samples, predictions, advance=lambda: progress.advance(task))
     write_report(out, wanted, scores, predictions, None if config is None else config.model_dump(mode="json"))
-    console.print(table(wanted, scores, predictions.checkpoint))
+    console.print(table(wanted, scores, predictions))
     for line in reasons(scores):
         console.print(line, style="yellow", markup=False, soft_wrap=True)
     console.print(f"written: {out / 'metrics.json'}, {out / 'per_image.csv'}", markup=False, soft_wrap=True)

@@ -28,39 +28,69 @@ _LABELS = {
 }
 _REASONS_SHOWN = 10
 
-# AbsRel, and mean angles in degrees, of the paper's models: README of E2E-FT's repository, section Metrics (the AbsRel
-# there is in per cent).
-_SOURCE = "E2E-FT, README, section Metrics"
+# The paper's tables (Martin Garcia et al., WACV 2025). Of each set, depth: AbsRel and δ1, in per cent; normals: mean
+# angle in degrees, and per cent under 11.25°. The README of the paper's code has the mean angles on ScanNet of Stable
+# Diffusion and of GeoWizard the other way round.
+_SOURCE = {"depth": "arXiv 2409.11355v2, tables 1 and A-3", "normals": "arXiv 2409.11355v2, tables 2 and 3"}
 _SETS = {
     "depth": ("nyuv2", "kitti", "eth3d", "scannet", "diode"),
     "normals": ("nyuv2-normals", "scannet-normals", "ibims", "sintel"),
 }
-_PAPER: dict[tuple[str, str], tuple[str, tuple[float, ...]]] = {
-    ("stable-diffusion-e2e-ft-depth", "depth"): ("Stable Diffusion + E2E FT", (0.054, 0.096, 0.064, 0.058, 0.303)),
-    ("marigold-e2e-ft-depth", "depth"): ("Marigold + E2E FT", (0.052, 0.096, 0.062, 0.058, 0.302)),
-    ("geowizard-e2e-ft", "depth"): ("GeoWizard + E2E FT", (0.056, 0.098, 0.063, 0.059, 0.306)),
-    ("stable-diffusion-e2e-ft-normals", "normals"): ("Stable Diffusion + E2E FT", (16.5, 15.3, 16.1, 33.5)),
-    ("marigold-e2e-ft-normals", "normals"): ("Marigold + E2E FT", (16.2, 14.7, 15.8, 33.5)),
-    ("geowizard-e2e-ft", "normals"): ("GeoWizard + E2E FT", (16.1, 14.7, 16.2, 33.4)),
+_PAPER: dict[str, dict[str, tuple[float, ...]]] = {
+    "depth": {
+        "Marigold, 50 leading steps x 10": (5.5, 96.4, 9.9, 91.6, 6.5, 96.0, 6.4, 95.1, 30.8, 77.3),
+        "Marigold, 50 leading steps": (6.0, 95.9, 10.5, 90.4, 7.1, 95.1, 6.9, 94.5, 31.0, 77.2),
+        "Marigold, 1 trailing step": (5.7, 96.2, 10.8, 89.6, 6.9, 95.5, 6.6, 95.2, 31.1, 76.8),
+        "Marigold + E2E FT": (5.2, 96.6, 9.6, 91.9, 6.2, 95.9, 5.8, 96.2, 30.2, 77.9),
+        "Stable Diffusion + E2E FT": (5.4, 96.5, 9.6, 92.1, 6.4, 95.9, 5.8, 96.5, 30.3, 77.6),
+        "GeoWizard, 1 trailing step": (5.8, 96.1, 13.3, 84.7, 7.8, 94.3, 6.2, 95.7, 32.0, 76.0),
+        "GeoWizard + E2E FT": (5.6, 96.1, 9.8, 91.4, 6.3, 95.7, 5.9, 96.2, 30.6, 77.9),
+    },
+    "normals": {
+        "Marigold, 50 leading steps x 10": (18.8, 55.9, 17.7, 58.8, 18.4, 64.3, 39.1, 14.9),
+        "Marigold, 1 trailing step": (17.4, 56.5, 16.8, 57.6, 18.1, 62.9, 37.1, 15.7),
+        "Marigold + E2E FT": (16.2, 61.4, 14.7, 66.0, 15.8, 69.9, 33.5, 21.5),
+        "Stable Diffusion + E2E FT": (16.5, 60.4, 14.7, 66.1, 16.1, 69.7, 33.5, 22.3),
+        "GeoWizard, 1 trailing step": (17.0, 54.1, 15.5, 59.3, 18.3, 62.5, 35.9, 15.6),
+        "GeoWizard + E2E FT": (16.1, 60.7, 15.3, 63.6, 16.2, 69.4, 33.4, 22.4),
+    },
 }
+_MODELS = {
+    "stable-diffusion-e2e-ft-depth": "Stable Diffusion + E2E FT",
+    "stable-diffusion-e2e-ft-normals": "Stable Diffusion + E2E FT",
+    "geowizard-e2e-ft": "GeoWizard + E2E FT",
+    "geowizard": "GeoWizard, 1 trailing step",
+    "marigold-depth-v1-0": "Marigold, 1 trailing step",
+    "marigold-normals": "Marigold, 1 trailing step",
+}
+_MANY_STEPS = {(50, 10): "Marigold, 50 leading steps x 10", (50, 1): "Marigold, 50 leading steps"}
 
 
-def paper_figures(wanted: EvaluationSet, checkpoint: str) -> tuple[str, dict[str, float]]:
-    """What the paper reports of a set.
+def paper_figures(wanted: EvaluationSet, predictions: Predictions) -> tuple[str, dict[str, float]]:
+    """What the paper reports of a set: tables 1 and A-3 for depth, 2 and 3 for normals, of arXiv 2409.11355v2.
 
     Args:
         wanted: The set.
-        checkpoint: Name of a published checkpoint, or of its directory; for any other, Marigold + E2E FT stands.
+        predictions: Whose checkpoint, a published one or a directory of its name, and steps and ensemble decide whose
+            figures they are. If it is none of the paper's, Marigold + E2E FT stands; for a number of steps that the
+            tables lack, its single step.
 
     Returns:
         Whose figures, and the figures; none if the paper has none of this set.
     """
-    modality = wanted.modality
-    stand_in = (f"marigold-e2e-ft-{modality}", modality)
-    model, figures = _PAPER.get((Path(checkpoint).name, modality), _PAPER[stand_in])
-    if wanted.name not in _SETS[modality]:
+    rows, name = _PAPER[wanted.modality], Path(predictions.checkpoint).name
+    model = _MODELS.get(name, "Marigold + E2E FT")
+    if model == "Marigold, 1 trailing step":
+        sampling = predictions.origin.get("identity", {}).get("sampling", {})
+        many = _MANY_STEPS.get((sampling.get("steps", 1), sampling.get("ensemble", 1)), model)
+        model = many if many in rows else model
+    if wanted.name not in _SETS[wanted.modality]:
         return model, {}
-    return model, {"abs_rel" if modality == "depth" else "mean": figures[_SETS[modality].index(wanted.name)]}
+    at = 2 * _SETS[wanted.modality].index(wanted.name)
+    first, second = rows[model][at : at + 2]
+    if wanted.modality == "depth":
+        return model, {"abs_rel": round(first / 100, 3), "delta1": round(second / 100, 3)}
+    return model, {"mean": first, "under_11.25": second}
 
 
 def write_report(
@@ -75,7 +105,7 @@ def write_report(
         predictions: What was scored.
         config: The labelling run's options, if the predictions come from one.
     """
-    model, paper = paper_figures(wanted, predictions.checkpoint)
+    model, paper = paper_figures(wanted, predictions)
     document = {
         "set": wanted.name,
         "title": wanted.title,
@@ -84,7 +114,7 @@ def write_report(
         "how": "affine least-squares alignment; means over pictures"
         if wanted.modality == "depth"
         else "pooled over all valid pixels; angles in degrees, shares in per cent",
-        "paper": {"model": model, "metrics": paper, "source": _SOURCE},
+        "paper": {"model": model, "metrics": paper, "source": _SOURCE[wanted.modality]},
         "pictures": len(scores.rows),
         "pixels": sum(row.pixels for row in scores.rows),
         "nan_pixels": sum(row.nan_pixels for row in scores.rows),
@@ -119,12 +149,12 @@ def _csv(wanted: EvaluationSet, scores: Scores) -> str:
     return buffer.getvalue()
 
 
-def table(wanted: EvaluationSet, scores: Scores, checkpoint: str) -> Table:
+def table(wanted: EvaluationSet, scores: Scores, predictions: Predictions) -> Table:
     """The set's figures, the paper's beside them."""
-    model, paper = paper_figures(wanted, checkpoint)
+    model, paper = paper_figures(wanted, predictions)
     shown = Table(title=f"{wanted.title}: {len(scores.rows)} pictures, {len(scores.skipped)} skipped")
     shown.add_column("")
-    shown.add_column(checkpoint or "predictions", justify="right")
+    shown.add_column(predictions.checkpoint or "predictions", justify="right")
     if paper:
         shown.add_column(f"paper: {model}", justify="right")
     for name, value in scores.metrics.items():

@@ -1,15 +1,18 @@
 """Whole sets, scored from `.npy`: the figures against NumPy by the definitions; what is skipped is counted."""
 
 import csv
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from depthmill.pipeline.config import Sampling
 from depthmill.pipeline.errors import ConfigError, EvaluationError
 from depthmill.pipeline.evaluation.datasets import SETS
-from depthmill.pipeline.evaluation.predictions import from_folder
-from depthmill.pipeline.evaluation.report import paper_figures, reasons, write_report
+from depthmill.pipeline.evaluation.predictions import Predictions, from_folder
+from depthmill.pipeline.evaluation.report import paper_figures, reasons, table, write_report
 from depthmill.pipeline.evaluation.samples import open_samples
 from depthmill.pipeline.evaluation.score import score
 from depthmill.tests.pipeline.evaluation import layouts
@@ -163,18 +166,51 @@ def test_normals_of_another_shape_are_skipped(tmp_path):
     assert "expected (H, W, 3)" in scores.skipped[0].reason
 
 
+ENSEMBLE = {"steps": 50, "ensemble": 10}
+
+
 @pytest.mark.parametrize(
-    ("name", "checkpoint", "model", "figures"),
+    ("name", "checkpoint", "drawn", "model", "figures"),
     [
-        ("nyuv2", "GonzaloMG/marigold-e2e-ft-depth", "Marigold + E2E FT", {"abs_rel": 0.052}),
-        ("diode", "GonzaloMG/stable-diffusion-e2e-ft-depth", "Stable Diffusion + E2E FT", {"abs_rel": 0.303}),
-        ("scannet-normals", "/models/marigold-e2e-ft-normals", "Marigold + E2E FT", {"mean": 14.7}),
-        ("kitti", "GonzaloMG/geowizard-e2e-ft", "GeoWizard + E2E FT", {"abs_rel": 0.098}),
-        ("sintel", "GonzaloMG/geowizard-e2e-ft", "GeoWizard + E2E FT", {"mean": 33.4}),
-        ("nyuv2", "GonzaloMG/marigold-e2e-ft-normals", "Marigold + E2E FT", {"abs_rel": 0.052}),
-        ("sintel", "runs/mine", "Marigold + E2E FT", {"mean": 33.5}),
-        ("ibims", "", "Marigold + E2E FT", {"mean": 15.8}),
+        ("nyuv2", "GonzaloMG/marigold-e2e-ft-depth", {}, "Marigold + E2E FT", (0.052, 0.966)),
+        ("diode", "GonzaloMG/stable-diffusion-e2e-ft-depth", {}, "Stable Diffusion + E2E FT", (0.303, 0.776)),
+        ("kitti", "GonzaloMG/geowizard-e2e-ft", {}, "GeoWizard + E2E FT", (0.098, 0.914)),
+        ("scannet-normals", "/models/marigold-e2e-ft-normals", {}, "Marigold + E2E FT", (14.7, 66.0)),
+        ("sintel", "GonzaloMG/geowizard-e2e-ft", {}, "GeoWizard + E2E FT", (33.4, 22.4)),
+        ("eth3d", "prs-eth/marigold-depth-v1-0", {}, "Marigold, 1 trailing step", (0.069, 0.955)),
+        ("eth3d", "prs-eth/marigold-depth-v1-0", {"steps": 50}, "Marigold, 50 leading steps", (0.071, 0.951)),
+        ("kitti", "marigold-depth-v1-0", ENSEMBLE, "Marigold, 50 leading steps x 10", (0.099, 0.916)),
+        ("ibims", "GonzaloMG/marigold-normals", {"steps": 4}, "Marigold, 1 trailing step", (18.1, 62.9)),
+        ("ibims", "marigold-normals", ENSEMBLE, "Marigold, 50 leading steps x 10", (18.4, 64.3)),
+        ("kitti", "lemonaddie/geowizard", {}, "GeoWizard, 1 trailing step", (0.133, 0.847)),
+        ("nyuv2", "GonzaloMG/marigold-e2e-ft-normals", {}, "Marigold + E2E FT", (0.052, 0.966)),
+        ("nyuv2", "prs-eth/marigold-depth-v1-1", {"steps": 4, "ensemble": 10}, "Marigold + E2E FT", (0.052, 0.966)),
+        ("sintel", "runs/mine", {}, "Marigold + E2E FT", (33.5, 21.5)),
+        ("ibims", "", {}, "Marigold + E2E FT", (15.8, 69.9)),
     ],
 )
-def test_the_papers_figure_is_that_of_the_checkpoint(name, checkpoint, model, figures):
-    assert paper_figures(SETS[name], checkpoint) == (model, figures)
+def test_the_papers_figures_are_those_of_the_checkpoint_as_it_was_sampled(name, checkpoint, drawn, model, figures):
+    wanted = SETS[name]
+    keys = ("abs_rel", "delta1") if wanted.modality == "depth" else ("mean", "under_11.25")
+    origin = {"identity": {"sampling": Sampling(noise="gaussian", **drawn).identity}} if drawn else {}
+    assert paper_figures(wanted, Predictions(pytest.fail, checkpoint, origin)) == (
+        model,
+        dict(zip(keys, figures, strict=True)),
+    )
+
+
+def test_the_papers_figures_stand_beside_ours(nyu, tmp_path):
+    wanted, archive, samples, folder, _ = nyu
+    taken = from_folder(folder, samples, "depth")
+    scores = score(wanted, archive, samples, taken)
+    shown = Console(file=io.StringIO(), width=120)
+    shown.print(table(wanted, scores, taken))
+    rows = shown.file.getvalue().splitlines()
+    assert any("paper: Marigold + E2E FT" in row for row in rows)
+    assert next(row for row in rows if "AbsRel" in row).split("│")[3].strip() == "0.052"
+    assert next(row for row in rows if "δ1" in row).split("│")[3].strip() == "0.966"
+    assert next(row for row in rows if "δ2" in row).split("│")[3].strip() == ""
+    write_report(tmp_path / "report", wanted, scores, taken, None)
+    paper = json.loads((tmp_path / "report" / "metrics.json").read_text())["paper"]
+    assert paper["metrics"] == {"abs_rel": 0.052, "delta1": 0.966}
+    assert "arXiv 2409.11355" in paper["source"]
