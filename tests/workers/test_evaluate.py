@@ -206,6 +206,24 @@ def test_the_command(checkpoints, tmp_path):
     assert document["predictions"]["packing"] == "int16"
 
 
+@pytest.mark.slow
+def test_a_ray_worker_s_figures_are_this_process_s(checkpoints, tmp_path):
+    _, files, _ = layouts.nyuv2(np.random.default_rng(0))
+    data = layouts.write_folder(tmp_path / "nyu", files)
+    split = tmp_path / "split.txt"
+    split.write_text("test/kitchen_0004/rgb_0001.png\ntest/kitchen_0004/rgb_0002.png\ntest/office_0005/rgb_0009.png\n")
+    code = "from depthmill.cli import main; main()"
+    options = ["--split", split, "--checkpoint", checkpoints / "depth", "--device", "cpu", "--threads", 1]
+    figures = []
+    for workers in (0, 1):
+        out = tmp_path / f"out-{workers}"
+        command = [sys.executable, "-c", code, "evaluate", "nyuv2", data, "--out", out, "--workers", workers, *options]
+        process = subprocess.run(map(str, command), capture_output=True, text=True, timeout=240, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        figures.append(((out / "per_image.csv").read_text(), json.loads((out / "metrics.json").read_text())["metrics"]))
+    assert figures[1] == figures[0]
+
+
 def test_the_command_on_a_folder_exits_with_1_where_pictures_are_skipped(tmp_path):
     _, files, _ = layouts.ibims(np.random.default_rng(0))
     data = layouts.write_folder(tmp_path / "ibims", files)

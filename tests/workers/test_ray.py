@@ -36,6 +36,17 @@ def test_two_workers_write_the_bytes_of_none(undisturbed, tmp_path, checkpoints)
     assert "failures.jsonl" in done.stdout
 
 
+@pytest.mark.slow
+def test_two_workers_sample_the_bytes_of_none(undisturbed, tmp_path, checkpoints):
+    inputs, _ = undisturbed
+    sampled = ("--steps", "2", "--noise", "gaussian", "--ensemble", "3")
+    for workers in ("0", "2"):
+        done = runs.run(inputs, tmp_path / workers, checkpoints, "--workers", workers, *sampled)
+        assert done.returncode == 1, done.stderr
+    assert runs.contents(tmp_path / "2") == runs.contents(tmp_path / "0")
+    assert any("/uncertainty/c/" in path for path in runs.contents(tmp_path / "2"))
+
+
 @pytest.mark.slow  # test_chaos.py kills as much, and machines besides
 def test_killed_at_random_moments_and_run_again(undisturbed, tmp_path, checkpoints):
     """SIGKILL to a worker, the driver, and everything; each after a random number of commits and a random while."""
