@@ -90,7 +90,8 @@ class LabelConfig(BaseModel):
         batch_size: Frames a forward pass; `auto` is 8 on a CPU, and on CUDA as many as fit, by the memory that passes
             of one and of two frames take.
         compile: Whether full batches run compiled: `auto` on CUDA, where that can be done, once a worker has labelled
-            5000 frames of a shape, since it takes minutes. What was compiled is kept in the user's cache.
+            5000 frames of a shape, since it takes minutes. What was compiled is kept in the user's cache, and of such
+            shapes `auto` runs the first full batch compiled.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `xpu`, `mps`; with `workers` 0 also `cuda:1`.
         dtype: Of the network; `auto` is bfloat16 on CUDA (float16 where it has none), bfloat16 on a CPU that
             multiplies it (AVX512-BF16, AMX), and float32 on any other. It is part of what a store was made with: a run

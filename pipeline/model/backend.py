@@ -134,13 +134,20 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def compile_network(network: Specialized, device: torch.device, wanted: Compile) -> bool:
+def compile_network(network: Specialized, device: torch.device, wanted: Compile, key: Sequence[str]) -> bool:
     """Have full batches run compiled, each shape of them by itself; on CUDA as one graph that is launched at once.
 
     `on` compiles when the first full batch of a shape comes. `auto` does so on CUDA, once `network.compile_after`
     pictures of the shape have been labelled, so that what takes minutes has time to pay, and goes on without, with a
     warning, where it cannot be done. On CPUs nearly all of the time is in convolutions, which compiling does not touch:
-    it measured 6 %, after minutes. What was compiled is kept on disk, for the next start.
+    it measured 6 %, after minutes. What was compiled is kept on disk, beside a note for each shape: of such shapes
+    `auto`, too, runs the first full batch compiled.
+
+    Args:
+        network: Loaded.
+        device: Where it is.
+        wanted: See above.
+        key: Whatever decides what is compiled, beside the shape and this package's code.
 
     Returns:
         Whether it is going to be compiled.
@@ -149,20 +156,32 @@ def compile_network(network: Specialized, device: torch.device, wanted: Compile)
         return False
     import torch._dynamo
 
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
+    # The notes go with what they are of: who empties torch's cache removes them, too.
+    kept = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))) / "depthmill"
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _SHAPES)
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     compiled = torch.compile(network.folded, dynamic=False, mode=mode)
 
     seen: Counter[torch.Size] = Counter()
+    noted: dict[torch.Size, bool] = {}
     network.compile_after = COMPILE_AFTER if wanted == "auto" else 0
 
+    def note(shape: torch.Size) -> Path:
+        return _of(kept, [*key, *map(str, shape)])
+
     def run(pictures: torch.Tensor) -> list[torch.Tensor]:
-        if seen[pictures.shape] < network.compile_after:
-            seen[pictures.shape] += len(pictures)
+        shape = pictures.shape
+        if shape not in noted:
+            noted[shape] = note(shape).exists()
+        if not noted[shape] and seen[shape] < network.compile_after:
+            seen[shape] += len(pictures)
             return network.folded(pictures)  # type: ignore[no-any-return]
         try:
-            return compiled(pictures)  # type: ignore[no-any-return]
+            answers: list[torch.Tensor] = compiled(pictures)
+            if not noted[shape]:
+                noted[shape] = True
+                _keep(note(shape), list(shape))
+            return answers
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if wanted == "on":
@@ -187,10 +206,7 @@ def fitting_batch(used_bytes: Callable[[int], int], free_bytes: int, key: Sequen
         key: Whatever decides what frames take, beside this package's code; measured once for each, and kept in the
             user's cache.
     """
-    name = hashlib.sha256(json.dumps(list(key)).encode())
-    for code in sorted(Path(__file__).parent.glob("*.py")):
-        name.update(code.read_bytes())
-    path = cache_directory() / "memory" / f"{name.hexdigest()[:16]}.json"
+    path = _of(cache_directory() / "memory", key)
     try:
         one, two = json.loads(path.read_text())
     except (OSError, ValueError, TypeError):
@@ -198,9 +214,22 @@ def fitting_batch(used_bytes: Callable[[int], int], free_bytes: int, key: Sequen
             one, two = used_bytes(1), used_bytes(2)
         except torch.cuda.OutOfMemoryError:
             return 1
-        try:
-            write_atomically(path, json.dumps([one, two]).encode())
-        except OSError as error:
-            log.debug("%s cannot be written: %s", path, error)
+        _keep(path, [one, two])
     each = max(two - one, 1)
     return max(1, min(_MOST, 1 + int((_SHARE * free_bytes - one) // each)))
+
+
+def _of(folder: Path, key: Sequence[str]) -> Path:
+    """The file of a cache that is for a key and this package's code."""
+    name = hashlib.sha256(json.dumps(list(key)).encode())
+    for code in sorted(Path(__file__).parent.glob("*.py")):
+        name.update(code.read_bytes())
+    return folder / f"{name.hexdigest()[:16]}.json"
+
+
+def _keep(path: Path, what: object) -> None:
+    """Write a file of a cache, if that can be done."""
+    try:
+        write_atomically(path, json.dumps(what).encode())
+    except OSError as error:
+        log.debug("%s cannot be written: %s", path, error)

@@ -50,7 +50,7 @@ class Labeler:
         checkpoints: What is loaded, one for each label.
         processing_resolution: Longer side in pixels at which the network sees a frame.
         batch_size: Most frames in one forward pass; fewer once the GPU has run out of memory.
-        compiled: Whether full batches run compiled, at once or, by `auto`, after some thousand pictures of a shape.
+        compiled: Whether full batches run compiled, at once or, by `auto`, after some thousand pictures of a new shape.
         round_aspect: Which sources are seen at rounded aspect ratios: `LabelConfig.round_aspect`.
         device: Where the network is.
         dtype: Of the network.
@@ -108,7 +108,7 @@ class Labeler:
                     self._sampler = Sampler(self._network, self.sampling)
         self.batch_size = self._fitting() if batch_size == "auto" else batch_size
         if isinstance(self._network, Specialized):
-            self.compiled = compile_network(self._network, self.device, compile)
+            self.compiled = compile_network(self._network, self.device, compile, self._key)
         elif compile == "on":
             raise ConfigError(
                 "compile is on, and this network cannot be compiled; expected one of Stable Diffusion's blocks in its "
@@ -145,7 +145,8 @@ class Labeler:
             domain: `indoor` (a GeoWizard checkpoint's default), `outdoor` or `object`; other checkpoints have none.
             processing_resolution: Longer side in pixels at which the network sees a frame.
             batch_size: Most frames in one forward pass; `auto` is 8 on a CPU and as many as fit on CUDA.
-            compile: `on`, or `auto`, on CUDA after 5000 frames of a shape: full batches run compiled, minutes later.
+            compile: `on`, or `auto`, on CUDA after 5000 frames of a shape that was not compiled here before: full
+                batches run compiled, minutes later.
             device: `auto` (CUDA where there is one), or a torch device.
             dtype: `auto`: bfloat16 on CUDA and on CPUs that multiply it, float32 elsewhere.
             steps: UNet calls for a label. This and the rest are for diffusion estimators: `config.Sampling`.
@@ -236,7 +237,7 @@ class Labeler:
     def backend(self) -> str:
         """The device, and how it is used, in words."""
         after = self._network.compile_after if self.compiled else 0
-        how = f"compiled after {after:,} of a shape" if after else "compiled" if self.compiled else "not compiled"
+        how = f"compiled after {after:,} of a new shape" if after else "compiled" if self.compiled else "not compiled"
         return f"{named(self.device)}, {str(self.dtype).removeprefix('torch.')}, batches of {self.batch_size}, {how}"
 
     def compile_at_once(self) -> None:
@@ -322,6 +323,12 @@ class Labeler:
             log.warning("out of GPU memory: going on with batches of %d frames of %dx%d", tried // 2, width, height)
         return Pending(done, asked, time.perf_counter() - began_s)
 
+    @property
+    def _key(self) -> list[str]:
+        """What decides, beside this package's code, what is compiled and how much memory a frame takes."""
+        what = [*(checkpoint.sha256 for checkpoint in self.checkpoints), str(self.sampling.identity), str(self.dtype)]
+        return [*what, named(self.device), torch.__version__]
+
     def _most(self, pixels: int) -> int:
         """Most frames of so many pixels in one forward pass."""
         fit = self.batch_size if self._pixels_that_fit is None else self._pixels_that_fit // pixels
@@ -341,10 +348,8 @@ class Labeler:
             Pending(self._forward([blank] * frames, ["blank"] * frames, frames, False, None), None, 0.0).result()
             return torch.cuda.max_memory_allocated(self.device) - before
 
-        name = torch.cuda.get_device_name(self.device)
-        what = [*(checkpoint.sha256 for checkpoint in self.checkpoints), str(self.sampling.identity)]
         free, _ = torch.cuda.mem_get_info(self.device)
-        return fitting_batch(used_bytes, free, [*what, str(side), str(self.dtype), name, torch.__version__])
+        return fitting_batch(used_bytes, free, [*self._key, str(side)])
 
     def _forward(
         self,

@@ -1,4 +1,5 @@
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     return tmp_path / "depthmill" / "memory"
 
 
@@ -85,7 +87,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
 def test_what_is_compiled(checkpoints, monkeypatch, wanted, device, compiles):
     network = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1)._network
     monkeypatch.setattr(torch, "compile", lambda *args, **options: network.folded)
-    assert compile_network(network, device, wanted) is compiles
+    assert compile_network(network, device, wanted, ["x"]) is compiles
     assert (network.compiled is not None) is compiles
 
 
@@ -96,8 +98,8 @@ def test_auto_compiles_shapes_of_which_there_are_many(checkpoints, monkeypatch):
         torch, "compile", lambda *args, **options: lambda one: ran.append(tuple(one.shape)) or network.folded(one)
     )
     monkeypatch.setattr("depthmill.pipeline.model.backend.COMPILE_AFTER", 4)
-    labeler.compiled = compile_network(network, CUDA, "auto")
-    assert labeler.backend.endswith("compiled after 4 of a shape")
+    labeler.compiled = compile_network(network, CUDA, "auto", ["x"])
+    assert labeler.backend.endswith("compiled after 4 of a new shape")
     wide, tall = torch.zeros(2, 3, 16, 24), torch.zeros(2, 3, 24, 16)
     for picture in (wide, tall, wide, wide, tall, wide):
         network(picture, full=True)
@@ -107,6 +109,47 @@ def test_auto_compiles_shapes_of_which_there_are_many(checkpoints, monkeypatch):
     network(tall, full=True)
     assert ran[2:] == [tuple(tall.shape)]
     assert labeler.backend.endswith(", compiled")
+
+
+def test_auto_compiles_at_once_what_was_compiled_before(checkpoints, monkeypatch, tmp_path):
+    network = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=2, dtype="float32")._network
+    ran = []
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: lambda one: ran.append(1) or network.folded(one))
+    pictures, other = torch.zeros(2, 3, 16, 24), torch.zeros(2, 3, 24, 16)
+
+    def runs_compiled(picture, key=("x",), wanted="auto"):
+        ran.clear()
+        compile_network(network, CUDA, wanted, key)
+        network(picture, full=True)
+        return bool(ran)
+
+    assert not runs_compiled(pictures)
+    assert runs_compiled(pictures, wanted="on")
+    assert runs_compiled(pictures)
+    assert not runs_compiled(other)
+    assert not runs_compiled(pictures, key=["y"])
+    shutil.rmtree(tmp_path / "inductor")
+    assert not runs_compiled(pictures), "what was compiled is gone, too"
+
+
+@pytest.mark.slow
+def test_a_second_process_finds_what_the_first_compiled(checkpoints):
+    script = f"""
+import numpy, torch
+from depthmill.pipeline.model.labeler import Labeler
+options = dict(device="cpu", dtype="float32", compile="on", batch_size=1)
+labeler = Labeler.from_pretrained({str(checkpoints / "depth")!r}, **options)
+labeler(numpy.zeros((1, 32, 48, 3), numpy.uint8))
+counted = torch._dynamo.utils.counters["inductor"]
+print(counted["fxgraph_cache_hit"], counted["fxgraph_cache_miss"])
+"""
+    counts = []
+    for _ in range(2):
+        printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+        counts.append(tuple(map(int, printed.split())))
+    (hits, misses), again = counts
+    assert (hits, again) == (0, (misses, 0))
+    assert misses > 0
 
 
 def test_a_machine_that_cannot_compile(checkpoints, monkeypatch, caplog):
@@ -119,11 +162,11 @@ def test_a_machine_that_cannot_compile(checkpoints, monkeypatch, caplog):
     monkeypatch.setattr(torch, "compile", lambda *args, **options: broken)
     picture = torch.zeros(1, 3, 16, 16)
     expected = network(picture)["depth"]
-    compile_network(network, CUDA, "auto")
+    compile_network(network, CUDA, "auto", ["x"])
     network.compile_after = 0
     assert torch.equal(network(picture, full=True)["depth"], expected)
     assert "the network runs uncompiled" in caplog.text
-    compile_network(network, CPU, "on")
+    compile_network(network, CPU, "on", ["x"])
     with pytest.raises(ConfigError, match="--compile auto"):
         network(picture, full=True)
 
