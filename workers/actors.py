@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import ray
+import torch
+from ray.exceptions import RayError
 
 from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.errors import ConfigError
+from depthmill.pipeline.model.backend import pick_dtype
 from depthmill.pipeline.plan import Prober
 from depthmill.pipeline.worker import Worker
+from depthmill.workers.inquest import reason
 from depthmill.workers.ray_pool import RayPool, remote
+
+_PATIENCE_S = 20.0  # before it is said what is waited for
 
 
 class LabelWorker(Worker):
@@ -28,9 +38,7 @@ def labelers(config: LabelConfig, store: str, digests: tuple[str, ...], retry_fa
         retry_failed: Whether frames that failed in earlier runs are planned again.
     """
     gpu = config.device.startswith("cuda")
-    # Ray packs actors onto few machines if they do not say otherwise; on CPUs, one takes up a whole machine.
-    strategy = "DEFAULT" if gpu else "SPREAD"
-    labeler = remote(LabelWorker, num_cpus=1, num_gpus=1 if gpu else 0, max_concurrency=2, scheduling_strategy=strategy)
+    labeler = remote(LabelWorker, max_concurrency=2, **_room(gpu))
     prober = remote(Prober, num_cpus=0, scheduling_strategy="SPREAD")
     limits = (config.max_pixels, config.max_frames, retry_failed)
     return RayPool(
@@ -40,3 +48,40 @@ def labelers(config: LabelConfig, store: str, digests: tuple[str, ...], retry_fa
         },
         per="GPU" if gpu else "machine",
     )
+
+
+def dtype_there(device: torch.device, say: Callable[[str], None]) -> torch.dtype:
+    """What `auto` stands for on a cluster, as the first machine has it that has room for a worker.
+
+    It is waited for, however long all are busy, as the run's workers would be: a guess would stay in the store.
+
+    Args:
+        device: Of the workers.
+        say: Told, after a while, what is waited for.
+
+    Raises:
+        ConfigError: If none can tell.
+    """
+    gpu = device.type == "cuda"
+    asked = ray.remote(pick_dtype).options(**_room(gpu)).remote("auto", device)
+    if not ray.wait([asked], timeout=_PATIENCE_S)[0]:
+        say(
+            f"waiting for a free {'GPU' if gpu else 'core'} of the cluster, to ask for the dtype that is best there; "
+            "--dtype (on GPUs bfloat16, before 2020 float16; on CPUs float32) starts without"
+        )
+    try:
+        answer: torch.dtype = ray.get(asked)
+    except RayError as error:
+        raise ConfigError(
+            f"the cluster's machines cannot tell what dtype is best there ({reason(error)}); expected the same Python, "
+            "Ray and depthmill on each: install them, or give --dtype"
+        ) from error
+    return answer
+
+
+def _room(gpu: bool) -> dict[str, Any]:
+    """What a labeler asks of a cluster.
+
+    Ray packs actors onto few machines if they do not say otherwise; on CPUs, one takes up a whole machine.
+    """
+    return {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "scheduling_strategy": "DEFAULT" if gpu else "SPREAD"}

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -78,12 +78,16 @@ def label(
             f"device is {config.device!r}, but Ray gives each worker a GPU of its own, which is cuda to it; expected "
             f"--workers 0 with it, or CUDA_VISIBLE_DEVICES={config.device.removeprefix('cuda:')} and --device cuda"
         )
+
+    def say(line: str) -> None:
+        console.print(readable(line), style="yellow", soft_wrap=True, markup=False)
+
     with ExitStack() as stack:
         stop = stack.enter_context(_stoppable())
         gpus = None
-        if config.address and config.workers != 0:  # its GPUs, not this machine's, decide the dtype of the store
+        if config.address and config.workers != 0:  # its machines, not this one, decide the dtype of the store
             gpus = stack.enter_context(_cluster(config))
-        config = _resolve(config, gpus)
+        config = _resolve(config, gpus, say)
         checkpoints = open_checkpoints(config)
         given: Iterable[str] = expand_inputs(inputs)
         if overwrite:
@@ -118,9 +122,6 @@ def label(
                 display.show(standing.counts, standing.workers)
                 if metrics is not None:
                     metrics.update(standing, rate(standing.counts.done))
-
-            def say(line: str) -> None:
-                console.print(readable(line), style="yellow", soft_wrap=True, markup=False)
 
             driver = Driver(
                 pool,
@@ -201,12 +202,13 @@ def _if_one_is_there(uris: Iterable[str]) -> Iterator[str]:
     raise SourceError(f"none of the {len(known)} inputs can be opened: nothing to label; the store was left as it was")
 
 
-def _resolve(config: LabelConfig, gpus: int | None) -> LabelConfig:
+def _resolve(config: LabelConfig, gpus: int | None, say: Callable[[str], None]) -> LabelConfig:
     """Settle what was left open: a store is made for one dtype, and every worker rounds alike.
 
     Args:
         config: As given.
         gpus: Of the cluster; None where this machine does the work.
+        say: Told what is waited for.
     """
     if gpus is None:
         device = pick_device(config.device)
@@ -214,9 +216,14 @@ def _resolve(config: LabelConfig, gpus: int | None) -> LabelConfig:
         import torch
 
         device = torch.device(("cuda" if gpus else "cpu") if config.device == "auto" else config.device)
-    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
-    threads = config.threads or default_threads()
-    return config.model_copy(update={"device": str(device), "dtype": dtype, "threads": threads})
+    if gpus is None or config.dtype != "auto":
+        dtype = pick_dtype(config.dtype, device)
+    else:
+        from depthmill.workers.actors import dtype_there
+
+        dtype = dtype_there(device, say)
+    update = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    return config.model_copy(update={**update, "threads": config.threads or default_threads()})
 
 
 def _write_run(

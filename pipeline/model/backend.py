@@ -58,9 +58,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The network's dtype for `name`.
 
     `auto` is bfloat16 on CUDA, float16 where that has none; bfloat16 on CPUs that multiply it (AVX512-BF16, AMX);
-    float32 elsewhere. On a machine without a GPU, from which a run on a cluster is started, CUDA has bfloat16: all GPUs
-    since 2020 do. A run settles it once, on the machine that it is started on, and its store remembers it: a rerun
-    elsewhere that would come to another is refused, and told of `--dtype`.
+    float32 elsewhere. A run settles it once, on a machine that labels, and its store remembers it: a rerun elsewhere
+    that would come to another is refused, and told of `--dtype`.
     """
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)

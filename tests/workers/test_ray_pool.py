@@ -1,13 +1,17 @@
 """What the pool makes of what Ray answers; Ray itself is not started."""
 
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.errors import ConfigError
 from depthmill.workers import actors
+from depthmill.workers.label import _resolve
 from depthmill.workers.ray_pool import RayPool
 
 
@@ -56,3 +60,50 @@ def test_labelers_that_take_up_whole_machines_are_spread_over_them(monkeypatch, 
     monkeypatch.setattr(actors, "remote", lambda worker, **options: asked.update({worker.__name__: options}))
     actors.labelers(LabelConfig(device=device), "store", (), retry_failed=False)
     assert asked["LabelWorker"]["scheduling_strategy"] == strategy
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """One whose machines answer the dtype that `answer` says, at once or late; `asked` is what they were asked with."""
+    state = SimpleNamespace(answer=torch.float16, late=False, asked={})
+
+    def get(answer):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def options(**asked):
+        state.asked.update(asked)
+        return SimpleNamespace(remote=lambda name, device: state.answer)
+
+    monkeypatch.setattr(ray, "remote", lambda function: SimpleNamespace(options=options))
+    monkeypatch.setattr(ray, "wait", lambda asked, timeout: ([], asked) if state.late else (asked, []))
+    monkeypatch.setattr(ray, "get", get)
+    return state
+
+
+@pytest.mark.parametrize(("gpus", "device", "answer"), [(2, "cuda", torch.float16), (0, "cpu", torch.bfloat16)])
+def test_the_dtype_is_best_on_the_machines_that_label(cluster, gpus, device, answer):
+    cluster.answer = answer
+    said = []
+    config = _resolve(LabelConfig(device="auto", address="auto"), gpus, said.append)
+    assert (config.device, config.dtype) == (device, str(answer).removeprefix("torch."))
+    assert cluster.asked["num_gpus"] == min(gpus, 1)
+    assert not said
+
+
+def test_gpus_that_are_busy_are_waited_for_and_that_is_said(cluster):
+    cluster.late = True
+    said = []
+    assert _resolve(LabelConfig(address="auto"), 2, said.append).dtype == "float16"
+    assert "waiting for a free GPU" in said[0]
+    assert "--dtype" in said[0]
+    said.clear()
+    assert _resolve(LabelConfig(address="auto", dtype="bfloat16"), 2, said.append).dtype == "bfloat16"
+    assert not said, "nobody was asked"
+
+
+def test_machines_that_cannot_tell_the_dtype(cluster):
+    cluster.answer = RayTaskError("pick_dtype", "Traceback", ModuleNotFoundError("No module named 'depthmill'"))
+    with pytest.raises(ConfigError, match=r"No module named 'depthmill'.*--dtype"):
+        _resolve(LabelConfig(address="auto"), 1, print)
