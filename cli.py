@@ -557,11 +557,16 @@ def bench(
     video: Annotated[
         str | None, typer.Option(help="Input to measure reading and writing with: a video, a folder, a shard.")
     ] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of it that are read, and written, in a round.")] = 64,
+    frames: Annotated[
+        int, typer.Option(min=1, help="Frames of it that are read, and written, in a round, and labelled as in a run.")
+    ] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of measurement.")] = 5,
     folder: Annotated[
         Path | None, typer.Option(help="Folder on the disk whose write speed is measured; by default /tmp.")
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Time diffusers' pipelines compiled, too, which takes minutes.")
+    ] = False,
     config: Annotated[str | None, typer.Option(help="YAML file; the options below win over it.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help=_CHECKPOINT)] = None,
     normals_checkpoint: Annotated[
@@ -579,7 +584,7 @@ def bench(
     """Measure how fast this machine labels, and say what to change.
 
     Beside diffusers' pipelines on the same weights, beside the machine's own matrix products, and, with --video, beside
-    reading and writing.
+    reading and writing, and as a whole run.
     """
     from depthmill.pipeline.config import LabelConfig, load_config
 
@@ -599,7 +604,7 @@ def bench(
     from depthmill.workers.progress import quiet_libraries
 
     quiet_libraries()
-    typer.echo(measure(settings, video, frames=frames, rounds=rounds, folder=folder))
+    typer.echo(measure(settings, video, frames=frames, rounds=rounds, folder=folder, compiled=compiled))
 
 
 if __name__ == "__main__":

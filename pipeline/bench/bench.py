@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -17,7 +18,7 @@ from depthmill.pipeline.bench import peers
 from depthmill.pipeline.bench.feed import Feed, first_frames, measure_feed
 from depthmill.pipeline.bench.flops import label_flops, matmuls
 from depthmill.pipeline.bench.timing import Clock, Ratio, Spent, interleave, ratio, typical
-from depthmill.pipeline.bench.verdict import Verdict, judge
+from depthmill.pipeline.bench.verdict import ADVICE, Verdict, judge
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.model.backend import cores, cpu_kind, default_threads, keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
@@ -29,7 +30,8 @@ _SIZE = (576, 768)  # of the pictures where no input is given
 _BATCHES = 2  # of an input are read, to have one of a shape
 
 
-OURS, DOCUMENTED, BATCHED, COMPILED, MATMUL = "depthmill", "as documented", "in batches", "compiled", "matmul"
+OURS, DOCUMENTED, BATCHED, MATMUL = "depthmill", "as documented", "in batches", "matmul"
+COMPILED = "in batches, compiled"
 
 
 @dataclass(frozen=True)
@@ -91,25 +93,37 @@ class Report:
 
 
 def bench(
-    config: LabelConfig, uri: str | None = None, *, frames: int = 64, rounds: int = 5, folder: Path | None = None
+    config: LabelConfig,
+    uri: str | None = None,
+    *,
+    frames: int = 64,
+    rounds: int = 5,
+    folder: Path | None = None,
+    compiled: bool = False,
 ) -> Report:
     """Measure this machine with a run's options.
 
     Args:
         config: Checkpoints, resolution, device, dtype, batch size, threads.
         uri: An input, of which the first frames are used; None for random pictures, and no feed.
-        frames: Of the input that are decoded, and written, in a round.
+        frames: Of the input that are decoded, and written, in a round, and labelled in a whole run.
         rounds: In which the alternatives take turns.
         folder: Where temporary stores are written; by default where temporary files go.
+        compiled: Whether to time diffusers' pipelines compiled, too.
 
     Raises:
         DepthmillError: If a checkpoint or the input cannot be used.
     """
-    torch.set_num_threads(config.threads or default_threads())
+    threads = config.threads or default_threads()
+    torch.set_num_threads(threads)
     checkpoints = open_checkpoints(config)
     with ExitStack() as stack:
         source = None
         labeler = Labeler.from_config(config, checkpoints)
+        if labeler.device.type == "cpu":
+            keep_freed_memory()  # as workers do; before the thread starts that is to share it
+        # One for all, as a worker's: CUDA graphs belong to the thread that recorded them.
+        thread = stack.enter_context(ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)))
         if uri is None:
             random = np.random.default_rng(0)
             images = list(random.integers(0, 256, (labeler.batch_size, *_SIZE, 3), np.uint8))
@@ -121,7 +135,7 @@ def bench(
         pictures = [frame.image for frame in kept if frame.image is not None]
         pictures = [image for image in pictures if image.shape == pictures[0].shape]
         pictures = list(islice(cycle(pictures), labeler.batch_size))  # only full batches run compiled
-        speed = measure_speed(labeler, pictures, rounds)
+        speed = thread.submit(measure_speed, labeler, pictures, rounds, compiled=compiled).result()
         feed = None
         if source is not None:
             probed, (segment_frames, of_corpus) = source.probe(), config.segment_lengths
@@ -135,7 +149,9 @@ def bench(
                 normals_dtype=config.normals_dtype,
                 uncertainty=config.ensemble > 1 and "depth" in config.labels,
             )
-            measured = measure_feed(source, kept, labeler, layout, scratch, frames=frames, rounds=rounds)
+            measured = measure_feed(
+                source, kept, config, labeler, thread, layout, scratch, frames=frames, rounds=rounds
+            )
             feed = measured, judge(measured, cores(), on_cpu=labeler.device.type == "cpu")
         shape = labeler.batch_shape(*pictures[0].shape[:2])
         return Report(machine(labeler.device, labeler.dtype), (len(pictures), *shape), speed, feed)
@@ -185,7 +201,7 @@ def _lines(report: Report) -> list[str]:
     lines = [f"labeler         {_rate(speed.picture)}"]
     lines += [
         f"diffusers       takes {speed.over(name)} times as long, called {name}"
-        for name in (DOCUMENTED, BATCHED)
+        for name in (DOCUMENTED, BATCHED, COMPILED)
         if name in speed.spent
     ]
     if speed.why_not:
@@ -198,12 +214,18 @@ def _lines(report: Report) -> list[str]:
             f"a picture takes {speed.flops / 1e9:,.4g} GFLOP"
         )
     if report.feed is None:
-        return [*lines, "feed            not measured: give --video"]
+        return [
+            *lines,
+            "feed            not measured: give --video, on which reading and writing depend",
+            "",
+            f"If those keep up, a run here is device-bound; what helps: {ADVICE['device']}.",
+        ]
     feed, verdict = report.feed
     lines += [
         f"decode          {_rate(feed.decode)}",
         f"label           {_rate(feed.label)}",
         f"write           {_rate(feed.write)}, {feed.bytes:,} bytes a frame",
+        f"whole run       {_rate(feed.run)}; {feed.share:.3f} of the labeler's alone, batches {feed.fill:.0%} full",
         "",
         str(verdict),
     ]

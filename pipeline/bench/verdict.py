@@ -9,7 +9,7 @@ from depthmill.pipeline.bench.feed import Feed
 
 Bound = Literal["device", "decode", "write", "cores"]
 
-_ADVICE: dict[Bound, str] = {
+ADVICE: dict[Bound, str] = {
     "device": "a faster device, another worker on a further one, or a smaller --processing-resolution",
     "decode": "several workers, each of which reads; or a copy of the input that is cheaper to decode",
     "write": "several workers, each of which writes; or a faster disk for the store",
@@ -41,7 +41,7 @@ class Verdict:
             if self.cores_needed is None
             else f"To label at the device's rate takes {self.cores_needed:.2g} cores, of {self.cores} here; their time"
         )
-        return f"A run here is {self.bound}-bound; what helps: {_ADVICE[self.bound]}.\n{needed}: {shares}."
+        return f"A run here is {self.bound}-bound; what helps: {ADVICE[self.bound]}.\n{needed}: {shares}."
 
 
 def judge(feed: Feed, cores: int, *, on_cpu: bool) -> Verdict:

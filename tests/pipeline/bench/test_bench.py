@@ -17,6 +17,7 @@ from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.labeler import Labeler
+from depthmill.pipeline.worker import Worker
 from depthmill.tests import media
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,9 +73,11 @@ def test_bench_measures_the_labeler_its_peers_and_the_feed(config, tmp_path):
     assert set(report.speed.spent) == {OURS, DOCUMENTED, BATCHED, MATMUL}
     assert all(one.wall_s > 0 and one.cpu_s > 0 for times in report.speed.spent.values() for one in times)
     assert report.batch == (2, 36, 48)
-    assert 0 < report.speed.share.low <= report.speed.share.high < 1
+    assert 0 < report.speed.share.low <= report.speed.share.high
     measured, verdict = report.feed
     assert min(measured.decode.wall_s, measured.label.wall_s, measured.write.wall_s) > 0
+    assert measured.fill == 1
+    assert f"{measured.share:.3f} of the labeler's alone, batches 100% full" in str(report)
     assert measured.bytes > 0
     assert verdict.bound in str(report)
     assert list(tmp_path.iterdir()) == [clip], "temporary stores were left behind"
@@ -88,11 +91,13 @@ def test_what_is_measured_is_what_a_run_does(config, tmp_path, monkeypatch):
     monkeypatch.setattr("depthmill.pipeline.types.CORPUS_PICTURES", len(sizes))
     asked, layouts = [], []
     submit, create = Labeler.submit, feed.create
-    monkeypatch.setattr(
-        Labeler,
-        "submit",
-        lambda labeler, frames, **options: asked.append((len(frames), options)) or submit(labeler, frames, **options),
-    )
+
+    def asking(labeler, frames, keys=None, **options):
+        if keys is None:  # not the whole run, the batches of which are as they come
+            asked.append((len(frames), options))
+        return submit(labeler, frames, keys, **options)
+
+    monkeypatch.setattr(Labeler, "submit", asking)
     monkeypatch.setattr(
         feed, "create", lambda folder, layout, *rest: layouts.append(layout) or create(folder, layout, *rest)
     )
@@ -106,6 +111,29 @@ def test_without_an_input_there_is_no_feed(config):
     report = bench(config.model_copy(update={"labels": ("depth",)}), rounds=1)
     assert report.feed is None
     assert "give --video" in str(report)
+    assert "what helps: a faster device" in str(report)
+
+
+def test_diffusers_at_its_best_is_compiled(config, monkeypatch):
+    modules = []
+    monkeypatch.setattr("torch.compile", lambda module, **options: modules.append(module) or module)
+    report = bench(config.model_copy(update={"labels": ("depth",)}), rounds=1, compiled=True)
+    assert len(modules) == 3, "UNet, encoder, decoder"
+    assert "called in batches, compiled" in str(report)
+
+
+def test_a_whole_run_goes_through_all_segments_and_begins_the_next_before_a_commit(config, tmp_path, monkeypatch):
+    asked = []
+    label = Worker.label
+    monkeypatch.setattr(
+        Worker,
+        "label",
+        lambda worker, *tasks: asked.append([task.segment.start for task in tasks]) or label(worker, *tasks),
+    )
+    clip = media.write_video(tmp_path / "clip.mp4", frames=9)
+    small = config.model_copy(update={"shard_frames": 4, "segment_frames": 4, "labels": ("depth",)})
+    bench(small, str(clip), frames=12, rounds=1)
+    assert asked == [[0, 0], [0, 4], [4, 8], [8, 0]]
 
 
 def test_an_input_without_frames_is_refused(config, tmp_path):

@@ -37,7 +37,7 @@ def test_a_ratio_is_of_the_same_round():
 
 
 def feed(decode=(0.01, 0.01), label=(0.01, 0.001), write=(0.01, 0.01)):
-    return Feed(Spent(*decode), Spent(*label), Spent(*write), bytes=1)
+    return Feed(Spent(*decode), Spent(*label), Spent(*write), Spent(1.0, 1.0), 1.0, bytes=1)
 
 
 @pytest.mark.parametrize(
