@@ -1,25 +1,60 @@
-"""What it takes to add many sources to a store, and to open it: python benchmarks/store_sources.py [SOURCES] [FOLDER].
+"""Measure what it takes to add many sources to a store, and to open it.
+
+    python benchmarks/store_sources.py [--sources 10000] [--folder FOLDER] [--quick]
 
 One process adds sources of 100 pictures, and publishes them whenever half as many again are new, as the driver does.
 FOLDER is where the store is made and removed; by default the fastest there is, so that it is not the disk's fsync that
-is measured (11 files a source).
+is measured (11 files a source). Writes store_sources.md.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import os
+import platform
 import resource
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.types import Source
 
+OUT = Path(__file__).resolve().parent / "store_sources.md"
 KEYS = tuple(f"picture-{i:06d}.jpg" for i in range(100))
 
 
-def main(count: int, folder: Path) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sources", type=int, default=10_000)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm") if Path("/dev/shm").is_dir() else None)
+    parser.add_argument("--quick", action="store_true", help="few sources: that it runs, not what it says")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args(arguments)
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(dir=options.folder) as made:
+        row = measure(100 if options.quick else options.sources, Path(made))
+    report = f"""# Many sources in a store
+
+Written by `benchmarks/store_sources.py`, {datetime.date.today()}, on {os.cpu_count()} cores of {platform.machine()},
+Python {platform.python_version()}, zarr {version("zarr")}; load average {load:.1f} when it began. One process adds
+sources of {len(KEYS)} pictures to a store in {options.folder or tempfile.gettempdir()},
+and publishes them whenever half as many again are new.
+
+| sources | ms a source | publishing, of that | root, MB | opening, s | peak memory, MB |
+| ---: | ---: | ---: | ---: | ---: | ---: |
+{row}
+"""
+    if options.quick and options.out == OUT:
+        print(report)
+    else:
+        options.out.write_text(report)
+
+
+def measure(count: int, folder: Path) -> str:
     store = stores.create(folder / "labels.zarr", stores.Layout(), {})
     started, publishing_s, published, new = time.perf_counter(), 0.0, 0, []
     for i in range(count):
@@ -37,12 +72,12 @@ def main(count: int, folder: Path) -> None:
     before = time.perf_counter()
     stores.open_store(store.uri)
     opening_s = time.perf_counter() - before
-    print(f"{count} sources: {seconds:.1f} s, {1e3 * seconds / count:.1f} ms a source, of which publishing")
-    print(f"{publishing_s:.1f} s; root {root / 1e6:.1f} MB, opened in {opening_s:.2f} s; most memory of the process")
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return (
+        f"| {count:,} | {1e3 * seconds / count:.1f} | {publishing_s / seconds:.0%} | {root / 1e6:.1f} | "
+        f"{opening_s:.2f} | {memory:.0f} |"
+    )
 
 
 if __name__ == "__main__":
-    parent = sys.argv[2] if len(sys.argv) > 2 else "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(dir=parent) as made:
-        main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000, Path(made))
+    main()
