@@ -227,6 +227,8 @@ class _Run:
 
     def _failed(self, task: SmoothTask, event: Event) -> None:
         source_id = task.segment.source_id
+        if source_id in self.left_out:
+            return
         tried = after(task, event)
         if tried.attempts < self._config.attempts:
             self.queue.append(tried)

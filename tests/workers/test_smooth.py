@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from depthmill.cli import app
 from depthmill.pipeline.config import SmoothConfig
-from depthmill.pipeline.errors import RunStoppedError, StoreError, StoreFullError
+from depthmill.pipeline.errors import RunStoppedError, SourceError, StoreError, StoreFullError
 from depthmill.pipeline.preview import _labels
 from depthmill.pipeline.smoothing.edges import FIELDS
 from depthmill.pipeline.smoothing.stage import Smoother
@@ -25,7 +26,8 @@ from depthmill.pipeline.store.verify import verify
 from depthmill.tests import media
 from depthmill.tests.pipeline.store import samples
 from depthmill.tests.workers.flickering import labelled, written
-from depthmill.workers.smooth import smooth
+from depthmill.workers.pool import Event
+from depthmill.workers.smooth import _Run, smooth
 
 FRAMES = 21
 
@@ -161,6 +163,18 @@ def test_a_segment_that_cannot_be_read_again_is_left_until_it_can(tmp_path, vide
     assert not verify(store).damage
     assert not run(store, filter=True).unread
     assert written(store) == written(whole)
+
+
+def test_nothing_of_a_source_that_is_left_out_is_tried_again(tmp_path, video):
+    store, source_id = labelled(tmp_path / "a.zarr", video)
+    going = _Run(store, SmoothConfig(workers=2, max_edge=4, attempts=2), [source_id])
+    first, second = going.queue.popleft(), going.queue.popleft()  # both are under way
+    going._failed(replace(first, attempts=1), Event(0, error=SourceError("it is another file now")))
+    assert list(going.left_out) == [source_id]
+    for attempts in (0, 1):
+        going._failed(replace(second, attempts=attempts), Event(1, error=MemoryError("decoder")))
+    assert (list(going.queue), going.unread) == ([], {})
+    assert Temporal(store, source_id).pending("edges") == store.segments(source_id)
 
 
 @pytest.mark.parametrize(("raised", "ends"), [(StoreError, StoreError), (StoreFullError, RunStoppedError)])
