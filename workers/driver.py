@@ -54,7 +54,6 @@ class Driver:
         standing: Where the run stands.
         inputs: What is to be probed, and what could not be.
         ids: Of the sources that have been.
-        stopped: Set it to end the run.
     """
 
     def __init__(self, pool: Pool, options: Options, calls: Calls, uris: Iterable[str], planned: Sequence[Planned]):
@@ -72,7 +71,6 @@ class Driver:
         self._calls = calls
         self.standing = Standing()
         self.inputs = Inputs(uris, options.attempts)
-        self.stopped = False
         self._backlog = Backlog()
         self._searches = Searches(options.attempts)
         self._open = 0  # segments that are planned and not committed
@@ -98,14 +96,14 @@ class Driver:
         """Label until nothing is left.
 
         Raises:
-            KeyboardInterrupt: If `stopped` is set.
+            KeyboardInterrupt: If the run is to end.
             RunStoppedError: If workers cannot be kept alive, or the disk is full.
             DepthmillError: If a worker cannot load for a reason of ours, such as a checkpoint that does not fit.
         """
         try:
             self.inputs.read(_AHEAD * self._probers)
             while self._open or self.inputs.left:
-                if self.stopped:
+                if self._calls.stopped():
                     raise KeyboardInterrupt
                 self._hire()
                 self._assign()

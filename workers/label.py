@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -83,7 +83,7 @@ def label(
         console.print(readable(line), style="yellow", soft_wrap=True, markup=False)
 
     with ExitStack() as stack:
-        stop = stack.enter_context(_stoppable())
+        stopped = stack.enter_context(_stoppable())
         gpus = None
         if config.address and config.workers != 0:  # its machines, not this one, decide the dtype of the store
             gpus = stack.enter_context(_cluster(config))
@@ -126,12 +126,11 @@ def label(
             driver = Driver(
                 pool,
                 _options(config),
-                Calls(publish=store.publish, fail=partial(fail_task, store=store), show=show, say=say),
+                Calls(store.publish, partial(fail_task, store=store), show, say, stopped.is_set),
                 uris or (),
                 planned,
             )
             try:
-                stop.driver = driver
                 driver.run()
             except KeyboardInterrupt:
                 counts = driver.standing.counts
@@ -245,35 +244,29 @@ def _write_run(
     store.write_file("run.json", (json.dumps(values, indent=2) + "\n").encode())
 
 
-@dataclass
-class _Stop:
-    """What a signal is to stop, besides this thread."""
-
-    driver: Driver | None = None
-
-
 @contextmanager
-def _stoppable() -> Iterator[_Stop]:
+def _stoppable() -> Iterator[threading.Event]:
     """Let SIGINT (Ctrl-C) and SIGTERM end the run alike; a no-op outside the main thread, where no signal arrives.
 
-    The first raises KeyboardInterrupt, and leaves a note in the driver: one raised inside a callback of Ray's is lost
+    The first raises KeyboardInterrupt, and sets the event for the driver: one raised inside a callback of Ray's is lost
     there. Others are ignored: workers are being ended then.
     """
-    running = _Stop()
+    stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield running
+        yield stopped
         return
 
     def stop(signum: int, frame: FrameType | None) -> None:
         for number in before:
             signal.signal(number, lambda *_: None)
-        if running.driver is not None:
-            running.driver.stopped = True
+        stopped.set()
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield running
+        for number in before:
+            signal.signal(number, stop)
+        yield stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

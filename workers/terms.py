@@ -40,12 +40,14 @@ class Calls:
         fail: Commits a task's frames as failed, for a reason.
         show: Shows where the run stands, and what the first few workers do.
         say: Says a line to the user.
+        stopped: Whether the run is to end.
     """
 
     publish: Callable[[list[str]], None]
     fail: Callable[[Task, str], Report]
     show: Callable[[Standing], None]
     say: Callable[[str], None]
+    stopped: Callable[[], bool] = lambda: False
 
 
 class Root:
