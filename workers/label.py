@@ -104,7 +104,7 @@ def label(
             digests = tuple(checkpoint.sha256 for checkpoint in checkpoints)
             pool: Pool = InProcess(
                 {"labeler": lambda: Worker(config, store.uri, digests, here), "prober": lambda: prober},
-                lambda state: display.show(driver.standing.counts, {"this process": state}),
+                lambda state: display(driver.standing.counts, {"this process": state}),
             )
             metrics: Metrics | None = None
             if config.workers != 0 and (uris is not None or any(source.segments for source in planned)):
@@ -119,7 +119,7 @@ def label(
             def show(standing: Standing) -> None:
                 if standing.device:
                     rate.start()
-                display.show(standing.counts, standing.workers)
+                display(standing.counts, standing.workers)
                 if metrics is not None:
                     metrics.update(standing, rate(standing.counts.done))
 

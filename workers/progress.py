@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -29,7 +29,7 @@ _REASONS_SHOWN = 10
 class Rate:
     """Frames per second since the first worker was ready: loading a model says nothing of its speed."""
 
-    started_s: float | None = field(default=None)
+    started_s: float | None = None
 
     def start(self) -> None:
         """The first worker is ready."""
@@ -41,64 +41,46 @@ class Rate:
         return frames / elapsed_s if elapsed_s > 0 else 0.0
 
 
-class Display(Protocol):
-    """What the driver tells of a run."""
-
-    def show(self, counts: Counts, workers: Mapping[str, WorkerState]) -> None:
-        """Bring the display up to date; `workers` includes the frames of segments that are not committed yet."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+Show = Callable[["Counts", Mapping[str, "WorkerState"]], None]
+"""Brings a display up to date; the workers' states include the frames of segments that are not committed yet."""
 
 
-def open_display(console: Console, rate: Rate, doing: str = "labelling") -> Display:
-    """The display for a console: live where it is a terminal, log lines where it is not."""
-    return LiveDisplay(console, rate, doing) if console.is_terminal else LineDisplay(console, rate)
+def open_display(console: Console, rate: Rate, doing: str = "labelling") -> AbstractContextManager[Show]:
+    """What shows a run on a console: live where it is a terminal, log lines where it is not."""
+    return _live(console, rate, doing) if console.is_terminal else _lines(console, rate)
 
 
-class LineDisplay:
+@contextmanager
+def _lines(console: Console, rate: Rate) -> Iterator[Show]:
     """A line every few seconds, and a last one at the end."""
+    next_s = time.perf_counter() + _LINE_EVERY_S
+    last: tuple[Counts, Mapping[str, WorkerState]] | None = None
 
-    def __init__(self, console: Console, rate: Rate):
-        self._console = console
-        self._rate = rate
-        self._next_s = time.perf_counter() + _LINE_EVERY_S
-        self._last: tuple[Counts, Mapping[str, WorkerState]] | None = None
+    def show(counts: Counts, workers: Mapping[str, WorkerState]) -> None:
+        nonlocal next_s, last
+        last = counts, workers
+        if time.perf_counter() >= next_s:
+            next_s = time.perf_counter() + _LINE_EVERY_S
+            write(counts, workers)
 
-    def show(self, counts: Counts, workers: Mapping[str, WorkerState]) -> None:
-        """Print a line if the last one is old enough."""
-        self._last = (counts, dict(workers))
-        if time.perf_counter() >= self._next_s:
-            self._next_s = time.perf_counter() + _LINE_EVERY_S
-            self._print()
-
-    def _print(self) -> None:
-        if self._last is None:
-            return
-        counts, workers = self._last
+    def write(counts: Counts, workers: Mapping[str, WorkerState]) -> None:
         running = sum(state.frames for state in workers.values())
-        rate = self._rate(counts.done + running)
+        speed = rate(counts.done + running)
         left = counts.total - counts.before - counts.done - running
-        eta = f"{left / rate:.0f} s left" if rate > 0 else "time left unknown"
+        eta = f"{left / speed:.0f} s left" if speed > 0 else "time left unknown"
         doing = ", ".join(f"{name} {_words(state)}" for name, state in workers.items())
-        self._console.print(
-            f"{counts.before + counts.done + running}/{counts.total} frames, {rate:.1f} frames/s, {eta}, "
+        console.print(
+            f"{counts.before + counts.done + running}/{counts.total} frames, {speed:.1f} frames/s, {eta}, "
             f"{counts.failed} failed; {doing}",
             highlight=False,
             soft_wrap=True,
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._print()
+    try:
+        yield show
+    finally:
+        if last is not None:
+            write(*last)
 
 
 class _RateColumn(ProgressColumn):
@@ -106,46 +88,31 @@ class _RateColumn(ProgressColumn):
         return Text(f"{task.fields['rate']:.1f} frames/s")
 
 
-class LiveDisplay:
+@contextmanager
+def _live(console: Console, rate: Rate, doing: str) -> Iterator[Show]:
     """A bar for the run and a line for each worker, redrawn in place."""
+    bar = Progress(
+        TextColumn(doing),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[failed]} failed"),
+        console=console,
+    )
+    task = bar.add_task("", total=None, rate=0.0, failed=0)
+    with Live(bar, console=console, refresh_per_second=5) as live:
 
-    def __init__(self, console: Console, rate: Rate, doing: str = "labelling"):
-        self._rate = rate
-        self._bar = Progress(
-            TextColumn(doing),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _RateColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[failed]} failed"),
-            console=console,
-        )
-        self._task = self._bar.add_task("", total=None, rate=0.0, failed=0)
-        self._live = Live(self._bar, console=console, refresh_per_second=5)
+        def show(counts: Counts, workers: Mapping[str, WorkerState]) -> None:
+            running = sum(state.frames for state in workers.values())
+            done = counts.done + running
+            bar.update(task, total=counts.total, completed=counts.before + done, rate=rate(done), failed=counts.failed)
+            table = Table.grid(padding=(0, 2))
+            for name, state in workers.items():
+                table.add_row(f"  {name}", _words(state))
+            live.update(Group(bar, table))
 
-    def show(self, counts: Counts, workers: Mapping[str, WorkerState]) -> None:
-        """Redraw."""
-        running = sum(state.frames for state in workers.values())
-        self._bar.update(
-            self._task,
-            total=counts.total,
-            completed=counts.before + counts.done + running,
-            rate=self._rate(counts.done + running),
-            failed=counts.failed,
-        )
-        table = Table.grid(padding=(0, 2))
-        for name, state in workers.items():
-            table.add_row(f"  {name}", _words(state))
-        self._live.update(Group(self._bar, table))
-
-    def __enter__(self) -> Self:
-        self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
+        yield show
 
 
 def _words(state: WorkerState) -> str:

@@ -169,7 +169,7 @@ class _Run:
         return sorted({*temporal.pending(phase), *temporal.unread(phase)}, key=lambda one: one.start)
 
     def show_state(self, state: Any) -> None:
-        self.display.show(Counts(self._total, 0, self.done, 0), {"this process": state})
+        self.display(Counts(self._total, 0, self.done, 0), {"this process": state})
 
     def go(self, crew: Crew) -> None:
         """Work until nothing is left."""
@@ -187,7 +187,7 @@ class _Run:
                 self._ended(crew, event)
             for event in list(crew.end_overdue()):
                 self._ended(crew, event)
-            self.display.show(Counts(self._total, 0, self.done, 0), crew.states(_SHOWN))
+            self.display(Counts(self._total, 0, self.done, 0), crew.states(_SHOWN))
 
     def _ended(self, crew: Crew, event: Event) -> None:
         running = crew.ended(event)

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from depthmill.pipeline.types import WorkerState
 from depthmill.workers import progress
-from depthmill.workers.progress import LineDisplay, LiveDisplay, Rate, open_display
+from depthmill.workers.progress import Rate, open_display
 from depthmill.workers.standing import Counts
 
 COUNTS = Counts(total=100, before=20, done=30, failed=2)
@@ -24,20 +24,15 @@ def steady_clock(monkeypatch):
     return now
 
 
-def test_the_display_follows_the_terminal():
-    assert isinstance(open_display(console(True), Rate()), LiveDisplay)
-    assert isinstance(open_display(console(False), Rate()), LineDisplay)
-
-
 def test_lines_say_all_there_is_to_know_and_not_too_often(steady_clock):
     out, rate = console(False), Rate()
     rate.start()
-    with LineDisplay(out, rate) as display:
-        display.show(COUNTS, WORKERS)
+    with open_display(out, rate) as show:
+        show(COUNTS, WORKERS)
         assert out.file.getvalue() == ""
         steady_clock[0] += 10
-        display.show(COUNTS, WORKERS)
-        display.show(COUNTS, WORKERS)
+        show(COUNTS, WORKERS)
+        show(COUNTS, WORKERS)
     first, last = out.file.getvalue().splitlines()
     # 20 of an earlier run, 30 committed, 4 under way; 34 in 10 s; 46 left at that rate.
     assert first == "54/100 frames, 3.4 frames/s, 14 s left, 2 failed; worker 0 clip[50:60] 4/10, worker 1 idle"
@@ -47,9 +42,9 @@ def test_lines_say_all_there_is_to_know_and_not_too_often(steady_clock):
 def test_the_live_display_shows_the_same(steady_clock):
     out, rate = console(True), Rate()
     rate.start()
-    with LiveDisplay(out, rate) as display:
+    with open_display(out, rate) as show:
         steady_clock[0] += 10
-        display.show(COUNTS, WORKERS)
+        show(COUNTS, WORKERS)
     shown = out.file.getvalue()
     for part in ("54/100", "3.4 frames/s", "2 failed", "worker 0", "clip[50:60] 4/10", "worker 1"):
         assert part in shown
