@@ -84,7 +84,7 @@ class _Null:
         return ""
 
     def label(self, task):
-        return Report(task.segment, task.segment.frames, 0, 0.0)
+        return Report(task.segment, task.segment.frames, 0)
 
 
 def ray_call(calls: int = 3000) -> tuple[float, float]:
@@ -159,7 +159,7 @@ class _ProbingPool:
         if method == "probe":
             self._futures[worker] = self._processes.submit(_probe, argument)
         elif method == "label":
-            self._answered.append(Event(worker, Report(argument.segment, argument.segment.frames, 0, 0.0)))
+            self._answered.append(Event(worker, Report(argument.segment, argument.segment.frames, 0)))
         else:  # a check
             self._answered.append(Event(worker, 1))
 
@@ -244,7 +244,7 @@ def simulate(gpus: int, frame_s: float, hours: float, call_s: float) -> str:
         if method != "label":
             return frame_s * argument.frames, argument.frames
         took = mean_s * chance.lognormvariate(-SIGMA * SIGMA / 2, SIGMA)
-        return took, Report(argument.segment, SEGMENT, 0, 0.0)
+        return took, Report(argument.segment, SEGMENT, 0)
 
     pool = SimulatedPool(lambda: room[0], behave, load_s=LOAD_S, real_driver=True, call_s=call_s)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,11 +31,9 @@ class Labelled:
 
     segment: Segment
     writer: SegmentWriter
-    started_s: float
-    batch_size: int
     labelled: int = 0
     failed: int = 0
-    batches: int = 0
+    slots: int = 0
     label_s: float = 0.0
     reasons: Counter[str] = field(default_factory=Counter)
     take_last: Callable[[], None] = lambda: None
@@ -55,9 +52,7 @@ class Labelled:
             segment=self.segment,
             labelled=self.labelled,
             failed=self.failed,
-            seconds=time.perf_counter() - self.started_s,
-            batches=self.batches,
-            slots=self.batches * self.batch_size,
+            slots=self.slots,
             label_s=self.label_s,
             bytes=written,
             reasons=self.reasons,
@@ -92,7 +87,7 @@ def label_frames(
         only: Frames of a committed segment to label again; its others stay as they are.
     """
     writer = store.writer(segment, redo=only)
-    done = Labelled(segment, writer, time.perf_counter(), labeler.batch_size)
+    done = Labelled(segment, writer)
     packing = store.layout.normals_dtype
     voids = 0
 
@@ -124,7 +119,7 @@ def label_frames(
                 None if labels.uncertainty is None else labels.uncertainty[0],
             )
         done.label_s += answer.seconds
-        done.batches += 1
+        done.slots += labeler.batch_size
         on_frames(done.labelled + done.failed)
 
     def take_last(last: tuple[list[Frame], Pending] | None) -> None:
@@ -253,4 +248,4 @@ def fail_task(task: Task, reason: str, store: Store) -> Report:
         for index, why in reasons.items():
             writer.fail(index, why)
         writer.commit()
-    return Report(task.segment, labelled=0, failed=task.frames, seconds=0.0, reasons=Counter(reasons.values()))
+    return Report(task.segment, labelled=0, failed=task.frames, reasons=Counter(reasons.values()))

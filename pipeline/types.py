@@ -159,9 +159,7 @@ class Report:
         segment: Which.
         labelled: Frames with labels.
         failed: Frames without; their reasons are in the store.
-        seconds: Wall time from the first read to the commit.
-        batches: Forward passes.
-        slots: Frames that those had room for.
+        slots: Frames that its forward passes had room for.
         label_s: Seconds spent labelling.
         bytes: Written.
         reasons: Failed frames by reason.
@@ -171,8 +169,6 @@ class Report:
     segment: Segment
     labelled: int
     failed: int
-    seconds: float
-    batches: int = 0
     slots: int = 0
     label_s: float = 0.0
     bytes: int = 0

@@ -393,6 +393,6 @@ class Driver:
         standing = self.standing
         self._shown_s = self._crew.now_s
         standing.crewed(self._crew, _SHOWN_WORKERS)
-        standing.unprobed, standing.more = self.inputs.unprobed, self.inputs.more
+        standing.unprobed = self.inputs.unprobed
         standing.queued, standing.running = len(self._backlog), len(self._at)
         self._calls.show(standing)

@@ -38,15 +38,13 @@ class Standing:
         labelled: Frames with labels, earlier runs' included.
         sources: Sources in the store.
         unprobed: Inputs known and not probed.
-        more: Whether there may be inputs that are not known yet.
         queued: Segments that nobody works on.
         running: Segments under way.
         ready: Labelers that have loaded.
         starting: Labelers that have not.
         deaths: Workers that died, or were ended: they could not load, or took too long.
         retries: Attempts at segments beyond the first.
-        batches: Batches labelled.
-        slots: Frames that those had room for.
+        slots: Frames that the batches had room for.
         filled: Frames that were in them.
         label_s: Seconds that labelers spent labelling.
         ready_s: Seconds that labelers have been ready, added up.
@@ -60,14 +58,12 @@ class Standing:
     labelled: int = 0
     sources: int = 0
     unprobed: int = 0
-    more: bool = False
     queued: int = 0
     running: int = 0
     ready: int = 0
     starting: int = 0
     deaths: int = 0
     retries: int = 0
-    batches: int = 0
     slots: int = 0
     filled: int = 0
     label_s: float = 0.0
@@ -119,7 +115,6 @@ class Standing:
         done, failed = self.counts.done + report.labelled + report.failed, self.counts.failed + report.failed
         self.counts = replace(self.counts, done=done, failed=failed)
         self.labelled += report.labelled
-        self.batches += report.batches
         self.slots += report.slots
         self.filled += report.labelled
         self.label_s += report.label_s

@@ -163,12 +163,12 @@ class Ledger:
             else:
                 self.labelled[task.uri, frame] = self.labelled.get((task.uri, frame), 0) + 1
         labelled = task.segment.frames - len(skip)
-        return Report(task.segment, labelled, len(skip), 0.0, batches=1, slots=task.segment.frames, label_s=0.0)
+        return Report(task.segment, labelled, len(skip), slots=task.segment.frames)
 
     def fail(self, task, reason):
         for frame in range(task.segment.start, task.segment.stop):
             self.failed[task.uri, frame] = reason
-        return Report(task.segment, 0, task.segment.frames, 0.0)
+        return Report(task.segment, 0, task.segment.frames)
 
 
 def all_frames(ledger):

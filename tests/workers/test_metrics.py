@@ -16,7 +16,7 @@ from collections import Counter
 port = int(sys.argv[1])
 ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)
 metrics = Metrics()
-standing = Standing(counts=Counts(100, 20, 50, 3), slots=64, batches=4, filled=60, label_s=8.0, ready_s=10.0)
+standing = Standing(counts=Counts(100, 20, 50, 3), slots=64, filled=60, label_s=8.0, ready_s=10.0)
 standing.reasons = Counter({"broken": 2, "odd": 1})
 metrics.update(standing, 12.5)
 standing.counts = Counts(100, 20, 60, 3)
