@@ -99,12 +99,10 @@ class Backlog:
     def drop(self, source_id: str) -> int:
         """Forget a source; how many of its segments were left."""
         before = self._length
-        again = [one for one in self._again if one[0].segment.source_id == source_id]
-        self._again = deque(one for one in self._again if one not in again)
-        runs = [run for run in (*self._fresh, *self._of.values()) if run.source.id == source_id]
-        self._fresh = deque(run for run in self._fresh if run not in runs)
-        self._of = {worker: run for worker, run in self._of.items() if run not in runs}
-        self._length -= len(again) + sum(run.stop - run.start for run in runs)
+        self._again = deque(one for one in self._again if one[0].segment.source_id != source_id)
+        self._fresh = deque(run for run in self._fresh if run.source.id != source_id)
+        self._of = {worker: run for worker, run in self._of.items() if run.source.id != source_id}
+        self._length = len(self._again) + sum(run.stop - run.start for run in (*self._fresh, *self._of.values()))
         return before - self._length
 
     def _half(self) -> _Run | None:

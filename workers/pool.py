@@ -1,4 +1,4 @@
-"""What the driver asks of workers: a pool of them, wherever they run. In this process here, on Ray in `actors.py`."""
+"""What the driver asks of workers: a pool of them, wherever they run. In this process here, on Ray in `ray_pool.py`."""
 
 from __future__ import annotations
 

@@ -53,13 +53,13 @@ class Summary:
     failures: tuple[Failure, ...]
     other_failures: int
     seconds: float
-    frames_per_s: float
-    device: str
-    batch_fill: float
-    busy: float
-    bytes: int
-    deaths: int
-    retries: int
+    frames_per_s: float = 0.0
+    device: str = ""
+    batch_fill: float = 0.0
+    busy: float = 0.0
+    bytes: int = 0
+    deaths: int = 0
+    retries: int = 0
 
 
 def finished(
@@ -102,13 +102,6 @@ def finished(
         failures=failures,
         other_failures=others,
         seconds=time.perf_counter() - started_s,
-        frames_per_s=0.0,
-        device="",
-        batch_fill=0.0,
-        busy=0.0,
-        bytes=0,
-        deaths=0,
-        retries=0,
     )
 
 
