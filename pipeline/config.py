@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from depthmill.pipeline.errors import ConfigError
-from depthmill.pipeline.types import Domain, Modality
+from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS, Domain, Modality
 
 DEMO = "demo"  # the name of the checkpoint inside the package
 
@@ -147,8 +147,8 @@ class LabelConfig(BaseModel):
     address: str | None = Field(default_factory=lambda: os.environ.get("RAY_ADDRESS"))
     attempts: int = Field(default=3, ge=1)
     frame_limit_s: float = Field(default=60.0, gt=0)
-    max_pixels: int = Field(default=1 << 27, ge=1)
-    max_frames: int = Field(default=10_000_000, ge=1)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    max_frames: int = Field(default=MAX_FRAMES, ge=1)
     steps: int = Field(default=1, ge=1)
     ensemble: int = Field(default=1, ge=1)
     noise: Noise = "zeros"
@@ -235,8 +235,8 @@ class SmoothConfig(BaseModel):
     address: str | None = Field(default_factory=lambda: os.environ.get("RAY_ADDRESS"))
     attempts: int = Field(default=3, ge=1)
     frame_limit_s: float = Field(default=60.0, gt=0)
-    max_pixels: int = Field(default=1 << 27, ge=1)
-    max_frames: int = Field(default=10_000_000, ge=1)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    max_frames: int = Field(default=MAX_FRAMES, ge=1)
 
     @field_validator("leak")
     @classmethod

@@ -7,7 +7,7 @@ of a source is small, however many frames it has.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.sources.opened import OpenSources
@@ -94,8 +94,7 @@ class Planned:
     def mending(self) -> Iterator[Task]:
         """The tasks of `redo`."""
         for number, frames in self.redo:
-            task = self.task(number)
-            yield Task(task.uri, task.fingerprint, task.segment, only=frames)
+            yield replace(self.task(number), only=frames)
 
 
 class Prober:

@@ -16,6 +16,10 @@ SourceKind = Literal["video", "images", "webdataset", "parquet"]
 # Pictures in a folder from which on it is a corpus.
 CORPUS_PICTURES = 1024
 
+# How large a picture, and how long an input, may be by default.
+MAX_PIXELS = 1 << 27  # 134 megapixels
+MAX_FRAMES = 10_000_000
+
 # Codes of the store's `status` array.
 PENDING, LABELLED, FAILED = 0, 1, 2
 

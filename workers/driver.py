@@ -37,7 +37,7 @@ from depthmill.workers.loading import Loading
 from depthmill.workers.pace import Limits, Pace
 from depthmill.workers.pool import Event, Pool
 from depthmill.workers.standing import Standing
-from depthmill.workers.terms import Calls, Options, Root
+from depthmill.workers.terms import Calls, Options, Publisher
 
 _POLL_S = 0.5
 _SHOW_EVERY_S = 0.2
@@ -81,7 +81,7 @@ class Driver:
         self._doubts = Doubts(self._crew, self._say_once, replace=options.workers != 0)
         self._given_up = GivenUp()
         self._said: set[str] = set()
-        self._root = Root(calls.publish)
+        self._publisher = Publisher(calls.publish)
         self._pace = Pace(options.frame_limit_s, options.least_limit_s)
         self._probe_s: dict[str, float] = {}  # source -> what probing it took
         self._backends: set[str] = set()  # how workers use their devices, by their own account
@@ -110,10 +110,10 @@ class Driver:
                 for event in self._crew.wait(_POLL_S):
                     self._take(event)
                 self._look()
-            self._root.publish()
+            self._publisher.publish()
         except BaseException as error:
             with suppress(Exception):  # what stopped the run matters more
-                self._root.publish()
+                self._publisher.publish()
             if not isinstance(error, StoreError) or isinstance(error, StoreMismatchError):
                 raise
             remedy = "make room" if isinstance(error, StoreFullError) else "see to the store"
@@ -307,7 +307,7 @@ class Driver:
         self._backlog.add(source)
         self._open += source.segments
         self.standing.planned(source)
-        self._root.add(source.id)
+        self._publisher.add(source.id)
 
     def _labelled(self, task: Task, running: Running, event: Event) -> None:
         others = self._leave(task, event.worker)

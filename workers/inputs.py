@@ -110,12 +110,11 @@ class Inputs:
             DepthmillError: If it is not the input's fault.
         """
         cause = cause_of(event.error)
-        changed = isinstance(cause, StoreMismatchError)
         if isinstance(cause, DepthmillError) and not isinstance(cause, SourceError | StoreError):
             raise cause
         if probe is self._check:
             self._check = None
-            if changed:  # it tells nothing any more
+            if isinstance(cause, StoreMismatchError):  # it tells nothing any more
                 self._good = None
             else:
                 self._rest(event, now_s)

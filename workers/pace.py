@@ -68,12 +68,9 @@ class Pace:
 
     def to_do(self, frames: int, probe_s: float | None = None) -> Limits:
         """For so many frames, and for opening their source, which took `probe_s` before, or who knows how long."""
-        frame_s, open_s = self._frame_limit(), self.to_open().all_s
+        frame_s, open_s = self._frame_limit_s, self.to_open().all_s
+        if self._frames:
+            frame_s = min(frame_s, max(_PACES * self.frame_s, self._least_limit_s))
         if probe_s is not None:
             open_s = min(open_s, _PACES * probe_s)
         return Limits((frames + _START_FRAMES) * frame_s + open_s, _STEP_FRAMES * frame_s, open_s)
-
-    def _frame_limit(self) -> float:
-        if not self._frames:
-            return self._frame_limit_s
-        return min(self._frame_limit_s, max(_PACES * self.frame_s, self._least_limit_s))

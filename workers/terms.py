@@ -50,8 +50,8 @@ class Calls:
     stopped: Callable[[], bool] = lambda: False
 
 
-class Root:
-    """The store's root, in which sources are named seldom enough that its size does not matter."""
+class Publisher:
+    """Names sources in the store's root, seldom enough that its size does not matter."""
 
     def __init__(self, publish: Callable[[list[str]], None]) -> None:
         """Nothing is to be named yet; `publish` is `Calls`'s."""

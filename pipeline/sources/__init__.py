@@ -10,14 +10,13 @@ from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_bucket, is_url, path_of, shown, without_secrets
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES, ImageSource
 from depthmill.pipeline.sources.inputs import SUFFIXES, Refused, expand_inputs
-from depthmill.pipeline.sources.limits import MAX_FRAMES, MAX_PIXELS
 from depthmill.pipeline.sources.naming import source_id
 from depthmill.pipeline.sources.opening import is_prefix, kind_of
 from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES, ParquetSource
 from depthmill.pipeline.sources.prefetch import Prefetch, prefetch
 from depthmill.pipeline.sources.video import VideoSource
 from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES, WebDatasetSource
-from depthmill.pipeline.types import FrameSource
+from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS, FrameSource
 
 __all__ = ["MAX_FRAMES", "MAX_PIXELS", "Prefetch", "expand_inputs", "open_source", "prefetch", "shown", "source_id"]
 

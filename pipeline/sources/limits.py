@@ -6,9 +6,6 @@ from pathlib import Path
 
 from depthmill.pipeline.errors import SourceError
 
-MAX_PIXELS = 1 << 27  # 134 megapixels
-MAX_FRAMES = 10_000_000
-
 
 def check_frames(uri: str | Path, frames: int, max_frames: int) -> None:
     """Refuse a source with too many frames.
