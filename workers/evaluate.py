@@ -16,7 +16,7 @@ from rich.progress import Progress
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import ConfigError, EvaluationError
 from depthmill.pipeline.evaluation.archive import Archive
-from depthmill.pipeline.evaluation.datasets import EvaluationSet, find_set
+from depthmill.pipeline.evaluation.datasets import EvaluationSet
 from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, from_store
 from depthmill.pipeline.evaluation.report import reasons, table, write_report
 from depthmill.pipeline.evaluation.samples import Sample, open_samples, write_picture
@@ -49,7 +49,7 @@ class LabelledStore:
 
 
 def evaluate(
-    name: str | EvaluationSet,
+    wanted: EvaluationSet,
     data: Path,
     out: Path,
     what: LabelConfig | LabelledStore | Folder,
@@ -61,7 +61,7 @@ def evaluate(
     """Evaluate on a set: label its pictures, unless they are labelled, score them, and write a report.
 
     Args:
-        name: Of the set, or a set.
+        wanted: The set.
         data: Its tar or folder (`samples.open_samples`).
         out: Folder for `metrics.json` and `per_image.csv`; a labelling run also leaves `pictures/` and `labels.zarr`
             there, and goes on with what an earlier run left.
@@ -78,7 +78,6 @@ def evaluate(
         DepthmillError: Also whatever labelling raises.
     """
     console = console or Console(highlight=False)
-    wanted = find_set(name) if isinstance(name, str) else name
     archive, samples = open_samples(wanted, data, split)
     with closing(archive):
         config: LabelConfig | None = None
@@ -89,7 +88,7 @@ def evaluate(
         else:
             config = _configure(wanted, what)
             predictions = _label(wanted, archive, samples, out, config, overwrite, console)
-        with _progress(console) as progress:
+        with progress_on(console) as progress:
             task = progress.add_task("scoring", total=len(samples))
             scores = score(wanted, archive, samples, predictions, advance=lambda: progress.advance(task))
     write_report(out, wanted, scores, predictions, None if config is None else config.model_dump(mode="json"))
@@ -100,7 +99,8 @@ def evaluate(
     return scores
 
 
-def _progress(console: Console) -> Progress:
+def progress_on(console: Console) -> Progress:
+    """A bar that is there while something lasts, on a terminal."""
     return Progress(console=console, disable=not console.is_terminal, transient=True)
 
 
@@ -146,7 +146,7 @@ def _label(
         shutil.rmtree(pictures, ignore_errors=True)
     files = [file for file in pictures.rglob("*") if file.is_file() and not file.name.startswith(".")]
     there = {file.relative_to(pictures).with_suffix("").as_posix() for file in files}
-    with _progress(console) as progress:
+    with progress_on(console) as progress:
         for sample in progress.track(samples, description="preparing"):
             if sample.name not in there:
                 try:

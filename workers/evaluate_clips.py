@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
 
 from depthmill.pipeline.config import LabelConfig, SmoothConfig
 from depthmill.pipeline.errors import ConfigError, EvaluationError, StoreError
@@ -19,7 +18,7 @@ from depthmill.pipeline.evaluation.clips import TrueClip, find_clip_set, find_in
 from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, from_store
 from depthmill.pipeline.evaluation.samples import Sample
 from depthmill.pipeline.store import open_store, write_atomically
-from depthmill.workers.evaluate import Folder, LabelledStore, claim
+from depthmill.workers.evaluate import Folder, LabelledStore, claim, progress_on
 from depthmill.workers.label import label
 from depthmill.workers.smooth import smooth
 
@@ -31,7 +30,6 @@ def evaluate_clips(
     what: LabelConfig | LabelledStore | Folder,
     *,
     overwrite: bool = False,
-    console: Console | None = None,
 ) -> dict[str, ClipScores]:
     """Evaluate on clips: label and smooth them, unless they are labelled, score them, and write a report.
 
@@ -42,7 +40,6 @@ def evaluate_clips(
             there, and goes on with what an earlier run left.
         what: How to label, or what was labelled.
         overwrite: Label anew, whatever `out` holds.
-        console: Where progress and the table are shown; by default standard output.
 
     Returns:
         The figures of the labels as they are, `raw`, and, where they are smoothed, of those, `smoothed`.
@@ -51,7 +48,7 @@ def evaluate_clips(
         EvaluationError: If files are missing, or not one clip can be scored.
         DepthmillError: Also whatever labelling raises.
     """
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     wanted = find_clip_set(name)
     try:
         find_index(wanted, data)
@@ -66,7 +63,7 @@ def evaluate_clips(
             markup=False,
             soft_wrap=True,
         )
-        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        with progress_on(console) as progress:
             for _ in progress.track(export_clips(data), total=total, description="rendering"):
                 pass
     clips = open_clips(wanted, data)
@@ -88,7 +85,7 @@ def evaluate_clips(
         store = _label(clips, out, what, overwrite, console)
         compared = _compared(store, [frame.sample for clip in clips for frame in clip.frames], console)
     scores = {}
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+    with progress_on(console) as progress:
         for which, predictions in compared.items():
             task = progress.add_task(f"scoring {which}", total=len(clips))
             scores[which] = score_clips(wanted, clips, predictions.read, advance=partial(progress.advance, task))
