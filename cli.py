@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -18,6 +19,8 @@ from depthmill import __version__
 from depthmill.pipeline.errors import ConfigError, DepthmillError, RunStoppedError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from depthmill.pipeline.config import LabelConfig, SmoothConfig
 
 app = typer.Typer(
@@ -117,6 +120,11 @@ class _Command(TyperCommand):
             ) from None
 
 
+def _keys(model: type[BaseModel], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a command's arguments that are keys of its configuration."""
+    return {key: arguments[key] for key in model.model_fields if key in arguments}
+
+
 def _warn_of_demo(settings: LabelConfig) -> None:
     if settings.labels_by_default:
         typer.secho(
@@ -153,8 +161,8 @@ def label(
     batch_size: Annotated[
         str | None, typer.Option(help="Frames per forward pass; auto: as many as fit in memory.")
     ] = None,
-    compile_network: Annotated[
-        str | None, typer.Option("--compile", help="Whether full batches run compiled; auto: on CUDA, in long runs.")
+    compile: Annotated[
+        str | None, typer.Option(help="Whether full batches run compiled; auto: on CUDA, in long runs.")
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda, xpu or mps; with --workers 0 also cuda:1.")
@@ -204,37 +212,9 @@ def label(
 
     Exit status: 0 all labelled, 1 some frames or inputs failed, 2 nothing could start, 130 stopped; a rerun resumes.
     """
-    options: dict[str, Any] = {
-        "checkpoint": checkpoint,
-        "normals_checkpoint": normals_checkpoint,
-        "labels": None if labels is None else tuple(word.strip() for word in labels.split(",")),
-        "normals_axes": normals_axes,
-        "domain": domain,
-        "processing_resolution": processing_resolution,
-        "batch_size": batch_size,
-        "compile": compile_network,
-        "device": device,
-        "dtype": dtype,
-        "normals_dtype": normals_dtype,
-        "shard_frames": shard_frames,
-        "segment_frames": segment_frames,
-        "round_aspect": round_aspect,
-        "workers": workers,
-        "threads": threads,
-        "address": address,
-        "attempts": attempts,
-        "frame_limit_s": frame_limit_s,
-        "max_pixels": max_pixels,
-        "max_frames": max_frames,
-        "steps": steps,
-        "ensemble": ensemble,
-        "noise": noise,
-        "timestep_spacing": timestep_spacing,
-        "seed": seed,
-    }
     from depthmill.pipeline.config import LabelConfig, load_config
 
-    settings = load_config(LabelConfig, config, options)
+    settings = load_config(LabelConfig, config, _keys(LabelConfig, locals()))
     _warn_of_demo(settings)
     if smooth and "depth" not in settings.labels:
         raise ConfigError(
@@ -271,9 +251,7 @@ def smooth_store(
     max_edge: Annotated[int | None, typer.Option(help="Frames between the two of an edge, at most.")] = None,
     flow: Annotated[str | None, typer.Option(help="Quality of the optical flow.")] = None,
     leak: Annotated[float | None, typer.Option(help="Cut-off in radians per frame; slower changes are kept.")] = None,
-    filter_labels: Annotated[
-        bool | None, typer.Option("--filter/--no-filter", help="Filter labels over five frames as well.")
-    ] = None,
+    filter: Annotated[bool | None, typer.Option(help="Filter labels over five frames as well.")] = None,
     workers: Annotated[
         int | None, typer.Option(help="Ray workers; 0 smooths in this process; default: one for each core.")
     ] = None,
@@ -289,19 +267,7 @@ def smooth_store(
     """
     from depthmill.pipeline.config import SmoothConfig, load_config
 
-    options = {
-        "max_edge": max_edge,
-        "flow": flow,
-        "leak": leak,
-        "filter": filter_labels,
-        "workers": workers,
-        "address": address,
-        "attempts": attempts,
-        "frame_limit_s": frame_limit_s,
-        "max_pixels": max_pixels,
-        "max_frames": max_frames,
-    }
-    if not _smooth(store, load_config(SmoothConfig, config, options), source or []):
+    if not _smooth(store, load_config(SmoothConfig, config, _keys(SmoothConfig, locals())), source or []):
         raise typer.Exit(SOME_FAILED)
 
 
@@ -504,18 +470,7 @@ def evaluate(
     from depthmill.workers.evaluate import evaluate as run
     from depthmill.workers.progress import quiet_libraries
 
-    options = {
-        "checkpoint": checkpoint,
-        "normals_axes": normals_axes,
-        "domain": domain,
-        "processing_resolution": processing_resolution,
-        "batch_size": batch_size,
-        "device": device,
-        "dtype": dtype,
-        "workers": workers,
-        "threads": threads,
-        "address": address,
-    }
+    options = _keys(LabelConfig, locals())
     if video and split is not None:
         raise ConfigError("--split names pictures of a set; with --video give an index of the clips to use as DATA")
     if not video and name in CLIP_SETS and name not in SETS:
@@ -588,17 +543,7 @@ def bench(
     """
     from depthmill.pipeline.config import LabelConfig, load_config
 
-    options = {
-        "checkpoint": checkpoint,
-        "normals_checkpoint": normals_checkpoint,
-        "labels": None if labels is None else tuple(word.strip() for word in labels.split(",")),
-        "processing_resolution": processing_resolution,
-        "batch_size": batch_size,
-        "device": device,
-        "dtype": dtype,
-        "threads": threads,
-    }
-    settings = load_config(LabelConfig, config, options)
+    settings = load_config(LabelConfig, config, _keys(LabelConfig, locals()))
     _warn_of_demo(settings)
     from depthmill.pipeline.bench.bench import bench as measure
     from depthmill.workers.progress import quiet_libraries

@@ -161,6 +161,12 @@ class LabelConfig(BaseModel):
         """YAML 1.1 reads on and off without quotes as booleans."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """In one string, as on the command line, they are separated by commas."""
+        return [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+
     @field_validator("labels")
     @classmethod
     def _in_one_order(cls, value: tuple[Modality, ...]) -> tuple[Modality, ...]:
