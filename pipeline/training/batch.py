@@ -60,7 +60,14 @@ def flip(batch: Batch, rows: Tensor) -> Batch:
     )
 
 
-def cut(batch: Batch, height: int, width: int, share: float, rng: np.random.Generator) -> Batch:
+def cut(
+    batch: Batch,
+    height: int,
+    width: int,
+    share: float,
+    rng: np.random.Generator,
+    around: tuple[int, int] | None = None,
+) -> Batch:
     """Cut a piece out of the pictures, anywhere, and resize it.
 
     Colours are averaged down; truth is taken at the nearest pixel, since a mean across an edge is true of neither side.
@@ -72,11 +79,15 @@ def cut(batch: Batch, height: int, width: int, share: float, rng: np.random.Gene
         width: Columns wanted.
         share: Of the largest piece that has the wanted aspect ratio, in (0, 1].
         rng: Draws the place.
+        around: Row and column of the pixel to be in the middle, or as near to it as borders allow; nothing is drawn.
     """
     H, W = batch.mask.shape[1:]
     scale = share * min(H / height, W / width)
     h, w = max(round(height * scale), 1), max(round(width * scale), 1)
-    top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
+    if around is None:
+        top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
+    else:
+        top, left = (min(max(at - n // 2, 0), N - n) for at, n, N in zip(around, (h, w), (H, W), strict=True))
     rows = top + ((torch.arange(height) + 0.5) * h / height).long()[:, None]
     columns = left + ((torch.arange(width) + 0.5) * w / width).long()
     piece = batch.rgb[:, :, top : top + h, left : left + w]

@@ -67,12 +67,24 @@ class MicroBatches(Dataset[Loaded]):
 def augmented(batch: Batch, augment: Augment, rng: np.random.Generator) -> Batch:
     """Cut, flip and degrade one picture as the configuration says."""
     if augment.height is not None and augment.width is not None:
-        piece = cut(batch, augment.height, augment.width, float(rng.uniform(augment.smallest_cut, 1)), rng)
-        # Nothing but sky, say: there is nothing to learn from.
-        batch = piece if piece.mask.any() else cut(batch, augment.height, augment.width, 1.0, rng)
+        batch = _cut(batch, augment.height, augment.width, float(rng.uniform(augment.smallest_cut, 1)), rng)
     if augment.flip and rng.random() < 0.5:
         batch = flip(batch, torch.tensor([True]))
     return Batch(degrade(batch.rgb, rng), batch.target, batch.mask) if augment.degrade else batch
+
+
+def _cut(picture: Batch, height: int, width: int, share: float, rng: np.random.Generator) -> Batch:
+    """Cut a piece out of a picture: anywhere, or, if that has no truth (only sky, say), around a pixel that has."""
+    piece = cut(picture, height, width, share, rng)
+    if piece.mask.any():
+        return piece
+    row, column = rng.choice(picture.mask[0].nonzero().numpy())
+    piece = cut(picture, height, width, 1.0, rng, (row, column))
+    if piece.mask.any():
+        return piece
+    # Between the pixels that were taken: at the picture's own size, or larger, all are.
+    H, W = picture.mask.shape[1:]
+    return cut(picture, height, width, min(1, max(height / H, width / W)), rng, (row, column))
 
 
 def load(batches: MicroBatches, numbers: Iterable[int], *, workers: int, pin: bool) -> Iterable[Loaded]:

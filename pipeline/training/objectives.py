@@ -54,7 +54,10 @@ class Objective(torch.nn.Module):
         return trained
 
     def forward(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        """Terms of the loss, each () float32; `loss` is what to descend.
+        """Terms of the loss, each () float32: `loss` is what to descend.
+
+        `unused` is the share of pictures that the task's loss could not be taken of: without a pixel that counts, or,
+        end to end, with flat depth.
 
         Args:
             batch: Pictures and truth, on the modules' device.
@@ -93,14 +96,14 @@ class Objective(torch.nn.Module):
     def _generative(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         with torch.no_grad():
             latent = self.encode(batch.rgb * 2 - 1).float()
-        return {"loss": self._denoising(latent, None, torch.ones_like(batch.mask), rng)}
+        return self._denoising(latent, None, torch.ones_like(batch.mask), rng)
 
     def _diffusion(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         with torch.no_grad():
             picture, truth = self.encode(torch.cat([batch.rgb * 2 - 1, self.drawn(batch)])).float().chunk(2)
-        return {"loss": self._denoising(truth, picture, batch.mask, rng)}
+        return self._denoising(truth, picture, batch.mask, rng)
 
-    def _denoising(self, latent: Tensor, given: Tensor | None, mask: Tensor, rng: torch.Generator) -> Tensor:
+    def _denoising(self, latent: Tensor, given: Tensor | None, mask: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
         """Mean squared error of the network's answer to noisy latents, at a random time for each.
 
         Ho et al. 2020, eq. 14, for epsilon; Salimans & Ho 2022, section 4, for v. Cells of the latent that see a pixel
@@ -126,8 +129,7 @@ class Objective(torch.nn.Module):
                 wanted = latent
         seen = F.adaptive_max_pool2d((~mask)[:, None].float(), latent.shape[2:]) == 0  # (B, 1, h, w)
         error = (answer.float() - wanted.float()).square() * seen
-        mean: Tensor = error.sum() / (seen.sum() * latent.shape[1]).clamp(min=1)
-        return mean
+        return {"loss": error.sum() / (seen.sum() * latent.shape[1]).clamp(min=1), "unused": _unused(seen)}
 
     def answer(self, rgb: Tensor, rng: torch.Generator) -> Tensor:
         """The decoded single step (the paper, section 4): (B, 3, H, W) float32, depth or normals as a picture."""
@@ -152,7 +154,8 @@ class Objective(torch.nn.Module):
         decoded = self.answer(batch.rgb, rng)
         with torch.autocast(decoded.device.type, enabled=False):
             if self.config.modality == "normals":
-                return {"loss": losses.normals_loss(decoded * self.signs, batch.target, batch.mask)}
+                loss = losses.normals_loss(decoded * self.signs, batch.target, batch.mask)
+                return {"loss": loss, "unused": _unused(batch.mask)}
             return self._depth_loss(decoded.mean(dim=1).clip(-1, 1), batch)
 
     def _depth_loss(self, depth: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -168,4 +171,9 @@ class Objective(torch.nn.Module):
             terms["anchor"] = (depth - target).abs().mean()
             terms["slopes"] = losses.slope_loss(depth, target)
             loss = loss + config.anchor * terms["anchor"] + config.slopes * terms["slopes"]
-        return {"loss": loss, **terms}
+        return {"loss": loss, **terms, "unused": _unused(losses.clip_depth(truth, mask)[1][:, None])}
+
+
+def _unused(counts: Tensor) -> Tensor:
+    """Share of pictures of which nothing counts; `counts` (B, ...) is bool."""
+    return 1 - counts.flatten(1).any(1).float().mean()

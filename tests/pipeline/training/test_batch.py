@@ -36,3 +36,15 @@ def test_a_cut_without_truth_is_not_shown() -> None:
     augment = Augment(height=12, width=16, smallest_cut=0.5)
     pieces = [augmented(sky, augment, np.random.default_rng(seed)) for seed in range(20)]
     assert all(piece.mask.any() for piece in pieces)
+
+
+@pytest.mark.parametrize("size", [(240, 320), (24, 32), (7, 5), (400, 300)], ids=str)
+def test_a_cut_of_a_picture_with_little_truth_holds_some_of_it(size: tuple[int, int]) -> None:
+    wide = Batch(torch.zeros(1, 3, 352, 1216), torch.ones(1, 1, 352, 1216), torch.zeros(1, 352, 1216).bool())
+    for row, column in ((0, 0), (351, 1215), (100, 3), (201, 640)):
+        mask = torch.zeros_like(wide.mask)
+        mask[0, row, column] = True
+        augment = Augment(flip=False, height=size[0], width=size[1])
+        piece = augmented(Batch(wide.rgb, wide.target, mask), augment, np.random.default_rng(row))
+        assert piece.mask.shape == (1, *size)
+        assert piece.mask.any()

@@ -84,6 +84,26 @@ def test_cells_that_see_a_pixel_without_truth_do_not_count():
     assert trained(pictures, torch.Generator().manual_seed(1))["loss"] < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kind", "modality"), [("end_to_end", "depth"), ("end_to_end", "normals"), ("diffusion", "depth")]
+)
+def test_pictures_that_no_loss_is_taken_of_are_counted(kind, modality):
+    pictures = batch(channels=1 if modality == "depth" else 3)
+    trained = objective(objective=kind, modality=modality)
+    assert trained(pictures, torch.Generator())["unused"] == 0
+    pictures.mask[0] = False
+    assert trained(pictures, torch.Generator())["unused"] == pytest.approx(1 / 3)
+    if kind == "diffusion":
+        pictures.mask[1, ::2, ::2] = False  # in every cell of the latent
+    elif modality == "depth":
+        pictures.target[1] = 3  # flat
+    else:
+        pictures.mask[1] = False
+    assert trained(pictures, torch.Generator())["unused"] == pytest.approx(2 / 3)
+    terms = trained(pictures[0:2], torch.Generator())
+    assert (terms["loss"], terms["unused"]) == (0, 1)
+
+
 def test_the_single_step_is_the_labelers(tmp_path):
     trained = objective()
     start.save(start.load(trained.config), tmp_path, trained.config)
