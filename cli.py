@@ -371,7 +371,9 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; by default runs/ and the name of CONFIG.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu: do not use a GPU.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or, in one process, cuda:1; xpu and mps where torch has them.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever the folder holds.")] = False,
 ) -> None:
     """Train a checkpoint; the same command goes on where it was stopped.

@@ -25,7 +25,8 @@ from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 
 from depthmill.pipeline.config import validated
-from depthmill.pipeline.errors import TrainingError
+from depthmill.pipeline.errors import ConfigError, TrainingError
+from depthmill.pipeline.model.backend import pick_device
 from depthmill.pipeline.training import start
 from depthmill.pipeline.training.batch import Batch, concatenate
 from depthmill.pipeline.training.config import TrainConfig
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _LOG_STEPS = 50
 _SCALE_BATCHES = 8
+_OVERFLOWS = 30  # in a row: float16's first scale, 2^16, is halved by each, and gradients fit within a few
 # What may change when a run goes on: how long it takes, not what comes out;
 _FREE = ("save_steps", "picture_steps", "loader_workers", "held_out", "held_out_pictures", "save_dtype")
 # and what a loss that is no longer a number asks for.
@@ -55,23 +57,18 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
         output: Folder for the run: `checkpoint/` at the end, `states/` to resume from, `losses.csv`, `tensorboard/`,
             `pictures/` of held-out pictures, `config.json`.
         overwrite: Start over, whatever `output` holds.
-        device: `cpu` keeps off a GPU; left out, accelerate picks.
+        device: `auto` or left out, accelerate picks; `cuda:1` only in one process, since a launch gives each its own.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
         CheckpointError: If the start cannot be loaded.
-        TrainingError: If `output` holds a run of another configuration, a training set lacks files, or the loss is no
-            longer a number.
+        ConfigError: If `device` cannot be trained on.
+        TrainingError: If `output` holds a run of another configuration, a training set lacks files, the loss is no
+            longer a number, or float16's gradients keep overflowing.
     """
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.accumulation,
-        mixed_precision=config.mixed_precision,
-        log_with="tensorboard",
-        project_dir=output / "tensorboard",
-        cpu=device == "cpu",
-    )
+    accelerator = _accelerator(config, output, device)
     begun = start.load(config)
     objective = Objective(begun, config).train()
     optimizer = torch.optim.AdamW(
@@ -121,6 +118,26 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
     return output / "checkpoint"
 
 
+def _accelerator(config: TrainConfig, output: Path, device: str | None) -> Accelerator:
+    asked = pick_device(device) if device and device != "auto" else None
+    if asked is not None and asked.type == "cuda" and asked.index is not None:
+        torch.cuda.set_device(asked)  # which is what accelerate takes
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.accumulation,
+        mixed_precision=config.mixed_precision,
+        log_with="tensorboard",
+        project_dir=output / "tensorboard",
+        cpu=device == "cpu",
+    )
+    alone = accelerator.num_processes == 1
+    if asked is not None and (accelerator.device.type != asked.type or (asked.index is not None and not alone)):
+        raise ConfigError(
+            f"device is {device!r}, but accelerate gives this process, one of {accelerator.num_processes}, "
+            f"{accelerator.device}: leave out --device"
+        )
+    return accelerator
+
+
 def _steps(
     accelerator: Accelerator, wrapped: torch.nn.Module, optimizer: Any, batches: MicroBatches, first: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
@@ -133,6 +150,7 @@ def _steps(
     stream = zip(numbers, loader, strict=True)
     started = time.monotonic()
     skipped: set[tuple[int, int]] = set()
+    overflows = 0
     for step in range(first, config.steps):
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
@@ -159,6 +177,14 @@ def _steps(
                 "learning_rate, or train in more precision (mixed_precision), then run again to go on from the last "
                 "saved state"
             )
+        overflowed = int(accelerator.optimizer_step_was_skipped)
+        overflows = (overflows + 1) * overflowed
+        if overflows >= min(_OVERFLOWS, config.steps):
+            raise TrainingError(
+                f"step {step}: float16's gradients overflowed at {overflows} steps in a row, which taught nothing; "
+                "expected a few, at the start: train with mixed_precision bf16 or no, then run again to go on from the "
+                "last saved state"
+            )
         done = step + 1
         if accelerator.is_main_process and (done % _LOG_STEPS == 0 or done == config.steps):
             pace = (done - first) / (time.monotonic() - started)
@@ -166,7 +192,8 @@ def _steps(
             left = timedelta(seconds=round((config.steps - done) / pace))
             pictures = pace * every * config.batch_size
             log.info("step %d/%d  %s  %.1f pictures/s  %s left", done, config.steps, shown, pictures, left)
-        yield done, {"learning_rate": rate, **row, "gradient_norm": float(norm), "skipped": float(count)}
+        counts = {"overflowed": overflowed, "skipped": float(count)}
+        yield done, {"learning_rate": rate, **row, "gradient_norm": float(norm), **counts}
 
 
 def _draws(seed: int, number: int) -> torch.Generator:

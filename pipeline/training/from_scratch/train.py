@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from depthmill.pipeline.errors import TrainingError
+from depthmill.pipeline.model.backend import pick_device
 from depthmill.pipeline.sources.prefetch import prefetch
 from depthmill.pipeline.training import losses, scenes
 from depthmill.pipeline.training.from_scratch import data, network
@@ -68,9 +69,10 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
         The folder of the checkpoints.
 
     Raises:
+        ConfigError: If `device` cannot be trained on.
         TrainingError: If `output` holds a run of another configuration, or the loss is no longer a number.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = pick_device(device or "auto")
     output.mkdir(parents=True, exist_ok=True)
     net = network.build(config.architecture, config.seed, where)
     if config.start is not None:

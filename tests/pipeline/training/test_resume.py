@@ -1,0 +1,133 @@
+"""Runs that were stopped: they go on to the same losses, or say why they cannot."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from depthmill.pipeline.errors import TrainingError
+from depthmill.pipeline.training import train as train_module
+from depthmill.pipeline.training.train import train
+from depthmill.tests.pipeline.training.tiny import config, stop_after, table, weights
+
+
+@pytest.fixture(autouse=True)
+def _new_accelerate():
+    """Let each run of a test choose its device and precision: accelerate settles them once a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"objective": "diffusion", "ema": 0.9, "modality": "normals"},
+        pytest.param({"loader_workers": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_equals_an_unbroken_one(scene_pool, tmp_path, monkeypatch, changes):
+    settings = config(scene_pool, steps=6, accumulation=2, noise="gaussian", **changes)
+    train(settings, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path / "broken")
+    assert len(table(tmp_path / "broken")) == 4
+    train(settings, tmp_path / "broken")
+    assert table(tmp_path / "broken") == table(tmp_path / "whole")
+    whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+@pytest.mark.gpu
+def test_an_average_of_weights_resumes_on_a_gpu(scene_pool, tmp_path, monkeypatch):
+    settings = config(scene_pool, steps=3, ema=0.9, save_steps=1)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path)
+    train(settings, tmp_path)
+    assert len(table(tmp_path)) == 3
+
+
+def test_a_run_of_another_configuration_is_refused(scene_pool, tmp_path):
+    train(config(scene_pool, steps=2), tmp_path)
+    with pytest.raises(TrainingError, match=r"another warmup_steps \(2, now 1\), seed \(0, now 1\)"):
+        train(config(scene_pool, steps=2, warmup_steps=1, seed=1), tmp_path)
+    train(config(scene_pool, steps=2, warmup_steps=1, seed=1), tmp_path, overwrite=True)
+
+
+def test_a_run_of_a_version_that_lacked_an_option_goes_on(scene_pool, tmp_path):
+    train(config(scene_pool, steps=2), tmp_path)
+    path = tmp_path / "config.json"
+    old = json.loads(path.read_text())
+    del old["slopes"], old["augment"]["degrade"]
+    path.write_text(json.dumps(old))
+    train(config(scene_pool, steps=2), tmp_path)
+    assert json.loads(path.read_text())["slopes"] == 0
+    path.write_text(json.dumps(old))
+    with pytest.raises(TrainingError, match=r"another slopes \(0\.0, now 1\.0\)"):
+        train(config(scene_pool, steps=2, slopes=1), tmp_path)
+
+
+def test_a_step_is_of_as_many_pictures_when_processes_change(scene_pool, tmp_path):
+    settings = config(scene_pool, steps=2, accumulation=4)
+    train(settings, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"accumulation": 1, "processes": 4}))  # as four left it
+    train(settings, tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 4}))
+    with pytest.raises(TrainingError, match=r"accumulation x processes \(16, now 4\)"):
+        train(settings, tmp_path)
+
+
+def test_a_run_that_more_processes_began_goes_on_to_the_same_losses(scene_pool, tmp_path, monkeypatch):
+    settings = config(scene_pool, steps=5, accumulation=4, save_steps=3)
+    train(settings, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path / "broken")
+    path = tmp_path / "broken" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"accumulation": 1, "processes": 4}))  # as four left it,
+    (drawn,) = (tmp_path / "broken").glob("states/000003/random_states_*.pkl")
+    torch.save(torch.load(drawn, weights_only=False) | {"step": 3}, drawn)  # after three micro-batches each
+    train(settings, tmp_path / "broken")
+    assert table(tmp_path / "broken") == table(tmp_path / "whole")
+
+
+def test_a_run_goes_on_with_the_remedy_for_a_loss_that_was_no_number(scene_pool, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(scene_pool), tmp_path)
+    train(config(scene_pool, learning_rate=1e-4), tmp_path)
+    assert "learning_rate is 0.0001, not 0.001" in caplog.text
+    assert [float(row["learning_rate"]) > 1e-4 for row in table(tmp_path)] == [True, True, False, False]
+
+
+def test_a_run_does_not_go_on_in_float16_after_another_precision(scene_pool, tmp_path):
+    train(config(scene_pool, steps=1), tmp_path)
+    half = config(scene_pool, steps=1, mixed_precision="fp16")
+    with pytest.raises(TrainingError, match=r"mixed_precision no, .*go on with bf16 or no"):
+        train_module._resume(Accelerator(cpu=True), half, tmp_path)  # fp16 itself needs a GPU
+
+
+def test_machines_that_see_different_states_are_refused(scene_pool, tmp_path, monkeypatch):
+    train(config(scene_pool, steps=1), tmp_path)
+    monkeypatch.setattr(train_module, "gather_object", lambda names: [*names, "none"])
+    with pytest.raises(TrainingError, match=r"is 000001 or none, .*share"):
+        train(config(scene_pool, steps=1), tmp_path)
+
+
+def test_nothing_is_removed_before_all_sets_are_found(scene_pool, tmp_path):
+    train(config(scene_pool, steps=1), tmp_path / "run")
+    there = sorted((tmp_path / "run").rglob("*"))
+    lacking = {"kind": "hypersim", "path": tmp_path / "nowhere"}
+    for changes in ({"sets": [lacking]}, {"held_out": lacking}):
+        with pytest.raises(TrainingError, match="nowhere"):
+            train(config(scene_pool, steps=1, **changes), tmp_path / "run", overwrite=True)
+    assert sorted((tmp_path / "run").rglob("*")) == there
