@@ -6,9 +6,11 @@ Axes are those of the labels: x right, y up, z towards the viewer, so that a cam
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+from scipy.ndimage import correlate1d
 
 _REACH = 2  # pixels from a window's centre to its edge
 # A window whose inverse depth is off its plane by more than this share (root mean square) lies across an edge.
@@ -65,11 +67,12 @@ def normals_from_depth(
     steps = np.arange(-_REACH, _REACH + 1)
     mean, moment = np.full(side, 1 / side), steps / (steps**2).sum()
     inverse = np.where(mask, 1 / np.where(mask, depth, 1).astype(np.float64), np.nan)
-    level = _correlate(_correlate(inverse, mean, 0), mean, 1)
-    slope_u = _correlate(_correlate(inverse, mean, 0), moment, 1)
-    slope_v = _correlate(_correlate(inverse, moment, 0), mean, 1)
+    correlate = partial(correlate1d, mode="constant", cval=np.nan)  # nothing is known beyond the border
+    level = correlate(correlate(inverse, mean, 0), mean, 1)
+    slope_u = correlate(correlate(inverse, mean, 0), moment, 1)
+    slope_v = correlate(correlate(inverse, moment, 0), mean, 1)
     explained = (slope_u**2 + slope_v**2) * (steps**2).mean()
-    misfit = _correlate(_correlate(inverse**2, mean, 0), mean, 1) - level**2 - explained
+    misfit = correlate(correlate(inverse**2, mean, 0), mean, 1) - level**2 - explained
     misfit = np.nan_to_num(misfit.clip(min=0) / level**2, nan=np.inf)
 
     own = np.arange(H * W).reshape(H, W)
@@ -88,14 +91,3 @@ def normals_from_depth(
     with np.errstate(invalid="ignore"):
         normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
     return np.where(found[..., None], normals, 0).astype(np.float32), found
-
-
-def _correlate(values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], axis: int) -> npt.NDArray[np.float64]:
-    """Weighted sum of neighbours along an axis of (H, W); NaN within reach of a NaN or of the border."""
-    size, reach = values.shape[axis], len(weights) // 2
-    padding = [(reach, reach) if i == axis else (0, 0) for i in range(2)]
-    padded = np.pad(values, padding, constant_values=np.nan)
-    total = np.zeros_like(values)
-    for i, weight in enumerate(weights.tolist()):
-        total += weight * (padded[i : i + size] if axis == 0 else padded[:, i : i + size])
-    return total
