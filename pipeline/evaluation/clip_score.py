@@ -11,10 +11,10 @@ import numpy as np
 from depthmill.pipeline.errors import EvaluationError, UnscorableError
 from depthmill.pipeline.evaluation.clips import ClipFrame, ClipSet, TrueClip, read_true_depth
 from depthmill.pipeline.evaluation.decode import Floats
-from depthmill.pipeline.evaluation.metrics import depth_metrics
+from depthmill.pipeline.evaluation.metrics import Moments, depth_metrics
 from depthmill.pipeline.evaluation.samples import Sample
 from depthmill.pipeline.evaluation.score import Skip
-from depthmill.pipeline.evaluation.temporal import Moments, alignment_error, steadiness
+from depthmill.pipeline.evaluation.temporal import alignment_error, steadiness
 
 CLIP_METRICS = ("abs_rel", "delta1", "tae", "scale_spread", "scale_flicker", "shift_spread", "shift_flicker")
 _NEAREST_M = 1e-3

@@ -7,6 +7,8 @@ Depth: Marigold (Ke et al., CVPR 2024, section 4.1), in the code that E2E-FT eva
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,48 @@ _LEAST_DEPTH = 1e-6  # an aligned depth is at least this, so that it has a logar
 _BINS_PER_DEGREE = 1000
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What a least-squares fit needs of pairs of prediction p and truth t: a frame's, or a clip's.
+
+    Attributes:
+        count: Pairs.
+        p: Mean of the predictions.
+        t: Mean of the truths.
+        pp: Σ (p - mean)².
+        pt: Σ (p - mean) (t - mean).
+    """
+
+    count: int
+    p: float
+    t: float
+    pp: float
+    pt: float
+
+    @classmethod
+    def of(cls, prediction: Floats, truth: Floats) -> Moments:
+        """Of (N,) pairs, N >= 1, finite."""
+        p, t = prediction.astype(np.float64), truth.astype(np.float64)
+        mean_p, mean_t = float(p.mean()), float(t.mean())
+        p -= mean_p
+        return cls(len(p), mean_p, mean_t, float((p * p).sum()), float((p * (t - mean_t)).sum()))
+
+    @classmethod
+    def pooled(cls, parts: Sequence[Moments]) -> Moments:
+        """Of all pairs of the parts (Chan et al., The American Statistician 37, 1983)."""
+        counts = np.array([one.count for one in parts], np.float64)
+        p, t = (float(np.average([getattr(one, name) for one in parts], weights=counts)) for name in ("p", "t"))
+        pp = sum(one.pp + one.count * (one.p - p) ** 2 for one in parts)
+        pt = sum(one.pt + one.count * (one.p - p) * (one.t - t) for one in parts)
+        return cls(int(counts.sum()), p, t, pp, pt)
+
+    @property
+    def affine(self) -> tuple[float, float]:
+        """Scale and shift that bring the predictions nearest to the truths; scale 0 where they are constant."""
+        scale = self.pt / self.pp if self.pp > 0 else 0.0
+        return scale, self.t - scale * self.p
+
+
 def fit_affine(prediction: Floats, truth: Floats) -> tuple[float, float]:
     """Scale and shift that bring a prediction nearest to the truth, by least squares.
 
@@ -32,12 +76,7 @@ def fit_affine(prediction: Floats, truth: Floats) -> tuple[float, float]:
         prediction: (N,), N >= 1, finite.
         truth: (N,), finite.
     """
-    p, t = prediction.astype(np.float64), truth.astype(np.float64)
-    p_mean, t_mean = float(p.mean()), float(t.mean())
-    p -= p_mean
-    variance = float(p @ p)
-    scale = float(p @ (t - t_mean)) / variance if variance > 0 else 0.0
-    return scale, t_mean - scale * p_mean
+    return Moments.of(prediction, truth).affine
 
 
 def thin_columns(width: int, wanted: int) -> npt.NDArray[np.intp]:

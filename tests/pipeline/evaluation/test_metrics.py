@@ -10,6 +10,7 @@ from depthmill.pipeline.evaluation.metrics import (
     DEPTH_METRICS,
     NORMALS_METRICS,
     AnglePool,
+    Moments,
     angles_deg,
     depth_metrics,
     fit_affine,
@@ -30,6 +31,14 @@ def test_the_fit_is_least_squares():
 def test_the_fit_keeps_its_digits_far_from_zero():
     prediction = 1e6 + np.arange(100.0)
     assert fit_affine(prediction, 2 * prediction + 5) == pytest.approx((2, 5), rel=1e-6)
+
+
+def test_pooled_moments_are_the_whole_ones():
+    rng = np.random.default_rng(0)
+    p, t = rng.normal(5, 1, 900), rng.uniform(1, 3, 900)
+    whole = Moments.pooled([Moments.of(p[i:j], t[i:j]) for i, j in ((0, 10), (10, 500), (500, 900))])
+    assert whole.affine == pytest.approx(np.polyfit(p, t, 1))
+    assert whole.count == 900
 
 
 @pytest.mark.parametrize(("width", "wanted"), [(6048, 1024), (2063, 1024), (1025, 1024)])

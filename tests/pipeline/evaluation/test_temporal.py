@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from depthmill.pipeline.evaluation.temporal import Moments, alignment_error, steadiness
+from depthmill.pipeline.evaluation.metrics import Moments
+from depthmill.pipeline.evaluation.temporal import alignment_error, steadiness
 
 K = np.array([[50.0, 0, 19.5], [0, 50.0, 14.5], [0, 0, 1]])
 H, W = 30, 40
@@ -66,15 +67,6 @@ def test_no_overlap_is_no_figure():
     depth = np.full((H, W), 4.0)
     assert np.isnan(alignment_error(depth, depth, K, pose(), pose(turn_deg=180)))
     assert np.isnan(alignment_error(depth, np.full((H, W), np.nan), K, pose(), pose()))
-
-
-def test_pooled_moments_are_the_whole_ones():
-    rng = np.random.default_rng(0)
-    p, t = rng.normal(5, 1, 900), rng.uniform(1, 3, 900)
-    whole = Moments.pooled([Moments.of(p[i:j], t[i:j]) for i, j in ((0, 10), (10, 500), (500, 900))])
-    assert whole.affine == pytest.approx(np.polyfit(p, t, 1))
-    assert whole.count == 900
-    assert Moments.of(np.ones(3), np.array([1.0, 2, 3])).affine == (0.0, 2.0)
 
 
 def test_steadiness_is_of_the_maps_that_suit_each_frame():
