@@ -91,7 +91,7 @@ def _people(rng: Rng, where: Callable[[], Point], count: int) -> list[Shape]:
     result = []
     for _ in range(count):
         yaw = heading + (np.pi if rng.random() < 0.4 else 0) + rng.normal(0, 0.5)
-        result += props.person(rng, where(), 0.0, yaw)
+        result += props.person(rng, where(), yaw)
     return result
 
 
@@ -125,16 +125,16 @@ def _room(rng: Rng) -> Scene:
         shapes.append(props.block(rng, role, at, level, half, yaw))
     for _ in range(int(rng.integers(1, 5))):
         at, yaw = against_wall(0.35)
-        shapes += (props.cupboard, props.seat)[rng.integers(2)](rng, at, 0.0, yaw)
+        shapes += (props.cupboard, props.seat)[rng.integers(2)](rng, at, yaw)
     middle = (0.0, 0.0)
     for _ in range(int(rng.integers(0, 2) if corridor else rng.integers(1, 4))):
         at = _near(rng, middle, wide * 0.4)
-        shapes += (props.table, props.seat)[rng.integers(2)](rng, at, 0.0, rng.uniform(0, 2 * np.pi))
+        shapes += (props.table, props.seat)[rng.integers(2)](rng, at, rng.uniform(0, 2 * np.pi))
     for _ in range(int(rng.integers(1, 6))):
-        shapes += props.clutter(rng, (rng.uniform(-0.45, 0.45) * long, rng.uniform(-0.45, 0.45) * wide), 0.0, 1.2)
+        shapes += props.clutter(rng, (rng.uniform(-0.45, 0.45) * long, rng.uniform(-0.45, 0.45) * wide), scale=1.2)
     if rng.random() < 0.35:
         at = (rng.uniform(-0.4, 0.4) * long, rng.uniform(-0.4, 0.4) * wide)
-        shapes += props.person(rng, at, 0.0, rng.uniform(0, 6.3))
+        shapes += props.person(rng, at, rng.uniform(0, 6.3))
 
     # From one end, looking at the other, so that there is something to see.
     back = rng.uniform(0.25, 0.47)
@@ -175,20 +175,20 @@ def _street(rng: Rng) -> Scene:
         while x < 90 and rng.random() < 0.95:
             half = (rng.uniform(4, 12), rng.uniform(3, 6), rng.uniform(2, 9))
             at = (x + half[0], side * (road + 2 * walk + half[1] + rng.uniform(0, 1.5)))
-            shapes += props.building(rng, at, 0, half, 0.0)
+            shapes += props.building(rng, at, half, 0.0)
             x += 2 * half[0] + (rng.uniform(0, 8) if rng.random() < 0.3 else 0)
         for _ in range(int(rng.integers(0, 5))):
             parked = (rng.uniform(3, 40), side * (road - 1.1))
-            shapes += props.car(rng, parked, 0, rng.normal(0, 0.05) + (0 if side < 0 else np.pi))
+            shapes += props.car(rng, parked, rng.normal(0, 0.05) + (0 if side < 0 else np.pi))
         for _ in range(int(rng.integers(0, 4))):
             at = (rng.uniform(4, 45), side * (road + rng.uniform(0.3, 0.8)))
-            shapes += props.tree(rng, at, 0) if rng.random() < 0.5 else props.pole(rng, at, 0, rng.uniform(0, 6.3))
+            shapes += props.tree(rng, at) if rng.random() < 0.5 else props.pole(rng, at, rng.uniform(0, 6.3))
         for _ in range(int(rng.integers(0, 3))):
             shapes += props.clutter(rng, (rng.uniform(2, 20), side * (road + rng.uniform(0, 2 * walk))), 0.08)
     if rng.random() < 0.6:
         shapes.append(props.block(rng, "paint", (40, 0), 0, (80, 0.08, 0.004)))
     if rng.random() < 0.5:
-        shapes += props.car(rng, (rng.uniform(8, 40), rng.uniform(-0.5, 0.5) * road), 0, rng.normal(0, 0.1))
+        shapes += props.car(rng, (rng.uniform(8, 40), rng.uniform(-0.5, 0.5) * road), rng.normal(0, 0.1))
     spread = road + 1.6 * walk
     shapes += _people(rng, lambda: (rng.uniform(3, 25), rng.uniform(-spread, spread)), int(rng.integers(0, 6)))
     camera = _camera(
@@ -227,15 +227,15 @@ def _yard(rng: Rng) -> Scene:
     for _ in range(int(rng.integers(0, 4))):
         half = (rng.uniform(3, 14), rng.uniform(3, 8), rng.uniform(1.5, 6))
         x, y = seen(0.5, 1.0)
-        shapes += props.building(rng, (x + half[1] + 1, y), 0, half, skew + np.pi / 2 * rng.integers(1, 3))
+        shapes += props.building(rng, (x + half[1] + 1, y), half, skew + np.pi / 2 * rng.integers(1, 3))
     if rng.random() < 0.7:
         shapes += _backdrop(rng, far * rng.uniform(0.6, 1.1))
     for _ in range(int(rng.integers(0, 4))):
-        shapes += props.car(rng, seen(0.3), 0, skew + np.pi / 2 * rng.integers(4))
+        shapes += props.car(rng, seen(0.3), skew + np.pi / 2 * rng.integers(4))
     for _ in range(int(rng.integers(0, 4))):
-        shapes += props.pole(rng, seen(), 0, rng.uniform(0, 6.3))
+        shapes += props.pole(rng, seen(), rng.uniform(0, 6.3))
     for _ in range(int(rng.integers(0, 3))):
-        shapes += props.tree(rng, seen(0.4), 0)
+        shapes += props.tree(rng, seen(0.4))
     for _ in range(int(rng.integers(0, 7))):
         shapes += props.clutter(rng, seen(), 0.02)
     crowd = seen(0.2, 0.7)
@@ -255,7 +255,7 @@ def _backdrop(rng: Rng, distance: float) -> list[Shape]:
     for place in np.linspace(-1, 1, int(rng.integers(3, 6))):
         at = (float(distance + rng.uniform(0, 4)), float(place * distance * 0.9))
         half = (rng.uniform(3, 6), distance * rng.uniform(0.15, 0.32), rng.uniform(2, 5))
-        shapes += props.tree(rng, at, 0) if style == 2 else props.building(rng, at, 0, half, turn)
+        shapes += props.tree(rng, at) if style == 2 else props.building(rng, at, half, turn)
     return shapes
 
 
@@ -272,7 +272,7 @@ def _towers(rng: Rng) -> Scene:
         else:
             shapes.append(props.block(rng, role, at, 0, half, rng.uniform(0, np.pi)))
     for _ in range(int(rng.integers(0, 4))):
-        shapes += props.tree(rng, (rng.uniform(8, 40), rng.uniform(-20, 20)), 0)
+        shapes += props.tree(rng, (rng.uniform(8, 40), rng.uniform(-20, 20)))
     camera = _camera(
         rng, shapes, (0, 0, rng.uniform(1.5, 15)), rng.normal(0, 0.3), rng.uniform(-0.05, 0.7), rng.uniform(40, 85)
     )
@@ -295,16 +295,16 @@ def _open_ground(rng: Rng) -> Scene:
         return x, float(x * rng.uniform(-0.8, 0.8))
 
     for _ in range(int(rng.integers(0, 6))):
-        shapes += props.tree(rng, ahead(4, 60), 0)
+        shapes += props.tree(rng, ahead(4, 60))
     for _ in range(int(rng.integers(1, 8))):
-        shapes += props.clutter(rng, ahead(2, 15), 0, rng.uniform(1, 4))
+        shapes += props.clutter(rng, ahead(2, 15), scale=rng.uniform(1, 4))
     for _ in range(int(rng.integers(0, 3))):
         half = (rng.uniform(2, 6), rng.uniform(2, 5), rng.uniform(1, 3))
-        shapes += props.building(rng, ahead(12, 60), 0, half, rng.uniform(0, np.pi))
+        shapes += props.building(rng, ahead(12, 60), half, rng.uniform(0, np.pi))
     if rng.random() < 0.6:
         shapes += _backdrop(rng, rng.uniform(12, 60))
     if rng.random() < 0.3:
-        shapes += props.car(rng, ahead(5, 30), 0, rng.uniform(0, 6.3))
+        shapes += props.car(rng, ahead(5, 30), rng.uniform(0, 6.3))
     shapes += _people(rng, lambda: ahead(3, 30), int(rng.integers(0, 4)))
     camera = _camera(
         rng, shapes, (0, 0, rng.uniform(0.8, 3.5)), rng.normal(0, 0.2), rng.normal(-0.08, 0.12), rng.uniform(35, 85)
@@ -330,7 +330,7 @@ def _still_life(rng: Rng) -> Scene:
             half = (float(wide), float(deep), float(high))
             shapes.append(props.shape(rng, kind, "anything", where, half, tilt=tilt, taper=rng.uniform(0, 1)))
         else:
-            shapes += props.clutter(rng, at, 0, 0.6)
+            shapes += props.clutter(rng, at, scale=0.6)
     camera = _camera(
         rng, shapes, (0, 0, rng.uniform(0.3, 1.5)), rng.normal(0, 0.2), rng.uniform(-0.6, 0.0), rng.uniform(40, 75)
     )
@@ -344,15 +344,15 @@ def _portrait(rng: Rng) -> Scene:
     for _ in range(int(rng.integers(1, 4))):
         x = rng.uniform(1.1, 5)
         y = x * rng.uniform(-0.7, 0.7) * np.tan(np.radians(fov_deg) / 2)
-        shapes += props.person(rng, (float(x), float(y)), 0.0, rng.uniform(0, 2 * np.pi))
+        shapes += props.person(rng, (float(x), float(y)), rng.uniform(0, 2 * np.pi))
     shapes += _backdrop(rng, float(np.exp(rng.uniform(np.log(4), np.log(50)))))
     for _ in range(int(rng.integers(0, 5))):
         x, yaw = rng.uniform(3, 20), rng.uniform(0, 2 * np.pi)
         at = (x, float(x * rng.uniform(-0.7, 0.7)))
         if rng.random() < 0.5:
-            shapes += (props.clutter, props.tree)[rng.integers(2)](rng, at, 0.0)
+            shapes += (props.clutter, props.tree)[rng.integers(2)](rng, at)
         else:
-            shapes += (props.seat, props.car)[rng.integers(2)](rng, at, 0.0, yaw)
+            shapes += (props.seat, props.car)[rng.integers(2)](rng, at, yaw)
     height, pitch = rng.uniform(1.0, 1.9), rng.normal(-0.05, 0.12)
     camera = _camera(rng, shapes, (0, 0, height), rng.normal(0, 0.1), pitch, fov_deg)
     return _outdoors(rng, camera)

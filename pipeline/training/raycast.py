@@ -68,7 +68,7 @@ def _cast(slots: Slots, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tens
             continue
         into = slots.into[:, n]
         o = into @ (origin - slots.centre[:, n, :, None])
-        t = first_hit(kind, o, into @ direction, slots.taper[:, n, None], nearest=1e-4)
+        t = first_hit(kind, o, into @ direction, slots.taper[:, n, None])
         closer = (t < best) & slots.seen[:, n, None]
         best = torch.where(closer, t, best)
         winner = torch.where(closer, n, winner)
@@ -84,7 +84,7 @@ def _lit(slots: Slots, origin: Tensor, towards: Tensor, reach: Tensor) -> Tensor
             continue
         into = slots.into[:, n]
         o = into @ (origin - slots.centre[:, n, :, None])
-        t = first_hit(kind, o, into @ towards, slots.taper[:, n, None], nearest=1e-4)
+        t = first_hit(kind, o, into @ towards, slots.taper[:, n, None])
         lit &= (t >= reach) | ~slots.casts[:, n, None]
     return lit
 

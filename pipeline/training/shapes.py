@@ -19,6 +19,7 @@ from torch import Tensor
 ShapeKind = Literal["plane", "box", "sphere", "frustum"]
 KINDS: tuple[ShapeKind, ...] = ("plane", "box", "sphere", "frustum")
 _TINY = 1e-6
+_NEAREST = 1e-4  # hits at or before this parameter of a ray don't count
 
 Floats = npt.NDArray[np.float32]
 
@@ -159,7 +160,7 @@ def _away_from_zero(x: Tensor) -> Tensor:
     return torch.where(x.abs() < _TINY, torch.full_like(x, _TINY), x)
 
 
-def first_hit(kind: int, o: Tensor, d: Tensor, taper: Tensor, nearest: float) -> Tensor:
+def first_hit(kind: int, o: Tensor, d: Tensor, taper: Tensor) -> Tensor:
     """Where a ray first meets a unit solid, from outside or, if it starts inside, from inside.
 
     Args:
@@ -167,7 +168,6 @@ def first_hit(kind: int, o: Tensor, d: Tensor, taper: Tensor, nearest: float) ->
         o: (B, 3, P or 1) origins, in the solid's space.
         d: (B, 3, P or 1) directions, likewise, of any length.
         taper: (B, 1) of a frustum.
-        nearest: Hits at or before this parameter don't count.
 
     Returns:
         (B, P) parameters t of o + t d; +inf where the ray misses.
@@ -176,20 +176,20 @@ def first_hit(kind: int, o: Tensor, d: Tensor, taper: Tensor, nearest: float) ->
     dx, dy, dz = d.unbind(1)
     if KINDS[kind] == "plane":
         t = -oz / _away_from_zero(dz)
-        return torch.where(t > nearest, t, torch.inf)
+        return torch.where(t > _NEAREST, t, torch.inf)
     if KINDS[kind] == "box":
         inverse = 1 / _away_from_zero(d)
         middle, reach = -o * inverse, inverse.abs()
         enter, leave = (middle - reach).amax(1), (middle + reach).amin(1)
-        t = torch.where(enter > nearest, enter, leave)
-        return torch.where((leave >= enter) & (t > nearest), t, torch.inf)
+        t = torch.where(enter > _NEAREST, enter, leave)
+        return torch.where((leave >= enter) & (t > _NEAREST), t, torch.inf)
     if KINDS[kind] == "sphere":
         a, b, c = dx * dx + dy * dy + dz * dz, ox * dx + oy * dy + oz * dz, ox * ox + oy * oy + oz * oz - 1
         discriminant = b * b - a * c
         root = discriminant.clamp(min=0).sqrt()
         enter, leave = (-b - root) / a, (-b + root) / a
-        t = torch.where(enter > nearest, enter, leave)
-        return torch.where((discriminant > 0) & (t > nearest), t, torch.inf)
+        t = torch.where(enter > _NEAREST, enter, leave)
+        return torch.where((discriminant > 0) & (t > _NEAREST), t, torch.inf)
     # Frustum: x^2 + y^2 = r(z)^2 with r(z) = r0 + r1 z for |z| <= 1, closed by two discs.
     r0, r1 = 1 - taper / 2, -taper / 2
     ro, rd = r0 + r1 * oz, r1 * dz
@@ -199,13 +199,13 @@ def first_hit(kind: int, o: Tensor, d: Tensor, taper: Tensor, nearest: float) ->
     root = discriminant.clamp(min=0).sqrt()
     best = torch.full_like(root, torch.inf)
     for t in ((-b - root) / a, (-b + root) / a):
-        on_side = (discriminant > 0) & ((oz + t * dz).abs() <= 1) & (t > nearest)
+        on_side = (discriminant > 0) & ((oz + t * dz).abs() <= 1) & (t > _NEAREST)
         best = torch.where(on_side & (t < best), t, best)
     flat = _away_from_zero(dz)
     for z, radius in ((-1.0, r0 - r1), (1.0, r0 + r1)):
         t = (z - oz) / flat
         x, y = ox + t * dx, oy + t * dy
-        on_cap = (x * x + y * y <= radius * radius) & (t > nearest)
+        on_cap = (x * x + y * y <= radius * radius) & (t > _NEAREST)
         best = torch.where(on_cap & (t < best), t, best)
     return best
 
