@@ -33,11 +33,6 @@ _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 
 
-def everywhere(height: int, width: int) -> Region:
-    """The whole picture."""
-    return slice(0, height), slice(0, width)
-
-
 def nyu_eigen(height: int, width: int) -> Region:
     """The part of NYUv2's 480x640 that its Kinect sees (Eigen et al., NIPS 2014)."""
     return slice(45, 471), slice(41, 601)
@@ -88,7 +83,7 @@ class EvaluationSet:
         valid_range: Valid depth in metres, both ends excluded; aligned predictions are clipped to it, whole.
         crop: What part of the picture the model is shown, and ground truth is cut to.
         colours: What the model is shown of the picture's colours, (H, W, 3) uint8; None for the picture's own.
-        region: What part of the (cropped) picture is scored.
+        region: What part of the (cropped) picture is scored; None for all.
         fit_columns: Columns that the alignment is fitted on (`metrics.thin_columns`); None for all.
         axes: Where the x, y and z of true normals point.
         domain: The scene that E2E-FT's evaluation tells GeoWizard of.
@@ -109,7 +104,7 @@ class EvaluationSet:
     valid_range: tuple[float, float] = (0.0, np.inf)
     crop: Callable[[int, int], Region] | None = None
     colours: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]] | None = None
-    region: Callable[[int, int], Region] = everywhere
+    region: Callable[[int, int], Region] | None = None
     fit_columns: int | None = None
     axes: str = _DSINE_AXES
     domain: Domain = "indoor"

@@ -105,7 +105,7 @@ def read_truth(wanted: EvaluationSet, archive: Archive, sample: Sample) -> Truth
         elif bad := int((mask & ~(finite & (values > 0))).sum()):
             raise UnscorableError(f"its mask calls {bad} pixels valid whose depth is NaN, infinite or not above 0")
     scored = np.zeros((H, W), bool)
-    scored[wanted.region(H, W)] = True
+    scored[... if wanted.region is None else wanted.region(H, W)] = True
     mask = mask & scored
     if not mask.any():
         raise UnscorableError("its ground truth has no valid pixel")
