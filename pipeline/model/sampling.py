@@ -81,9 +81,7 @@ class Sampler:
             batch = rows[start : start + batch_size]
             noise = [
                 draw_noise(
-                    sampling.noise,
-                    (latent.shape[1], latent.shape[2], latent.shape[3]),
-                    generator(sampling.seed, keys[frame], member, head.modality),
+                    sampling.noise, latent.shape[1:], generator(sampling.seed, keys[frame], member, head.modality)
                 )
                 for frame, member in batch
             ]
@@ -131,7 +129,7 @@ def generator(seed: int, key: str, member: int, modality: Modality) -> torch.Gen
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def draw_noise(kind: Noise, shape: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
+def draw_noise(kind: Noise, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """What one label's latent starts from.
 
     Args:
@@ -151,7 +149,7 @@ def draw_noise(kind: Noise, shape: tuple[int, int, int], generator: torch.Genera
             return pyramid_noise(shape, generator)
 
 
-def pyramid_noise(shape: tuple[int, int, int], generator: torch.Generator, discount: float = 0.9) -> torch.Tensor:
+def pyramid_noise(shape: tuple[int, ...], generator: torch.Generator, discount: float = 0.9) -> torch.Tensor:
     """Multi-resolution noise, in which large structures are as strong as small ones, of unit variance.
 
     White noise, and on it octaves i = 0, 1, … of white noise of ever smaller size, enlarged bilinearly and weighed

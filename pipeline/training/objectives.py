@@ -113,8 +113,7 @@ class Objective(torch.nn.Module):
         times = torch.randint(last, (len(latent),), generator=rng)
         strength = self.config.noise_discount if given is not None else 0.0  # Stable Diffusion's noise is gaussian
         discounts = (strength * times / last).tolist()
-        shape = (latent.shape[1], latent.shape[2], latent.shape[3])
-        noise = torch.stack([pyramid_noise(shape, rng, discount) for discount in discounts]).to(latent)
+        noise = torch.stack([pyramid_noise(latent.shape[1:], rng, discount) for discount in discounts]).to(latent)
         t = times.to(latent.device)
         noisy = self.scheduler.add_noise(latent, noise, t)
         answer = self.unet(
@@ -135,8 +134,7 @@ class Objective(torch.nn.Module):
         """The decoded single step (the paper, section 4): (B, 3, H, W) float32, depth or normals as a picture."""
         with torch.no_grad():
             picture = self.encode(rgb * 2 - 1)
-        shape = (picture.shape[1], picture.shape[2], picture.shape[3])
-        noise = torch.stack([draw_noise(self.config.noise, shape, rng) for _ in rgb]).to(picture)
+        noise = torch.stack([draw_noise(self.config.noise, picture.shape[1:], rng) for _ in rgb]).to(picture)
         last = self.scheduler.config.num_train_timesteps - 1
         prompt = self.prompt.expand(len(rgb), -1, -1)
         out = self.unet(torch.cat([picture, noise], dim=1), last, prompt).sample
