@@ -1,7 +1,8 @@
 """Small checkpoints of the Stable-Diffusion architecture, made from nothing, in the published diffusers layout.
 
 The one place that knows how such a checkpoint is put together and written: training starts from `build` and ends in
-`save`; tests use `create`. What is written loads in diffusers' own `MarigoldDepthPipeline` / `MarigoldNormalsPipeline`.
+`save`; tests and benchmarks use `create`. What is written loads in diffusers' own `MarigoldDepthPipeline` and
+`MarigoldNormalsPipeline`.
 """
 
 from __future__ import annotations

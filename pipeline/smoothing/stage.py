@@ -16,7 +16,7 @@ from depthmill.pipeline.smoothing.filter import REACH, FilterFrame, filter_frame
 from depthmill.pipeline.smoothing.solve import solve
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.store import Store, open_store
-from depthmill.pipeline.store.layout import DEPTH_INVALID, DEPTH_STEP, NORMALS_FULL_SCALE
+from depthmill.pipeline.store.layout import DEPTH_INVALID, DEPTH_STEP
 from depthmill.pipeline.store.temporal import FILTERED, PARTLY, SCALED, UNREAD, Temporal, stored_rows
 from depthmill.pipeline.types import LABELLED, Frame, FrameSource, Segment, WorkerState
 
@@ -303,6 +303,6 @@ def _depth(packed: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 
 def _normals(packed: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Unit vectors again, (0, 0, 0) where invalid."""
-    normals = packed.astype(np.float32) / np.float32(NORMALS_FULL_SCALE[str(packed.dtype)] or 1)
+    normals = packed.astype(np.float32)
     length = np.linalg.norm(normals, axis=-1, keepdims=True)
     return np.asarray(normals / np.where(length > 0, length, 1), np.float32)
