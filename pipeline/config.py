@@ -16,12 +16,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from depthmill.pipeline.errors import ConfigError
-from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS, Domain, Modality
+from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS, Domain, Modality, NormalsDtype
 
 DEMO = "demo"  # the name of the checkpoint inside the package
 
 Noise = Literal["zeros", "gaussian", "pyramid"]
 TimestepSpacing = Literal["trailing", "leading"]
+Preset = Literal["ultrafast", "fast", "medium"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class LabelConfig(BaseModel):
     compile: Literal["auto", "on", "off"] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|(cuda|xpu|mps)(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    normals_dtype: Literal["int8", "int16", "float16"] = "int8"
+    normals_dtype: NormalsDtype = "int8"
     shard_frames: int = Field(default=16, ge=1)
     segment_frames: int | None = Field(default=None, ge=1)
     round_aspect: bool | None = None
@@ -234,7 +235,7 @@ class SmoothConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_edge: int = Field(default=32, ge=1, le=32)
-    flow: Literal["ultrafast", "fast", "medium"] = "fast"
+    flow: Preset = "fast"
     leak: float = Field(default=0.1, ge=0, le=3.14, allow_inf_nan=False)
     filter: bool = False
     workers: int | None = Field(default=None, ge=0)

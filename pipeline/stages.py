@@ -13,12 +13,12 @@ import numpy.typing as npt
 from depthmill.pipeline.batches import in_batches
 from depthmill.pipeline.errors import VoidError
 from depthmill.pipeline.model.labeler import Labeler
-from depthmill.pipeline.model.transfer import NormalsDtype, Pending
+from depthmill.pipeline.model.transfer import Pending
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.store import Store
 from depthmill.pipeline.store.layout import DEPTH_INVALID
 from depthmill.pipeline.store.writer import SegmentWriter
-from depthmill.pipeline.types import Frame, FrameSource, Labels, Report, Segment
+from depthmill.pipeline.types import Frame, FrameSource, Labels, NormalsDtype, Report, Segment
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 Modality = Literal["depth", "normals"]
 Domain = Literal["indoor", "outdoor", "object"]
+NormalsDtype = Literal["int8", "int16", "float16"]
 SourceKind = Literal["video", "images", "webdataset", "parquet"]
 
 # Pictures in a folder from which on it is a corpus.

@@ -30,15 +30,8 @@ from depthmill.pipeline.model.geowizard import GeoWizard, check_joint
 from depthmill.pipeline.model.sampling import Sampler
 from depthmill.pipeline.model.single_step import SingleStep, load_heads
 from depthmill.pipeline.model.specialize import Specialized, can_specialize
-from depthmill.pipeline.model.transfer import (
-    NormalsDtype,
-    Pending,
-    Staged,
-    mark,
-    stage,
-    to_device,
-)
-from depthmill.pipeline.types import Domain, Labels, Modality, Source, is_corpus
+from depthmill.pipeline.model.transfer import Pending, Staged, mark, stage, to_device
+from depthmill.pipeline.types import Domain, Labels, Modality, NormalsDtype, Source, is_corpus
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +12,7 @@ import torch
 from depthmill.pipeline.geometry import from_network
 from depthmill.pipeline.model.single_step import unit
 from depthmill.pipeline.store.layout import DEPTH_INVALID, DEPTH_STEP, NORMALS_FULL_SCALE
-from depthmill.pipeline.types import Labels, Modality
-
-NormalsDtype = Literal["int8", "int16", "float16"]
+from depthmill.pipeline.types import Labels, Modality, NormalsDtype
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,14 +18,15 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from depthmill.pipeline.smoothing.flow import Preset, dense_flow
+from depthmill.pipeline.config import Preset
+from depthmill.pipeline.smoothing.flow import dense_flow
+from depthmill.pipeline.store.layout import DEPTH_STEP
 
 Floats = npt.NDArray[np.floating[Any]]
 
 GAPS = (1, 2, 4, 8, 16, 32)
 FIELDS = ("log_scale", "later", "earlier", "scale_weight", "shift_weight", "coverage")
 
-_QUANTUM = 1 / 5120  # the store's step of depth
 _STEP = 0.3  # of the spread of depth in 3x3 pixels: more is a depth edge
 _FLAT = 0.02  # of the whole range of depth: less never is an edge
 _GREY_LEVELS = 20.0  # two pixels that differ by more, after the frames' median difference, show different things
@@ -70,7 +71,7 @@ def view(image: npt.NDArray[np.uint8], depth: npt.NDArray[np.float32]) -> View:
     shrink = max(2, max(height, width) / _LONGEST)
     size = (max(round(width / shrink), 1), max(round(height / shrink), 1))
     grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA)
-    inside = (depth > _QUANTUM / 2) & (depth < 1 - _QUANTUM / 2)  # NaN is not
+    inside = (depth > DEPTH_STEP / 2) & (depth < 1 - DEPTH_STEP / 2)  # NaN is not
     half = cv2.resize(np.where(inside, depth, 0).astype(np.float32), size, interpolation=cv2.INTER_AREA)
     usable = cv2.resize(inside.astype(np.float32), size, interpolation=cv2.INTER_AREA) > 1 - 1e-4
     if usable.any():
@@ -199,7 +200,7 @@ def _fit(x: Floats, y: Floats, floor: float) -> tuple[float, float, float, float
     weight = np.ones_like(x)
     spread = correlation = 0.0
     for _ in range(_ROUNDS):
-        if min(sx, sy) <= _QUANTUM / 4:
+        if min(sx, sy) <= DEPTH_STEP / 4:
             break
         residual = (y - my) / sy - (x - mx) / sx
         spread = 1.4826 * float(np.median(np.abs(residual)))
@@ -212,8 +213,8 @@ def _fit(x: Floats, y: Floats, floor: float) -> tuple[float, float, float, float
         sx, sy = math.sqrt((weight * dx * dx).sum() / total), math.sqrt((weight * dy * dy).sum() / total)
         correlation = float((weight * dx * dy).sum() / total) / (sx * sy) if min(sx, sy) > 0 else 0.0
     count = float(weight.sum()) / _CORRELATED
-    level = sx * sy * (spread**2 / count + floor**2) + _QUANTUM**2
-    if min(sx, sy) <= _QUANTUM / 4 or correlation <= 0:
+    level = sx * sy * (spread**2 / count + floor**2) + DEPTH_STEP**2
+    if min(sx, sy) <= DEPTH_STEP / 4 or correlation <= 0:
         return 0.0, mx, my, 0.0, 1 / level
     # A line through noise alone has r = 0 and says sd(noise) / sd(noise): the nearer to that, the less it is believed.
     squared = min(correlation, 1.0) ** 2

@@ -17,7 +17,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from depthmill.pipeline.smoothing.flow import Preset, dense_flow
+from depthmill.pipeline.config import Preset
+from depthmill.pipeline.smoothing.flow import dense_flow
 
 Floats = npt.NDArray[np.float32]
 
@@ -123,7 +124,7 @@ def _filtered(window: list[_Held | None], flows: _Flows, preset: Preset) -> Filt
                 weights[0] += weight
             if normals is not None and other.frame.normals is not None:
                 fetched = _fetched(other.frame.normals, at)
-                # 1 - cos is half the angle's square. Against a (0, 0, 0) it is 1: some 85 degrees away, or nothing.
+                # 1 - cos is half the angle's square. Against a (0, 0, 0) it is 1: some 81 degrees away, or nothing.
                 apart = np.maximum(1 - _dot(fetched, normals), 0)
                 weight = weight * _agreement(np.sqrt(2 * apart) / np.float32(_NORMAL_RAD))
                 normals_sum += weight[..., None] * (fetched - normals)

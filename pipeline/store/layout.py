@@ -10,13 +10,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from depthmill.pipeline.errors import ConfigError
-from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Modality, Segment, Source, is_corpus
+from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Modality, NormalsDtype, Segment, Source, is_corpus
 
 Document = dict[str, Any]  # one zarr.json
 
@@ -60,7 +60,7 @@ class Layout:
     labels: tuple[Modality, ...] = ("depth", "normals")
     shard_frames: int = 16
     segment_frames: int = 64
-    normals_dtype: Literal["int8", "int16", "float16"] = "int8"
+    normals_dtype: NormalsDtype = "int8"
     uncertainty: bool = False
     corpus_segment_frames: int | None = None
 

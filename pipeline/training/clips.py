@@ -20,6 +20,7 @@ from PIL import Image
 
 from depthmill.pipeline.store import write_atomically
 from depthmill.pipeline.store.files import json_bytes
+from depthmill.pipeline.store.layout import DEPTH_STEP
 from depthmill.pipeline.training import props, scenes
 from depthmill.pipeline.training.raycast import concatenate, render
 from depthmill.pipeline.training.shapes import Scene
@@ -189,10 +190,10 @@ def disturbed(
             log-scale 0.08, about the middle of the range.
 
     Returns:
-        Depth (N, H, W) float32, clipped to [0, 1] and in the store's steps of 1/5120; and what each frame's was
+        Depth (N, H, W) float32, clipped to [0, 1] and in the store's steps; and what each frame's was
         multiplied by, and then added to it, (N,) each.
     """
     scales = np.exp(rng.normal(0, 0.08, len(depth)))
     shifts = 0.5 * (1 - scales) + rng.normal(0, 0.5 * 0.05, len(depth))
     values = depth * scales[:, None, None] + shifts[:, None, None] + rng.normal(0, 0.5 * noise, depth.shape)
-    return (np.round(np.clip(values, 0, 1) * 5120) / 5120).astype(np.float32), scales, shifts
+    return (np.round(np.clip(values, 0, 1) / DEPTH_STEP) * DEPTH_STEP).astype(np.float32), scales, shifts
