@@ -22,6 +22,7 @@ import torch
 
 from depthmill.pipeline.batches import MOST_WAITING_BYTES, in_batches
 from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.evaluation.metrics import angles_deg
 from depthmill.pipeline.geometry import from_network, padded_size, processed_size, rounded_size, to_network
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.labeler import open_checkpoints
@@ -180,9 +181,8 @@ def change_table(name: str, network: SingleStep, resolution: int, crops: list[to
             depth = (labels["depth"] - reference["depth"]).abs()
             row = [depth.mean().item(), depth.quantile(0.99).item(), depth.max().item()]
             if "normals" in labels:
-                cosines = (labels["normals"] * reference["normals"]).sum(0)
-                angles = torch.rad2deg(torch.acos(cosines.clip(-1, 1)))
-                row += [angles.mean().item(), angles.quantile(0.99).item()]
+                angles = angles_deg(*(one["normals"].flatten(1).T.numpy() for one in (labels, reference)))
+                row += [angles.mean(), np.quantile(angles, 0.99)]
             changes.setdefault(way, []).append(row)
     lines = []
     for way, rows in changes.items():

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import zarr
 from PIL import Image, ImageFilter
 
+from depthmill.pipeline.evaluation.metrics import angles_deg
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import layout as layouts
 from depthmill.pipeline.store.files import open_directory
@@ -169,12 +170,6 @@ def images(video: Path) -> Iterator[npt.NDArray[np.uint8]]:
     source.close()
 
 
-def max_angle_deg(packed: npt.NDArray[Any], normals: npt.NDArray[np.float32]) -> float:
-    a, b = packed.astype(np.float64), normals.astype(np.float64)
-    cross, dot = np.linalg.norm(np.cross(a, b), axis=-1), (a * b).sum(-1)
-    return float(np.rad2deg(np.arctan2(cross, dot)).max())
-
-
 def table(results: list[Result], pixels: int, float_bytes: int, chosen: str) -> str:
     lines = [
         "| packing | codec | bytes/frame | bits/pixel | x smaller than float32 | write MB/s | read MB/s |",
@@ -227,7 +222,7 @@ def main() -> None:
         layout = layouts.Layout(normals_dtype=dtype)
         document = layouts.source_arrays(source, layout)["normals"]
         packed = np.stack([layouts.pack_normals(frame, dtype) for frame in normals])
-        angle_lines.append(f"| {dtype} | {max_angle_deg(packed, normals):.4f} |")
+        angle_lines.append(f"| {dtype} | {angles_deg(packed, normals).max():.4f} |")
         ways = {"planes, blosc zstd 1, bitshuffle, 1 MiB": layouts.label_codecs(dtype, 4)}
         normals_results += measure(dtype, normals_codecs() if dtype == "int8" else ways, packed, document)
 

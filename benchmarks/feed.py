@@ -45,8 +45,8 @@ CLIP = Path(__file__).parent.parent / "demo/pedestrians.mp4"
 class Device:
     """A labeler that answers with the same labels again and again, each batch `1 / rate` seconds a frame later."""
 
-    def __init__(self, labels: Labels, rate: float, batch_size: int = 8):
-        self.labels, self.rate, self.batch_size = labels, rate, batch_size
+    def __init__(self, labels: Labels, rate: float):
+        self.labels, self.rate, self.batch_size = labels, rate, 8
         self.free_s = 0.0
 
     def rounds(self, source: object) -> bool:

@@ -24,11 +24,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from depthmill.pipeline.config import SmoothConfig
+from depthmill.pipeline.config import Preset, SmoothConfig
+from depthmill.pipeline.evaluation.metrics import depth_metrics, fit_affine
 from depthmill.pipeline.evaluation.temporal import alignment_error
 from depthmill.pipeline.smoothing.edges import segment_edges, view
 from depthmill.pipeline.smoothing.filter import FilterFrame, filter_frames
-from depthmill.pipeline.smoothing.flow import Preset
 from depthmill.pipeline.smoothing.solve import solve
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.training import clips
@@ -36,7 +36,6 @@ from depthmill.pipeline.training import clips
 Floats = npt.NDArray[np.float32]
 Pictures = npt.NDArray[np.uint8]
 
-CAMERAS = ("static", "pan", "forward")
 LEAK, FLOW = SmoothConfig().leak, SmoothConfig().flow
 CLIP = Path(__file__).parents[1] / "demo" / "pedestrians.mp4"
 _ALPHA = 0.2  # of the exponential mean: how much of a frame is its own
@@ -130,9 +129,7 @@ METHODS: dict[str, Callable[[Pictures, Floats], Floats]] = {
 def fit(of: Floats, to: Floats) -> tuple[float, float]:
     """Scale and shift of the least squares from one set of depths to another, where both are finite."""
     known = np.isfinite(of) & np.isfinite(to)
-    x, y = of[known].astype(np.float64), to[known].astype(np.float64)
-    a = float(((x - x.mean()) * (y - y.mean())).sum() / max(float(((x - x.mean()) ** 2).sum()), 1e-12))
-    return a, float(y.mean() - a * x.mean())
+    return fit_affine(of[known], to[known])
 
 
 def affine(of: Floats, to: Floats) -> Floats:
@@ -144,19 +141,17 @@ def against_truth(depth: Floats, clip: clips.Clip) -> dict[str, float]:
     """Figures of a clip's depth, lower is better except δ1; TAE in per cent."""
     truth = np.where(clip.valid, clip.depth_m, np.nan)
     logs = np.log([max(fit(one, other)[0], 1e-6) for one, other in zip(depth, truth, strict=True)])
-    metres = np.maximum(affine(depth, truth), 1e-3)
-    known = np.isfinite(truth)
-    ratio = metres[known] / truth[known]
+    scale, shift = fit(depth, truth)
+    figures = depth_metrics(depth[clip.valid], truth[clip.valid], scale, shift, (1e-3, np.inf))
     # As `depthmill evaluate` does: TAE divides by depths, and what is put behind the camera would be all of it.
-    views = [
-        (np.maximum(one, np.nanmin(truth)), clip.intrinsics, pose) for one, pose in zip(metres, clip.poses, strict=True)
-    ]
+    metres = np.maximum(scale * depth + shift, np.nanmin(truth))
+    views = [(one, clip.intrinsics, pose) for one, pose in zip(metres, clip.poses, strict=True)]
     errors = [alignment_error(a, b, k, at, to) for (a, k, at), (b, _, to) in pairwise(views)]
     errors += [alignment_error(b, a, k, to, at) for (a, _, at), (b, k, to) in pairwise(views)]
     return {
         "flicker": float(np.diff(logs).std()),
-        "AbsRel": float(np.abs(ratio - 1).mean()),
-        "δ1": float((np.maximum(ratio, 1 / ratio) < 1.25).mean()),
+        "AbsRel": figures["abs_rel"],
+        "δ1": figures["delta1"],
         "TAE": 100 * float(np.mean(errors)),
     }
 
@@ -187,7 +182,7 @@ def against_the_background(depth: Floats, raw: Floats, pictures: Pictures) -> di
 def rendered(seeds: range, frames: int, height: int) -> dict[str, list[tuple[clips.Clip, Floats, Floats]]]:
     """By camera: clips, their depth in [0, 1] as it is, and as it is disturbed."""
     found: dict[str, list[tuple[clips.Clip, Floats, Floats]]] = {}
-    for camera in CAMERAS:
+    for camera in clips.CAMERAS:
         found[camera] = []
         for seed in seeds:
             clip = clips.render_clip(seed, camera, frames, height, height * 4 // 3)
