@@ -45,13 +45,13 @@ def evaluate_clips(
         The figures of the labels as they are, `raw`, and, where they are smoothed, of those, `smoothed`.
 
     Raises:
-        EvaluationError: If files are missing, or not one clip can be scored.
+        EvaluationError: If files are missing, of another version of the scenes, or not one clip can be scored.
         DepthmillError: Also whatever labelling raises.
     """
     console = Console(highlight=False)
     wanted = find_clip_set(name)
     try:
-        find_index(wanted, data)
+        index = find_index(wanted, data)
     except EvaluationError:
         if name != "rendered":
             raise
@@ -66,6 +66,11 @@ def evaluate_clips(
         with progress_on(console) as progress:
             for _ in progress.track(export_clips(data), total=total, description="rendering"):
                 pass
+    else:
+        if name == "rendered":
+            from depthmill.pipeline.training.clips import check_version
+
+            check_version(index.parent)
     clips = open_clips(wanted, data)
     samples = [frame.sample for clip in clips for frame in clip.frames]
     config: LabelConfig | None = None

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from depthmill.pipeline.errors import EvaluationError
 from depthmill.pipeline.store import write_atomically
 from depthmill.pipeline.store.files import json_bytes
 from depthmill.pipeline.store.layout import DEPTH_STEP
@@ -29,6 +30,7 @@ Floats = npt.NDArray[np.float32]
 Camera = Literal["static", "pan", "forward"]
 CAMERAS: tuple[Camera, ...] = get_args(Camera)
 SEEDS = (1, 2, 3, 4)  # of the set `rendered`
+_INDEX = "rendered_video.json"
 
 _PAN_DEG = 0.25  # a frame
 _TRAVEL = 0.25  # of the median depth, in the whole clip; less where something is in the way
@@ -116,7 +118,7 @@ def export_clips(
         The name of each clip that is written.
     """
     made = {"version": scenes.VERSION, "frames": frames, "height": height, "width": width}
-    index = folder / "rendered_video.json"
+    index = folder / _INDEX
     sequences = []
     for seed, camera in product(seeds, CAMERAS):
         name = f"{camera}_{seed}"
@@ -143,6 +145,21 @@ def export_clips(
         sequences.append({name: there["frames"]})
         yield name
     write_atomically(index, json_bytes({"rendered": sequences}))
+
+
+def check_version(folder: Path) -> None:
+    """See that exported clips are of this version of the scenes.
+
+    Raises:
+        EvaluationError: If some are of another.
+    """
+    for about in folder.glob("*/clip.json"):
+        version = json.loads(about.read_text()).get("made", {}).get("version")
+        if version != scenes.VERSION:
+            raise EvaluationError(
+                f"{about.parent} is of version {version} of the scenes; expected {scenes.VERSION}: remove "
+                f"{folder / _INDEX} for it to be rendered anew"
+            )
 
 
 def _path(scene: Scene, camera: Camera, frames: int) -> list[Scene]:
@@ -190,8 +207,8 @@ def disturbed(
             log-scale 0.08, about the middle of the range.
 
     Returns:
-        Depth (N, H, W) float32, clipped to [0, 1] and in the store's steps; and what each frame's was
-        multiplied by, and then added to it, (N,) each.
+        Depth (N, H, W) float32, clipped to [0, 1] and in the store's steps; and what each frame's was multiplied
+        by, and then added to it, (N,) each.
     """
     scales = np.exp(rng.normal(0, 0.08, len(depth)))
     shifts = 0.5 * (1 - scales) + rng.normal(0, 0.5 * 0.05, len(depth))

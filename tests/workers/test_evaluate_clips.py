@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from depthmill.cli import app
 from depthmill.pipeline.errors import DepthmillError
 from depthmill.pipeline.evaluation.clips import CLIP_SETS, open_clips, read_true_depth
+from depthmill.pipeline.training import scenes
 from depthmill.pipeline.training.clips import export_clips
 
 
@@ -95,6 +96,13 @@ def test_clips_are_rendered_where_there_are_none(tmp_path, monkeypatch):
     assert "rendering 12 clips to" in output
     assert "0 of 6 pictures" in " ".join(output.split())
     assert (tmp_path / "made/rendered_video.json").is_file()
+
+
+def test_clips_of_another_version_of_the_scenes_are_not_taken_for_these(rendered, tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, "VERSION", scenes.VERSION + 1)
+    code, output = evaluate(rendered, "--predictions", tmp_path, "--out", tmp_path / "out")
+    assert code == 2
+    assert f"version {scenes.VERSION - 1} of the scenes; expected {scenes.VERSION}: remove" in output
 
 
 def test_options_that_make_no_sense_are_refused(rendered, tmp_path):
