@@ -20,6 +20,7 @@ from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS, Domain, Modality, N
 
 DEMO = "demo"  # the name of the checkpoint inside the package
 
+Compile = Literal["auto", "on", "off"]
 Noise = Literal["zeros", "gaussian", "pyramid"]
 TimestepSpacing = Literal["trailing", "leading"]
 Preset = Literal["ultrafast", "fast", "medium"]
@@ -136,7 +137,7 @@ class LabelConfig(BaseModel):
     domain: Domain | None = None
     processing_resolution: int | None = Field(default=None, ge=16)
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Compile = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|(cuda|xpu|mps)(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     normals_dtype: NormalsDtype = "int8"

@@ -11,17 +11,15 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from depthmill.pipeline.config import Compile
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.model.specialize import Specialized
 from depthmill.pipeline.store import write_atomically
 
 log = logging.getLogger(__name__)
-
-Compile = Literal["auto", "on", "off"]
 
 # On CPUs from 4 frames on a batch is as fast as any; twice that is what corpora of many sizes still fill.
 CPU_BATCH = 8
@@ -133,7 +131,7 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def compile_network(network: Specialized, device: torch.device, wanted: Compile, key: Sequence[str]) -> bool:
+def compile_network(network: Specialized, device: torch.device, wanted: Compile, key: Sequence[str]) -> None:
     """Have full batches run compiled, each shape of them by itself; on CUDA as one graph that is launched at once.
 
     `on` compiles when the first full batch of a shape comes. `auto` does so on CUDA, once `network.compile_after`
@@ -147,12 +145,9 @@ def compile_network(network: Specialized, device: torch.device, wanted: Compile,
         device: Where it is.
         wanted: See above.
         key: Whatever decides what is compiled, beside the shape and this package's code.
-
-    Returns:
-        Whether it is going to be compiled.
     """
     if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
-        return False
+        return
     import torch._dynamo
 
     # The notes go with what they are of: who empties torch's cache removes them, too.
@@ -193,7 +188,6 @@ def compile_network(network: Specialized, device: torch.device, wanted: Compile,
             return network.folded(pictures)  # type: ignore[no-any-return]
 
     network.compiled = run
-    return True
 
 
 def fitting_batch(used_bytes: Callable[[int], int], free_bytes: int, key: Sequence[str]) -> int:

@@ -12,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from depthmill.pipeline.config import DEMO, LabelConfig, Noise, Sampling, TimestepSpacing, validated
+from depthmill.pipeline.config import DEMO, Compile, LabelConfig, Noise, Sampling, TimestepSpacing, validated
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.geometry import padded_size, processed_size, rounded_size, to_network
 from depthmill.pipeline.model.backend import (
     CPU_BATCH,
-    Compile,
     compile_network,
     exact_float32,
     fitting_batch,
@@ -43,7 +42,6 @@ class Labeler:
         checkpoints: What is loaded, one for each label.
         processing_resolution: Longer side in pixels at which the network sees a frame.
         batch_size: Most frames in one forward pass; fewer once the GPU has run out of memory.
-        compiled: Whether full batches run compiled, at once or, by `auto`, after some thousand pictures of a new shape.
         round_aspect: Which sources are seen at rounded aspect ratios: `LabelConfig.round_aspect`.
         device: Where the network is.
         dtype: Of the network.
@@ -86,7 +84,6 @@ class Labeler:
         self.sampling = sampling or Sampling()
         self.round_aspect = round_aspect
         self._pixels_that_fit: int | None = None  # in one forward pass, padding included; None: any that were tried
-        self.compiled = False
         self._network: Specialized | SingleStep | GeoWizard
         self._sampler: Sampler | None = None
         if check_joint(checkpoints, self.sampling):
@@ -101,7 +98,7 @@ class Labeler:
                     self._sampler = Sampler(self._network, self.sampling)
         self.batch_size = self._fitting() if batch_size == "auto" else batch_size
         if isinstance(self._network, Specialized):
-            self.compiled = compile_network(self._network, self.device, compile, self._key)
+            compile_network(self._network, self.device, compile, self._key)
         elif compile == "on":
             raise ConfigError(
                 "compile is on, and this network cannot be compiled; expected one of Stable Diffusion's blocks in its "
@@ -225,6 +222,11 @@ class Labeler:
             normals=np.concatenate(normals) if normals else None,
             uncertainty=np.concatenate(uncertainties) if uncertainties else None,
         )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether full batches run compiled, at once or, by `auto`, after some thousand pictures of a new shape."""
+        return isinstance(self._network, Specialized) and self._network.compiled is not None
 
     @property
     def backend(self) -> str:

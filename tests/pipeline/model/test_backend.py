@@ -87,7 +87,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
 def test_what_is_compiled(checkpoints, monkeypatch, wanted, device, compiles):
     network = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1)._network
     monkeypatch.setattr(torch, "compile", lambda *args, **options: network.folded)
-    assert compile_network(network, device, wanted, ["x"]) is compiles
+    compile_network(network, device, wanted, ["x"])
     assert (network.compiled is not None) is compiles
 
 
@@ -98,7 +98,7 @@ def test_auto_compiles_shapes_of_which_there_are_many(checkpoints, monkeypatch):
         torch, "compile", lambda *args, **options: lambda one: ran.append(tuple(one.shape)) or network.folded(one)
     )
     monkeypatch.setattr("depthmill.pipeline.model.backend.COMPILE_AFTER", 4)
-    labeler.compiled = compile_network(network, CUDA, "auto", ["x"])
+    compile_network(network, CUDA, "auto", ["x"])
     assert labeler.backend.endswith("compiled after 4 of a new shape")
     wide, tall = torch.zeros(2, 3, 16, 24), torch.zeros(2, 3, 24, 16)
     for picture in (wide, tall, wide, wide, tall, wide):
@@ -153,7 +153,8 @@ print(counted["fxgraph_cache_hit"], counted["fxgraph_cache_miss"])
 
 
 def test_a_machine_that_cannot_compile(checkpoints, monkeypatch, caplog):
-    network = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1, dtype="float32")._network
+    labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1, dtype="float32")
+    network = labeler._network
     dynamo = pytest.importorskip("torch._dynamo")
 
     def broken(pictures):
@@ -163,9 +164,11 @@ def test_a_machine_that_cannot_compile(checkpoints, monkeypatch, caplog):
     picture = torch.zeros(1, 3, 16, 16)
     expected = network(picture)["depth"]
     compile_network(network, CUDA, "auto", ["x"])
-    network.compile_after = 0
+    assert labeler.compiled
+    labeler.compile_at_once()
     assert torch.equal(network(picture, full=True)["depth"], expected)
     assert "the network runs uncompiled" in caplog.text
+    assert labeler.backend.endswith("not compiled")
     compile_network(network, CPU, "on", ["x"])
     with pytest.raises(ConfigError, match="--compile auto"):
         network(picture, full=True)
