@@ -1,6 +1,6 @@
 """Measure whether the network ever waits for its frames, on a machine with nothing else to do.
 
-    python benchmarks/feed.py [--heights 240 480 1080] [--rates 25 100 400] [--quick]
+    python benchmarks/feed.py [--heights 240 480] [--rates 25 100 400] [--quick]
 
 Three parts, on the demo's clip, scaled and repeated. (1) What a frame costs a core in each part of the way, and so how
 many cores feed a device of a given pace. (2) A whole run, decoding to commit, with a stand-in for the device that takes
@@ -73,7 +73,7 @@ class Answer:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=1536)
-    parser.add_argument("--heights", type=int, nargs="+", default=[240, 480, 1080])
+    parser.add_argument("--heights", type=int, nargs="+", default=[240, 480])
     parser.add_argument("--rates", type=float, nargs="+", default=[25, 100, 400])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=12.0, help="of a run of part 2, about")
