@@ -241,10 +241,25 @@ class Store:
 
     def array(self, source_id: str, name: str) -> zarr.Array[Any]:
         """One Zarr array of a source, as stored: packed, not decoded."""
-        document = self.directory.read(f"{source_id}/{name}/{METADATA}")
+        document = self.document(f"{source_id}/{name}")
         if document is None:
             raise StoreError(f"{self.uri} has no array {name!r} of source {source_id!r}")
-        return open_array(ZarrFiles(self.directory), f"{source_id}/{name}", json.loads(document))
+        return open_array(ZarrFiles(self.directory), f"{source_id}/{name}", document)
+
+    def document(self, path: str) -> Document | None:
+        """The zarr.json of a group or an array; None if there is none.
+
+        Raises:
+            StoreError: If it is damaged.
+        """
+        key = f"{path}/{METADATA}"
+        data = self.directory.read(key)
+        try:
+            return None if data is None else json.loads(data)
+        except ValueError as error:
+            raise StoreError(
+                f"{self.uri}/{key} is damaged ({error!r}): run `depthmill verify {self.uri} --repair`"
+            ) from error
 
     def read_file(self, name: str) -> bytes | None:
         """Read a file at the root, such as `run.json`; None if there is none."""

@@ -58,8 +58,8 @@ class Temporal:
 
     def attributes(self) -> Document | None:
         """How it was made; None if the source was never smoothed."""
-        data = self._directory.read(f"{self._root}/{METADATA}")
-        return None if data is None else json.loads(data)["attributes"]
+        document = self.store.document(self._root)
+        return None if document is None else document["attributes"]
 
     def prepare(self, *, max_edge: int, flow: str, leak: float, shape: tuple[int, int]) -> None:
         """Make the group, or keep of the one that is there what the same options would give again.
@@ -233,9 +233,8 @@ class Temporal:
         return not self.pending("filter")
 
     def _write(self, name: str, start: int, stop: int, values: npt.NDArray[Any]) -> None:
-        document = self._directory.read(f"{self._root}/{name}/{METADATA}")
-        assert document is not None
-        array = json.loads(document)
+        array = self.store.document(f"{self._root}/{name}")
+        assert array is not None
         self._directory.clear_partial(file_key(self.source_id, f"temporal/{name}", array, start))
         open_array(WholeFiles(self._directory), f"{self._root}/{name}", array)[start:stop] = values
 

@@ -32,9 +32,11 @@ def verify_smoothing(store: Store, source_id: str, *, repair: bool) -> Iterator[
     temporal = Temporal(store, source_id)
     frames = store.attributes(source_id)["frames"]
     root = f"{source_id}/temporal"
+    data = store.directory.read(f"{root}/{METADATA}")
+    if data is None:
+        return
     try:
-        if temporal.attributes() is None:
-            return
+        json.loads(data)["attributes"]
     except (ValueError, KeyError, TypeError):
         if repair:
             temporal.remove()

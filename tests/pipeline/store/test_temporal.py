@@ -8,6 +8,7 @@ import pytest
 from depthmill.pipeline.errors import StoreError, StoreFullError
 from depthmill.pipeline.store import open_datasets
 from depthmill.pipeline.store.files import LocalDirectory
+from depthmill.pipeline.store.inspect import inspect
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.store.verify import verify
 from depthmill.tests.pipeline.store.samples import files, write
@@ -62,6 +63,25 @@ def test_an_array_that_lost_its_metadata_is_made_again(store, name):
         assert smoothed(store).read("scale").tolist() == [2] * 18
         assert files(store.uri) == expected
     assert not verify(store).damage
+
+
+def opened(store):
+    return open_datasets(store.uri, smooth=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "reads"),
+    [("video/temporal/zarr.json", (opened, inspect, smoothed)), ("video/temporal/scale/zarr.json", (opened,))],
+)
+def test_damaged_metadata_is_named_with_what_repairs_it(store, key, reads):
+    smoothed(store)
+    for data in (b"", b"\xffnonsense"):
+        (Path(store.uri) / key).write_bytes(data)
+        for read in reads:
+            with pytest.raises(StoreError, match=f"{key} is damaged .*: run `depthmill verify {store.uri} --repair`"):
+                read(store)
+        assert [one.file for one in verify(store, repair=True).damage] == [key]
+        assert smoothed(store).read("scale").tolist() == [2] * 18
 
 
 def test_edges_that_could_not_be_written_are_pending(store, monkeypatch):
