@@ -191,9 +191,10 @@ def source_arrays(source: Document, layout: Layout) -> dict[str, Document]:
         "uncertainty": "median absolute deviation of the ensemble's depths from depth",
     }
     for name in (name for name in depths if name in layout.arrays):
-        arrays[name] = _sharded(
+        arrays[name] = array_document(
             shape=(F, H, W),
-            shard_frames=shard,
+            rows=shard,
+            sharded=True,
             dtype="uint16",
             fill=DEPTH_INVALID,
             dimensions=("frame", "y", "x"),
@@ -207,9 +208,10 @@ def source_arrays(source: Document, layout: Layout) -> dict[str, Document]:
         )
     if "normals" in layout.labels:
         full_scale = NORMALS_FULL_SCALE[layout.normals_dtype]
-        arrays["normals"] = _sharded(
+        arrays["normals"] = array_document(
             shape=(F, H, W, 3),
-            shard_frames=shard,
+            rows=shard,
+            sharded=True,
             dtype=layout.normals_dtype,
             fill=0,
             dimensions=("frame", "y", "x", "axis"),
@@ -223,18 +225,18 @@ def source_arrays(source: Document, layout: Layout) -> dict[str, Document]:
     if is_video:
         # "s", not "seconds", which xarray would decode into timedeltas.
         attributes: Document = {"long_name": "time since the first frame", "units": "s"}
-        arrays["time"] = plain_array(
-            shape=(F,), chunk_frames=F, dtype="float64", fill="NaN", dimensions=("frame",), attributes=attributes
+        arrays["time"] = array_document(
+            shape=(F,), rows=F, dtype="float64", fill="NaN", dimensions=("frame",), attributes=attributes
         )
     else:
         attributes = {"long_name": "name of the picture"}
-        arrays["key"] = plain_array(
-            shape=(F,), chunk_frames=F, dtype="string", fill="", dimensions=("frame",), attributes=attributes
+        arrays["key"] = array_document(
+            shape=(F,), rows=F, dtype="string", fill="", dimensions=("frame",), attributes=attributes
         )
         attributes = {"long_name": "valid height and width", "units": "pixel", **along}
-        arrays["size"] = plain_array(
+        arrays["size"] = array_document(
             shape=(F, 2),
-            chunk_frames=segment,
+            rows=segment,
             dtype="int32",
             fill=0,
             dimensions=("frame", "extent"),
@@ -242,20 +244,20 @@ def source_arrays(source: Document, layout: Layout) -> dict[str, Document]:
         )
     flags = {"flag_values": [PENDING, LABELLED, FAILED], "flag_meanings": "pending labelled failed"}
     attributes = {"long_name": "what became of a frame", **flags, **along}
-    arrays["status"] = plain_array(
-        shape=(F,), chunk_frames=segment, dtype="uint8", fill=PENDING, dimensions=("frame",), attributes=attributes
+    arrays["status"] = array_document(
+        shape=(F,), rows=segment, dtype="uint8", fill=PENDING, dimensions=("frame",), attributes=attributes
     )
     attributes = {"long_name": "why a frame failed", **along}
-    arrays["reason"] = plain_array(
-        shape=(F,), chunk_frames=segment, dtype="string", fill="", dimensions=("frame",), attributes=attributes
+    arrays["reason"] = array_document(
+        shape=(F,), rows=segment, dtype="string", fill="", dimensions=("frame",), attributes=attributes
     )
     files = len(layout.arrays) * (segment // shard) + (1 if is_video else 2)
     attributes = {
         "long_name": "bytes and CRC-32 of each file of a segment, as bytes << 32 | crc; 0 where there is none"
     }
-    arrays["checksum"] = plain_array(
+    arrays["checksum"] = array_document(
         shape=(-(-F // segment), files),
-        chunk_frames=1,
+        rows=1,
         dtype="uint64",
         fill=0,
         dimensions=("segment", "file"),
@@ -311,74 +313,35 @@ def label_codecs(dtype: str, ndim: int) -> list[Document]:
     return [*planes, _bytes(itemsize), _blosc(shuffle, itemsize, clevel=1, blocksize=2**20)]
 
 
-def _sharded(
+def array_document(
     *,
     shape: tuple[int, ...],
-    shard_frames: int,
-    dtype: str,
-    fill: float,
-    dimensions: tuple[str, ...],
-    attributes: Document,
-) -> Document:
-    index_codecs = [_bytes(8), {"name": "crc32c"}]
-    sharding = {
-        "chunk_shape": [1, *shape[1:]],
-        "codecs": label_codecs(dtype, len(shape)),
-        "index_codecs": index_codecs,
-        "index_location": "end",
-    }
-    codecs = [{"name": "sharding_indexed", "configuration": sharding}]
-    return _array(
-        shape=shape,
-        chunk_frames=shard_frames,
-        dtype=dtype,
-        fill=fill,
-        codecs=codecs,
-        dimensions=dimensions,
-        attributes=attributes,
-    )
-
-
-def plain_array(
-    *,
-    shape: tuple[int, ...],
-    chunk_frames: int,
+    rows: int,
     dtype: str,
     fill: float | str,
     dimensions: tuple[str, ...],
     attributes: Document,
+    sharded: bool = False,
 ) -> Document:
-    """The zarr.json of an array in plain chunks of `chunk_frames` rows."""
-    itemsize = 1 if dtype == "string" else np.dtype(dtype).itemsize
-    serializer = {"name": "vlen-utf8"} if dtype == "string" else _bytes(itemsize)
-    codecs = [serializer, _blosc("shuffle" if itemsize > 1 else "noshuffle", itemsize)]
-    return _array(
-        shape=shape,
-        chunk_frames=chunk_frames,
-        dtype=dtype,
-        fill=fill,
-        codecs=codecs,
-        dimensions=dimensions,
-        attributes=attributes,
-    )
-
-
-def _array(
-    *,
-    shape: tuple[int, ...],
-    chunk_frames: int,
-    dtype: str,
-    fill: float | str,
-    codecs: list[Document],
-    dimensions: tuple[str, ...],
-    attributes: Document,
-) -> Document:
+    """The zarr.json of an array with `rows` rows in a file: one chunk, or, if it is sharded, a chunk for each."""
+    if sharded:
+        sharding = {
+            "chunk_shape": [1, *shape[1:]],
+            "codecs": label_codecs(dtype, len(shape)),
+            "index_codecs": [_bytes(8), {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        codecs: list[Document] = [{"name": "sharding_indexed", "configuration": sharding}]
+    else:
+        itemsize = 1 if dtype == "string" else np.dtype(dtype).itemsize
+        serializer = {"name": "vlen-utf8"} if dtype == "string" else _bytes(itemsize)
+        codecs = [serializer, _blosc("shuffle" if itemsize > 1 else "noshuffle", itemsize)]
     return {
         "zarr_format": 3,
         "node_type": "array",
         "shape": list(shape),
         "data_type": dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk_frames, *shape[1:]]}},
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [rows, *shape[1:]]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": fill,
         "codecs": codecs,

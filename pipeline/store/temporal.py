@@ -23,10 +23,10 @@ from depthmill.pipeline.store.layout import (
     DEPTH_INVALID,
     DEPTH_STEP,
     Document,
+    array_document,
     file_key,
     group_document,
     pack_normals,
-    plain_array,
     source_arrays,
 )
 from depthmill.pipeline.store.root import METADATA
@@ -243,9 +243,9 @@ class Temporal:
 
         def one(name: str, dtype: str, fill: float, about: str, chunk: int = frames) -> Document:
             full = (frames, *(shape if name == "edges" else ()))
-            return plain_array(
+            return array_document(
                 shape=full,
-                chunk_frames=chunk,
+                rows=chunk,
                 dtype=dtype,
                 fill=fill,
                 dimensions=("frame", "gap", "field")[: len(full)],
