@@ -298,6 +298,3 @@ def store_away(uri: str) -> StoreError:
 
 def _cannot_remove(path: Path, error: OSError) -> StoreError:
     return StoreError(f"{path} cannot be removed: {error.strerror}; check its permissions, then try again")
-
-
-__all__ = ["Directory", "LocalDirectory", "json_bytes", "open_directory", "store_away", "write_atomically"]

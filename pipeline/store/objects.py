@@ -143,6 +143,3 @@ def _counts(entry: Mapping[str, Any]) -> bool:
 def _name(entry: Mapping[str, Any]) -> str:
     name: str = entry["name"]
     return name.rstrip("/").rpartition("/")[2]
-
-
-__all__ = ["ObjectDirectory"]

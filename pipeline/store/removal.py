@@ -60,6 +60,3 @@ def _is_source(group: bytes | None) -> bool:
         return group is None or json.loads(group)["attributes"].keys() >= {"uri", "fingerprint"}
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-__all__ = ["remove"]

@@ -114,16 +114,3 @@ def _whole(document: Any) -> Root:
 
 def _texts(documents: Iterable[tuple[str, Document]]) -> dict[str, str]:
     return {path: json.dumps(document, allow_nan=False, separators=(",", ":")) for path, document in documents}
-
-
-__all__ = [
-    "BEING_REMOVED",
-    "FAILURES",
-    "METADATA",
-    "RUN",
-    "Root",
-    "new_root",
-    "read_root",
-    "source_members",
-    "write_root",
-]

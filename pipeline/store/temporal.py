@@ -280,6 +280,3 @@ def stored_rows(store: Store, source_id: str, name: str, start: int, stop: int) 
         end = min(start - start % shard + shard, stop)
         yield from np.asarray(array[start:end])
         start = end
-
-
-__all__ = ["FILTERED", "NO_LABELS", "PARTLY", "SCALED", "SMOOTH_OFFSET", "UNREAD", "Temporal", "stored_rows"]

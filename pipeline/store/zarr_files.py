@@ -133,6 +133,3 @@ def _bounds(byte_range: ByteRequest | None) -> tuple[int | None, int | None]:
         case SuffixByteRequest(suffix):
             return -suffix, None
     return None, None
-
-
-__all__ = ["WholeFiles", "ZarrFiles", "open_array"]
