@@ -30,6 +30,7 @@ from depthmill.pipeline.store.layout import (
     source_arrays,
 )
 from depthmill.pipeline.store.root import METADATA
+from depthmill.pipeline.store.shard import assemble, encode_chunk
 from depthmill.pipeline.store.store import Store
 from depthmill.pipeline.store.zarr_files import WholeFiles, open_array
 from depthmill.pipeline.types import Segment
@@ -175,33 +176,26 @@ class Temporal:
         shard = self.store.layout.frames_per_shard(*attributes["size"])
         rows = iter(frames)
         codes = np.full(segment.frames, NO_LABELS, np.uint8)
-        names = self.store.layout.labels
         arrays = source_arrays(attributes, self.store.layout)
         for start in range(segment.start, segment.stop, shard):
             stop = min(start + shard, segment.stop)
-            packed = {
-                name: np.full(
-                    (stop - start, *arrays[name]["shape"][1:]),
-                    DEPTH_INVALID if name == "depth" else 0,
-                    arrays[name]["data_type"],
-                )
-                for name in names
-            }
+            chunks = {name: [b""] * (stop - start) for name in self.store.layout.labels}
             for row in range(stop - start):
                 given = next(rows)
                 if given is None:
                     continue
                 codes[start - segment.start + row], labels = given
-                for name in names:
-                    height, width = labels[name].shape[:2]
-                    packed[name][row, :height, :width] = (
-                        pack_smooth_depth(labels[name])
-                        if name == "depth"
-                        else pack_normals(labels[name], arrays[name]["data_type"])
-                    )
-            for name in names:
-                array = open_array(WholeFiles(self._directory), f"{self.source_id}/{name}_smooth", arrays[name])
-                array[start:stop] = packed[name]
+                for name, encoded in chunks.items():
+                    dtype = arrays[name]["data_type"]
+                    packed = pack_smooth_depth(labels[name]) if name == "depth" else pack_normals(labels[name], dtype)
+                    encoded[row] = encode_chunk(packed, arrays[name])
+            for name, encoded in chunks.items():
+                key = file_key(self.source_id, f"{name}_smooth", arrays[name], start)
+                data = assemble(encoded, arrays[name])
+                if data is None:
+                    self._directory.delete(key)
+                else:
+                    self._directory.write(key, data)
         self._write("filtered", segment.start, segment.stop, codes)
 
     def read(self, name: str) -> npt.NDArray[Any]:
