@@ -359,8 +359,9 @@ def inspect(
     found = look(open_store(store))
     if as_json:
         import json
+        from dataclasses import asdict
 
-        typer.echo(json.dumps(found.document(), indent=2))
+        typer.echo(json.dumps(asdict(found), indent=2))
     else:
         typer.echo(as_text(found))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -85,10 +85,6 @@ class Inspection:
     run: dict[str, Any]
     sources: tuple[SourceSummary, ...]
 
-    def document(self) -> dict[str, Any]:
-        """All of it as JSON."""
-        return asdict(self)
-
 
 def inspect(store: Store) -> Inspection:
     """Look at a store: one listing of all its files, and the status of the sources that have any, many at once."""
@@ -106,8 +102,22 @@ def inspect(store: Store) -> Inspection:
         failed = status == FAILED
         reasons = Counter(map(str, store.reasons(source_id)[failed])) if failed.any() else Counter[str]()
         smoothing = _smoothing(store, source_id) if f"{source_id}/temporal/{METADATA}" in files else "none"
-        labelled = int((status == LABELLED).sum())
-        return _summary(store, source_id, labelled, int(failed.sum()), sizes[source_id], smoothing), reasons
+        attributes, labelled = store.attributes(source_id), int((status == LABELLED).sum())
+        height, width = attributes["size"]
+        summary = SourceSummary(
+            id=source_id,
+            uri=attributes["uri"],
+            kind=attributes["kind"],
+            frames=attributes["frames"],
+            labelled=labelled,
+            failed=int(failed.sum()),
+            pending=attributes["frames"] - labelled - int(failed.sum()),
+            height=height,
+            width=width,
+            bytes=sizes[source_id],
+            smoothing=smoothing,
+        )
+        return summary, reasons
 
     with ThreadPoolExecutor(READERS) as pool:
         looked = list(pool.map(look, ids))
@@ -132,26 +142,6 @@ def inspect(store: Store) -> Inspection:
         unopened=dict(Counter(_unopened(store)).most_common()),
         run=json.loads(store.read_file(RUN) or b"{}"),
         sources=sources,
-    )
-
-
-def _summary(
-    store: Store, source_id: str, labelled: int, failed: int, size_bytes: int, smoothing: str
-) -> SourceSummary:
-    attributes = store.attributes(source_id)
-    height, width = attributes["size"]
-    return SourceSummary(
-        id=source_id,
-        uri=attributes["uri"],
-        kind=attributes["kind"],
-        frames=attributes["frames"],
-        labelled=labelled,
-        failed=failed,
-        pending=attributes["frames"] - labelled - failed,
-        height=height,
-        width=width,
-        bytes=size_bytes,
-        smoothing=smoothing,
     )
 
 

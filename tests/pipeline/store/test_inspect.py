@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.store.files import LocalDirectory
@@ -31,7 +32,7 @@ def test_counts_sizes_and_reasons_are_those_of_the_files(store):
     assert found.bytes == sum(map(len, there.values()))
     assert video.bytes == sum(len(data) for key, data in there.items() if key.startswith("video/"))
     assert found.bytes_per_frame == (video.bytes + images.bytes) / 13
-    assert json.loads(json.dumps(found.document()))["sources"][1]["uri"] == VIDEO.uri
+    assert json.loads(json.dumps(asdict(found)))["sources"][1]["uri"] == VIDEO.uri
     text = as_text(found)
     assert "23: 9 labelled, 4 failed, 10 pending" in text
     assert "12.50 frames/s (cpu)" in text
