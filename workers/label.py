@@ -164,7 +164,7 @@ def label(
         deaths=standing.deaths,
         retries=standing.retries,
     )
-    if standing.counts.done or store.read_file("run.json") is None:
+    if standing.counts.done or store.directory.read("run.json") is None:
         _write_run(summary, store, config, checkpoints, started)
     return summary
 
@@ -241,7 +241,7 @@ def _write_run(
         "machine": {"host": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count()},
         "versions": {name: version(name) for name in ("depthmill", "torch", "diffusers", "ray", "av", "zarr")},
     }
-    store.write_file("run.json", (json.dumps(values, indent=2) + "\n").encode())
+    store.directory.write("run.json", (json.dumps(values, indent=2) + "\n").encode())
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def finished(
     started_s = time.perf_counter()
     try:
         store = open_store(store_uri)
-        if store.read_file("run.json") is None:  # the earlier run did not come to its end
+        if store.directory.read("run.json") is None:  # the earlier run did not come to its end
             return None
         checkpoints = open_named(config)
         if config.dtype == "auto":

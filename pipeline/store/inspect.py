@@ -140,7 +140,7 @@ def inspect(store: Store) -> Inspection:
         bytes_per_frame=sum(source.bytes for source in sources) / done if done else 0.0,
         failures=dict(reasons.most_common()),
         unopened=dict(Counter(_unopened(store)).most_common()),
-        run=json.loads(store.read_file(RUN) or b"{}"),
+        run=json.loads(store.directory.read(RUN) or b"{}"),
         sources=sources,
     )
 
@@ -155,7 +155,7 @@ def _smoothing(store: Store, source_id: str) -> str:
 
 
 def _unopened(store: Store) -> list[str]:
-    lines = (store.read_file(FAILURES) or b"").splitlines()  # of bytes: text would be split at U+2028, too
+    lines = (store.directory.read(FAILURES) or b"").splitlines()  # of bytes: text would be split at U+2028, too
     return [failure["reason"] for failure in map(json.loads, lines) if failure["source_id"] is None]
 
 

@@ -261,14 +261,6 @@ class Store:
                 f"{self.uri}/{key} is damaged ({error!r}): run `depthmill verify {self.uri} --repair`"
             ) from error
 
-    def read_file(self, name: str) -> bytes | None:
-        """Read a file at the root, such as `run.json`; None if there is none."""
-        return self.directory.read(name)
-
-    def write_file(self, name: str, data: bytes) -> None:
-        """Write a file at the root, atomically."""
-        self.directory.write(name, data)
-
     def remove_if_empty(self) -> None:
         """Remove the store if it is new and has no source, so that a run that could open nothing leaves nothing behind.
 
@@ -285,7 +277,7 @@ class Store:
 
     def _last_limit(self) -> str:
         """`--max-pixels` of the last run that labelled something, in words; "" if none has ended."""
-        limit = json.loads(self.read_file(RUN) or b"{}").get("config", {}).get("max_pixels")
+        limit = json.loads(self.directory.read(RUN) or b"{}").get("config", {}).get("max_pixels")
         return "" if limit is None else f" (in the last run that labelled something, {limit})"
 
     def _array(self, source_id: str, name: str) -> zarr.Array[Any]:
@@ -347,7 +339,7 @@ def write_failures(store: Store, failures: Iterable[Failure]) -> str:
         )
         for f in sorted(failures, key=lambda f: (f.uri, f.source_id or "", f.frame or 0, f.reason))
     ]
-    store.write_file(FAILURES, "".join(f"{line}\n" for line in lines).encode())
+    store.directory.write(FAILURES, "".join(f"{line}\n" for line in lines).encode())
     return f"{store.uri}/{FAILURES}"
 
 

@@ -84,7 +84,7 @@ def test_pictures_of_which_another_limit_lets_in_larger_ones_name_the_limit(stor
     grown = dataclasses.replace(IMAGES, height=48)
     with pytest.raises(StoreMismatchError, match=r"(?s)size: \[24, 32\] there, .*Give --max-pixels as it was then;"):
         store.add_source(grown)
-    store.write_file("run.json", b'{"config": {"max_pixels": 1000}}')
+    store.directory.write("run.json", b'{"config": {"max_pixels": 1000}}')
     with pytest.raises(StoreMismatchError, match=r"as it was then \(in the last run that labelled something, 1000\)"):
         store.add_source(grown)
     for changed in (dataclasses.replace(grown, fingerprint="f9"), dataclasses.replace(VIDEO, height=48)):

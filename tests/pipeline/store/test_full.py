@@ -89,7 +89,7 @@ def test_every_write_that_finds_no_space_says_so(store, monkeypatch, code):
         ):
             writer.commit()
         with pytest.raises(StoreFullError, match=r"run\.json"):
-            store.write_file("run.json", b"{}")
+            store.directory.write("run.json", b"{}")
     assert files(store.uri) == before, "no file, and no part of one, is left"
     assert segment in store.pending("video")
     write(store, segment)

@@ -18,7 +18,7 @@ def test_counts_sizes_and_reasons_are_those_of_the_files(store):
             writer.fail(index, "truncated" if index else "no picture")
     writer.commit()
     stores.write_failures(store, [*store.failures(), Failure("/in/none.mp4", None, None, "no such file")])
-    store.write_file("run.json", json.dumps({"frames_per_s": 12.5, "seconds": 4, "device": "cpu"}).encode())
+    store.directory.write("run.json", json.dumps({"frames_per_s": 12.5, "seconds": 4, "device": "cpu"}).encode())
     found = inspect(stores.open_store(store.uri))
     images, video = found.sources
     assert (video.labelled, video.failed, video.pending, video.frames) == (8, 0, 10, 18)
@@ -58,5 +58,5 @@ def test_lines_of_text_in_a_reason_do_not_break_the_list_of_failures(store):
     stores.write_failures(store, [Failure("/in/\udce9\u2028.mp4", None, None, "odd\u2028name\x85")])
     assert inspect(store).unopened == {"odd\u2028name\x85": 1}
     listed = '{"uri":"/in/two","source_id":null,"frame":null,"reason":"of an\u2028earlier version"}\n'
-    store.write_file("failures.jsonl", listed.encode())
+    store.directory.write("failures.jsonl", listed.encode())
     assert inspect(store).unopened == {"of an\u2028earlier version": 1}

@@ -103,6 +103,6 @@ def test_what_is_cleared_while_it_is_written_is_written_again(store, monkeypatch
 
     monkeypatch.setattr("os.fsync", clear_then_sync)
     before = files(store.uri)
-    store.write_file("run.json", b"{}")
+    store.directory.write("run.json", b"{}")
     assert len(cleared) == 3
     assert files(store.uri) == {**before, "run.json": b"{}"}

@@ -32,7 +32,7 @@ def fill(store):
     store.add(VIDEO, IMAGES)
     for segment in (*store.segments("video")[1:], *store.segments("images")):
         write(store, segment)
-    store.write_file("run.json", b"{}")
+    store.directory.write("run.json", b"{}")
     stores.write_failures(store, store.failures())
     return store
 
@@ -47,8 +47,8 @@ def test_a_store_is_the_same_in_a_bucket_as_in_a_directory(s3, tmp_path):
     assert again.sources() == ["images", "video"]
     assert again.pending("video") == [Segment("video", 0, 8)]
     assert again.progress("video") == local.progress("video")
-    assert again.read_file("run.json") == b"{}"
-    assert again.read_file("nothing") is None
+    assert again.directory.read("run.json") == b"{}"
+    assert again.directory.read("nothing") is None
     datasets = depthmill.open(uri)
     assert np.abs(datasets["video"]["depth"][9].values - labels(9)[0]).max() <= 1e-4
     xarray.testing.assert_identical(datasets["images"].load(), depthmill.open(local.uri)["images"].load())
@@ -69,7 +69,7 @@ def test_a_bucket_outlives_the_store_in_it(s3):
     assert list(objects(s3.url)) == ["zarr.json"]
     store.remove_if_empty()
     assert objects(s3.url) == {}
-    store.write_file("notes.txt", b"the bucket is there")
+    store.directory.write("notes.txt", b"the bucket is there")
     assert objects(s3.url) == {"notes.txt": b"the bucket is there"}
 
 
