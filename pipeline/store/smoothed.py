@@ -38,23 +38,16 @@ def smoothed(store: Store, datasets: Mapping[str, xarray.Dataset]) -> dict[str, 
 def _applied(temporal: Temporal, dataset: xarray.Dataset) -> xarray.Dataset:
     store, source_id = temporal.store, temporal.source_id
     scale, shift = temporal.read("scale"), temporal.read("shift")
-    labels: dict[str, Any] = {"shot": ("frame", temporal.read("shot"))}
+    rows = {"depth": _Rows(store.array(source_id, "depth"), scale, shift)}
     if temporal.filtered():
-        for name in store.layout.labels:
-            labels[name] = _Rows(store.array(source_id, f"{name}_smooth"))
-    else:
-        labels["depth"] = _Rows(store.array(source_id, "depth"), scale, shift)
+        rows = {name: _Rows(store.array(source_id, f"{name}_smooth")) for name in store.layout.labels}
     if store.layout.uncertainty:  # in units of depth, whose are others now
-        labels["uncertainty"] = _Rows(store.array(source_id, "uncertainty"), scale, np.zeros_like(shift))
-    for array in store.layout.arrays:
-        if array in labels:
-            about = {key: dataset[array].attrs[key] for key in ("units",) if key in dataset[array].attrs}
-            labels[array] = (
-                dataset[array].dims,
-                LazilyIndexedArray(labels[array]),
-                {**about, "long_name": f"{array}, smoothed"},
-            )
-    return dataset.assign(labels)
+        rows["uncertainty"] = _Rows(store.array(source_id, "uncertainty"), scale, np.zeros_like(shift))
+    labels = {
+        name: (dataset[name].dims, LazilyIndexedArray(row), {"units": "1", "long_name": f"{name}, smoothed"})
+        for name, row in rows.items()
+    }
+    return dataset.assign({**labels, "shot": ("frame", temporal.read("shot"))})
 
 
 @dataclass(eq=False)
