@@ -175,9 +175,7 @@ def _timeline(store: Store, view: _View) -> Timeline:
         np.stack([array[i, :, column].values for i in shown], -1)
         for array in (view.labels["depth"], view.labels[_SMOOTHED.format("depth")])
     )
-    scale, shift, shot = (
-        np.asarray(store.array(view.source_id, f"temporal/{name}")[:]) for name in ("scale", "shift", "shot")
-    )
+    scale, shift, shot = map(Temporal(store, view.source_id).read, ("scale", "shift", "shot"))
     known = view.status == LABELLED
     return Timeline(
         raw=raw,

@@ -31,7 +31,7 @@ class Source:
 
     Attributes:
         id: Name of its group in the store; derived from `uri` alone, so that a rerun finds it again.
-        uri: Absolute path of the file or folder.
+        uri: Absolute path of the file or folder, or its URL without what is secret in it.
         kind: What reads it.
         frames: True number of frames: counted from the packets (video), the files (images), the samples with a
             picture (webdataset) or the rows (parquet).

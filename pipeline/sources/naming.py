@@ -11,14 +11,9 @@ from pathlib import Path
 from depthmill.pipeline.objects import is_url, path_of, shown
 
 
-def absolute(path: str | Path) -> Path:
-    """The absolute path without `.` and `..`, links not followed: one name for one input, however it was given."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 (Path.absolute keeps "..")
-
-
 def canonical_uri(uri: str | Path) -> str:
-    """One name for one input: a URL without what is secret in it, the absolute path of a file."""
-    return shown(str(uri)) if is_url(uri) else str(absolute(uri))
+    """One name for one input: a URL without what is secret in it, a path made absolute, links not followed."""
+    return shown(str(uri)) if is_url(uri) else os.path.abspath(uri)  # noqa: PTH100 (Path.absolute keeps "..")
 
 
 def readable(name: str) -> str:

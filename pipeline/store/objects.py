@@ -8,9 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from depthmill.pipeline.errors import StoreError
-from depthmill.pipeline.objects import locate, said
-
-_SCHEMES = ("s3", "gs")
+from depthmill.pipeline.objects import is_bucket, locate, said
 
 
 class ObjectDirectory:
@@ -31,7 +29,7 @@ class ObjectDirectory:
                 f"the store's {parts.scheme}:// URL has credentials in it: expected {parts.scheme}://bucket/prefix; "
                 "give them in the environment or in the provider's own files"
             )
-        if parts.scheme not in _SCHEMES or not parts.netloc or parts.query or parts.fragment:
+        if not is_bucket(uri) or not parts.netloc or parts.query or parts.fragment:
             raise StoreError(f"{uri} cannot be a store: expected a directory, s3://bucket/prefix or gs://bucket/prefix")
         self.uri = uri.rstrip("/")
         self._root = self.uri.partition("://")[2]

@@ -162,20 +162,20 @@ class _Check:
                 return _decoded(segment.source_id, name, self._arrays[name], key, file, part)
             except Exception as error:  # whatever codecs raise of broken bytes
                 frames = rows if name == "checksum" else part
-                found.append((key, *_bounds(frames), f"cannot be decoded: {type(error).__name__}: {error}"))
+                found.append((key, frames.start, frames.stop, f"cannot be decoded: {type(error).__name__}: {error}"))
                 return None
 
         data = self._store.directory.read_all([status_key, sums_key])
         files, size = len(data), sum(map(len, data.values()))
         status = values("status", status_key, data.get(status_key), rows)
         if status is not None and (status == PENDING).any():
-            found.append((status_key, *_bounds(rows), "says of some frames that they are pending"))
+            found.append((status_key, segment.start, segment.stop, "says of some frames that they are pending"))
             status = None
         sums = None
         if sums_key in data:
             sums = values("checksum", sums_key, data[sums_key], slice(number, number + 1))
         elif self._has_checksums:
-            found.append((sums_key, *_bounds(rows), "is missing"))
+            found.append((sums_key, segment.start, segment.stop, "is missing"))
         expected = {} if sums is None else dict(zip(keys, map(int, sums[0]), strict=False))
         reasons = None
         for together in _groups(keys, expected):
@@ -195,7 +195,7 @@ class _Check:
                 if name == "reason":
                     reasons = decoded
         if status is not None and reasons is not None and ((status == FAILED) != (reasons != "")).any():
-            found.append((status_key, *_bounds(rows), "does not agree with the reasons of failures"))
+            found.append((status_key, segment.start, segment.stop, "does not agree with the reasons of failures"))
         return _Checked(
             segment,
             unchecked=not self._has_checksums,
@@ -237,10 +237,6 @@ def _decoded(
 ) -> npt.NDArray[Any]:
     files = {} if data is None else {key: cpu.Buffer.from_bytes(data)}
     return np.asarray(open_array(MemoryStore(files), f"{source_id}/{name}", document)[rows])  # type: ignore[arg-type]
-
-
-def _bounds(rows: slice) -> tuple[int, int]:
-    return rows.start, rows.stop
 
 
 def _verify_metadata(store: Store, source_id: str, repair: bool) -> Iterator[Damage]:

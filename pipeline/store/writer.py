@@ -113,7 +113,10 @@ class SegmentWriter:
         for name, label in (("depth", depth), ("normals", normals), ("uncertainty", uncertainty)):
             if (label is not None) != (name in self._layout.arrays):
                 given = "no " if label is None else ""
-                raise StoreError(f"frame {index} of {self._segment} has {given}{name}, but {self._expected()}")
+                raise StoreError(
+                    f"frame {index} of {self._segment} has {given}{name}, but the store's labels are "
+                    f"{list(self._layout.arrays)}"
+                )
             if label is not None:
                 self._check_shape(index, name, label)
                 self._check_dtype(index, name, label)
@@ -224,9 +227,6 @@ class SegmentWriter:
             bound = "at most " if "size" in self._documents else ""
             expected = (self._height, self._width, *([3] if name == "normals" else []))
             raise StoreError(f"{name} of frame {index} of {self._segment} is {label.shape}, not {bound}{expected}")
-
-    def _expected(self) -> str:
-        return f"the store's labels are {list(self._layout.arrays)}"
 
     def _finish_row(self, row: int, status: int) -> None:
         self._status[row] = status
