@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from typing import Any, Self
+from typing import Any
 
 import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
@@ -39,10 +39,6 @@ class ZarrFiles(Store):
 
     def __repr__(self) -> str:
         return f"ZarrFiles({self.directory.uri!r})"
-
-    def with_read_only(self, read_only: bool = False) -> Self:
-        """The same files, writable or not."""
-        return type(self)(self.directory, read_only=read_only)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Read a file, or a part of it."""
@@ -96,8 +92,8 @@ class WholeFiles(ZarrFiles):
         written: Key -> checksum (`layout.checksum`) of each file written through this object; 0 for what is no file.
     """
 
-    def __init__(self, directory: Directory, *, read_only: bool = False) -> None:
-        super().__init__(directory, read_only=read_only)
+    def __init__(self, directory: Directory) -> None:
+        super().__init__(directory)
         self.written: dict[str, int] = {}
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
