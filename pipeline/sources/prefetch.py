@@ -39,7 +39,8 @@ class Prefetch(Iterator[T]):
             size: Bytes of an item.
             most_bytes: No item is made while those not yet taken have as many.
         """
-        assert depth >= 1
+        if depth < 1:
+            raise ValueError(f"prefetch depth {depth}: expected at least 1")
         self._items, self._depth, self._size, self._most_bytes = items, depth, size, most_bytes
         self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         self._room = threading.Condition()
@@ -100,13 +101,7 @@ class Prefetch(Iterator[T]):
             self._room.notify()
 
 
-def prefetch(items: Iterator[T], depth: int, size: Callable[[T], int] = lambda item: 0) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
     """A `Prefetch` that starts with the first item asked for, and ends when this ends, raises or is closed."""
-    if depth < 1:
-        raise ValueError(f"prefetch depth {depth}: expected at least 1")
-    return _prefetch(items, depth, size)
-
-
-def _prefetch(items: Iterator[T], depth: int, size: Callable[[T], int]) -> Iterator[T]:
-    with closing(Prefetch(items, depth, size)) as ahead:
+    with closing(Prefetch(items, depth)) as ahead:
         yield from ahead

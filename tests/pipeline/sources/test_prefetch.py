@@ -87,4 +87,4 @@ def test_nothing_runs_before_the_first_item_is_asked_for() -> None:
 
 def test_depth() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        prefetch(iter(()), 0)
+        Prefetch(iter(()), 0)
