@@ -13,9 +13,9 @@ from pathlib import Path
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_url
 from depthmill.pipeline.sources.limits import check_frames
-from depthmill.pipeline.sources.naming import canonical_uri, readable, source_id
+from depthmill.pipeline.sources.naming import canonical_uri, readable
 from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files, unanswered
-from depthmill.pipeline.sources.pictures import Encoded, Header, Picture, decode_ahead, read_header
+from depthmill.pipeline.sources.pictures import Encoded, Header, Picture, decode_ahead, describe, read_header
 from depthmill.pipeline.types import Frame, Source
 
 IMAGE_SUFFIXES = frozenset(
@@ -106,18 +106,7 @@ def _probe(uri: str, max_pixels: int, max_frames: int) -> tuple[Source, list[Pic
     digest = hashlib.sha256()
     for key, header in zip(keys, headers, strict=True):
         digest.update(f"{key}\0{header.digest}\0".encode())
-    source = Source(
-        id=source_id(uri),
-        uri=uri,
-        kind="images",
-        frames=len(files),
-        height=max(header.height for header in headers) or 1,
-        width=max(header.width for header in headers) or 1,
-        fps=None,
-        fingerprint=digest.hexdigest(),
-        keys=keys,
-    )
-    return source, files, headers
+    return describe(uri, "images", keys, headers, digest.hexdigest()), files, headers
 
 
 def _list_files(path: Path) -> dict[str, Picture]:

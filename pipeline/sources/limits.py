@@ -20,6 +20,10 @@ def check_frames(uri: str | Path, frames: int, max_frames: int) -> None:
         )
 
 
-def max_encoded_bytes(max_pixels: int) -> int:
-    """Most bytes of one encoded picture that are read into memory: four a pixel, and room for what is said of it."""
-    return 4 * max_pixels + (1 << 20)
+def too_large(size_bytes: int, max_pixels: int) -> str:
+    """Why an encoded picture is not read into memory; "" if it is.
+
+    At most four bytes a pixel are, and room for what is said of it.
+    """
+    most = 4 * max_pixels + (1 << 20)
+    return f"{size_bytes} bytes; at most {most} are read of a picture: scale it down" if size_bytes > most else ""

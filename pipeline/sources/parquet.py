@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources.limits import check_frames, max_encoded_bytes
-from depthmill.pipeline.sources.naming import canonical_uri, source_id, unique_names
+from depthmill.pipeline.sources.limits import check_frames, too_large
+from depthmill.pipeline.sources.naming import canonical_uri, unique_names
 from depthmill.pipeline.sources.opening import file_size, open_binary
-from depthmill.pipeline.sources.pictures import Encoded, Header, decode_ahead, read_header
+from depthmill.pipeline.sources.pictures import NO_HEADER, Encoded, Header, decode_ahead, describe, read_header
 from depthmill.pipeline.types import Frame, Source
 
 PARQUET_SUFFIXES = frozenset([".parquet", ".pq"])
@@ -36,7 +36,6 @@ _KEY_COLUMNS = ("__key__", "key", "id", "image_id", "file_name", "filename", "im
 _BYTE_TYPES = frozenset(["binary", "large_binary", "binary_view"])
 _NAME_TYPES = frozenset(["string", "large_string", "string_view", "int32", "int64", "uint32", "uint64"])
 
-_NO_HEADER = Header(0, 0, "")
 _NO_ROWS: tuple[Any, ...] = ()
 
 _BATCH_ROWS = 16
@@ -107,7 +106,7 @@ class ParquetSource:
         check_frames(self._uri, frames, self._max_frames)
         if not frames:
             raise SourceError(f"{self._uri}: no rows; expected one for each picture: leave it out")
-        headers = [_NO_HEADER] * frames
+        headers = [NO_HEADER] * frames
         errors: dict[int, str] = {}
         paths: list[str | None] = [None] * frames
         for row in range(frames):
@@ -128,18 +127,7 @@ class ParquetSource:
         digest = hashlib.sha256(f"{rows.size_bytes}\0{rows.column}\0".encode())
         for key, header in zip(keys, headers, strict=True):
             digest.update(f"{key}\0{header.digest}\0".encode())
-        source = Source(
-            id=source_id(self._uri),
-            uri=self._uri,
-            kind="parquet",
-            frames=frames,
-            height=max(header.height for header in headers) or 1,
-            width=max(header.width for header in headers) or 1,
-            fps=None,
-            fingerprint=digest.hexdigest(),
-            keys=keys,
-        )
-        return source, headers, errors
+        return describe(self._uri, "parquet", keys, headers, digest.hexdigest()), headers, errors
 
     def _encoded(
         self, headers: list[Header], errors: dict[int, str], start: int, stop: int, on_passed: Callable[[], None]
@@ -295,8 +283,7 @@ def _problem(data: bytes | None, path: str | None, max_pixels: int) -> str:
         return "null: there is no picture in this row"
     if data is None:
         return f"the file holds the picture's path ({path}), not its bytes: write it with the pictures embedded"
-    most = max_encoded_bytes(max_pixels)
-    return f"{len(data)} bytes; at most {most} are read of a picture: scale it down" if len(data) > most else ""
+    return too_large(len(data), max_pixels)
 
 
 def _picture_column(uri: str, schema: Any) -> str:

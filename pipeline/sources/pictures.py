@@ -12,7 +12,7 @@ import os
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -25,8 +25,9 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from depthmill.pipeline.errors import MissingError, SourceError
+from depthmill.pipeline.sources.naming import source_id
 from depthmill.pipeline.sources.opening import open_binary, read_whole, unanswered
-from depthmill.pipeline.types import Frame
+from depthmill.pipeline.types import Frame, Source, SourceKind
 
 Picture = Path | str | BinaryIO  # a file, a URL, or an open one
 
@@ -80,6 +81,9 @@ class Header:
     digest: str
 
 
+NO_HEADER = Header(0, 0, "")
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A frame that is still to be decoded.
@@ -97,6 +101,21 @@ class Encoded:
     size_bytes: int = 0
     error: str = ""
     away: Callable[[], bool] = lambda: False
+
+
+def describe(uri: str, kind: SourceKind, keys: tuple[str, ...], headers: Sequence[Header], fingerprint: str) -> Source:
+    """The source of these pictures."""
+    return Source(
+        id=source_id(uri),
+        uri=uri,
+        kind=kind,
+        frames=len(keys),
+        height=max(header.height for header in headers) or 1,
+        width=max(header.width for header in headers) or 1,
+        fps=None,
+        fingerprint=fingerprint,
+        keys=keys,
+    )
 
 
 def decode_image(picture: Path | BinaryIO, max_pixels: int) -> npt.NDArray[np.uint8]:

@@ -23,10 +23,10 @@ from typing import Any, BinaryIO, cast
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES
-from depthmill.pipeline.sources.limits import check_frames, max_encoded_bytes
-from depthmill.pipeline.sources.naming import canonical_uri, source_id, unique_names
+from depthmill.pipeline.sources.limits import check_frames, too_large
+from depthmill.pipeline.sources.naming import canonical_uri, unique_names
 from depthmill.pipeline.sources.opening import file_size
-from depthmill.pipeline.sources.pictures import Encoded, Header, decode_ahead, read_header
+from depthmill.pipeline.sources.pictures import NO_HEADER, Encoded, Header, decode_ahead, describe, read_header
 from depthmill.pipeline.sources.tar_members import GZIP_DAMAGE, Member, open_archive, walk
 from depthmill.pipeline.types import Frame, Source
 
@@ -38,7 +38,6 @@ _NAME = re.compile(r"/*((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 # Of a sample's pictures with longer extensions, what the one to label is called.
 _USUAL = ("rgb", "image", "img", "color", "colour")
 
-_NO_HEADER = Header(0, 0, "")
 _WINDOW_BYTES = 4096  # read of a picture at a time, for its header
 _PASSED_BYTES = 1 << 22  # in one step: far less than a second to unpack
 
@@ -129,18 +128,9 @@ class WebDatasetSource:
                 f"{self._uri}: no pictures in this archive{damage and f' ({damage})'}; expected a tar archive with "
                 f"members ending in {' '.join(sorted(IMAGE_SUFFIXES))}: replace it or leave it out"
             )
-        source = Source(
-            id=source_id(self._uri),
-            uri=self._uri,
-            kind="webdataset",
-            frames=len(pictures),
-            height=max(picture.header.height for picture in pictures) or 1,
-            width=max(picture.header.width for picture in pictures) or 1,
-            fps=None,
-            fingerprint=digest.hexdigest(),
-            keys=unique_names(picture.key or f"@{picture.offset}" for picture in pictures),
-        )
-        return source, pictures
+        keys = unique_names(picture.key or f"@{picture.offset}" for picture in pictures)
+        headers = [picture.header for picture in pictures]
+        return describe(self._uri, "webdataset", keys, headers, digest.hexdigest()), pictures
 
     def _encoded(
         self, pictures: list[_Picture], start: int, stop: int, on_passed: Callable[[], None]
@@ -196,7 +186,7 @@ def _pictures(file: BinaryIO, size: int | None, max_pixels: int) -> Iterator[_Pi
             key, extensions, found = member_key, set(), {}
         extensions.add(extension)
         if not member.name:
-            yield _Picture("", member.offset, 0, _NO_HEADER, member.problem)
+            yield _Picture("", member.offset, 0, NO_HEADER, member.problem)
         elif "." + extension.lower().rpartition(".")[2] in IMAGE_SUFFIXES:
             found[extension], is_last = _describe(member, key, file, size, max_pixels)
             if is_last:
@@ -219,16 +209,14 @@ def _chosen(found: dict[str, _Picture]) -> Iterator[_Picture]:
             f"{len(found)} pictures in one sample ({some}); expected one to be told by its name, {key}.jpg or "
             f"{key}.rgb.jpg: rename it, or all (a sample's key ends at the first dot)"
         )
-        yield _Picture(key, 0, 0, _NO_HEADER, error)
+        yield _Picture(key, 0, 0, NO_HEADER, error)
 
 
 def _describe(member: Member, key: str, file: BinaryIO, size: int | None, max_pixels: int) -> tuple[_Picture, bool]:
     """The picture in a member, and whether the archive ends within it."""
-    header, problem, is_last = _NO_HEADER, member.problem, False
-    most = max_encoded_bytes(max_pixels)
-    if not problem and member.size > most:
-        problem = f"{member.size} bytes; at most {most} are read of a picture: scale it down"
-    elif not problem and size is None:
+    header, is_last = NO_HEADER, False
+    problem = member.problem or too_large(member.size, max_pixels)
+    if not problem and size is None:
         data, problem = _read(file, member.offset, member.size)
         is_last = bool(problem)
         header = read_header(io.BytesIO(data), max_pixels)
