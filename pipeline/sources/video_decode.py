@@ -118,28 +118,27 @@ class Decoder:
             LostPlaceError: If packets came that the table does not know.
             SourceError: If the disk or the network fails; the decoder is good for nothing then.
         """
-        size = len(self._table.size)
         ordinal = first
         for ordinal, packet in self._packets(first):  # which may open the file anew: the decoder is then another
             packet.pts = packet.dts = ordinal
-            try:
-                decoded = self._stream.codec_context.decode(packet)
-            except av.FFmpegError as error:
-                if errors is None:
-                    raise DamageError from error
-                errors[ordinal] = reason(error)
-                decoded = []
-            yield from ((frame.pts, frame) for frame in decoded if frame.pts is not None and 0 <= frame.pts < size)
+            yield from self._pictures(packet, ordinal, errors)
             if last is not None and ordinal >= last:
                 break
+        yield from self._pictures(None, ordinal, errors)
+
+    def _pictures(
+        self, packet: av.Packet[Any] | None, ordinal: int, errors: dict[int, str] | None
+    ) -> list[tuple[int, av.video.frame.VideoFrame]]:
+        """What the decoder gives for a packet, or, for None, has left at the end; see `decode`."""
         try:
-            decoded = self._stream.codec_context.decode(None)
+            decoded = self._stream.codec_context.decode(packet)
         except av.FFmpegError as error:
             if errors is None:
                 raise DamageError from error
             errors.setdefault(ordinal, reason(error))
-            decoded = []
-        yield from ((frame.pts, frame) for frame in decoded if frame.pts is not None and 0 <= frame.pts < size)
+            return []
+        known = range(len(self._table.size))
+        return [(frame.pts, frame) for frame in decoded if frame.pts is not None and frame.pts in known]
 
     def _packets(self, first: int) -> Iterator[tuple[int, av.Packet[Any]]]:
         """Yield packets, each with its number, from number `first` on: by a seek, or from the start."""

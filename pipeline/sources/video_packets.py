@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import av
@@ -331,25 +331,19 @@ def _decoded_order(uri: str, hidden: Bool) -> Int:
     with container:
         stream.codec_context.thread_count = 1  # with more, an error does not say which packet it means
         count = 0
-        for ordinal, packet in enumerate(demux(container, stream)):
-            packet.pts = packet.dts = ordinal
+        for ordinal, packet in chain(enumerate(demux(container, stream)), [(-1, None)]):  # at the end, what it has left
+            if packet is not None:
+                packet.pts = packet.dts = ordinal
             try:
                 frames = stream.codec_context.decode(packet)
             except av.FFmpegError:
-                rejected.append(ordinal)
+                if packet is not None:
+                    rejected.append(ordinal)
                 continue
             for frame in frames:
                 if frame.pts is not None and ranks[frame.pts] < 0:
                     ranks[frame.pts] = count
                     count += 1
-        try:
-            frames = stream.codec_context.decode(None)
-        except av.FFmpegError:
-            frames = []
-        for frame in frames:
-            if frame.pts is not None and ranks[frame.pts] < 0:
-                ranks[frame.pts] = count
-                count += 1
     # Room between the ranks for the rejected packets, each behind the latest rank of any packet before it.
     spread = np.where(ranks >= 0, ranks * (len(ranks) + 1), -1)
     before = np.maximum.accumulate(spread)
