@@ -288,7 +288,9 @@ class VideoSource:
             for index in range(start, stop):
                 if table.order[index] < verdict.lost_from:
                     while index not in waiting:
-                        ordinal, frame = next(outputs)
+                        ordinal, frame = next(outputs, (None, None))
+                        if ordinal is None or frame is None:  # those that were whole when it was judged
+                            raise LostPlaceError
                         if index <= table.shown[ordinal] < stop and ordinal < verdict.lost_from:
                             waiting.setdefault(int(table.shown[ordinal]), frame)
                 yield index, waiting.pop(index, None)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import io
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,6 +141,20 @@ def test_damage_is_found_and_the_rest_is_good(name: str, clips: Callable[[str], 
     assert len(good) < len(found)
     assert len(good) >= 10
     assert good == sorted(good)
+
+
+def test_a_damaged_video_that_is_another_by_now_is_to_be_started_again(
+    clips: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from depthmill.pipeline.sources.video_decode import Decoder
+
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(clips("b_frames.mp4").read_bytes())
+    with closing(open_source(make.break_middle(path, 0.6, 3000))) as source:
+        assert any(frame.image is None for frame in source.read(0, FRAMES))
+        monkeypatch.setattr(Decoder, "decode", lambda *args, **options: iter(()))
+        with pytest.raises(SourceError, match="start again"):
+            list(source.read(0, FRAMES))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
