@@ -18,26 +18,6 @@ _FLAT = 1e-3
 _SAFE_COSINE = 1 - 1e-4
 
 
-def depth_range(depth: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """2nd and 98th percentile of each picture's valid depth.
-
-    Args:
-        depth: (B, H, W) metres; anything where `mask` is False.
-        mask: (B, H, W) bool.
-
-    Returns:
-        (B,) low and (B,) high, metres; 0 and 0 for a picture without a valid pixel.
-    """
-    # All pictures at once, with no number on the CPU in between: a GPU does not wait, and a CUDA graph can hold it.
-    values = torch.where(mask, depth.float(), torch.inf).flatten(1).sort(dim=1).values
-    count = mask.sum((1, 2))
-    # Nearest-rank: torch.quantile refuses more than 16 million values, and a share of a rank is no matter here.
-    last = (count - 1).clamp(min=0).double()
-    ranks = [(last * percent / 100).round().long() for percent in (LOW_PERCENTILE, HIGH_PERCENTILE)]
-    low, high = (torch.where(count > 0, values.gather(1, rank[:, None])[:, 0], 0) for rank in ranks)
-    return low, high
-
-
 def clip_depth(depth: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Clip metric depth to its 2nd and 98th percentile, picture by picture.
 
@@ -49,7 +29,13 @@ def clip_depth(depth: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         (B, H, W) clipped depth, its upper bound where `mask` is False, and (B,) bool: whether the picture has a depth
         range to learn from.
     """
-    low, high = depth_range(depth, mask)
+    # All pictures at once, with no number on the CPU in between: a GPU does not wait, and a CUDA graph can hold it.
+    values = torch.where(mask, depth.float(), torch.inf).flatten(1).sort(dim=1).values
+    count = mask.sum((1, 2))
+    # Nearest-rank: torch.quantile refuses more than 16 million values, and a share of a rank is no matter here.
+    last = (count - 1).clamp(min=0).double()
+    ranks = [(last * percent / 100).round().long() for percent in (LOW_PERCENTILE, HIGH_PERCENTILE)]
+    low, high = (torch.where(count > 0, values.gather(1, rank[:, None])[:, 0], 0) for rank in ranks)
     filled = torch.where(mask, depth.float(), high[:, None, None])
     clipped = torch.minimum(torch.maximum(filled, low[:, None, None]), high[:, None, None])
     return clipped, (high - low) > _FLAT * high.clamp(min=1e-9)
