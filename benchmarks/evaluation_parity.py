@@ -10,6 +10,7 @@ archives are the tests', with noisy predictions. The reference imports pandas. W
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import os
 import platform
@@ -122,8 +123,8 @@ def main() -> None:
     rows = "\n".join(lines)
     text = f"""# `depthmill evaluate` against the paper's evaluation code
 
-Written by `benchmarks/evaluation_parity.py` on {os.cpu_count()} cores of {platform.machine()},
-torch {torch.__version__}. Small archives in each set's layout, with noisy predictions (both from
+Written by `benchmarks/evaluation_parity.py`, {datetime.date.today()}, on {os.cpu_count()} cores of
+{platform.machine()}, torch {torch.__version__}. Small archives in each set's layout, with noisy predictions (both from
 `tests/pipeline/evaluation/layouts.py`), are scored by the paper's code (Marigold's data set classes, alignment and
 metrics, DSINE's metrics) and by ours. Of each set, the figure that is furthest apart, relatively; depths in metres,
 angles in degrees, shares of normals in per cent.

@@ -26,11 +26,11 @@ from depthmill.pipeline.colours import depth_rgb, normals_rgb
 from depthmill.pipeline.evaluation.metrics import depth_metrics, fit_affine
 from depthmill.pipeline.model.labeler import Labeler, Labels
 from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.training.raycast import DEPTH_RANGE_M
 
 HERE = Path(__file__).resolve().parent
 CLIP = HERE.parent / "demo" / "pedestrians.mp4"
 _HEIGHT, _GAP = 160, 4  # of a picture on the sheet; between two
-_RANGE_M = (1e-3, 80.0)
 # Of stereo_motorcycle, as its docstring says: focal length and offset of the principal points in pixels, baseline.
 _FOCAL_PX, _OFFSET_PX, _BASELINE_M = 994.978, 31.086, 0.193001
 
@@ -67,11 +67,6 @@ def motorcycle() -> tuple[Rgb, npt.NDArray[np.float32]]:
     return left, depth.astype(np.float32)
 
 
-def label(labeler: Labeler, picture: Rgb) -> Labels:
-    """Labels of one picture."""
-    return labeler(np.ascontiguousarray(picture[None]))
-
-
 def column(picture: Rgb, labels: Labels) -> Image.Image:
     """A picture, its depth and its normals, one below the other."""
     assert labels.depth is not None
@@ -99,7 +94,7 @@ def figures(depth: npt.NDArray[np.float32], truth: npt.NDArray[np.float32]) -> t
     """AbsRel and δ1 after affine least-squares alignment."""
     known = np.isfinite(truth)
     p, t = depth[known], truth[known]
-    result = depth_metrics(p, t, *fit_affine(p, t), _RANGE_M)
+    result = depth_metrics(p, t, *fit_affine(p, t), DEPTH_RANGE_M)
     return result["abs_rel"], result["delta1"]
 
 
@@ -111,10 +106,10 @@ def main() -> None:
     options = parser.parse_args()
     labeler = Labeler.from_pretrained(options.checkpoint, options.normals_checkpoint, labels=("depth", "normals"))
     pictures = photographs()
-    drawn = sheet([column(picture, label(labeler, picture)) for picture in pictures.values()])
+    drawn = sheet([column(picture, labeler(picture[None])) for picture in pictures.values()])
 
     picture, truth = motorcycle()
-    depth = label(labeler, picture).depth
+    depth = labeler(picture[None]).depth
     assert depth is not None
     ramp = np.broadcast_to(np.linspace(1, 0, len(truth), dtype=np.float32)[:, None], truth.shape)
     (abs_rel, delta1), (ramp_abs_rel, ramp_delta1) = figures(depth[0], truth), figures(ramp, truth)

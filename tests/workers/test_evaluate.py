@@ -189,20 +189,27 @@ def test_a_checkpoint_for_768_pixels_sees_what_the_papers_models_saw(tmp_path, m
         assert (told.processing_resolution, told.dtype) == (64, "bfloat16")
 
 
+def evaluated(folder, *options):
+    """What `depthmill evaluate` prints, run in a folder."""
+    code = "from depthmill.cli import main; main()"
+    command = [sys.executable, "-c", code, "evaluate", *options, "--device", "cpu", "--threads", 1]
+    process = subprocess.run(map(str, command), capture_output=True, text=True, timeout=240, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
 def test_the_command(checkpoints, tmp_path):
     _, files, _ = layouts.ibims(np.random.default_rng(0))
     data = layouts.write_folder(tmp_path / "ibims", files)
     split = tmp_path / "split.txt"
     split.write_text("ibims/corridor_01_img.png\nibims/lab_02_img.png\n")
-    code = "from depthmill.cli import main; main()"
-    options = ["--checkpoint", checkpoints / "normals", "--workers", 0, "--device", "cpu", "--threads", 1]
-    command = [sys.executable, "-c", code, "evaluate", "ibims", data, "--split", split, *options]
-    process = subprocess.run(map(str, command), capture_output=True, text=True, timeout=240, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert "15.8" in process.stdout
+    shown = evaluated(
+        tmp_path, "ibims", data, "--split", split, "--checkpoint", checkpoints / "normals", "--workers", 0
+    )
+    assert "15.8" in shown
     document = json.loads((tmp_path / "evaluations" / "ibims" / "metrics.json").read_text())
     assert document["pictures"] == 2
-    assert f"{document['metrics']['mean']:.2f}" in process.stdout
+    assert f"{document['metrics']['mean']:.2f}" in shown
     assert document["predictions"]["packing"] == "int16"
 
 
@@ -212,14 +219,11 @@ def test_a_ray_worker_s_figures_are_this_process_s(checkpoints, tmp_path):
     data = layouts.write_folder(tmp_path / "nyu", files)
     split = tmp_path / "split.txt"
     split.write_text("test/kitchen_0004/rgb_0001.png\ntest/kitchen_0004/rgb_0002.png\ntest/office_0005/rgb_0009.png\n")
-    code = "from depthmill.cli import main; main()"
-    options = ["--split", split, "--checkpoint", checkpoints / "depth", "--device", "cpu", "--threads", 1]
+    options = ["--split", split, "--checkpoint", checkpoints / "depth"]
     figures = []
     for workers in (0, 1):
         out = tmp_path / f"out-{workers}"
-        command = [sys.executable, "-c", code, "evaluate", "nyuv2", data, "--out", out, "--workers", workers, *options]
-        process = subprocess.run(map(str, command), capture_output=True, text=True, timeout=240, cwd=tmp_path)
-        assert process.returncode == 0, process.stderr
+        evaluated(tmp_path, "nyuv2", data, "--out", out, "--workers", workers, *options)
         figures.append(((out / "per_image.csv").read_text(), json.loads((out / "metrics.json").read_text())["metrics"]))
     assert figures[1] == figures[0]
 

@@ -3,10 +3,8 @@
 import io
 import itertools
 import json
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,7 @@ from depthmill.pipeline.store import open_datasets, open_store
 from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.worker import Worker
 from depthmill.tests import media, runs
-from depthmill.workers.label import _options, _stoppable, label
+from depthmill.workers.label import _options, label
 from depthmill.workers.pool import InProcess
 
 
@@ -140,21 +138,6 @@ def test_a_stopped_run_goes_on_where_it_was(video, tmp_path, config, monkeypatch
     summary = run([video], tmp_path / "out.zarr", config)
     assert summary.committed == 11
     assert runs.contents(tmp_path / "out.zarr") == runs.contents(tmp_path / "whole.zarr")
-
-
-def test_a_signal_that_comes_before_both_are_handled_stops_as_any(monkeypatch):
-    before, set_handler, sent = signal.getsignal(signal.SIGINT), signal.signal, []
-
-    def send(number, handler):
-        set_handler(number, handler)
-        if not sent:
-            sent.append(number)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(signal, "signal", send)
-    with pytest.raises(KeyboardInterrupt), _stoppable():
-        pass
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_another_run_left_out_of_the_root_is_named_in_it(video, tmp_path, config):

@@ -1,5 +1,6 @@
 """Real runs on real Ray workers, and real kills."""
 
+import os
 import random
 import re
 import shutil
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from depthmill.tests import media, runs
+from depthmill.workers.label import _stoppable
 
 FRAMES = 72  # 36 segments of two frames
 
@@ -112,6 +114,21 @@ def test_a_stop_keeps_what_is_committed_and_says_how_to_go_on(undisturbed, tmp_p
     done = runs.run(inputs, store, checkpoints, "--workers", "0")
     assert done.returncode == 1, done.stderr
     assert runs.contents(store) == expected
+
+
+def test_a_signal_that_comes_before_both_are_handled_stops_as_any(monkeypatch):
+    before, set_handler, sent = signal.getsignal(signal.SIGINT), signal.signal, []
+
+    def send(number, handler):
+        set_handler(number, handler)
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(signal, "signal", send)
+    with pytest.raises(KeyboardInterrupt), _stoppable():
+        pass
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow
