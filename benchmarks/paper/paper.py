@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +72,13 @@ class Paper:
         if (out / "settings.json").exists() and (out / "settings.json").read_text() != record:
             sys.exit(f"{out} holds a run of other settings (settings.json there): give another --out, or remove it")
         (out / "settings.json").write_text(record)
+        self.clock = out / "seconds.json"  # of all calls before this one
+        self.began = time.monotonic() - (json.loads(self.clock.read_text()) if self.clock.exists() else 0.0)
         self.environment = os.environ | {"OMP_NUM_THREADS": str(settings["threads"])}
+
+    def seconds(self) -> float:
+        """How long all of it took so far, whatever was stopped and begun again."""
+        return time.monotonic() - self.began
 
     def train(self) -> dict[str, float]:
         """Train what is not there yet, wave by wave; the seconds that each took."""
@@ -239,7 +246,10 @@ in, as `depthmill label` has it."""  # noqa: E501 (a line each)
         f"- {name}: {s[objective_of(name)]['steps']} steps of {s['train']['batch_size']}, {spent / 60:.1f} min"
         for name, spent in seconds.items()
     ]
-    trained.append(f"- together {sum(seconds.values()) / 3600:.1f} h, of {s['jobs_at_once']} jobs at once")
+    trained.append(
+        f"- together {sum(seconds.values()) / 3600:.1f} h, {s['jobs_at_once']} at once; with rendering, scoring and "
+        f"timing, `make paper` took {paper.seconds() / 3600:.1f} h"
+    )
     sections = {
         "# The paper at small scale": [about],
         "## The diffusion estimator: schedule, steps, ensembles": table("sampling, gaussian noise", estimator),
@@ -267,17 +277,31 @@ def objective_of(name: str) -> str:
     return next((each for each in ("autoencoder", "generative", "diffusion") if name.startswith(each)), "end_to_end")
 
 
+def shortened(settings: dict[str, Any], out: Path) -> dict[str, Any]:
+    """As few steps and scenes as all of it can be run with."""
+    few = {each: {**settings[each], "steps": 2} for each in ("autoencoder", "generative", "diffusion", "end_to_end")}
+    scenes_of = [{**each, "path": str(out / "scenes"), "scenes": 100} for each in settings["train"]["sets"]]
+    train = {**settings["train"], "sets": scenes_of, "batch_size": 3, "warmup_steps": 1}
+    return {**settings, **few, "train": train, "held_out": 4, "estimators_steps": [1, 2], "ensemble": 3}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", type=Path, nargs="?", default=HERE / "small.yaml")
+    parser.add_argument("--quick", action="store_true", help="two steps of each: that it runs, not what it says")
     parser.add_argument("--out", type=Path, default=Path("runs/paper"))
     arguments = parser.parse_args()
     settings = yaml.safe_load(arguments.settings.read_text())
     torch.set_num_threads(settings["threads"])
-    paper = Paper(settings, arguments.out)
-    text = report(paper, paper.train())
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) if arguments.quick else arguments.out
+        paper = Paper(shortened(settings, out) if arguments.quick else settings, out)
+        try:
+            text = report(paper, paper.train())
+        finally:
+            paper.clock.write_text(json.dumps(paper.seconds()))
     print(text)
-    if arguments.settings.resolve() == HERE / "small.yaml":
+    if arguments.settings.resolve() == HERE / "small.yaml" and not arguments.quick:
         (HERE / "RESULTS.md").write_text(text)
 
 
