@@ -1,6 +1,12 @@
+import errno
+import os
 import threading
+from pathlib import Path
 
-from depthmill.pipeline.store.files import write_atomically
+import pytest
+
+from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.store.files import LocalDirectory, write_atomically
 
 """Files on a local disk: whole or absent, however many write them."""
 
@@ -25,3 +31,14 @@ def test_many_may_write_one_file(tmp_path):
     assert errors == []
     assert path.read_bytes() in contents
     assert list(path.parent.iterdir()) == [path], "no unfinished write is left, nor a folder for them"
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_file_that_cannot_be_read_is_not_taken_for_none(tmp_path, monkeypatch, code):
+    def fail(self, *_):
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "zarr.json").write_text("{}")
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(StoreError, match=r"zarr\.json cannot be read"):
+        LocalDirectory(tmp_path).read("zarr.json")

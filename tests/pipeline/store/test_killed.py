@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -5,10 +6,14 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.store.files import LocalDirectory
+from depthmill.pipeline.store.temporal import Temporal
+from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels, write
 
@@ -26,6 +31,49 @@ def test_a_rerun_leaves_the_same_bytes(tmp_path, stride):
     assert report["differing"] == []
     assert report["kills"] >= 12
     assert report["files"] == 41
+
+
+def test_what_commits_is_written_last_and_removed_first(store, monkeypatch):
+    done = []
+    for name in ("write", "delete", "remove"):
+        real = getattr(LocalDirectory, name)
+
+        def noted(self, key, *data, real=real):
+            done.append(key)
+            real(self, key, *data)
+
+        monkeypatch.setattr(LocalDirectory, name, noted)
+
+    def keys():
+        taken = done[:]
+        done.clear()
+        return taken
+
+    store.add_source(dataclasses.replace(VIDEO, id="new"))
+    assert keys()[-1] == "new/zarr.json"
+    segment = Segment("new", 0, 8)
+    write(store, segment)
+    assert keys()[-2:] == ["new/checksum/c/0/0", "new/status/c/0"]
+
+    temporal, ones = Temporal(store, "new"), np.ones(18, np.float32)
+    temporal.prepare(max_edge=1, flow="fast", leak=0.1, shape=(1, 5))
+    assert keys()[-1] == "new/temporal/zarr.json"
+    temporal.write_edges(segment, np.ones((8, 1, 5), np.float32), ones[:8])
+    assert keys() == ["new/temporal/score/c/0", "new/temporal/edges/c/0/0/0"]
+    temporal.write_solution(ones, ones, ones.astype(np.int32))
+    assert keys()[-1] == "new/temporal/shot/c/0"
+    temporal.prepare_filter()
+    temporal.write_filtered(segment, [(1, dict(zip(("depth", "normals"), labels(0), strict=True)))] * 8)
+    assert keys()[-1] == "new/temporal/filtered/c/0"
+    temporal.uncommit_solution()
+    assert keys()[0] == "new/temporal/filtered/c"
+
+    store.directory.write("new/depth/c/0/0/0", b"damaged")
+    keys()
+    verify(store, repair=True)
+    assert keys()[:2] == ["new/status/c/0", "new/checksum/c/0/0"]
+    stores.create(store.uri, LAYOUT, IDENTITY, overwrite=True)
+    assert keys()[0] == "zarr.json", "which says that the rest is being removed"
 
 
 def test_leftovers_of_a_worker_are_cleared_by_whoever_takes_its_segment(store):

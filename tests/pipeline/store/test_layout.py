@@ -35,6 +35,7 @@ def test_huge_pictures_get_shards_that_fit_in_memory():
     assert layout.frames_per_segment({"kind": "video", "frames": 9999, "size": [576, 768]}) == 64
     assert layout.frames_per_shard(2160, 3840) == 4
     assert layout.frames_per_shard(8000, 6250) == 1
+    assert (layout.frames_per_shard(3000, 4000), Layout(uncertainty=True).frames_per_shard(3000, 4000)) == (4, 2)
     assert layout.frames_per_segment({"kind": "images", "frames": 5, "size": [8000, 6250]}) == 4
 
 

@@ -9,9 +9,10 @@ from depthmill.pipeline.errors import StoreError, StoreFullError
 from depthmill.pipeline.store import open_datasets
 from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.inspect import inspect
-from depthmill.pipeline.store.temporal import Temporal
+from depthmill.pipeline.store.layout import DEPTH_INVALID
+from depthmill.pipeline.store.temporal import Temporal, pack_smooth_depth
 from depthmill.pipeline.store.verify import verify
-from depthmill.tests.pipeline.store.samples import files, write
+from depthmill.tests.pipeline.store.samples import files, labels, write
 
 
 def smoothed(store, flow="medium"):
@@ -110,3 +111,26 @@ def test_other_edges_un_commit_what_was_solved_of_them_and_the_same_do_not(store
     assert temporal.solved()
     temporal.write_edges(segment, 2 * edges, score)
     assert not temporal.solved()
+
+
+def test_another_leak_is_solved_anew_from_the_same_edges(store):
+    temporal = smoothed(store)
+    temporal.prepare(max_edge=1, flow="medium", leak=0.2, shape=(1, 5))
+    assert not temporal.solved()
+    assert temporal.pending("edges") == []
+
+
+def test_smoothing_is_of_the_labels_and_not_of_their_status(store):
+    temporal = smoothed(store)
+    segment = store.segments("video")[0]
+    writer = store.writer(segment)
+    depth, normals = labels(1)
+    for index in range(8):
+        writer.put(index, depth / 2, normals)
+    writer.commit()
+    assert temporal.stale()
+
+
+def test_smoothed_depth_that_leaves_the_range_is_held_to_it_and_valid():
+    depth = np.array([[-9, -4, 0, 1, 100, np.nan]], np.float32)
+    assert pack_smooth_depth(depth).tolist() == [[0, 0, 4 * 5120, 5 * 5120, DEPTH_INVALID - 1, DEPTH_INVALID]]
