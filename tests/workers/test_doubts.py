@@ -134,6 +134,8 @@ def test_a_source_of_which_no_frame_can_be_labelled_is_failed_alone(workers, ord
     driver = drive(SimulatedPool(lambda: workers, behave), ledger)
     assert set(ledger.failed) == {("bad", frame) for frame in range(640)}
     assert set(ledger.labelled) == all_frames(ledger) - set(ledger.failed)
+    # Of an error that says whose fault it is, nobody searches for the frames.
+    assert {"tried 3 times" in reason for reason in ledger.failed.values()} == {error is AWAY}
     assert driver.standing.deaths == 0
 
 

@@ -141,6 +141,25 @@ def test_a_straggler_is_raced_and_not_waited_for_where_both_write_the_same(race,
     assert (pool.clock_s < 30) == (times == 2)
 
 
+def test_a_segment_that_two_have_labelled_counts_once():
+    """The one that was too slow is done, too, while others still work."""
+    ledger = Ledger({"a": (320, 16)})
+    behave, first = labels(ledger), set()
+
+    def slow(pool, worker, method, argument):
+        seconds, answer = behave(pool, worker, method, argument)
+        if method == "label" and argument.segment.start == 0 and not first:
+            first.add(worker)
+            return seconds * 10, answer
+        return seconds * (25 if method == "label" and argument.segment.start == 160 else 1), answer
+
+    pool = SimulatedPool(lambda: 4, slow)
+    driver = drive(pool, ledger)
+    assert ledger.labelled["a", 0] == 2
+    assert driver.standing.counts.done == driver.standing.labelled == 320
+    assert pool.clock_s > 40, "or the run ends before its last segment"
+
+
 @pytest.mark.parametrize("race", [True, False])
 def test_what_a_worker_has_begun_is_done_by_another_only_where_both_write_the_same(race):
     ledger = Ledger({"a": (320, 16)})
