@@ -37,6 +37,8 @@ def test_a_checkpoint_labels_smooths_and_is_scored(rendered, tmp_path):
     document = json.loads((tmp_path / "out/metrics.json").read_text())
     assert set(document["metrics"]) == {"raw", "smoothed"}
     assert document["checkpoint"] == "demo"
+    assert document["config"]["round_aspect"] is False  # however long a clip is
+    assert document["metrics"]["raw"] != document["metrics"]["smoothed"]
     assert all(value is not None for value in document["metrics"]["raw"].values())
     with (tmp_path / "out/per_clip.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -97,7 +97,9 @@ def test_again_does_nothing_and_another_leak_solves_alone(tmp_path, video):
     before = written(store)
     assert run(store).frames == 0
     assert written(store) == before
+    scale = Temporal(store, name).read("scale")
     assert run(store, leak=0.5).frames == 0
+    assert not np.array_equal(Temporal(store, name).read("scale"), scale)
     assert Temporal(store, name).attributes()["leak"] == 0.5
     assert Temporal(store, name).solved()
     assert run(store, flow="medium").frames == FRAMES
@@ -168,7 +170,9 @@ def test_a_segment_that_cannot_be_read_again_is_left_until_it_can(tmp_path, vide
 def test_nothing_of_a_source_that_is_left_out_is_tried_again(tmp_path, video):
     store, source_id = labelled(tmp_path / "a.zarr", video)
     going = _Run(store, SmoothConfig(workers=2, max_edge=4, attempts=2), [source_id])
-    first, second = going.queue.popleft(), going.queue.popleft()  # both are under way
+    first, second, third = (going.queue.popleft() for _ in range(3))  # all are under way
+    going._failed(third, Event(2, error=MemoryError("decoder")))
+    assert going.queue.pop() == replace(third, attempts=1), "tried again, as often as was asked for"
     going._failed(replace(first, attempts=1), Event(0, error=SourceError("it is another file now")))
     assert list(going.left_out) == [source_id]
     for attempts in (0, 1):

@@ -86,3 +86,5 @@ def test_steadiness_is_of_the_maps_that_suit_each_frame():
     steps = np.diff(np.log(scale))
     assert gap["scale_flicker"] == pytest.approx(np.delete(steps, 2).std()), "no step leads across a frame left out"
     assert np.isnan(steadiness(frames[:2])["scale_flicker"])
+    backwards = Moments.of(-frames[3].p - np.arange(3.0), np.arange(3.0))  # its scale is -1
+    assert steadiness([*frames[:3], backwards, *frames[3:]])["scale_spread"] == pytest.approx(found["scale_spread"])

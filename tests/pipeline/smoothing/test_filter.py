@@ -4,7 +4,15 @@ import cv2
 import numpy as np
 import pytest
 
-from depthmill.pipeline.smoothing.filter import REACH, Filtered, FilterFrame, filter_frames
+from depthmill.pipeline.smoothing.filter import (
+    REACH,
+    Filtered,
+    FilterFrame,
+    _correspondence,
+    _half_grey,
+    _Held,
+    filter_frames,
+)
 
 H, W = 96, 128
 TOWARDS = np.broadcast_to(np.float32([0, 0, 1]), (H, W, 3))
@@ -92,6 +100,37 @@ def test_a_moving_depth_edge_stays_sharp(px):
         assert np.abs(got.depth - truth).max() < 0.06  # four sigmas of the noise are 0.04
         assert np.abs(got.depth - truth).mean() < 0.0062  # 0.008 before
         assert got.normals is None
+
+
+def test_labels_that_say_another_thing_have_no_say():
+    """What stands still and looks the same, and yet one frame in the middle says that it faces elsewhere."""
+    image, aside = texture(0), np.broadcast_to(unit(np.float32([1, 0, 0.5])), (H, W, 3))
+    frames = [FilterFrame(image, None, aside if i == 2 else TOWARDS, 0) for i in range(5)]
+    for i, got in enumerate(run(frames)):
+        assert angles_deg(got.normals, frames[i].normals).max() < 5  # of 63
+
+
+@pytest.mark.parametrize(
+    ("there", "back", "grey", "sure"),
+    [
+        (2.0, -2.0, 100, 1.0),
+        (2.0, 1.0, 100, 0.0),  # there and back is not where it began
+        (2.0, -2.0, 150, 0.0),  # it looks another
+        (200.0, -200.0, 100, 0.0),  # it has left the picture
+    ],
+)
+def test_how_sure_a_correspondence_is(there, back, grey, sure):
+    own, other = (
+        _Held(frame, _half_grey(frame.image))
+        for frame in (FilterFrame(np.full((H, W, 3), level, np.uint8), None, None, 0) for level in (100, grey))
+    )
+    flows = {
+        pair: np.broadcast_to(np.float32([shift, 0]), (H // 2, W // 2, 2)).copy()
+        for pair, shift in (((own, other), there), ((other, own), back))
+    }
+    at, weight = _correspondence(own, other, flows, "fast")
+    assert at[10, 20].tolist() == [20 + 2 * there, 10]
+    assert weight[H // 2, W // 4] == pytest.approx(sure, abs=1e-3)
 
 
 def test_an_edge_of_normals_stays_sharp():

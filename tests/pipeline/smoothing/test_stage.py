@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from depthmill.pipeline.config import SmoothConfig
-from depthmill.pipeline.smoothing.stage import edges_shape, filter_segment, solve_source, write_segment_edges
+from depthmill.pipeline.smoothing import edges, filter
+from depthmill.pipeline.smoothing.stage import (
+    edges_shape,
+    filter_segment,
+    solve_source,
+    write_empty_edges,
+    write_segment_edges,
+    write_unfiltered,
+)
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import open_datasets
 from depthmill.pipeline.store.temporal import FILTERED, PARTLY, SCALED, Temporal
@@ -12,7 +20,7 @@ from depthmill.pipeline.store.verify import verify
 from depthmill.tests import media
 from depthmill.tests.workers.flickering import labelled, written
 
-CONFIG = SmoothConfig(workers=0, max_edge=2, filter=True)
+CONFIG = SmoothConfig(workers=0, max_edge=2, filter=True, flow="ultrafast")
 
 
 class Unread:
@@ -43,11 +51,20 @@ def smooth(store, source_id, video, *unread, edges_unread=()):
     return said
 
 
-def test_a_picture_that_cannot_be_read_once_costs_no_labels(tmp_path):
+def test_a_picture_that_cannot_be_read_once_costs_no_labels(tmp_path, monkeypatch):
+    presets = []
+    for module in (edges, filter):
+
+        def noted(of, to, preset, where=module.__name__, real=module.dense_flow):
+            presets.append((where, preset))
+            return real(of, to, preset)
+
+        monkeypatch.setattr(module, "dense_flow", noted)
     video = media.write_video(tmp_path / "clip.mp4", frames=14)
     whole, _ = labelled(tmp_path / "whole.zarr", video, 4)
     store, name = labelled(tmp_path / "a.zarr", video, 4)
     smooth(whole, name, video)
+    assert set(presets) == {(edges.__name__, CONFIG.flow), (filter.__name__, CONFIG.flow)}
     # The frames beside it are filtered without it.
     assert smooth(store, name, video, 9) == ["", "frame 9: timed out", "frame 9: timed out", ""]
     temporal = Temporal(store, name)
@@ -61,6 +78,10 @@ def test_a_picture_that_cannot_be_read_once_costs_no_labels(tmp_path):
     np.testing.assert_allclose(found.depth[9].values, raw.depth[9].values * scale + shift, atol=1.1e-4)
     assert (found.normals[9, ..., 2].values > 0.99).all()
     assert not verify(store).damage
+    before = written(store)
+    for segment in store.segments(name):  # none of which can be read at all now
+        write_unfiltered(segment, store)
+    assert written(store) == before, "what an earlier run could read stays"
     smooth(store, name, video)
     assert written(store) == written(whole)
 
@@ -75,6 +96,9 @@ def test_edges_without_a_picture_are_made_again_and_all_that_follows_from_them(t
     assert [one.start for one in temporal.unread("edges")] == [4, 8]  # it is two frames before the third segment's
     assert temporal.read("shot").tolist() == [0] * 14  # frames that nobody saw are no shots
     before = written(store)
+    for segment in store.segments(name):  # none of which can be read at all now
+        write_empty_edges(segment, store, CONFIG)
+    assert written(store) == before, "what an earlier run could read stays"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Temporal, "uncommit_solution", lambda self: pytest.fail("nothing is new"))
         smooth(store, name, video, edges_unread=(7,))
