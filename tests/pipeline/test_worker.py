@@ -9,7 +9,7 @@ import pytest
 from depthmill.pipeline import stages
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.errors import CheckpointError, SourceError
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.sources import open_source
@@ -56,6 +56,14 @@ def test_what_is_loaded_is_kept_out_of_full_collections_until_the_end(start):
     assert gc.get_freeze_count() > 100_000  # torch's and the network's; going through them stops all threads
     worker.close()
     assert gc.get_freeze_count() == 0
+
+
+def test_other_weights_under_the_same_name_are_refused(start, config):
+    worker, _ = start("store")
+    other = Worker(config, worker._store_uri, ("0" * 64,) * 2)
+    with pytest.raises(CheckpointError, match=r"has sha256 .* and 000000000000… where the run was started"):
+        other.load()
+    other.close()
 
 
 def test_labels_are_the_same_whether_or_not_the_next_task_was_begun(start, tmp_path):

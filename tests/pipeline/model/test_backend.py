@@ -66,6 +66,14 @@ def test_what_frames_take_is_measured_once_for_each_key(cache):
     assert ran == [1, 2, 1, 2, 1, 2]
 
 
+def test_what_another_version_measured_is_not_taken_over(tmp_path, monkeypatch):
+    (tmp_path / "packed.py").write_text("before")
+    monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))
+    assert fitting_batch(lambda count: 100 * count, 1000, ["a"]) == 4
+    (tmp_path / "packed.py").write_text("after")
+    assert fitting_batch(lambda count: 50 * count, 1000, ["a"]) == 8
+
+
 def test_a_frame_that_does_not_fit_is_tried_alone(cache):
     def used(frames):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")

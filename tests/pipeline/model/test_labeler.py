@@ -10,8 +10,9 @@ from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.backend import cpu_kind
+from depthmill.pipeline.model.checkpoint import Description
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
-from depthmill.pipeline.model.single_step import SingleStep, load_heads
+from depthmill.pipeline.model.single_step import SingleStep, decode_normals, load_heads
 from depthmill.pipeline.store import layout
 from depthmill.pipeline.types import CORPUS_PICTURES, Source
 
@@ -140,6 +141,29 @@ def test_a_known_direction(tmp_path):
     labels = labeler(noise(1, 16, 24, 3))
     assert np.allclose(labels.normals, [-1, 0, 0])
     assert np.allclose(labels.depth, (1 / 3 + 1) / 2)  # the mean of the channels, from [-1, 1] to [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("said", "decoded"),
+    [
+        ({}, (1, 0.5, -0.2)),
+        ({"clip_normals": False}, (3, 0.5, -0.2)),
+        ({"full_z_range": False}, (1, 0.5, 0.4)),
+        ({"clip_normals": False, "full_z_range": False, "normals_axes": "left-up-away"}, (-3, 0.5, -0.4)),
+    ],
+)
+def test_normals_are_decoded_as_the_checkpoint_says(said, decoded):
+    answer = decode_normals(torch.tensor([3.0, 0.5, -0.2]).view(1, 3, 1, 1), Description(**said))[0, :, 0, 0]
+    torch.testing.assert_close(answer, torch.nn.functional.normalize(torch.tensor(decoded), dim=0))
+
+
+def test_a_labeler_has_all_options_of_a_run(checkpoints):
+    names = {"checkpoint": str(checkpoints / "depth"), "labels": ("depth",), "device": "cpu", "dtype": "float32"}
+    options = {"processing_resolution": 40, "batch_size": 3, "round_aspect": False, "noise": "gaussian", "seed": 5}
+    config = LabelConfig(**names, **options)
+    labeler = Labeler.from_config(config, open_checkpoints(config))
+    found = (labeler.processing_resolution, labeler.batch_size, labeler.round_aspect, labeler.sampling)
+    assert found == (40, 3, False, config.sampling)
 
 
 def test_no_picture_is_rescaled_by_its_own_range(labeler):

@@ -9,7 +9,7 @@ import torch
 
 from depthmill.pipeline.config import Sampling
 from depthmill.pipeline.errors import CheckpointError, ConfigError
-from depthmill.pipeline.model import scratch
+from depthmill.pipeline.model import sampling, scratch
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.model.sampling import draw_noise, generator
@@ -143,6 +143,15 @@ def test_frames_of_several_sizes_share_a_batch_of_ensembles(trained_for):
         (alone,) = sampled.label([picture], [str(key)])
         for name in ("depth", "normals", "uncertainty"):
             assert np.allclose(getattr(together, name), getattr(alone, name), atol=TOLERANCE)
+
+
+def test_the_padding_has_no_say_in_how_an_ensemble_is_aligned(trained_for, monkeypatch):
+    sampled, shapes = labeler(trained_for("v_prediction"), "depth", **ENSEMBLE), []
+    real = sampling.ensemble_depth
+    monkeypatch.setattr(sampling, "ensemble_depth", lambda one: shapes.append(tuple(one.shape)) or real(one))
+    sampled.label([frames(1)[0], frames(1, 35, 50)[0]])
+    assert sampled.batch_shape(*SHAPE) == (34, 48)
+    assert shapes == [(3, 34, 48), (3, 33, 48)]
 
 
 def test_the_same_picture_under_another_key_is_another_draw(trained_for):

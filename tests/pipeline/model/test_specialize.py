@@ -174,6 +174,11 @@ def test_float16_that_overflows_is_done_again_in_float32(caplog):
     assert network(batch)["depth"].isfinite().all()
     assert "float16 overflows" in caplog.text
     assert max(errors([one], batch, torch.float16)) < 1e-2
+    some = network.folded(batch)[0].detach()
+    some[0] = 0.5
+    finite, again = network._without_overflow(batch, [some])[0]
+    assert (finite == 0.5).all()
+    assert again.isfinite().all(), "whatever the pictures beside it do"
 
 
 @pytest.mark.parametrize("modality", ["depth", "normals"])
