@@ -3,8 +3,10 @@
 import pytest
 
 from depthmill.pipeline.errors import RunStoppedError, SourceChangedError, SourceError, StoreError
-from depthmill.pipeline.types import WorkerState
+from depthmill.pipeline.plan import Task
+from depthmill.pipeline.types import Report, Segment, WorkerState
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, all_frames, drive, labels
+from depthmill.workers.doubts import Doubts
 
 
 def failing(ledger, fails, *, frame_s=0.1):
@@ -305,3 +307,11 @@ def test_broken_pictures_do_not_make_good_ones_too_slow():
     driver = drive(pool, ledger, frame_limit_s=60.0)
     assert {frame for uri, frame in ledger.labelled if uri == "good"} == set(range(64))
     assert driver.standing.deaths == 0
+
+
+def test_some_of_the_frames_that_a_worker_in_doubt_tries_have_labels():
+    doubts = Doubts(None, pytest.fail, replace=True)
+    for start, failed, tried in ((0, 10, (0, 14)), (64, 2, (64, 70)), (128, 10, (64, 70)), (192, 0, (192, 196))):
+        segment = Segment("a", start, start + 64)
+        doubts.committed(Task("a.mp4", "f", segment), Report(segment, 64 - failed, failed))
+        assert (doubts.sample.segment.start, doubts.sample.segment.stop) == tried

@@ -15,6 +15,20 @@ def test_workers_that_die_while_they_load_end_the_run():
         drive(pool, ledger)
 
 
+def test_machines_that_go_while_workers_load_end_no_run():
+    ledger = Ledger({"a": (40, 10)})
+    pool = SimulatedPool(lambda: 1, labels(ledger))
+    place = pool._end_in
+
+    def end(seconds, worker, outcome):
+        goes = outcome == "simulated" and pool.kinds[worker] == "labeler" and len(pool.kinds) < 20
+        place(seconds, worker, "lost" if goes else outcome)
+
+    pool._end_in = end
+    drive(pool, ledger)
+    check(ledger, {})
+
+
 def test_a_checkpoint_that_does_not_load_ends_the_run_with_its_reason():
     ledger = Ledger({"a": (40, 10)})
     pool = SimulatedPool(lambda: 2, labels(ledger))
