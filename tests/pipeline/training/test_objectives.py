@@ -11,7 +11,7 @@ from depthmill.pipeline.config import validated
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.checkpoint import Description
 from depthmill.pipeline.model.labeler import Labeler
-from depthmill.pipeline.training import losses, start
+from depthmill.pipeline.training import losses, objectives, start
 from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.training.config import TrainConfig
 from depthmill.pipeline.training.objectives import Objective
@@ -146,6 +146,35 @@ def test_every_valid_pixel_of_a_batch_counts_the_same_as_in_the_papers_code(monk
     expected = losses.depth_loss(depth, pictures.target[:, 0], pictures.mask, pooled=True)
     assert trained(pictures, torch.Generator())["loss"] == expected
     assert expected != losses.depth_loss(depth, pictures.target[:, 0], pictures.mask)
+
+
+def test_terms_are_weighed_as_they_are_told_and_of_depth_that_is_clipped(monkeypatch):
+    pictures = batch()
+    depth = torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(1)) * 3 - 1.5
+    weights = {"relative": 2.0, "anchor": 3.0, "slopes": 5.0}
+    trained = objective(**weights)
+    monkeypatch.setattr(trained, "answer", lambda rgb, draws: depth[:, None].expand_as(rgb))
+    terms = trained(pictures, torch.Generator())
+    clipped, truth = depth.clip(-1, 1), pictures.target[:, 0]
+    assert terms["affine"] == losses.depth_loss(clipped, truth, pictures.mask, pooled=True)
+    assert terms["anchor"] == (clipped - losses.normalised_depth(truth, pictures.mask)).abs().mean()
+    expected = terms["affine"] + sum(weight * terms[name] for name, weight in weights.items())
+    torch.testing.assert_close(terms["loss"], expected)
+
+
+def test_large_structures_of_noise_fade_towards_the_picture(monkeypatch):
+    """As Marigold anneals them: in proportion to the time step, and for pictures of their own not at all."""
+    discounts = []
+
+    def noted(shape, rng, discount):
+        discounts.append(discount)
+        return torch.zeros(shape)
+
+    monkeypatch.setattr(objectives, "pyramid_noise", noted)
+    for kind in ("diffusion", "generative"):
+        objective(objective=kind)(batch(), torch.Generator().manual_seed(1))
+    times = torch.randint(1000, (3,), generator=torch.Generator().manual_seed(1))
+    assert discounts == pytest.approx([*(0.9 * times / 1000).tolist(), 0, 0, 0])
 
 
 def test_depth_is_drawn_from_near_to_far_and_the_vae_is_frozen():

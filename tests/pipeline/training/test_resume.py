@@ -1,6 +1,9 @@
 """Runs that were stopped: they go on to the same losses, or say why they cannot."""
 
 import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +39,7 @@ def test_a_resumed_run_equals_an_unbroken_one(scene_pool, tmp_path, monkeypatch,
         with pytest.raises(KeyboardInterrupt):
             train(settings, tmp_path / "broken")
     assert len(table(tmp_path / "broken")) == 4
+    (tmp_path / "broken" / "states" / "000006.partial").mkdir()  # as a kill leaves it
     train(settings, tmp_path / "broken")
     assert table(tmp_path / "broken") == table(tmp_path / "whole")
     whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
@@ -53,11 +57,40 @@ def test_an_average_of_weights_resumes_on_a_gpu(scene_pool, tmp_path, monkeypatc
     assert len(table(tmp_path)) == 3
 
 
-def test_a_run_of_another_configuration_is_refused(scene_pool, tmp_path):
+def test_a_run_of_another_configuration_is_refused(scene_pool, tmp_path, monkeypatch):
     train(config(scene_pool, steps=2), tmp_path)
     with pytest.raises(TrainingError, match=r"another warmup_steps \(2, now 1\), seed \(0, now 1\)"):
         train(config(scene_pool, steps=2, warmup_steps=1, seed=1), tmp_path)
-    train(config(scene_pool, steps=2, warmup_steps=1, seed=1), tmp_path, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_steps", lambda *_: pytest.fail("stopped before a state was saved"))
+        with pytest.raises(pytest.fail.Exception):
+            train(config(scene_pool, steps=2, warmup_steps=1, seed=1), tmp_path, overwrite=True)
+    assert not (tmp_path / "states").exists(), "or the next call would go on from another run's"
+    train(config(scene_pool, steps=2, warmup_steps=1, seed=1), tmp_path)
+
+
+def test_a_state_goes_once_the_next_is_whole(tmp_path, monkeypatch):
+    def save(path):
+        Path(path).mkdir(parents=True)
+
+    accelerator = SimpleNamespace(save_state=save, wait_for_everyone=lambda: None, is_main_process=True)
+    train_module._save_state(accelerator, tmp_path, 2)
+    remove, there = shutil.rmtree, []
+
+    def noted(path, **options):
+        there.append((path.name, path.exists(), sorted(one.name for one in tmp_path.iterdir())))
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", noted)
+    train_module._save_state(accelerator, tmp_path, 4)
+    assert [one for one in there if one[1]] == [("000002", True, ["000002", "000004"])]
+    assert [one.name for one in tmp_path.iterdir()] == ["000004"]
+
+
+def test_what_is_drawn_depends_on_the_seed_and_the_batch():
+    drawn = [train_module._draws(*one).initial_seed() for one in ((0, 1), (0, 2), (1, 1), (0, 1))]
+    assert len(set(drawn)) == 3
+    assert drawn[0] == drawn[3]
 
 
 def test_a_run_of_a_version_that_lacked_an_option_goes_on(scene_pool, tmp_path):

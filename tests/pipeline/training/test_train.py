@@ -48,6 +48,8 @@ def test_the_papers_whole_way(scene_pool, tmp_path):
         latents = torch.cat([vae.encode(pictures.read(i).rgb * 2 - 1).latent_dist.mean for i in range(20)])
     assert vae.config.scaling_factor * latents.std() == pytest.approx(1, abs=0.1)
 
+    clips = [open_checkpoint(str(run), "normals").description.clip_normals for run in runs[2:]]
+    assert clips == [True, False], "end to end, their length is free"
     frames = np.random.default_rng(0).integers(0, 256, (2, 24, 32, 3), np.uint8)
     labels = Labeler.from_pretrained(runs[-1], runs[-1], labels=("normals",), device="cpu")(frames)
     pipe = diffusers.MarigoldNormalsPipeline.from_pretrained(runs[-1])
@@ -128,12 +130,22 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(scene_pool, tmp_pat
 
 
 def test_the_average_is_what_is_saved(scene_pool, tmp_path):
-    settings = {"steps": 3, "save_steps": 1}
+    settings = {"steps": 3, "save_steps": 1, "picture_steps": 1}
     train(config(scene_pool, **settings), tmp_path / "raw")
     train(config(scene_pool, ema=0.999, **settings), tmp_path / "average")
     first = start.load(config(scene_pool)).parts.unet.state_dict()["conv_in.weight"]
     raw, average = (weights(tmp_path / name)["conv_in.weight"] for name in ("raw", "average"))
     assert 0 < (average - first).abs().max() < (raw - first).abs().max()
+    assert table(tmp_path / "average") == table(tmp_path / "raw"), "it is not what is trained on"
+
+
+def test_a_step_is_as_long_as_the_schedule_and_decays_as_it_is_told(scene_pool, tmp_path):
+    """Without a gradient to speak of, only the decay of weights is left: the learning rate times its own."""
+    settings = config(scene_pool, steps=1, gradient_clip=1e-15, weight_decay=20.0)
+    begun = start.load(settings).parts.unet.state_dict()
+    train(settings, tmp_path)
+    for name, weight in weights(tmp_path).items():  # half of the peak, in the first of two steps of warm-up
+        torch.testing.assert_close(weight, begun[name] * (1 - 0.5e-3 * 20), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("start", ["marigold", "stable-diffusion"])
@@ -249,10 +261,15 @@ def test_what_is_saved_is_what_was_trained(scene_pool, tmp_path):
     begun = train(config(scene_pool, steps=1), tmp_path / "start")
     (begun / "depthmill.json").write_text('{"prompt_padding": "max_length"}')
     schedule = begun / "scheduler" / "scheduler_config.json"
-    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | {"clip_sample": True}))
-    made = train(config(scene_pool, steps=1, start=str(begun)), tmp_path / "made")
-    assert open_checkpoint(str(made), "depth").description.prompt_padding == "max_length"
-    assert json.loads((made / "scheduler" / "scheduler_config.json").read_text())["clip_sample"] is False
+    changes = {"clip_sample": True, "timestep_spacing": "leading"}
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | changes))
+    options = {"processing_resolution": 40, "save_dtype": "float16"}
+    made = train(config(scene_pool, steps=1, start=str(begun), **options), tmp_path / "made")
+    opened = open_checkpoint(str(made), "depth")
+    assert (opened.processing_resolution, opened.description.prompt_padding) == (40, "max_length")
+    saved = json.loads((made / "scheduler" / "scheduler_config.json").read_text())
+    assert (saved["clip_sample"], saved["timestep_spacing"]) == (False, "trailing")
+    assert weights(tmp_path / "made")["conv_in.weight"].dtype == torch.float16
 
 
 def test_a_start_of_the_wrong_kind_is_refused(scene_pool, tmp_path):
