@@ -54,11 +54,6 @@ class TrainConfig(_Strict):
         held_out_pictures: How many of them.
         noise: What stands in the noisy latent's place in the single step: of `end_to_end`, and when held-out pictures
             are scored. The checkpoint does not say it: labelling has to be told the same (`--noise`).
-        noise_discount: Strength of the multi-resolution noise of `diffusion`, annealed to none at t = 0; 0 is gaussian.
-        anchor: Weight of the plain difference to depth normalised to [-1, 1], beside the paper's affine-invariant loss
-            (`end_to_end`, depth), which does not mind depth running backwards; for starts that never saw depth.
-        slopes: Weight of the difference of slopes to that same target: for edges, sooner.
-        relative: Weight of the affine-invariant loss once more, each pixel's part divided by its depth.
         steps: Optimizer steps.
         batch_size: Pictures in a micro-batch, on each process.
         accumulation: Micro-batches to an optimizer step, on each process.
@@ -87,10 +82,6 @@ class TrainConfig(_Strict):
     held_out: SetConfig | None = None
     held_out_pictures: int = Field(default=16, gt=0)
     noise: Noise = "zeros"
-    noise_discount: float = Field(default=0.9, ge=0, le=1)
-    anchor: float = Field(default=0.0, ge=0)
-    slopes: float = Field(default=0.0, ge=0)
-    relative: float = Field(default=0.0, ge=0)
     steps: int = Field(default=20_000, gt=0)
     batch_size: int = Field(default=2, gt=0)
     accumulation: int = Field(default=16, gt=0)
@@ -123,16 +114,8 @@ class TrainConfig(_Strict):
             )
         if self.augment.smallest_cut < 1 and self.augment.height is None:
             raise ValueError("augment: smallest_cut is of pieces, and none are cut out; give height and width, too")
-        of_depth = self.objective == "end_to_end" and self.modality == "depth"
-        heeded = {
-            "noise": self.objective in ("diffusion", "end_to_end"),
-            "noise_discount": self.objective == "diffusion",
-            **dict.fromkeys(("anchor", "slopes", "relative"), of_depth),
-        }
-        for key, is_heeded in heeded.items():
-            if not is_heeded and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key} is {getattr(self, key)}, which changes nothing for objective {self.objective} of "
-                    f"{self.modality}: leave it out"
-                )
+        if self.noise != "zeros" and self.objective not in ("diffusion", "end_to_end"):
+            raise ValueError(
+                f"noise is {self.noise}, which changes nothing for objective {self.objective}: leave it out"
+            )
         return self

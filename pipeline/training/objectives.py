@@ -18,6 +18,8 @@ from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.training.config import TrainConfig
 from depthmill.pipeline.training.start import Start
 
+_PYRAMID = 0.9  # discount of the multi-resolution noise that Marigold is trained on, at the last time step
+
 
 class Objective(torch.nn.Module):
     """The modules and the loss, in one module, so that data-parallel wrappers see one forward pass.
@@ -111,8 +113,8 @@ class Objective(torch.nn.Module):
         """
         last = self.scheduler.config.num_train_timesteps
         times = torch.randint(last, (len(latent),), generator=rng)
-        strength = self.config.noise_discount if given is not None else 0.0  # Stable Diffusion's noise is gaussian
-        discounts = (strength * times / last).tolist()
+        strength = _PYRAMID if given is not None else 0.0  # Stable Diffusion's noise is gaussian
+        discounts = (strength * times / last).tolist()  # annealed to gaussian noise at t = 0
         noise = torch.stack([pyramid_noise(latent.shape[1:], rng, discount) for discount in discounts]).to(latent)
         t = times.to(latent.device)
         noisy = self.scheduler.add_noise(latent, noise, t)
@@ -154,22 +156,9 @@ class Objective(torch.nn.Module):
             if self.config.modality == "normals":
                 loss = losses.normals_loss(decoded * self.signs, batch.target, batch.mask)
                 return {"loss": loss, "unused": _unused(batch.mask)}
-            return self._depth_loss(decoded.mean(dim=1).clip(-1, 1), batch)
-
-    def _depth_loss(self, depth: Tensor, batch: Batch) -> dict[str, Tensor]:
-        # (B, H, W) each
-        truth, mask, config = batch.target[:, 0], batch.mask, self.config
-        terms = {"affine": losses.depth_loss(depth, truth, mask, pooled=True)}
-        loss = terms["affine"]
-        if config.relative:
-            terms["relative"] = losses.depth_loss(depth, truth, mask, relative=True, pooled=True)
-            loss = loss + config.relative * terms["relative"]
-        if config.anchor or config.slopes:
-            target = losses.normalised_depth(truth, mask)
-            terms["anchor"] = (depth - target).abs().mean()
-            terms["slopes"] = losses.slope_loss(depth, target)
-            loss = loss + config.anchor * terms["anchor"] + config.slopes * terms["slopes"]
-        return {"loss": loss, **terms, "unused": _unused(losses.clip_depth(truth, mask)[1][:, None])}
+            depth, truth = decoded.mean(dim=1).clip(-1, 1), batch.target[:, 0]  # (B, H, W) each
+            loss = losses.depth_loss(depth, truth, batch.mask, pooled=True)
+            return {"loss": loss, "unused": _unused(losses.clip_depth(truth, batch.mask)[1][:, None])}
 
 
 def _unused(counts: Tensor) -> Tensor:

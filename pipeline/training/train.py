@@ -47,6 +47,8 @@ _OVERFLOWS = 30  # in a row: float16's first scale, 2^16, is halved by each, and
 _FREE = ("save_steps", "picture_steps", "loader_workers", "held_out", "held_out_pictures", "save_dtype")
 # and what a loss that is no longer a number asks for.
 _REMEDIES = ("learning_rate", "mixed_precision")
+# Options that runs of earlier versions were told, at what every run now has.
+_GONE = {"noise_discount": 0.9, "anchor": 0.0, "slopes": 0.0, "relative": 0.0}
 
 
 def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device: str | None = None) -> Path:
@@ -310,9 +312,10 @@ def _resume(accelerator: Accelerator, config: TrainConfig, output: Path) -> int:
     recorded = output / "config.json"
     document = json.loads(recorded.read_text())
     before = document.pop("processes", 1)
+    gone = {name: document.pop(name, value) for name, value in _GONE.items()}
     # Validated, an option that a later version added has its default.
-    old = validated(TrainConfig, document, where=str(recorded)).model_dump(mode="json")
-    new = config.model_dump(mode="json")
+    old = validated(TrainConfig, document, where=str(recorded)).model_dump(mode="json") | gone
+    new = config.model_dump(mode="json") | _GONE
     # A step is the same on more processes if each accumulates less.
     for run, processes in ((old, before), (new, accelerator.num_processes)):
         run["accumulation x processes"] = run.pop("accumulation") * processes

@@ -48,8 +48,8 @@ class StoredLabels:
     """The labelled frames of all sources of a store; pending and failed ones are left out.
 
     Stored depth is affine-invariant, in [0, 1]. It is given as 1 + depth, in [1, 2]: to a loss that fits scale and
-    shift the same, and greater than 0, as losses relative to depth ask for. Normals are what the model said, which
-    seldom, at grazing angles, faces away from the camera.
+    shift the same, and greater than 0, as AbsRel asks for. Normals are what the model said, which seldom, at grazing
+    angles, faces away from the camera.
 
     A frame of a video is decoded from the keyframe before it: videos of few keyframes are slow to train from.
     """

@@ -289,10 +289,7 @@ def test_an_autoencoder_that_would_never_see_depth_is_refused(scene_pool):
 @pytest.mark.parametrize(
     "ignored",
     [
-        {"anchor": 0.5, "modality": "normals"},
-        {"relative": 1, "objective": "diffusion"},
         {"noise": "gaussian", "objective": "generative"},
-        {"noise_discount": 0.5},
         {"augment": {"smallest_cut": 0.5}},
     ],
     ids=lambda ignored: next(iter(ignored)),
