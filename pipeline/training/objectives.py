@@ -7,7 +7,7 @@ in whatever precision it is told to; latents are noised, and losses taken, in fl
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,16 +33,17 @@ class Objective(torch.nn.Module):
     vae: AutoencoderKL
     prompt: Tensor
     signs: Tensor
-    alphas: Tensor
 
     def __init__(self, start: Start, config: TrainConfig):
         super().__init__()
-        self.unet, self.vae, self.scheduler = start.parts.unet, start.parts.vae, start.parts.scheduler
+        self.unet, self.vae = start.parts.unet, start.parts.vae
+        # Whatever it says of pictures: latents are not clipped.
+        self.scheduler = DDIMScheduler.from_config(start.parts.scheduler.config, clip_sample=False)
+        self.scheduler.set_timesteps(1)
         self.config = config
         self.register_buffer("prompt", start.prompt, persistent=False)
         signs = torch.tensor(axes_signs(start.description.normals_axes)).view(1, 3, 1, 1)
         self.register_buffer("signs", signs, persistent=False)
-        self.register_buffer("alphas", self.scheduler.alphas_cumprod, persistent=False)
         self.requires_grad_(False)
         self.trained.requires_grad_(True)
         if config.gradient_checkpointing:
@@ -140,15 +141,7 @@ class Objective(torch.nn.Module):
         last = self.scheduler.config.num_train_timesteps - 1
         prompt = self.prompt.expand(len(rgb), -1, -1)
         out = self.unet(torch.cat([picture, noise], dim=1), last, prompt).sample
-        alpha = self.alphas[last]
-        match self.scheduler.config.prediction_type:
-            case "v_prediction":
-                x0 = alpha.sqrt() * noise - (1 - alpha).sqrt() * out
-            case "epsilon":
-                x0 = (noise - (1 - alpha).sqrt() * out) / alpha.sqrt()
-            case _:
-                x0 = out
-        return self.decode(x0)
+        return self.decode(self.scheduler.step(out, last, noise).pred_original_sample)
 
     def _end_to_end(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         decoded = self.answer(batch.rgb, rng)
