@@ -8,15 +8,16 @@ from depthmill.pipeline.errors import SourceChangedError
 from depthmill.pipeline.sources import open_source, shown
 from depthmill.pipeline.types import FrameSource
 
-_OPEN_SOURCES = 2  # so that the next segment of the same video goes on where the last ended
+_AT_ONCE = 2  # so that the next segment of the same video goes on where the last ended
 
 
 class OpenSources:
     """The sources that a worker has open."""
 
-    def __init__(self, max_pixels: int, max_frames: int) -> None:
-        """None yet; the limits are `open_source`'s."""
-        self._limits = (max_pixels, max_frames)
+    def __init__(self, max_pixels: int, max_frames: int, *, threads: int = 0, at_once: int = _AT_ONCE) -> None:
+        """None yet, and `at_once` at most; the other options are `open_source`'s."""
+        self._options = {"max_pixels": max_pixels, "max_frames": max_frames, "threads": threads}
+        self._at_once = at_once
         self._sources: dict[str, FrameSource] = {}
         self._lock = threading.Lock()
 
@@ -30,10 +31,9 @@ class OpenSources:
             if uri in self._sources:
                 self._sources[uri] = self._sources.pop(uri)  # last used, last to go
                 return self._sources[uri]
-            while len(self._sources) >= _OPEN_SOURCES:
+            while len(self._sources) >= self._at_once:
                 self._sources.pop(next(iter(self._sources))).close()
-            max_pixels, max_frames = self._limits
-            source = open_source(uri, max_pixels=max_pixels, max_frames=max_frames)
+            source = open_source(uri, **self._options)
             if source.probe().fingerprint != fingerprint:
                 source.close()
                 raise SourceChangedError(
@@ -46,7 +46,7 @@ class OpenSources:
     def keep(self, uri: str, source: FrameSource) -> None:
         """Take over a source that was opened to be probed, for whoever opens it next; without room it is closed."""
         with self._lock:
-            if uri not in self._sources and len(self._sources) < _OPEN_SOURCES:
+            if uri not in self._sources and len(self._sources) < self._at_once:
                 self._sources[uri] = source
                 return
         source.close()

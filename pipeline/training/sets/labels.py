@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
-from collections import OrderedDict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from depthmill.pipeline.errors import SampleError, SourceError, StoreError, TrainingError
-from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.errors import SampleError, SourceChangedError, SourceError, StoreError, TrainingError
+from depthmill.pipeline.sources import MAX_FRAMES, MAX_PIXELS
+from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.store import open_datasets, open_store
 from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.training.sets.samples import SetOptions, sample
@@ -73,7 +73,7 @@ class StoredLabels:
         if modality not in store.layout.labels:
             stored = ", ".join(store.layout.labels)
             raise TrainingError(f"{options.path} has labels of {stored}; expected {modality}: label with it")
-        frames = 0
+        opened, frames = _Opened(options.path), 0
         for source_id in store.sources():
             attributes = store.attributes(source_id)
             labelled = np.flatnonzero(store.status(source_id) == LABELLED).tolist()
@@ -81,7 +81,8 @@ class StoredLabels:
             if labelled:
                 self._frames += [(source_id, frame) for frame in labelled]
                 self._sources[source_id] = attributes["uri"], attributes["fingerprint"]
-                _open(options.path, *self._sources[source_id]).close()
+                opened.source(*self._sources[source_id])
+                opened.sources.close()
         if not self._frames:
             raise TrainingError(f"{options.path} has no labelled frame: run `depthmill label` to its end")
         if lost := frames - len(self._frames):
@@ -108,7 +109,7 @@ class StoredLabels:
             raise SampleError(f"{where}: {error}") from error
         if frame.image is None:
             raise SampleError(f"{where}: {frame.error}")
-        dataset = opened.dataset(source_id)
+        dataset = opened.datasets[source_id]
         labels = dataset[self.modality][number].values
         if "size" in dataset:
             height, width = dataset["size"][number].values
@@ -125,35 +126,24 @@ class StoredLabels:
 class _Opened:
     """What one process has open: the store, and the sources it has read last."""
 
-    def __init__(self, store: str | Path) -> None:
+    def __init__(self, store: Path) -> None:
         self._store = store
-        self._lock = threading.Lock()
-        self._datasets: dict[str, xarray.Dataset] = {}
-        self._sources: OrderedDict[str, FrameSource] = OrderedDict()
+        # One thread: every worker of a data loader has its own.
+        self.sources = OpenSources(MAX_PIXELS, MAX_FRAMES, threads=1, at_once=_OPEN_SOURCES)
 
-    def dataset(self, source_id: str) -> xarray.Dataset:
-        with self._lock:
-            self._datasets = self._datasets or open_datasets(self._store)
-            return self._datasets[source_id]
+    @cached_property
+    def datasets(self) -> dict[str, xarray.Dataset]:
+        return open_datasets(self._store)
 
     def source(self, uri: str, fingerprint: str) -> FrameSource:
-        with self._lock:
-            if uri not in self._sources:
-                self._sources[uri] = _open(self._store, uri, fingerprint)
-            self._sources.move_to_end(uri)
-            if len(self._sources) > _OPEN_SOURCES:
-                self._sources.popitem(last=False)[1].close()  # a read in another thread ends all the same
-            return self._sources[uri]
-
-
-def _open(store: str | Path, uri: str, fingerprint: str) -> FrameSource:
-    """Open a source as it was labelled; one thread, since every worker of a data loader has its own."""
-    try:
-        source = open_source(uri, threads=1)
-        found = source.probe().fingerprint
-    except SourceError as error:
-        raise TrainingError(f"{store} has labels of {uri}, which cannot be opened ({error}): put it back") from error
-    if found != fingerprint:
-        source.close()
-        raise TrainingError(f"{uri} is not the file that was labelled into {store}: put it back, or label it anew")
-    return source
+        """Open a source as it was labelled."""
+        try:
+            return self.sources.open(uri, fingerprint)
+        except SourceChangedError as error:
+            raise TrainingError(
+                f"{uri} is not the file that was labelled into {self._store}: put it back, or label it anew"
+            ) from error
+        except SourceError as error:
+            raise TrainingError(
+                f"{self._store} has labels of {uri}, which cannot be opened ({error}): put it back"
+            ) from error
