@@ -29,10 +29,6 @@ class Batch:
     target: Tensor
     mask: Tensor
 
-    def __getitem__(self, rows: slice) -> Batch:
-        """Some of the pictures."""
-        return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
-
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))

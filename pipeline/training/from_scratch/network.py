@@ -6,6 +6,7 @@ modality: they are the same in all but the last convolution, each with its half 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,15 +82,8 @@ class Network:
     def save(self, directory: Path, *, processing_resolution: int, dtype: torch.dtype) -> None:
         """Write `depth/` and `normals/`, two checkpoints with one and the same VAE."""
         for index, modality in enumerate(MODALITIES):
-            parts = Parts(
-                unet=self._unet(index),
-                vae=self.parts.vae,
-                scheduler=self.parts.scheduler,
-                text_encoder=self.parts.text_encoder,
-                tokenizer=self.parts.tokenizer,
-            )
             scratch.save(
-                parts,
+                dataclasses.replace(self.parts, unet=self._unet(index)),
                 directory / modality,
                 modality,
                 processing_resolution=processing_resolution,
