@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,7 @@ class ObjectDirectory:
             raise StoreError(f"{uri} cannot be a store: expected a directory, s3://bucket/prefix or gs://bucket/prefix")
         self.uri = uri.rstrip("/")
         self._root = self.uri.partition("://")[2]
-        self._fs, _ = locate(self.uri, StoreError)
+        self._opened = os.getpid(), locate(self.uri, StoreError)[0]
 
     def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes | None:
         """See `Directory`."""
@@ -104,6 +105,13 @@ class ObjectDirectory:
 
     def clear_partial(self, key: str) -> None:
         """See `Directory`: a PUT leaves nothing behind."""
+
+    @property
+    def _fs(self) -> Any:
+        """The library's file system: a forked process cannot use its parent's."""
+        if self._opened[0] != os.getpid():
+            self._opened = os.getpid(), locate(self.uri, StoreError)[0]
+        return self._opened[1]
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".rstrip("/")

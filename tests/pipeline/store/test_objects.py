@@ -1,5 +1,6 @@
 """Stores in object storage, on a server of S3's protocol on loopback."""
 
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -60,6 +61,21 @@ def test_a_store_is_the_same_in_a_bucket_as_in_a_directory(s3, tmp_path):
     assert list(objects(uri)) == ["zarr.json"]
     replaced.remove_if_empty()
     assert objects(uri) == {}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_reads_on(s3):
+    """As the workers of a DataLoader do."""
+    fill(stores.create(f"{s3.url}/s", LAYOUT, IDENTITY))
+    depth = depthmill.open(f"{s3.url}/s")["video"]["depth"]
+    expected = depth[9].values
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=lambda: theirs.send(depth[9].values))
+    worker.start()
+    assert ours.poll(60), "the worker hangs, or fails"
+    assert np.array_equal(ours.recv(), expected)
+    worker.join(10)
 
 
 def test_a_bucket_outlives_the_store_in_it(s3):
