@@ -108,10 +108,9 @@ def preview(
     if not 0 <= start_s < stop_s:
         raise ConfigError(f"a preview from {start_s} to {stop_s} s: give a start of at least 0, and a stop after it")
     store = open_store(store_path)
-    datasets = open_datasets(store_path)
+    datasets = open_datasets(store_path, sources=None if source_id is None else [source_id])
     smoothed = {}
     if smooth and source_id is not None:
-        store.attributes(source_id)  # that there is such a source
         Temporal(store, source_id).check_current()
         smoothed = open_datasets(store_path, smooth=True, sources=[source_id])
     elif smooth:

@@ -106,26 +106,31 @@ def open_datasets(
     are `normals` then; `uncertainty` is scaled as well; and `shot` (frame,) int32.
 
     Raises:
-        StoreError: With `smooth`, if no source is smoothed, or one has been labelled again since.
+        StoreError: If there is no such store or source; with `smooth`, if no source is smoothed, or one has been
+            labelled again since.
     """
     import xarray
 
     store = open_store(uri)
     files = ZarrFiles(store.directory, read_only=True)
-    indexed = xarray.open_groups(files, engine="zarr", mask_and_scale=False)  # type: ignore[arg-type]
+    wanted = store.sources()
+    indexed: Mapping[str, xarray.Dataset] = {}
+    if sources is None:
+        indexed = xarray.open_groups(files, engine="zarr", mask_and_scale=False)  # type: ignore[arg-type]
+    else:
+        for source_id in sources:
+            store.attributes(source_id)  # that there is such a source
+        wanted = [source_id for source_id in wanted if source_id in sources]
     datasets = {}
-    for source_id in store.sources():
-        if sources is not None and source_id not in sources:
-            continue
+    for source_id in wanted:
         group = indexed.get(f"/{source_id}")
-        if group is None:  # not in the root yet
+        if group is None:  # not in the root yet, or one of few
             group = xarray.open_zarr(files, group=source_id, consolidated=False, mask_and_scale=False, chunks=None)
         dataset = group.drop_vars(["checksum", "depth_smooth", "normals_smooth"], errors="ignore")
         for name in store.layout.arrays:
             attributes = dataset[name].attrs
-            if "scale_factor" in attributes:
-                # JSON has float64 only, in which xarray would then decode: twice the memory, for 13 bits of depth.
-                attributes["scale_factor"] = np.float32(attributes["scale_factor"])
+            # JSON has float64 only, in which xarray would then decode: twice the memory, for 13 bits of depth.
+            attributes["scale_factor"] = np.float32(attributes.get("scale_factor", 1))
         datasets[source_id] = xarray.decode_cf(dataset)
     if not smooth:
         return datasets

@@ -23,6 +23,7 @@ def test_labels_come_back_within_the_packings_bounds(tmp_path, dtype, bound_deg)
         depth, normals = labels(index)
         assert np.abs(dataset["depth"][index].values - depth).max() <= DEPTH_STEP / 2 + 1e-7 <= 1e-4
         assert angle_deg(dataset["normals"][index].values, normals).max() <= bound_deg
+    assert depthmill.open(store.uri)["video"]["normals"][0].values.dtype == np.float32
 
 
 def test_xarray_finds_names_coordinates_and_conventions(store):
@@ -59,6 +60,16 @@ def test_depthmill_open_decodes_lazily_to_float32(store):
     assert datasets["video"]["depth"].dtype == datasets["video"]["normals"].dtype == np.float32
     assert list(datasets["images"]["depth"].coords) == ["key"]
     assert np.abs(datasets["video"]["depth"][2].values - labels(2)[0]).max() <= 1e-4
+
+
+def test_one_source_is_opened_without_the_others(store, monkeypatch):
+    write(store, store.segments("video")[0])
+    expected = depthmill.open(store.uri)["video"].load()
+    monkeypatch.setattr(xarray, "open_groups", None)  # takes milliseconds for each source of a store
+    (found,) = depthmill.open(store.uri, sources=["video"]).values()
+    xarray.testing.assert_identical(found.load(), expected)
+    with pytest.raises(StoreError, match="has no source 'vidoe'; it has "):
+        depthmill.open(store.uri, sources=["vidoe"])
 
 
 def test_extremes_are_kept_and_what_is_invalid_stays_so(store):
