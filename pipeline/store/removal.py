@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store.files import Directory
 from depthmill.pipeline.store.layout import Layout, source_arrays
-from depthmill.pipeline.store.root import BEING_REMOVED, FAILURES, METADATA, RUN, Root, write_root
+from depthmill.pipeline.store.root import (
+    BEING_REMOVED,
+    FAILURES,
+    METADATA,
+    RUN,
+    Root,
+    attributes_of,
+    is_source,
+    write_root,
+)
 from depthmill.pipeline.store.store import READERS
 
 _EVERYTHING = Layout(uncertainty=True)
@@ -57,6 +65,6 @@ def _refuse_others(directory: Directory, names: list[str]) -> None:
 def _is_source(group: bytes | None) -> bool:
     """Whether this is the zarr.json of a source's group; it comes last, so none is what a kill left of one."""
     try:
-        return group is None or json.loads(group)["attributes"].keys() >= {"uri", "fingerprint"}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return group is None or is_source(attributes_of(group))
+    except (ValueError, AttributeError):
         return False

@@ -45,7 +45,8 @@ class Root:
 
     def groups(self) -> dict[str, Document]:
         """Source id -> attributes of its group."""
-        return {path: json.loads(text)["attributes"] for path, text in self.members.items() if "/" not in path}
+        found = {path: attributes_of(text) for path, text in self.members.items() if "/" not in path}
+        return {path: attributes for path, attributes in found.items() if is_source(attributes)}
 
 
 def read_root(directory: Directory) -> Root | None:
@@ -79,6 +80,17 @@ def write_root(directory: Directory, root: Root) -> None:
     ).removesuffix(_END)
     lines = ",\n".join(f"{json.dumps(path)}: {root.members[path]}" for path in sorted(root.members))
     directory.write(METADATA, f"{start}\n{lines}\n{_END}\n".encode())
+
+
+def attributes_of(text: str | bytes) -> Document:
+    """The attributes that a zarr.json holds."""
+    attributes: Document = json.loads(text).get("attributes", {})
+    return attributes
+
+
+def is_source(attributes: Document) -> bool:
+    """Whether a group or array with these attributes is a source's group; any other is the user's."""
+    return attributes.keys() >= {"uri", "fingerprint"}
 
 
 def new_root(header: Document) -> Root:

@@ -32,7 +32,17 @@ from depthmill.pipeline.store.layout import (
     source_arrays,
     source_attributes,
 )
-from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, Root, read_root, source_members, write_root
+from depthmill.pipeline.store.root import (
+    FAILURES,
+    METADATA,
+    RUN,
+    Root,
+    attributes_of,
+    is_source,
+    read_root,
+    source_members,
+    write_root,
+)
 from depthmill.pipeline.store.writer import SegmentWriter
 from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array
 from depthmill.pipeline.types import FAILED, LABELLED, Failure, Segment, Source
@@ -314,11 +324,14 @@ class Store:
         keys = {f"{name}/{METADATA}": name for name in source_ids if name not in self._attributes}
         for key, data in self.directory.read_all(keys).items():
             try:
-                self._attributes[keys[key]] = json.loads(data)["attributes"]
-            except (ValueError, KeyError) as error:
+                attributes = attributes_of(data)
+                ours = is_source(attributes)
+            except (ValueError, AttributeError) as error:
                 raise StoreError(
                     f"{self.uri}/{key} is damaged ({error!r}): remove the directory that it is in"
                 ) from error
+            if ours:
+                self._attributes[keys[key]] = attributes
 
 
 def write_failures(store: Store, failures: Iterable[Failure]) -> str:

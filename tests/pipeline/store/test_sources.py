@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ import depthmill
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import StoreError, StoreMismatchError
 from depthmill.pipeline.store import Progress
+from depthmill.pipeline.store.inspect import inspect
+from depthmill.pipeline.store.root import read_root
+from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels, write
 
@@ -54,6 +58,22 @@ def test_a_source_without_its_groups_document_is_none(store):
         fresh.publish(["new"])
     fresh.add_source(new)
     assert files(store.uri) == whole
+
+
+def test_groups_and_arrays_of_the_users_are_no_sources(store):
+    write(store, Segment("images", 0, 5))
+    root = zarr.open_group(store.uri, mode="r+", use_consolidated=False)
+    root.create_group("splits").create_array("train", shape=5, dtype="uint8")
+    root.create_array("weights", shape=2, dtype="float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that other Zarrs may not know strings
+        for names in ({"images", "video"}, {"images", "splits", "video", "weights"}):
+            assert {name.partition("/")[0] for name in read_root(store.directory).members} == names
+            found = stores.open_store(store.uri)
+            assert found.sources() == ["images", "video"]
+            assert len(inspect(found).sources) == verify(found).sources == 2
+            assert list(depthmill.open(store.uri, sources=["images"])) == ["images"]
+            zarr.consolidate_metadata(store.uri)
 
 
 def test_a_source_that_changed_is_refused_by_every_process(store):
