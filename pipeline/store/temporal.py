@@ -235,7 +235,7 @@ class Temporal:
     def _documents(self, shape: tuple[int, int]) -> dict[str, Document]:
         frames, length = self.store.attributes(self.source_id)["frames"], self.store.segment_frames(self.source_id)
 
-        def one(name: str, dtype: str, fill: float, about: str, chunk: int = frames) -> Document:
+        def one(name: str, dtype: str, fill: float | str, about: str, chunk: int = frames) -> Document:
             full = (frames, *(shape if name == "edges" else ()))
             return array_document(
                 shape=full,
@@ -249,8 +249,8 @@ class Temporal:
         return {
             "temporal/edges": one("edges", "float32", 0, "scale and shift between pairs of frames", length),
             "temporal/score": one("score", "float32", 0, "how different a frame is from the one before", length),
-            "temporal/scale": one("scale", "float32", 0, "smoothed depth = scale * depth + shift"),
-            "temporal/shift": one("shift", "float32", 0, "smoothed depth = scale * depth + shift"),
+            "temporal/scale": one("scale", "float32", "NaN", "smoothed depth = scale * depth + shift"),
+            "temporal/shift": one("shift", "float32", "NaN", "smoothed depth = scale * depth + shift"),
             "temporal/shot": one("shot", "int32", -1, "number of the shot"),
             "temporal/filtered": one(
                 "filtered", "uint8", 0, "0 pending, 1 filtered, 2 no labels, 3 scaled alone, 4 without another", length

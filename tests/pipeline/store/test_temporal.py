@@ -85,6 +85,12 @@ def test_damaged_metadata_is_named_with_what_repairs_it(store, key, reads):
         assert smoothed(store).read("scale").tolist() == [2] * 18
 
 
+def test_scales_that_are_not_solved_yet_are_not_zero(store):
+    temporal = Temporal(store, "video")
+    temporal.prepare(max_edge=1, flow="fast", leak=0.1, shape=(1, 5))
+    assert np.isnan([temporal.read(name) for name in ("scale", "shift")]).all()
+
+
 def test_edges_that_could_not_be_written_are_pending(store, monkeypatch):
     temporal = Temporal(store, "video")
     temporal.prepare(max_edge=1, flow="fast", leak=0.1, shape=(1, 5))
