@@ -74,7 +74,8 @@ class VideoSource:
 
         Args:
             uri: Path or URL of the file.
-            max_pixels: A video whose frames have more is refused.
+            max_pixels: A video whose frames have more is refused; of one whose size changes, frames that have far more
+                fail.
             max_frames: A video with more packets is refused.
             threads: Threads of one decoder and of the conversion to RGB; 0 for one a core.
         """
@@ -126,8 +127,8 @@ class VideoSource:
             return self._probed
 
     def _probe(self) -> tuple[Source, PacketTable, str]:
-        table = scan(self._uri, self._max_frames)
-        decoder = Decoder(self._uri, table, self._threads, self._seeks)
+        table = scan(self._uri, self._max_frames, self._max_pixels)
+        decoder = Decoder(self._uri, table, self._threads, self._seeks, self._max_pixels)
         with closing(decoder):
             height, width, codec, rate = decoder.describe()
             self._check_size(height, width)
@@ -201,7 +202,7 @@ class VideoSource:
     def _take(self, table: PacketTable) -> Decoder:
         with self._lock:
             parked, self._parked = self._parked, None
-        return parked or Decoder(self._uri, table, self._threads, self._seeks)
+        return parked or Decoder(self._uri, table, self._threads, self._seeks, self._max_pixels)
 
     def _park(self, decoder: Decoder) -> None:
         decoder.on_packet = lambda: None
@@ -258,7 +259,7 @@ class VideoSource:
         errors: dict[int, str] = {}
         whole: set[int] = set()
         flawed: set[int] = set()
-        with closing(Decoder(self._uri, table, 1, self._seeks, on_packet)) as decoder:
+        with closing(Decoder(self._uri, table, 1, self._seeks, self._max_pixels, on_packet)) as decoder:
             for ordinal, frame in decoder.decode(first, group.last, errors):
                 (flawed if frame.is_corrupt else whole).add(ordinal)
         for before, ordinal in pairwise([packets[0], *packets]):
@@ -283,7 +284,7 @@ class VideoSource:
     ) -> Iterator[tuple[int, av.video.frame.VideoFrame | None]]:
         """Yield the frames [start, stop) of a damaged group: those before the damage, and None for the others."""
         waiting: dict[int, av.video.frame.VideoFrame] = {}
-        with closing(Decoder(self._uri, table, 1, self._seeks, on_packet)) as decoder:
+        with closing(Decoder(self._uri, table, 1, self._seeks, self._max_pixels, on_packet)) as decoder:
             outputs = decoder.decode(verdict.first, group.last, errors={})
             for index in range(start, stop):
                 if table.order[index] < verdict.lost_from:

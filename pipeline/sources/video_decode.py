@@ -10,7 +10,15 @@ import av
 import av.video.frame
 import numpy as np
 
-from depthmill.pipeline.sources.video_packets import NO_VALUE, Group, PacketTable, demux, open_container, reason
+from depthmill.pipeline.sources.video_packets import (
+    NO_VALUE,
+    Group,
+    PacketTable,
+    decoder_limits,
+    demux,
+    open_container,
+    reason,
+)
 
 # Codecs reorder by at most 16 frames: when more wait for one, that one is not coming.
 _MAX_WAITING = 24
@@ -34,9 +42,15 @@ class Decoder:
     """
 
     def __init__(
-        self, uri: str, table: PacketTable, threads: int, seeks: bool, on_packet: Callable[[], None] = lambda: None
+        self,
+        uri: str,
+        table: PacketTable,
+        threads: int,
+        seeks: bool,
+        max_pixels: int,
+        on_packet: Callable[[], None] = lambda: None,
     ) -> None:
-        self._uri, self._table, self._threads = uri, table, threads
+        self._uri, self._table, self._threads, self._max_pixels = uri, table, threads, max_pixels
         self.position: int | None = None
         self.seeks = seeks
         self.on_packet = on_packet
@@ -194,8 +208,10 @@ class Decoder:
         self._container, self._stream = open_container(self._uri)
         context = self._stream.codec_context
         context.thread_count = self._threads
+        options = decoder_limits(self._max_pixels)
         if context.name == "mjpeg":
-            context.options = {"err_detect": "explode"}  # else it passes broken pictures as whole; others say so
+            options["err_detect"] = "explode"  # else it passes broken pictures as whole; others say so
+        context.options = options
         self._stream.thread_type = "AUTO"
         self._started = False
 

@@ -175,6 +175,8 @@ def open_container(uri: str) -> tuple[av.container.InputContainer, av.video.stre
 
 def _refusal(container: av.container.InputContainer) -> str:
     """Why a file that libav can open is no video; "" if it may be one."""
+    if container.format.name == "concat":  # whatever the file is called
+        return f"a list of other files, which are no part of it; expected a video: {_AS_A_LIST}, or leave it out"
     if container.format.name in _TEXT_FORMATS:
         return f"text or other bytes, which FFmpeg would draw; expected a video: {_AS_A_LIST}, or leave it out"
     brand, others = (container.metadata.get(name, "") for name in ("major_brand", "compatible_brands"))
@@ -205,7 +207,12 @@ def demux(container: av.container.InputContainer, stream: av.video.stream.VideoS
             errors += 1
 
 
-def scan(uri: str, max_frames: int) -> PacketTable:
+def decoder_limits(max_pixels: int) -> dict[str, str]:
+    """Options by which a decoder makes no picture of far more pixels: a video's size may change midway."""
+    return {"max_pixels": str(max_pixels + (1 << 20))}  # it counts whole blocks
+
+
+def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
     """Read all packets of a video, decoding nothing unless their timestamps do not say in what order they are shown.
 
     Raises:
@@ -234,7 +241,7 @@ def scan(uri: str, max_frames: int) -> PacketTable:
     visible = clock[~hidden]
     uncoded = uncoded and bool((size <= _MAX_UNCODED_BYTES).any())
     if invented or uncoded or (visible == NO_VALUE).any() or len(np.unique(visible)) < len(visible):
-        rank = _decoded_order(uri, hidden)
+        rank = _decoded_order(uri, hidden, max_pixels)
     else:
         rank = np.argsort(np.argsort(clock, kind="stable"), kind="stable")
     ordinals = np.flatnonzero((rank >= 0) & ~hidden)
@@ -318,7 +325,7 @@ def _one_clock(pts: Int, dts: Int, time_base: float, rate: float) -> Int:
     return clock
 
 
-def _decoded_order(uri: str, hidden: Bool) -> Int:
+def _decoded_order(uri: str, hidden: Bool, max_pixels: int) -> Int:
     """Decode the whole video, because its timestamps do not say in what order its packets are shown.
 
     Returns:
@@ -329,6 +336,7 @@ def _decoded_order(uri: str, hidden: Bool) -> Int:
     rejected: list[int] = []
     container, stream = open_container(uri)
     with container:
+        stream.codec_context.options = decoder_limits(max_pixels)
         stream.codec_context.thread_count = 1  # with more, an error does not say which packet it means
         count = 0
         for ordinal, packet in chain(enumerate(demux(container, stream)), [(-1, None)]):  # at the end, what it has left

@@ -72,7 +72,7 @@ def test_a_video_is_read_through_once_to_be_probed(tmp_path, config, monkeypatch
     videos = [media.write_video(tmp_path / f"{name}.mp4", frames=9) for name in "abcd"]
     scans, closed = [], []
     scan, close = sources.video.scan, sources.VideoSource.close
-    monkeypatch.setattr(sources.video, "scan", lambda uri, most: scans.append(uri) or scan(uri, most))
+    monkeypatch.setattr(sources.video, "scan", lambda uri, *most: scans.append(uri) or scan(uri, *most))
     monkeypatch.setattr(sources.VideoSource, "close", lambda self: closed.append(self) or close(self))
     assert run(videos, tmp_path / "out.zarr", config).labelled == 36
     # Two stay open from the probe on; for more there is no room, and they are opened again.

@@ -319,6 +319,10 @@ def test_text_is_no_video(tmp_path: Path) -> None:
     (tmp_path / "art").write_bytes(b"XBIN\x1a" + bytes([80, 0, 25, 0, 16, 0]) + b"A\x07" * 2000)
     with pytest.raises(SourceError, match="text or other bytes"):
         open_source(tmp_path / "art").probe()
+    make.write_video(tmp_path / "other.mp4", frames=3)
+    (tmp_path / "clip.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
+    with pytest.raises(SourceError, match=r"clip\.mp4: a list of other files"):
+        open_source(tmp_path / "clip.mp4").probe()
 
 
 @pytest.mark.parametrize(

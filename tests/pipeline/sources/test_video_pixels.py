@@ -139,3 +139,18 @@ def test_a_change_of_resolution_is_scaled_to_the_first(tmp_path: Path) -> None:
     frames = read_all(both)
     assert {frame.image.shape for frame in frames if frame.image is not None} == {(make.HEIGHT, make.WIDTH, 3)}
     assert [make.read_index(frame.image) for frame in frames if frame.image is not None] == list(range(20))
+
+
+def test_a_picture_that_is_far_too_large_midway_fails_alone(tmp_path: Path) -> None:
+    """The decoder refuses it, rather than that it makes one to be scaled down."""
+    path = tmp_path / "clip.mjpeg"
+    path.write_bytes(
+        b"".join(
+            make.encode(i, ".jpg", **({"height": 1300} if i == 4 else {}), width=64 if i != 4 else 1000)
+            for i in range(6)
+        )
+    )
+    source = open_source(path, max_pixels=48 * 64)
+    frames = list(source.read(0, source.probe().frames))
+    source.close()
+    assert [frame.image is None for frame in frames] == [False] * 4 + [True, False]
