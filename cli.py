@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from depthmill import __version__
-from depthmill.pipeline.errors import ConfigError, DepthmillError, RunStoppedError
+from depthmill.pipeline.errors import ConfigError, DepthmillError, RunStoppedError, StoreFullError, printable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -44,7 +44,7 @@ def main() -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # a file's name can be any bytes, and a terminal ASCII
     try:
         app()
-    except RunStoppedError as error:
+    except (RunStoppedError, StoreFullError) as error:
         _stopped(error)
     except DepthmillError as error:
         _say(error)
@@ -59,7 +59,7 @@ def main() -> NoReturn:
 
 def _stopped(why: object) -> NoReturn:
     """End at once: a signal may have cut off anything, such as the making of a thread that Python would wait for."""
-    with suppress(OSError):  # nobody may be there to read it
+    with suppress(OSError, AttributeError):  # nobody may be there to read it, or no stream at all
         _say(why)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -67,7 +67,7 @@ def _stopped(why: object) -> NoReturn:
 
 
 def _say(message: object) -> None:
-    typer.echo(f"depthmill: {message}", err=True)
+    typer.echo(printable(f"depthmill: {message}"), err=True)
 
 
 def _version(wanted: bool) -> None:
@@ -282,7 +282,7 @@ def _smooth(store: str, settings: SmoothConfig, sources: list[str]) -> bool:
         f"run, in {done.seconds:.1f} s"
     )
     for name, why in {**done.left_out, **done.unread}.items():
-        typer.echo(f"  {name}: {why}")
+        typer.echo(printable(f"  {name}: {why}"))
     if done.unasked:
         shown = ", ".join(done.unasked[:3]) + (" …" if len(done.unasked) > 3 else "")
         typer.echo(
@@ -363,7 +363,7 @@ def inspect(
 
         typer.echo(json.dumps(asdict(found), indent=2))
     else:
-        typer.echo(as_text(found))
+        typer.echo(printable(as_text(found)))
 
 
 @app.command()

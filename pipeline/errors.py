@@ -3,6 +3,15 @@
 A message says what value was met, what was expected, and what to do about it.
 """
 
+import re
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
+
+
+def printable(message: object) -> str:
+    """A message as text that no terminal obeys: the name of a file in it can be anything."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", str(message))
+
 
 class DepthmillError(Exception):
     """Root of the tree: catch this to catch whatever depthmill raises on purpose."""

@@ -14,6 +14,7 @@ import pytest
 
 import depthmill
 from depthmill.cli import main
+from depthmill.pipeline.errors import RunStoppedError, StoreFullError
 from depthmill.tests import media, runs
 
 
@@ -268,3 +269,20 @@ def test_a_run_that_is_stopped_waits_for_no_thread():
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (130, "depthmill: 10 of 20 frames are committed\n")
+
+
+@pytest.mark.parametrize("raised", [RunStoppedError, StoreFullError])
+def test_how_a_stopped_run_ends_without_standard_output(raised, monkeypatch, capsys):
+    def stopped():
+        raise raised("a\x1b[2J.mp4")
+
+    def ended(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr("depthmill.cli.app", stopped)
+    monkeypatch.setattr("depthmill.cli.os._exit", ended)
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "depthmill: a\\x1b[2J.mp4\n"

@@ -37,7 +37,7 @@ from depthmill.pipeline.store import Store, create
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.driver import Driver
 from depthmill.workers.pool import InProcess, Pool
-from depthmill.workers.progress import Rate, open_display
+from depthmill.workers.progress import Rate, RunConsole, open_display
 from depthmill.workers.resume import Summary, identity, layout, list_failures, planned_here
 from depthmill.workers.standing import Standing
 from depthmill.workers.terms import Calls, Options
@@ -71,7 +71,7 @@ def label(
         DepthmillError: If nothing can start: no input can be opened, the checkpoint or the store cannot be used.
         RunStoppedError: On Ctrl-C or SIGTERM, when workers cannot be kept alive, and when the disk is full.
     """
-    console = console or Console(highlight=False)
+    console = console or RunConsole(highlight=False)
     started, rate = datetime.now(UTC), Rate()
     if config.device.startswith("cuda:") and config.workers != 0:
         raise ConfigError(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from depthmill.pipeline.errors import printable
 
 if TYPE_CHECKING:
     from depthmill.pipeline.types import WorkerState
@@ -39,6 +43,26 @@ class Rate:
         """Frames per second, 0 before the start."""
         elapsed_s = 0.0 if self.started_s is None else time.perf_counter() - self.started_s
         return frames / elapsed_s if elapsed_s > 0 else 0.0
+
+
+class RunConsole(Console):
+    """A console of plain text that a run outlives: neither a log on a full disk ends it, nor a terminal that closes."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As `Console.print`, but names of files in a text mean nothing."""
+        super().print(*(Text(printable(one)) if isinstance(one, str) else one for one in objects), **options)
+
+    def __exit__(self, *raised: Any) -> None:
+        try:
+            super().__exit__(*raised)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Go on in silence; what could not be written is not to be tried again at the end."""
+        self.quiet = True
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())
 
 
 Show = Callable[["Counts", Mapping[str, "WorkerState"]], None]
@@ -126,24 +150,20 @@ def count(number: int, noun: str) -> str:
 
 def print_summary(summary: Summary) -> None:
     """Say how a run ended, the reasons of its failures most frequent first."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = RunConsole(highlight=False, soft_wrap=True)
     speed = f", {summary.frames_per_s:.2f} frames/s ({summary.device})" if summary.committed else ""
     console.print(
         f"{summary.labelled} of {count(summary.frames, 'frame')} of {count(summary.sources, 'source')} labelled in "
         f"{summary.store}; {summary.committed} done in this run, in {summary.seconds:.1f} s{speed}",
-        markup=False,
     )
     if summary.failures:
-        console.print(
-            f"{count(len(summary.failures), 'failure')}, listed in {summary.store}/failures.jsonl:", markup=False
-        )
+        console.print(f"{count(len(summary.failures), 'failure')}, listed in {summary.store}/failures.jsonl:")
         for reason, times in Counter(failure.reason for failure in summary.failures).most_common(_REASONS_SHOWN):
-            console.print(f"  {times} x {reason}", markup=False)
+            console.print(f"  {times} x {reason}")
     if summary.other_failures:
         console.print(
             f"{count(summary.other_failures, 'frame')} of other sources in the store failed earlier: "
             f"{summary.store}/failures.jsonl has them, too",
-            markup=False,
         )
 
 

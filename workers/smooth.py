@@ -31,7 +31,7 @@ from depthmill.workers.crew import Crew
 from depthmill.workers.inquest import after, cause_of, words_of
 from depthmill.workers.pace import Pace
 from depthmill.workers.pool import Event, InProcess, Pool
-from depthmill.workers.progress import Rate, open_display
+from depthmill.workers.progress import Rate, RunConsole, open_display
 from depthmill.workers.standing import Counts
 
 _PHASES: tuple[Phase, ...] = ("edges", "solve", "filter")
@@ -99,7 +99,9 @@ def smooth(
 
                 pool = smoothers(config, store.uri)
             stack.callback(pool.close)
-            run.display = stack.enter_context(open_display(console or Console(highlight=False), run.rate, "smoothing"))
+            run.display = stack.enter_context(
+                open_display(console or RunConsole(highlight=False), run.rate, "smoothing")
+            )
             try:
                 run.go(Crew(pool))
             except KeyboardInterrupt:

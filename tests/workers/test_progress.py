@@ -1,11 +1,16 @@
 import io
+import os
+import pty
+import subprocess
+import sys
+import textwrap
 
 import pytest
 from rich.console import Console
 
 from depthmill.pipeline.types import WorkerState
 from depthmill.workers import progress
-from depthmill.workers.progress import Rate, open_display
+from depthmill.workers.progress import Rate, RunConsole, open_display
 from depthmill.workers.standing import Counts
 
 COUNTS = Counts(total=100, before=20, done=30, failed=2)
@@ -58,3 +63,32 @@ def test_the_rate_starts_with_the_first_worker(steady_clock):
     steady_clock[0] += 10
     rate.start()  # a second worker
     assert rate(50) == 5
+
+
+def test_names_of_files_are_shown_as_they_are_but_for_what_a_terminal_obeys():
+    out = RunConsole(file=io.StringIO(), force_terminal=True, width=120, highlight=False)
+    out.print("left out: [red]:bear:\x1b[2J\x1b]0;title\x07\x9b1m\r.mp4\n\tcaf\u00e9")
+    assert out.file.getvalue() == "left out: [red]:bear:\\x1b[2J\\x1b]0;title\\x07\\x9b1m\\x0d.mp4\n        caf\u00e9\n"
+
+
+@pytest.mark.parametrize("where", ["a full disk", "a closed terminal", "nobody reads"])
+def test_a_run_goes_on_when_its_output_cannot_be_written(where):
+    code = """
+        from depthmill.workers.progress import Rate, RunConsole, open_display
+        from depthmill.workers.standing import Counts
+        with open_display(RunConsole(), Rate()) as show:
+            for done in range(2):
+                show(Counts(2, 0, done, 0), {})
+        RunConsole().print("all done")
+        print("and so on")
+    """
+    if where == "a full disk":
+        out = os.open("/dev/full", os.O_WRONLY)
+    else:
+        other, out = pty.openpty() if where == "a closed terminal" else os.pipe()
+        os.close(other)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=out, stderr=subprocess.PIPE, check=False, timeout=60
+    )
+    os.close(out)
+    assert (done.returncode, done.stderr) == (0, b"")
