@@ -54,8 +54,9 @@ def open_source(
                 f"{shown(uri)} was given with credentials; expected them in the environment: leave them out"
             )
         uri = without_secrets(uri)
-    elif not kind_of(uri):
-        raise SourceError(f"{uri}: no such file or folder; expected a video, a picture or a folder: check the path")
+    elif kind_of(uri) not in ("file", "folder"):
+        what = "a pipe or a device" if kind_of(uri) else "no such file or folder"
+        raise SourceError(f"{uri}: {what}; expected a video, a picture or a folder: check the path")
     opens = ImageSource if is_folder else next(opens for accepts, opens in _KINDS if accepts(uri))
     return opens(uri, max_pixels, max_frames, threads)
 

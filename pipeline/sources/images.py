@@ -7,15 +7,24 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.errors import SourceChangedError, SourceError
 from depthmill.pipeline.objects import is_url
 from depthmill.pipeline.sources.limits import check_frames
-from depthmill.pipeline.sources.naming import canonical_uri, readable
+from depthmill.pipeline.sources.naming import canonical_uri, readable, unique_names
 from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files, unanswered
-from depthmill.pipeline.sources.pictures import Encoded, Header, Picture, decode_ahead, describe, read_header
+from depthmill.pipeline.sources.pictures import (
+    Encoded,
+    Header,
+    Picture,
+    decode_ahead,
+    describe,
+    on_one_canvas,
+    read_header,
+)
 from depthmill.pipeline.types import Frame, Source
 
 IMAGE_SUFFIXES = frozenset(
@@ -75,13 +84,13 @@ class ImageSource:
 
         Raises:
             SourceError: If there is no file with a picture's suffix, or one cannot be read for a reason that is not its
-                own.
+                own, or is larger than any was when they were probed.
         """
         source, files, headers = self._open()
         if not 0 <= start <= stop <= source.frames:
             raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
         pictures = _encoded(files, headers, start, stop, self._max_pixels)
-        return decode_ahead(pictures, self._max_pixels, self._threads)
+        return _fitting(source, decode_ahead(pictures, self._max_pixels, self._threads))
 
     def close(self) -> None:
         """Nothing is held: each read has its own threads."""
@@ -106,6 +115,7 @@ def _probe(uri: str, max_pixels: int, max_frames: int) -> tuple[Source, list[Pic
     digest = hashlib.sha256()
     for key, header in zip(keys, headers, strict=True):
         digest.update(f"{key}\0{header.digest}\0".encode())
+    headers = on_one_canvas(headers, max_pixels)
     return describe(uri, "images", keys, headers, digest.hexdigest()), files, headers
 
 
@@ -125,7 +135,8 @@ def _list_files(path: Path) -> dict[str, Picture]:
     if not files:
         raise _nothing(path)
     files.sort(key=lambda file: file.relative_to(path).as_posix())
-    return {readable(file.relative_to(path).as_posix()): file for file in files}
+    keys = unique_names(readable(file.relative_to(path).as_posix()) for file in files)
+    return dict(zip(keys, files, strict=True))
 
 
 def _list_urls(uri: str) -> dict[str, Picture]:
@@ -158,8 +169,25 @@ def _encoded(
 ) -> Generator[Encoded, None, None]:
     for index in range(start, stop):
         size_bytes = 3 * headers[index].height * headers[index].width
+        if headers[index].error:
+            yield Encoded(index, None, error=headers[index].error)
+            continue
         away = partial(_is_away, files, headers, index, max_pixels)
         yield Encoded(index, files[index], size_bytes, away=away) if size_bytes else Encoded(index, files[index])
+
+
+def _fitting(source: Source, frames: Generator[Frame, None, None]) -> Iterator[Frame]:
+    """The frames; a picture for which no row of the source has room was another one when that was probed."""
+    with closing(frames):
+        for frame in frames:
+            height, width = (0, 0) if frame.image is None else frame.image.shape[:2]
+            if height > source.height or width > source.width:
+                assert source.keys is not None
+                raise SourceChangedError(
+                    f"{source.uri}: {source.keys[frame.index]} is larger ({width}x{height}) than any of its pictures "
+                    "was when they were probed; expected files that do not change while they are read: start again"
+                )
+            yield frame
 
 
 def _is_away(files: Sequence[Picture], headers: Sequence[Header], index: int, max_pixels: int) -> bool:

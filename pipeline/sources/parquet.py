@@ -23,7 +23,15 @@ from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.limits import check_frames, too_large
 from depthmill.pipeline.sources.naming import canonical_uri, unique_names
 from depthmill.pipeline.sources.opening import file_size, open_binary
-from depthmill.pipeline.sources.pictures import NO_HEADER, Encoded, Header, decode_ahead, describe, read_header
+from depthmill.pipeline.sources.pictures import (
+    NO_HEADER,
+    Encoded,
+    Header,
+    decode_ahead,
+    describe,
+    on_one_canvas,
+    read_header,
+)
 from depthmill.pipeline.types import Frame, Source
 
 PARQUET_SUFFIXES = frozenset([".parquet", ".pq"])
@@ -127,6 +135,8 @@ class ParquetSource:
         digest = hashlib.sha256(f"{rows.size_bytes}\0{rows.column}\0".encode())
         for key, header in zip(keys, headers, strict=True):
             digest.update(f"{key}\0{header.digest}\0".encode())
+        headers = on_one_canvas(headers, self._max_pixels)
+        errors.update((row, header.error) for row, header in enumerate(headers) if header.error)
         return describe(self._uri, "parquet", keys, headers, digest.hexdigest()), headers, errors
 
     def _encoded(

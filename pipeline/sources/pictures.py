@@ -12,7 +12,7 @@ import os
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -41,8 +41,11 @@ _MAX_BYTES_AHEAD = 192 << 20  # encoded and decoded, not yet taken
 _MAX_SIDE = 65_535  # what JPEG can say; the store's rows are as high as the highest picture and as wide as the widest
 
 # A header that promises more than its file can hold is damaged, and must not size a store. Deflate packs at most 1032
-# bytes into one, of eight 1-bit pixels each; JPEG spends at least one bit on a block of 8 x 8.
-_MAX_PIXELS_PER_BYTE = {"PNG": 8 * 1032, "JPEG": 8 * 64}
+# bytes into one, of eight 1-bit pixels each; JPEG spends at least one bit on a block of 8 x 8; a run in a BMP, of
+# 255 pixels at most, takes two bytes.
+_MAX_PIXELS_PER_BYTE = {"PNG": 8 * 1032, "JPEG": 8 * 64, "BMP": 128, "PPM": 8}
+
+_MAX_CANVAS = 2  # times the pixels that a picture may have; a tall one and a wide one could make it far larger
 
 # Of errors in reading, those that a picture is to blame for: what Pillow says (without a number), files that are not
 # there or not to be read, links in a circle, and places asked for that no file has.
@@ -74,11 +77,13 @@ class Header:
         height: Rows in pixels, upright; 0 where that cannot be told, or the picture will not be decoded.
         width: Columns in pixels, likewise.
         digest: Hash of its size in bytes, and of its first and last bytes.
+        error: Why it is not decoded, if it is the others in its source that it does not go with; else "".
     """
 
     height: int
     width: int
     digest: str
+    error: str = ""
 
 
 NO_HEADER = Header(0, 0, "")
@@ -101,6 +106,25 @@ class Encoded:
     size_bytes: int = 0
     error: str = ""
     away: Callable[[], bool] = lambda: False
+
+
+def on_one_canvas(headers: Sequence[Header], max_pixels: int) -> list[Header]:
+    """The same, without the longest pictures where the canvas, as high and as wide as any, would else be too large."""
+    kept, most = list(headers), _MAX_CANVAS * max_pixels
+    by_length = sorted(range(len(headers)), key=lambda i: max(headers[i].height, headers[i].width))
+    height = width = 0
+    for place, i in enumerate(by_length):
+        height, width = max(height, headers[i].height), max(width, headers[i].width)
+        if height * width > most:
+            for far in by_length[place:]:
+                one = headers[far]
+                error = (
+                    f"{one.width}x{one.height} pixels: with the others of its source, each row would take {width}x"
+                    f"{height} or more; at most {most} pixels are stored: label it by itself, or raise max_pixels"
+                )
+                kept[far] = Header(0, 0, one.digest, error)
+            break
+    return kept
 
 
 def describe(uri: str, kind: SourceKind, keys: tuple[str, ...], headers: Sequence[Header], fingerprint: str) -> Source:
@@ -182,7 +206,9 @@ def read_header(picture: Picture, max_pixels: int) -> Header:
     return Header(height, width, digest.hexdigest())
 
 
-def decode_ahead(pictures: Generator[Encoded, None, None], max_pixels: int, threads: int) -> Iterator[Frame]:
+def decode_ahead(
+    pictures: Generator[Encoded, None, None], max_pixels: int, threads: int
+) -> Generator[Frame, None, None]:
     """Decode in a few threads, ahead by two pictures a thread, or by fewer large ones.
 
     Args:

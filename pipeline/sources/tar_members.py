@@ -129,7 +129,7 @@ def walk(file: BinaryIO) -> Iterator[Member]:
             state.offset = offset
             try:
                 info = tarfile.TarInfo.fromtarfile(state)
-                if not offset < state.offset < _MAX_OFFSET:
+                if info.size < 0 or not offset < state.offset < _MAX_OFFSET:
                     raise tarfile.HeaderError(f"a size of {info.size} bytes")
             except (*GZIP_DAMAGE, OSError):
                 raise

@@ -17,7 +17,7 @@ import re
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -26,7 +26,15 @@ from depthmill.pipeline.sources.images import IMAGE_SUFFIXES
 from depthmill.pipeline.sources.limits import check_frames, too_large
 from depthmill.pipeline.sources.naming import canonical_uri, unique_names
 from depthmill.pipeline.sources.opening import file_size
-from depthmill.pipeline.sources.pictures import NO_HEADER, Encoded, Header, decode_ahead, describe, read_header
+from depthmill.pipeline.sources.pictures import (
+    NO_HEADER,
+    Encoded,
+    Header,
+    decode_ahead,
+    describe,
+    on_one_canvas,
+    read_header,
+)
 from depthmill.pipeline.sources.tar_members import GZIP_DAMAGE, Member, open_archive, walk
 from depthmill.pipeline.types import Frame, Source
 
@@ -129,7 +137,11 @@ class WebDatasetSource:
                 f"members ending in {' '.join(sorted(IMAGE_SUFFIXES))}: replace it or leave it out"
             )
         keys = unique_names(picture.key or f"@{picture.offset}" for picture in pictures)
-        headers = [picture.header for picture in pictures]
+        headers = on_one_canvas([picture.header for picture in pictures], self._max_pixels)
+        pictures = [
+            replace(picture, header=header, error=picture.error or header.error)
+            for picture, header in zip(pictures, headers, strict=True)
+        ]
         return describe(self._uri, "webdataset", keys, headers, digest.hexdigest()), pictures
 
     def _encoded(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.errors import SourceChangedError, SourceError
 from depthmill.pipeline.sources import expand_inputs, open_source, pictures
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import SourceContract, read_all
@@ -114,6 +114,26 @@ def test_a_picture_that_vanishes_fails_alone(tmp_path: Path) -> None:
     frames = list(source.read(0, 3))
     assert [frame.image is None for frame in frames] == [False, True, False]
     assert "001.png" in frames[1].error
+
+
+def test_a_picture_that_became_larger_is_a_changed_source(tmp_path: Path) -> None:
+    """The store has no room for it: that is no fault of the store's, for which a run would stop."""
+    make.write_image_folder(tmp_path, count=3)
+    source = open_source(tmp_path)
+    source.probe()
+    make.write_image(tmp_path / "001.png", 1, height=50)
+    frames = source.read(0, 3)
+    assert make.read_index(next(frames).image) == 0
+    with pytest.raises(SourceChangedError, match=r"001\.png is larger \(64x50\) than any"):
+        next(frames)
+
+
+def test_names_that_read_alike_are_two_pictures(tmp_path: Path) -> None:
+    for index, name in enumerate((b"caf\xe9.png", rb"caf\xe9.png")):
+        (tmp_path / os.fsdecode(name)).write_bytes(make.encode(index))
+    source = open_source(tmp_path)
+    assert source.probe().keys == (r"caf\xe9.png", r"caf\xe9.png~2")
+    assert {make.read_index(frame.image) for frame in read_all(tmp_path)} == {0, 1}
 
 
 def unreadable(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
@@ -275,8 +295,10 @@ def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
     (tmp_path / "photos" / "gone.jpg").symlink_to("nothing.jpg")
     (tmp_path / "photos" / "linked.png").symlink_to("000.png")
     assert open_source(tmp_path / "photos").probe().keys == ("000.png", "gone.jpg", "linked.png")
-    with pytest.raises(SourceError, match="no such file"):
-        open_source(tmp_path / "photos" / "pipe.jpg").probe()
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path / "photos" / "pipe.jpg", tmp_path / "pipe.mp4"):
+        with pytest.raises(SourceError, match="a pipe or a device"):
+            open_source(path)
 
 
 @pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JPG"])

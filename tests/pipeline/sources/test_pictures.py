@@ -173,6 +173,45 @@ def test_a_header_that_lies_sizes_nothing() -> None:
         decode_image(io.BytesIO(lying), LIMIT)
 
 
+@pytest.mark.parametrize(
+    "head",
+    [b"P6 9000 9000 255\n", b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 9000, 9000, 1, 24, *[0] * 6)],
+)
+def test_a_header_alone_sizes_nothing(head: bytes) -> None:
+    assert read_header(io.BytesIO(head), LIMIT).height == 0
+    with pytest.raises(SourceError, match="promises 9000x9000 pixels"):
+        decode_image(io.BytesIO(head), LIMIT)
+
+
+def folder(path: Path, pictures: dict[str, bytes]) -> Path:
+    path.mkdir()
+    for name, data in pictures.items():
+        (path / name).write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard.tar", "shard.tgz", "shard.parquet"])
+def test_a_tall_and_a_wide_picture_do_not_spoil_the_others(kind: str, tmp_path: Path) -> None:
+    """A row of a canvas as high as the one and as wide as the other could not be stored."""
+    sizes = {"a.png": (48, 64), "b.png": (1, 3000), "c.png": (2000, 1), "d.png": (40, 70)}
+    pictures = {name: make.encode(5, height=height, width=width) for name, (height, width) in sizes.items()}
+    path = tmp_path / kind
+    if kind == "folder":
+        folder(path, pictures)
+    elif kind == "shard.parquet":
+        make.write_parquet(path, {"image": list(pictures.values())})
+    else:
+        make.write_tar(path, list(pictures.items()))
+    source = open_source(path, max_pixels=100_000)
+    probed = source.probe()
+    assert (probed.height, probed.width) == (2000, 70)
+    frames = list(source.read(0, 4))
+    source.close()
+    assert [frame.image is None for frame in frames] == [False, True, False, False]
+    assert "3000x1 pixels: with the others of its source, each row would take 3000x2000" in frames[1].error
+    assert open_source(path).probe().width == 3000, "by default there is room for both"
+
+
 def test_sides_are_limited() -> None:
     file = io.BytesIO()
     Image.new("1", (70_000, 1)).save(file, "PNG")

@@ -112,6 +112,18 @@ def test_a_damaged_header_is_skipped_and_listed(tmp_path: Path) -> None:
     assert make.read_index(frames[3].image) == 3
 
 
+def test_a_negative_size_is_damage(tmp_path: Path) -> None:
+    members = make.samples(3, suffixes=(".png",))
+    bad = tarfile.TarInfo("bad.png")
+    bad.pax_headers = {"size": "-5"}
+    _, frames = probe_and_read(
+        make.write_tar(tmp_path / "shard.tar", [*members, (bad, b""), ("last.png", make.encode(9))])
+    )
+    assert [frame.image is None for frame in frames] == [False] * 3 + [True, False]
+    assert "there is no member" in frames[3].error
+    assert make.read_index(frames[4].image) == 9
+
+
 @pytest.mark.parametrize("name", ["shard.tar", "shard.tgz"])
 @pytest.mark.parametrize("zeros", [1024, 10240 - 1024, 65536 - 1024])
 def test_archives_one_after_another_are_read_as_one(name: str, zeros: int, tmp_path: Path) -> None:
