@@ -60,6 +60,8 @@ _AS_A_LIST = "give a list of inputs as @list.txt"
 
 # Local files only: a playlist that calls itself .mp4 must not make the library fetch what it names.
 _OPEN_OPTIONS = {"protocol_whitelist": "file"}
+# Titles need not be UTF-8; PyAV 19 never minds.
+_LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def open_container(uri: str) -> tuple[av.container.InputContainer, av.video.stre
     try:
         # A file that FFmpeg opens itself costs less than one that is read through Python.
         file: Any = open_binary(uri) if is_url(uri) else uri
-        container = av.open(file, "r", options=_OPEN_OPTIONS, metadata_errors="ignore")
+        container = av.open(file, "r", options=_OPEN_OPTIONS, **_LENIENT)
     except (av.FFmpegError, OSError) as error:
         remedy = _AS_A_LIST if uri.endswith(".txt") else "check it with ffprobe"
         raise SourceError(

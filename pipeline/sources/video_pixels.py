@@ -121,7 +121,8 @@ def _matrices_of(frame: av.video.frame.VideoFrame) -> list[list[float]]:
     except ValueError:  # PyAV does not know all kinds (EXIF); then it tells how the frame is turned, not if mirrored
         turn = math.radians(-frame.rotation)
         return [[math.cos(turn), math.sin(turn), -math.sin(turn), math.cos(turn)]]
-    found = [np.frombuffer(bytes(data), np.int32) for data in side_data if data.type.name == "DISPLAYMATRIX"]
+    kept = [side_data[i] for i in range(len(side_data))]  # iterated, PyAV 19's are their types alone
+    found = [np.frombuffer(bytes(data), np.int32) for data in kept if data.type.name == "DISPLAYMATRIX"]
     return [[values[i] / 65536 for i in (0, 1, 3, 4)] for values in found if len(values) == 9]
 
 
