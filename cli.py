@@ -534,10 +534,12 @@ def bench(
     processing_resolution: Annotated[
         int | None, typer.Option(help="Longer side in pixels at which the model sees a frame; default: CHECKPOINT's.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Frames per forward pass.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Frames per forward pass.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the network.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the network; by default one a core.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of the network; default: one for each core, at most 8.")
+    ] = None,
 ) -> None:
     """Measure how fast this machine labels, and say what to change.
 
