@@ -13,11 +13,13 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(tmp_path):
     tree = tmp_path / "tree"
     ignore = shutil.ignore_patterns(".*", "tests", "benchmarks", "build", "dist", "*.egg-info", "runs", "*.pyc")
     shutil.copytree(ROOT, tree, ignore=ignore)
-    subprocess.run(
+    built = subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, tree],
         check=True,
         capture_output=True,
+        text=True,
     )
+    assert "would be ignored" not in built.stdout + built.stderr, "setuptools warns of data that it may leave out"
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     top = {name.split("/")[0] for name in names}
@@ -27,3 +29,5 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(tmp_path):
     assert {f"depthmill/{name}" for name in tracked.stdout.split("\0") if name} <= names
     assert any("pipeline/model/demo/depth/unet" in name for name in names)
     assert not any("/tests/" in name for name in names)
+    licences = {name.partition(".dist-info/licenses/")[2] for name in names}
+    assert {"LICENSE", "pipeline/training/photographs.LICENSE.txt"} <= licences
