@@ -133,8 +133,8 @@ A photograph of known depth, `stereo_motorcycle` (not shown), after affine align
 
 Sources: scikit-image (`astronaut`: NASA, public domain; `camera`, `chelsea`, `coffee`, `rocket`: CC0), scikit-learn
 (`china` by danielbuechele, flickr.com/photos/danielbuechele/6061409035, and `flower` by vultilion,
-flickr.com/photos/vultilion/6056698931, both CC BY 2.0, here scaled down and labelled), `demo/pedestrians.mp4`
-(`demo/README.md`). `stereo_motorcycle`: Scharstein et al., GCPR 2014.
+flickr.com/photos/vultilion/6056698931, both CC BY 2.0, creativecommons.org/licenses/by/2.0, here scaled down and
+labelled), `demo/pedestrians.mp4` (`demo/README.md`). `stereo_motorcycle`: Scharstein et al., GCPR 2014.
 """
     print(report)
     options.out.mkdir(parents=True, exist_ok=True)

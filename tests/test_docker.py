@@ -104,12 +104,13 @@ def test_versions_agree():
 
 
 def _commands() -> list[list[str]]:
-    """Every command line of depthmill's and Ray's in the kit's manifests and on its page."""
+    """Every command line of depthmill's and Ray's in the kit's manifests, on its page and in the README."""
     services = COMPOSE["services"].values()
     commands = [shlex.split(RAYJOB["spec"]["entrypoint"])]
     commands += [[*service.get("entrypoint", []), *service["command"]] for service in services]
-    page = "\n".join(re.findall(r"(?s)```sh\n(.*?)```", (KIT / "README.md").read_text(encoding="utf-8")))
-    commands += [shlex.split(line, comments=True) for line in page.replace("\\\n", " ").splitlines()]
+    for page in (KIT / "README.md", ROOT / "README.md"):
+        text = "\n".join(re.findall(r"(?s)```sh\n(.*?)```", page.read_text(encoding="utf-8")))
+        commands += [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
     label = COMPOSE["services"]["label"]["entrypoint"]
     for line in commands[:]:
         if line[:2] == ["docker", "compose"] and "label" in line:
@@ -142,6 +143,9 @@ def test_every_command_is_one_that_depthmill_and_ray_take():
     for given in labelling:
         options = {key: given[key] for key in LabelConfig.model_fields if key in given and key != "labels"}
         load_config(LabelConfig, given["config"], options)
+    for line in commands:
+        if line[0] == "depthmill" and line[1] != "label":
+            _parse(line)
     ray = [line for line in commands if line[0] == "ray"]
     assert {tuple(line[1:3]) for line in ray} >= {
         ("start", "--head"),
