@@ -142,7 +142,10 @@ def label(
         typer.Argument(metavar="INPUT...", help="Videos, images, folders, WebDataset or Parquet shards, globs."),
     ],
     store: Annotated[str, typer.Argument(metavar="STORE", help="Zarr store for the labels; an existing one resumes.")],
-    config: Annotated[str | None, typer.Option(help="YAML file; the options below win over it.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="YAML file, or one that is shipped: video, images, demo. The options below win over it."),
+    ] = None,
     checkpoint: Annotated[str | None, typer.Option(help=_CHECKPOINT)] = None,
     normals_checkpoint: Annotated[
         str | None, typer.Option(help="The same for normals; default: CHECKPOINT, if it is demo or GeoWizard.")

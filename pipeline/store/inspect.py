@@ -180,9 +180,7 @@ def as_text(found: Inspection, most: int = 20) -> str:
     ]
     smoothing = Counter(one.smoothing for one in found.sources if one.smoothing != "none")
     if smoothing:
-        lines.append(
-            f"smoothing    {', '.join(f'{count:,} sources {how}' for how, count in sorted(smoothing.items()))}"
-        )
+        lines.append(f"smoothing    {', '.join(f'{count:,} {how}' for how, count in sorted(smoothing.items()))}")
     if run:
         lines.append(
             f"last run     {run.get('started', '?')}: {run.get('committed', 0):,} frames in "
