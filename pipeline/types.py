@@ -152,7 +152,7 @@ class FrameSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Release files and threads."""
+        """Release files and threads; what probing found stays, and a read from then on opens and closes its own."""
         ...
 
 

@@ -73,7 +73,7 @@ class StoredLabels:
         if modality not in store.layout.labels:
             stored = ", ".join(store.layout.labels)
             raise TrainingError(f"{options.path} has labels of {stored}; expected {modality}: label with it")
-        opened, frames = _Opened(options.path), 0
+        frames = 0
         for source_id in store.sources():
             attributes = store.attributes(source_id)
             labelled = np.flatnonzero(store.status(source_id) == LABELLED).tolist()
@@ -81,6 +81,7 @@ class StoredLabels:
             if labelled:
                 self._frames += [(source_id, frame) for frame in labelled]
                 self._sources[source_id] = attributes["uri"], attributes["fingerprint"]
+                opened = _Opened(options.path)
                 opened.source(*self._sources[source_id])
                 opened.sources.close()
         if not self._frames:
@@ -124,21 +125,28 @@ class StoredLabels:
 
 
 class _Opened:
-    """What one process has open: the store, and the sources it has read last."""
+    """What one process has open: the store, and a few sources; of the others it keeps what probing found.
+
+    That is some hundred bytes a picture. Probing again, a source's pictures are as many headers to be read for one.
+    """
 
     def __init__(self, store: Path) -> None:
         self._store = store
         # One thread: every worker of a data loader has its own.
         self.sources = OpenSources(MAX_PIXELS, MAX_FRAMES, threads=1, at_once=_OPEN_SOURCES)
+        self._probed: dict[str, FrameSource] = {}
 
     @cached_property
     def datasets(self) -> dict[str, xarray.Dataset]:
         return open_datasets(self._store)
 
     def source(self, uri: str, fingerprint: str) -> FrameSource:
-        """Open a source as it was labelled."""
+        """A source as it was labelled, open or closed."""
+        if uri in self._probed:
+            return self._probed[uri]
         try:
-            return self.sources.open(uri, fingerprint)
+            self._probed[uri] = self.sources.open(uri, fingerprint)
+            return self._probed[uri]
         except SourceChangedError as error:
             raise TrainingError(
                 f"{uri} is not the file that was labelled into {self._store}: put it back, or label it anew"

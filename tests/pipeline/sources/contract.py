@@ -123,6 +123,15 @@ class SourceContract:
             with pytest.raises(ValueError, match="asked for"):
                 source.read(start, stop)
 
+    def test_what_is_closed_can_be_read(self, media: Path, whole: list[Frame]) -> None:
+        before = threading.active_count()
+        source = open_source(media)
+        source.probe()
+        source.close()
+        for start in (len(whole) // 2, 0):
+            assert content(list(source.read(start, start + 1))) == content(whole[start : start + 1])
+        assert threading.active_count() == before
+
     def test_close_leaves_no_thread(self, media: Path) -> None:
         before = threading.active_count()
         source = open_source(media)

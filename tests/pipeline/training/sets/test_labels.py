@@ -12,11 +12,13 @@ import torch
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import SampleError, SourceError, TrainingError
-from depthmill.pipeline.sources import images, open_source
+from depthmill.pipeline.sources import images, open_source, opened
 from depthmill.pipeline.store.layout import DEPTH_STEP
 from depthmill.pipeline.training.batch import TrainingSet
+from depthmill.pipeline.training.sets import labels as labels_module
 from depthmill.pipeline.training.sets import open_set
 from depthmill.pipeline.training.sets.labels import StoreOptions
+from depthmill.pipeline.types import FrameSource
 from depthmill.tests import media
 from depthmill.tests.pipeline.training.sets.contract import SetContract, same
 
@@ -109,6 +111,21 @@ def test_a_picture_of_another_size_is_cut_from_the_middle(config: StoreOptions) 
     np.testing.assert_allclose(batch.target[0, 0].numpy(), 1 + depth[6:54], atol=DEPTH_STEP)
 
 
+def test_a_source_is_probed_once_however_few_stay_open(config: StoreOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels_module, "_OPEN_SOURCES", 1)
+    pictures, probed = open_set(config, "depth"), []
+
+    def noted(uri: str, **options: int) -> FrameSource:
+        probed.append(uri)
+        return open_source(uri, **options)
+
+    monkeypatch.setattr(opened, "open_source", noted)
+    order = [0, 18, 1, 3, 0, 18]  # the folder's and the video's in turn
+    found = [media.read_index((pictures.read(i).rgb[0] * 255).byte().permute(1, 2, 0).numpy()) for i in order]
+    assert found == [0, 15, 1, 0, 0, 15]
+    assert len(probed) == len(set(probed)) == 2
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_worker_opens_its_own(config: StoreOptions) -> None:
     pictures = open_set(config, "normals")
@@ -131,9 +148,9 @@ def test_a_changed_or_missing_source_is_an_error(tmp_path: Path) -> None:
     media.write_image_folder(tmp_path / "a", count=8)
     label(tmp_path / "s", [tmp_path / "a"])
     config = StoreOptions(path=tmp_path / "s", height=H, width=W)
-    opened = open_set(config, "depth")
+    pictures = open_set(config, "depth")
     media.write_image(tmp_path / "a" / "001.png", 9)
-    for attempt in (lambda: open_set(config, "depth"), lambda: opened.read(0)):
+    for attempt in (lambda: open_set(config, "depth"), lambda: pictures.read(0)):
         with pytest.raises(TrainingError, match="is not the file that was labelled"):
             attempt()
     (tmp_path / "a").rename(tmp_path / "b")
