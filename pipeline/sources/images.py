@@ -168,10 +168,11 @@ def _encoded(
     files: Sequence[Picture], headers: Sequence[Header], start: int, stop: int, max_pixels: int
 ) -> Generator[Encoded, None, None]:
     for index in range(start, stop):
-        size_bytes = 3 * headers[index].height * headers[index].width
-        if headers[index].error:
-            yield Encoded(index, None, error=headers[index].error)
+        header = headers[index]
+        if header.error:
+            yield Encoded(index, None, error=header.error)
             continue
+        size_bytes = 3 * header.height * header.width
         away = partial(_is_away, files, headers, index, max_pixels)
         yield Encoded(index, files[index], size_bytes, away=away) if size_bytes else Encoded(index, files[index])
 

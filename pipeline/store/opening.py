@@ -129,7 +129,8 @@ def open_datasets(
         dataset = group.drop_vars(["checksum", "depth_smooth", "normals_smooth"], errors="ignore")
         for name in store.layout.arrays:
             attributes = dataset[name].attrs
-            # JSON has float64 only, in which xarray would then decode: twice the memory, for 13 bits of depth.
+            # JSON has float64 only, in which xarray would then decode: twice the memory, for 13 bits of depth. What has
+            # no scale, float16, becomes float32 by one of 1.
             attributes["scale_factor"] = np.float32(attributes.get("scale_factor", 1))
         datasets[source_id] = xarray.decode_cf(dataset)
     if not smooth:
