@@ -219,7 +219,8 @@ def _gradients(
         results = list(executor.map(run, pieces)) if threads > 1 else [run(views)]
     for i, parameter in enumerate(parameters):
         shares = [share for _, gradients in results if (share := gradients[i]) is not None]
-        parameter.grad = None if not shares else shares[0] if threads == 1 else torch.stack(shares).mean(0)
+        # Laid out as the parameter is: torch's fused optimizers pair what lies at the same place in memory.
+        parameter.grad = torch.empty_like(parameter).copy_(torch.stack(shares).mean(0)) if shares else None
     return {name: torch.stack([terms[name] for terms, _ in results]).mean(0) for name in results[0][0]}
 
 

@@ -159,6 +159,22 @@ def test_threads_give_the_mean_of_their_parts_gradients(scene_pool: Path) -> Non
     torch.testing.assert_close(gradient, (parts[0][1] + parts[1][1]) / 2, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_fused_optimizer_moves_each_weight_by_its_own_gradient(scene_pool: Path, threads: int) -> None:
+    """It pairs what lies at the same place in memory, in whatever order gradients and weights lie there."""
+    run = config(scene_pool)
+    net = network.build(run.architecture, 0, torch.device("cpu"))
+    trained = list(net.modules.parameters())
+    differentiated = train_module._differentiated(net, run.stages[1], run)
+    views = open_pool(scene_pool, 100, 24, 32, processes=1).read(np.arange(6))
+    train_module._gradients(differentiated, trained, views, threads)
+    expected = {i: weight.detach() - weight.grad for i, weight in enumerate(trained) if weight.grad is not None}
+    torch.optim.SGD(trained, lr=1.0, fused=True).step()
+    assert len(expected) > 100
+    for i, weight in expected.items():
+        torch.testing.assert_close(trained[i].detach(), weight)
+
+
 def test_training_lowers_the_loss(scene_pool: Path, tmp_path: Path) -> None:
     train(config(scene_pool, small_steps=24), tmp_path)
     rows = [float(row[3]) for row in losses(tmp_path)[1:] if row[0] == "both"]
