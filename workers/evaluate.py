@@ -26,6 +26,7 @@ from depthmill.pipeline.model.checkpoint import DEFAULT_RESOLUTION
 from depthmill.pipeline.model.labeler import open_checkpoints
 from depthmill.pipeline.store import write_atomically
 from depthmill.workers.label import label
+from depthmill.workers.progress import RunConsole
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def evaluate(
         EvaluationError: If files are missing, or not one picture can be scored.
         DepthmillError: Also whatever labelling raises.
     """
-    console = console or Console(highlight=False)
+    console = console or RunConsole(highlight=False)
     archive, samples = open_samples(wanted, data, split)
     with closing(archive):
         config: LabelConfig | None = None
@@ -94,8 +95,8 @@ def evaluate(
     write_report(out, wanted, scores, predictions, None if config is None else config.model_dump(mode="json"))
     console.print(table(wanted, scores, predictions))
     for line in reasons(scores):
-        console.print(line, style="yellow", markup=False, soft_wrap=True)
-    console.print(f"written: {out / 'metrics.json'}, {out / 'per_image.csv'}", markup=False, soft_wrap=True)
+        console.print(line, style="yellow", soft_wrap=True)
+    console.print(f"written: {out / 'metrics.json'}, {out / 'per_image.csv'}", soft_wrap=True)
     return scores
 
 

@@ -20,6 +20,7 @@ from depthmill.pipeline.evaluation.samples import Sample
 from depthmill.pipeline.store import open_store, write_atomically
 from depthmill.workers.evaluate import Folder, LabelledStore, claim, progress_on
 from depthmill.workers.label import label
+from depthmill.workers.progress import RunConsole
 from depthmill.workers.smooth import smooth
 
 
@@ -48,7 +49,7 @@ def evaluate_clips(
         EvaluationError: If files are missing, of another version of the scenes, or not one clip can be scored.
         DepthmillError: Also whatever labelling raises.
     """
-    console = Console(highlight=False)
+    console = RunConsole(highlight=False)
     wanted = find_clip_set(name)
     try:
         index = find_index(wanted, data)
@@ -60,7 +61,6 @@ def evaluate_clips(
         total = len(SEEDS) * len(CAMERAS)
         console.print(
             f"rendering {total} clips to {data}, which takes minutes each; a rerun goes on",
-            markup=False,
             soft_wrap=True,
         )
         with progress_on(console) as progress:
@@ -98,8 +98,8 @@ def evaluate_clips(
     write_clip_report(out, wanted, scores, compared, None if config is None else config.model_dump(mode="json"))
     console.print(clip_table(wanted, scores, checkpoint))
     for line in clip_reasons(scores):
-        console.print(line, style="yellow", markup=False, soft_wrap=True)
-    console.print(f"written: {out / 'metrics.json'}, {out / 'per_clip.csv'}", markup=False, soft_wrap=True)
+        console.print(line, style="yellow", soft_wrap=True)
+    console.print(f"written: {out / 'metrics.json'}, {out / 'per_clip.csv'}", soft_wrap=True)
     return scores
 
 
@@ -128,7 +128,7 @@ def _label(clips: Sequence[TrueClip], out: Path, config: LabelConfig, overwrite:
     options = SmoothConfig(**config.model_dump(include=set(SmoothConfig.model_fields)))
     done = smooth(store, options, sources=open_store(store).sources(), console=console)
     for source_id, why in {**done.left_out, **done.unread}.items():
-        console.print(f"not smoothed: {source_id}: {why}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"not smoothed: {source_id}: {why}", style="yellow", soft_wrap=True)
     return store
 
 
@@ -138,5 +138,5 @@ def _compared(store: str | Path, samples: Sequence[Sample], console: Console) ->
     try:
         found["smoothed"] = from_store(store, samples, "depth", smooth=True)
     except (EvaluationError, StoreError) as error:
-        console.print(f"smoothed labels are left out: {error}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"smoothed labels are left out: {error}", style="yellow", soft_wrap=True)
     return found

@@ -69,7 +69,7 @@ def label(
 
     Raises:
         DepthmillError: If nothing can start: no input can be opened, the checkpoint or the store cannot be used.
-        RunStoppedError: On Ctrl-C or SIGTERM, when workers cannot be kept alive, and when the disk is full.
+        RunStoppedError: On Ctrl-C, SIGTERM or SIGHUP, when workers cannot be kept alive, and when the disk is full.
     """
     console = console or RunConsole(highlight=False)
     started, rate = datetime.now(UTC), Rate()
@@ -246,7 +246,9 @@ def _write_run(
 
 @contextmanager
 def _stoppable() -> Iterator[threading.Event]:
-    """Let SIGINT (Ctrl-C) and SIGTERM end the run alike; a no-op outside the main thread, where no signal arrives.
+    """Let SIGINT (Ctrl-C), SIGTERM and SIGHUP (a terminal that closes) end the run alike, but for what is ignored.
+
+    A no-op outside the main thread, where no signal arrives.
 
     The first raises KeyboardInterrupt, and sets the event for the driver: one raised inside a callback of Ray's is lost
     there. Others are ignored: workers are being ended then.
@@ -262,7 +264,9 @@ def _stoppable() -> Iterator[threading.Event]:
         stopped.set()
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in ending}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
     try:
         for number in before:
             signal.signal(number, stop)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from depthmill.pipeline.store.root import FAILURES, METADATA, RUN
+from depthmill.pipeline.store.root import FAILURES, METADATA
 from depthmill.pipeline.store.store import READERS, Store
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import FAILED, LABELLED
@@ -140,7 +140,7 @@ def inspect(store: Store) -> Inspection:
         bytes_per_frame=sum(source.bytes for source in sources) / done if done else 0.0,
         failures=dict(reasons.most_common()),
         unopened=dict(Counter(_unopened(store)).most_common()),
-        run=json.loads(store.directory.read(RUN) or b"{}"),
+        run=store.last_run(),
         sources=sources,
     )
 

@@ -271,6 +271,20 @@ class Store:
                 f"{self.uri}/{key} is damaged ({error!r}): run `depthmill verify {self.uri} --repair`"
             ) from error
 
+    def last_run(self) -> Document:
+        """What `run.json` tells of the last run that labelled something; empty if none has ended.
+
+        Raises:
+            StoreError: If it is damaged.
+        """
+        try:
+            found: Document = json.loads(self.directory.read(RUN) or b"{}")
+        except ValueError as error:
+            raise StoreError(
+                f"{self.uri}/{RUN} is damaged ({error}): remove it; no label depends on what it tells of the last run"
+            ) from error
+        return found
+
     def remove_if_empty(self) -> None:
         """Remove the store if it is new and has no source, so that a run that could open nothing leaves nothing behind.
 
@@ -287,7 +301,7 @@ class Store:
 
     def _last_limit(self) -> str:
         """`--max-pixels` of the last run that labelled something, in words; "" if none has ended."""
-        limit = json.loads(self.directory.read(RUN) or b"{}").get("config", {}).get("max_pixels")
+        limit = self.last_run().get("config", {}).get("max_pixels")
         return "" if limit is None else f" (in the last run that labelled something, {limit})"
 
     def _array(self, source_id: str, name: str) -> zarr.Array[Any]:

@@ -94,7 +94,9 @@ def test_a_killed_worker_is_replaced_within_the_run(undisturbed, tmp_path, check
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["ctrl-c", "sigterm"]
+    "number",
+    [signal.SIGINT, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGTERM, signal.SIGHUP))],
+    ids=["ctrl-c", "sigterm", "sighup"],
 )
 def test_a_stop_keeps_what_is_committed_and_says_how_to_go_on(undisturbed, tmp_path, checkpoints, number):
     inputs, expected = undisturbed
@@ -129,6 +131,22 @@ def test_a_signal_that_comes_before_both_are_handled_stops_as_any(monkeypatch):
     with pytest.raises(KeyboardInterrupt), _stoppable():
         pass
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """A run under nohup outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _stoppable():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(KeyboardInterrupt), _stoppable() as stopped:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stopped.is_set()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

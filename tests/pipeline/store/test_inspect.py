@@ -1,7 +1,10 @@
 import json
 from dataclasses import asdict
 
+import pytest
+
 from depthmill.pipeline import store as stores
+from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.inspect import as_text, inspect
 from depthmill.pipeline.types import Failure, Segment
@@ -52,6 +55,12 @@ def test_a_store_in_which_nothing_has_been_done(tmp_path):
     found = inspect(stores.create(tmp_path / "s", stores.Layout(), {}))
     assert (found.frames, found.bytes_per_frame, found.sources, found.run) == (0, 0, (), {})
     assert "frames       0" in as_text(found)
+
+
+def test_a_damaged_record_of_the_last_run_is_an_error_with_its_remedy(store):
+    store.directory.write("run.json", b'{"config": ')
+    with pytest.raises(StoreError, match=r"run\.json is damaged .* remove it"):
+        inspect(store)
 
 
 def test_lines_of_text_in_a_reason_do_not_break_the_list_of_failures(store):
