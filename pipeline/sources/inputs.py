@@ -51,8 +51,10 @@ def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
             a text file, relative to its folder, without empty ones and those that start with `#`.
 
     Raises:
-        SourceError: If a list cannot be read, or names another list.
+        SourceError: If an input is empty, or a list cannot be read, or names another list.
     """
+    if "" in inputs:  # a path of nothing is the current folder, all of which nobody meant
+        raise SourceError("an input is empty, as a variable is that a shell does not know; for this folder give `.`")
     return _expanded([name for given in inputs for name in _listed(given)])
 
 

@@ -150,6 +150,12 @@ def test_what_matches_nothing_fails_when_opened(tree: Path) -> None:
             open_source(path)
 
 
+def test_an_empty_input_is_not_the_current_folder(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree)
+    with pytest.raises(SourceError, match="an input is empty"):
+        expand_inputs([str(tree), ""])
+
+
 def test_source_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = source_id("My clip (1).mp4")
