@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from depthmill.pipeline.types import Modality
 
 MODALITIES: tuple[Modality, ...] = ("depth", "normals")
 
+_LARGEST = 2.0  # how many times their first size queries' and keys' weights may have
 _OWN = ("conv_out.weight", "conv_out.bias")  # of which each modality has its own
 
 
@@ -78,6 +80,20 @@ class Network:
         """
         depth, normals = self.decode(self.step(self.encode(rgb * 2 - 1))).chunk(2)
         return depth.mean(1), normals
+
+    @torch.no_grad()
+    def hold_attention(self) -> None:
+        """Bring queries' and keys' weights that have outgrown it back to `_LARGEST` times the size they began with.
+
+        Larger, attention becomes all or nothing, and its gradient noise where two places tie.
+        """
+        for module in self.parts.unet.modules():
+            if isinstance(module, Attention):
+                for layer in (module.to_q, module.to_k):
+                    largest = (
+                        _LARGEST * (layer.out_features / 3) ** 0.5
+                    )  # torch's first weights: a variance of 1/3 a row
+                    layer.weight.mul_((largest / layer.weight.norm()).clamp(max=1))
 
     def save(self, directory: Path, *, processing_resolution: int, dtype: torch.dtype) -> None:
         """Write `depth/` and `normals/`, two checkpoints with one and the same VAE."""

@@ -156,6 +156,7 @@ def _step(
     terms = _gradients(run, _trained(net, stage), views, config.cpu_threads)
     terms["gradient_norm"] = torch.nn.utils.clip_grad_norm_(_trained(net, stage), config.gradient_clip)
     optimizer.step()
+    net.hold_attention()
     # All at once, after all that a GPU was asked for: it is waited for here alone.
     values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
     if not isfinite(values["gradient_norm"]):

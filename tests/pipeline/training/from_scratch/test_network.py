@@ -1,11 +1,13 @@
-"""The norms that the trained network has on a CPU, against torch's."""
+"""The trained network: its norms on a CPU, against torch's; the size of its attention."""
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from depthmill.pipeline.model.blocks import use_channels_last_norms
-from depthmill.pipeline.training.from_scratch.network import TurnedNorm
+from depthmill.pipeline.model.scratch import Architecture
+from depthmill.pipeline.training.from_scratch.network import TurnedNorm, build
 
 LAST = torch.channels_last
 
@@ -31,3 +33,18 @@ def test_turned_norm_is_group_norm_and_so_are_its_gradients(dtype: torch.dtype, 
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert all(one.is_contiguous(memory_format=LAST) for one in results[0][:2])
+
+
+def test_attention_is_held_to_twice_its_first_size_and_else_left_alone() -> None:
+    net = build(Architecture(), 0, torch.device("cpu"))
+    attention = next(m for m in net.parts.unet.modules() if isinstance(m, Attention))
+    first = {name: weight.clone() for name, weight in net.parts.unet.state_dict().items()}
+    size = float(attention.to_q.weight.detach().norm())
+    net.hold_attention()
+    assert all(torch.equal(first[name], weight) for name, weight in net.parts.unet.state_dict().items())
+    with torch.no_grad():
+        attention.to_q.weight *= 7
+        attention.to_v.weight *= 7
+    net.hold_attention()
+    assert float(attention.to_q.weight.detach().norm()) == pytest.approx(2 * size, rel=0.1)
+    assert float(attention.to_v.weight.detach().norm()) == pytest.approx(7 * size, rel=0.1)
