@@ -246,7 +246,7 @@ def _write_run(
 
 @contextmanager
 def _stoppable() -> Iterator[threading.Event]:
-    """Let SIGINT (Ctrl-C), SIGTERM and SIGHUP (a terminal that closes) end the run alike, but for what is ignored.
+    """Let SIGINT (Ctrl-C), SIGTERM and, unless it is ignored, SIGHUP (a terminal that closes) end the run alike.
 
     A no-op outside the main thread, where no signal arrives.
 
@@ -264,9 +264,9 @@ def _stoppable() -> Iterator[threading.Event]:
         stopped.set()
         raise KeyboardInterrupt
 
-    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in ending}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:  # under nohup
+        del before[signal.SIGHUP]
     try:
         for number in before:
             signal.signal(number, stop)
