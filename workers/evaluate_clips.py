@@ -59,10 +59,7 @@ def evaluate_clips(
         from depthmill.pipeline.training.clips import CAMERAS, SEEDS, export_clips
 
         total = len(SEEDS) * len(CAMERAS)
-        console.print(
-            f"rendering {total} clips to {data}, which takes minutes each; a rerun goes on",
-            soft_wrap=True,
-        )
+        console.print(f"rendering {total} clips to {data}, which takes minutes each; a rerun goes on", soft_wrap=True)
         with progress_on(console) as progress:
             for _ in progress.track(export_clips(data), total=total, description="rendering"):
                 pass

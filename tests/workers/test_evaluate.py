@@ -236,9 +236,12 @@ def test_the_command_on_a_folder_exits_with_1_where_pictures_are_skipped(tmp_pat
     (tmp_path / "npy" / "ibims").mkdir(parents=True)
     np.save(tmp_path / "npy" / "ibims" / "corridor_01_img.npy", np.full((480, 640, 3), (0, 0, 1), np.float32))
     np.save(tmp_path / "npy" / "ibims" / "lab_02_img.npy", np.zeros((2, 2, 3)))
-    options = ["--predictions", str(tmp_path / "npy"), "--out", str(tmp_path / "out"), "--split", str(split)]
+    out = tmp_path / "out\x1b[2J"  # which would clear a terminal
+    options = ["--predictions", str(tmp_path / "npy"), "--out", str(out), "--split", str(split)]
     result = CliRunner().invoke(app, ["evaluate", "ibims", str(data), *options])
     assert result.exit_code == 1, result.output
+    assert (out / "metrics.json").is_file()
+    assert "\x1b" not in result.output
     assert "1 skipped: its prediction is of shape (2, 2, 3)" in result.output
 
 
