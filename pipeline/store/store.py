@@ -278,7 +278,9 @@ class Store:
             StoreError: If it is damaged.
         """
         try:
-            found: Document = json.loads(self.directory.read(RUN) or b"{}")
+            found = json.loads(self.directory.read(RUN) or b"{}")
+            if not isinstance(found, dict):
+                raise ValueError(f"it holds {found!r:.80}, not an object")
         except ValueError as error:
             raise StoreError(
                 f"{self.uri}/{RUN} is damaged ({error}): remove it; no label depends on what it tells of the last run"

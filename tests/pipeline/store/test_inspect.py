@@ -57,8 +57,9 @@ def test_a_store_in_which_nothing_has_been_done(tmp_path):
     assert "frames       0" in as_text(found)
 
 
-def test_a_damaged_record_of_the_last_run_is_an_error_with_its_remedy(store):
-    store.directory.write("run.json", b'{"config": ')
+@pytest.mark.parametrize("content", [b'{"config": ', b"[]", b"null"])
+def test_a_damaged_record_of_the_last_run_is_an_error_with_its_remedy(store, content):
+    store.directory.write("run.json", content)
     with pytest.raises(StoreError, match=r"run\.json is damaged .* remove it"):
         inspect(store)
 
