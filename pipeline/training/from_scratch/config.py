@@ -44,7 +44,7 @@ class Stage(_Strict):
         height: Rows of a training picture, which is cut from a scene at a random scale and place.
         width: Columns of a training picture.
         smallest_cut: Least share of a scene's width that is cut out; 1 always shows the whole.
-        learning_rate: Peak; AdamW.
+        learning_rate: Peak; of Muon and AdamW (see `optimizer.py`).
         warmup_steps: Steps over which the learning rate rises from 0.
         final_learning_rate: Share of the peak that it decays to, exponentially, over the stage.
         anchor: Weight, beside the paper's affine-invariant loss, of the plain difference to depth normalised as

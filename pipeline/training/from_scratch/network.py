@@ -78,7 +78,11 @@ class Network:
         Returns:
             Depth (B, H, W), near -1 and far +1, not clipped; normals (B, 3, H, W), of any length.
         """
-        depth, normals = self.decode(self.step(self.encode(rgb * 2 - 1))).chunk(2)
+        return self.answers(self.step(self.encode(rgb * 2 - 1)))
+
+    def answers(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """What `step`'s latents (2B, C, h, w) are decoded to: as `predict` returns it."""
+        depth, normals = self.decode(latents).chunk(2)
         return depth.mean(1), normals
 
     @torch.no_grad()

@@ -26,7 +26,8 @@ from depthmill.pipeline.sources.prefetch import prefetch
 from depthmill.pipeline.training import losses, scenes
 from depthmill.pipeline.training.from_scratch import data, network
 from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
-from depthmill.pipeline.training.from_scratch.network import Network
+from depthmill.pipeline.training.from_scratch.network import MODALITIES, Network
+from depthmill.pipeline.training.from_scratch.optimizer import Optimizer
 from depthmill.pipeline.training.pool import open_pool
 from depthmill.pipeline.training.raycast import DEPTH_RANGE_M, Views
 from depthmill.pipeline.training.record import LossTable, abs_rel, draw_sheet, mean_angle_deg
@@ -97,9 +98,15 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
 
     with LossTable(output / "losses.csv", stays) as table:
         for index in range(begin, len(config.stages)):
-            optimizer = torch.optim.AdamW(_trained(net, config.stages[index]), fused=True)
+            optimizer = Optimizer(net, _trained(net, config.stages[index]))
             if index == begin and first:
-                optimizer.load_state_dict(moments)
+                try:
+                    optimizer.load_state_dict(moments)
+                except KeyError as error:
+                    raise TrainingError(
+                        f"{output} holds a run that an earlier version began, with another optimizer: train into "
+                        "another folder, or start over with overwrite"
+                    ) from error
             steps = _stage(net, optimizer, config, index, first if index == begin else 0)
             for done, row in steps:
                 stage = config.stages[index]
@@ -114,7 +121,7 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
 
 
 def _stage(
-    net: Network, optimizer: torch.optim.Optimizer, config: StagedConfig, index: int, first: int
+    net: Network, optimizer: Optimizer, config: StagedConfig, index: int, first: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Train through one stage from step `first`; after each step, yield how many are done and the table's row."""
     stage, d = config.stages[index], config.data
@@ -142,7 +149,7 @@ def _stage(
 
 def _step(
     net: Network,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     views: Views,
     stage: Stage,
     config: StagedConfig,
@@ -246,7 +253,9 @@ def _autoencoder(net: Network, views: Views) -> dict[str, Tensor]:
 
 def _end_to_end(net: Network, views: Views, stage: Stage) -> dict[str, Tensor]:
     """The paper's losses on the decoded single step, and the anchor."""
-    depth, normals = net.predict(views.rgb)
+    latents = net.step(net.encode(views.rgb * 2 - 1))
+    latents.register_hook(_held)  # type: ignore[no-untyped-call]
+    depth, normals = net.answers(latents)
     target = losses.normalised_depth(views.depth, views.mask)
     # The affine-invariant loss is proportional to its target's unit. Metres would weigh a street a hundred times a
     # table top, so each scene is measured in its own range of depth: two units wide, as the anchor's is.
@@ -258,6 +267,20 @@ def _end_to_end(net: Network, views: Views, stage: Stage) -> dict[str, Tensor]:
     loss = affine + stage.anchor * anchor + stage.slopes * slopes + stage.relative * relative + angle
     terms = {"depth": affine, "anchor": anchor, "slopes": slopes, "relative": relative, "normals": angle}
     return {"loss": loss, **terms}
+
+
+def _held(gradient: Tensor) -> Tensor:
+    """The gradient of answers' latents (modalities x B, C, h, w), no picture's longer than the median picture's.
+
+    A dark or ambiguous picture, or one with something near in front of a far background, has a gradient many times as
+    long as others', and would drown what these agree on.
+    """
+    of_picture = torch.cat([part.flatten(1) for part in gradient.float().chunk(len(MODALITIES))], dim=1)
+    length = of_picture.norm(dim=1)
+    median = length.sort().values[(len(length) - 1) // 2]
+    share = (median / length.clamp(min=1e-12)).clamp(max=1)
+    held: Tensor = gradient * share.repeat(len(MODALITIES))[:, None, None, None].to(gradient.dtype)
+    return held
 
 
 def _held_out(config: StagedConfig, device: torch.device) -> Views:
@@ -290,9 +313,7 @@ def draw(net: Network, views: Views, path: Path) -> str:
     return f"AbsRel {relative:.3f}, normals {angle:.1f} deg over {len(views.rgb)} scenes, drawn in {path}"
 
 
-def _save(
-    net: Network, optimizer: torch.optim.Optimizer, position: tuple[int, int], config: StagedConfig, output: Path
-) -> None:
+def _save(net: Network, optimizer: Optimizer, position: tuple[int, int], config: StagedConfig, output: Path) -> None:
     """Write the checkpoints, then the state to resume from, whose `position` is the next stage and step."""
     net.save(output / "checkpoint", processing_resolution=config.processing_resolution, dtype=torch.float16)
     state = {"stage": position[0], "step": position[1], "modules": net.modules.state_dict()}

@@ -16,6 +16,7 @@ from depthmill.pipeline.model.modules import load_vae
 from depthmill.pipeline.training.from_scratch import network
 from depthmill.pipeline.training.from_scratch import train as train_module
 from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
+from depthmill.pipeline.training.from_scratch.optimizer import Optimizer
 from depthmill.pipeline.training.from_scratch.train import train
 from depthmill.pipeline.training.pool import open_pool
 
@@ -173,6 +174,69 @@ def test_a_fused_optimizer_moves_each_weight_by_its_own_gradient(scene_pool: Pat
     assert len(expected) > 100
     for i, weight in expected.items():
         torch.testing.assert_close(trained[i].detach(), weight)
+
+
+def test_no_picture_outweighs_the_median_one(scene_pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradient = torch.randn(6, 4, 3, 3)  # three pictures, each of two modalities
+    gradient[1::3] *= 1000
+    held = train_module._held(gradient)
+    lengths = [torch.cat([g[i::3].flatten() for i in range(3)]).view(3, -1).norm(dim=1) for g in (gradient, held)]
+    torch.testing.assert_close(lengths[1], lengths[0].clamp(max=float(lengths[0].median())))
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(held[1], dim=0), torch.nn.functional.normalize(gradient[1], dim=0)
+    )
+
+    run = config(scene_pool)
+    net = network.build(run.architecture, 0, torch.device("cpu"))
+    seen = []
+    monkeypatch.setattr(train_module, "_held", lambda g: seen.append(g.shape) or 0 * g)
+    trained = list(net.modules["unet"].parameters())
+    views = open_pool(scene_pool, 100, 24, 32, processes=1).read(np.arange(3))
+    _, gradients = train_module._differentiated(net, run.stages[1], run)(views)
+    assert seen == [(6, 4, 6, 8)]
+    assert not any(
+        g.any() for p, g in zip(net.modules.parameters(), gradients, strict=True) if p in set(trained) and g is not None
+    )
+
+
+def test_muon_moves_the_unets_matrices_in_all_directions_alike(scene_pool: Path) -> None:
+    run = config(scene_pool)
+    net = network.build(run.architecture, 0, torch.device("cpu"))
+    trained = list(net.modules.parameters())
+    views = open_pool(scene_pool, 100, 24, 32, processes=1).read(np.arange(3))
+    train_module._gradients(train_module._differentiated(net, run.stages[1], run), trained, views, 1)
+    before = {name: weight.detach().clone() for name, weight in net.modules.named_parameters()}
+    optimizer = Optimizer(net, trained)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    optimizer.step()
+    moved = {name: weight.detach() - before[name] for name, weight in net.modules.named_parameters()}
+    matrix = moved["unet.mid_block.resnets.0.conv1.weight"].permute(0, 2, 3, 1).flatten(1)
+    sizes = torch.linalg.svdvals(matrix)
+    assert sizes[-1] > 0.4 * sizes[0], "an orthogonal matrix, nearly"
+    assert matrix.square().mean().sqrt() == pytest.approx(0.2e-2, rel=0.3), "a fifth of the learning rate"
+    gradient = net.modules["unet"].mid_block.resnets[0].conv1.weight.grad
+    assert (matrix * gradient.permute(0, 2, 3, 1).flatten(1)).sum() < 0
+    for name in ("unet.conv_in.weight", "unet.conv_out.weight", "unet.mid_block.resnets.0.norm1.weight"):
+        step = moved[name][net.modules.get_parameter(name).grad != 0].abs()
+        torch.testing.assert_close(step, torch.full_like(step, 1e-2), rtol=0.05, atol=0)  # AdamW's first step
+
+
+def test_a_torch_without_muon_is_refused(scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(TrainingError, match=r"torch >= 2\.9"):
+        train(config(scene_pool), tmp_path)
+
+
+def test_a_run_of_another_optimizer_does_not_go_on(scene_pool: Path, tmp_path: Path) -> None:
+    train(config(scene_pool, small_steps=4), tmp_path)
+    state = torch.load(tmp_path / "state.pt")
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    torch.save(
+        {**state, "stage": 1, "step": 2, "optimizer": torch.optim.AdamW(parameters).state_dict()}, tmp_path / "state.pt"
+    )
+    with pytest.raises(TrainingError, match="an earlier version began"):
+        train(config(scene_pool, small_steps=4), tmp_path)
 
 
 def test_training_lowers_the_loss(scene_pool: Path, tmp_path: Path) -> None:
