@@ -94,9 +94,8 @@ class Network:
         for module in self.parts.unet.modules():
             if isinstance(module, Attention):
                 for layer in (module.to_q, module.to_k):
-                    largest = (
-                        _LARGEST * (layer.out_features / 3) ** 0.5
-                    )  # torch's first weights: a variance of 1/3 a row
+                    # Of torch's first weights the squares of a row add up to 1/3.
+                    largest = _LARGEST * (layer.out_features / 3) ** 0.5
                     layer.weight.mul_((largest / layer.weight.norm()).clamp(max=1))
 
     def save(self, directory: Path, *, processing_resolution: int, dtype: torch.dtype) -> None:
