@@ -136,7 +136,8 @@ class Network:
             self.parts.text_encoder.load_state_dict(load_text(pair[0])[1].state_dict())
         except RuntimeError as error:
             raise TrainingError(
-                f"start is {name}, which does not fit the run's architecture ({str(error).splitlines()[1].strip():.200}); "
+                f"start is {name}, which does not fit the run's architecture "
+                f"({str(error).splitlines()[1].strip():.200}); "
                 "expected the same: see the config.json of its unet and vae"
             ) from error
         self.prompt.copy_(empty_prompt(pair[0]))
