@@ -240,10 +240,10 @@ cores of {platform.machine()}, zarr {zarr.__version__}. MB/s are of float32 labe
 the store's own files, best of {ROUNDS}. The default is set in bold.
 
 **The default: {total:,.0f} bytes a frame, {H * W * 16 / total:.1f}x smaller than float32 `.npy` of the same depth and
-normals ({H * W * 16:,} bytes).** It is not the smallest: level 2 saves 2 % for a fifth more time, level 5 a little
-more depth and a fifth of the normals at several times the time, and byte-shuffled depth is smaller only where labels
-are this smooth (with the noise of `--stand-in` it is a quarter larger; there the default still makes 5.9x). Nor is it
-the quickest: lz4 takes a quarter less time, and 1.6 times the space.
+normals ({H * W * 16:,} bytes).** It is not the smallest: level 2 saves 2 % for a fifth to a quarter more time, level 5
+a little more depth and a fifth of the normals at several times the time, and byte-shuffled depth is smaller only where
+labels are this smooth (with the noise of `--stand-in` it is a quarter larger; there the default still makes 5.9x). Nor
+is it the quickest: lz4 takes a sixth to a quarter less time, and 1.6 times the space.
 
 ## Depth
 

@@ -101,20 +101,14 @@ def to_filter(pictures: Pictures, depth: Floats) -> Iterator[FilterFrame]:
     return (FilterFrame(*pair, normals=None, shot=0) for pair in zip(pictures, depth, strict=True))
 
 
-# Causes of rows where something else is better, by what their names contain.
-_STANDS_STILL = (
-    "windows fit every pixel of a frame to one median picture, as if the camera stood still: they take away the slow "
-    "changes that the leak leaves, and the real ones of a camera that goes forward with them (AbsRel there, and "
-    "undisturbed)"
-)
-_SMEARS = "a causal mean of depth maps is steadier where nothing moves, and smears what does (lag)"
+# Causes of rows where something else is better, by what their names contain, or its own.
 _WHY_NOT = {
-    "flicker": _STANDS_STILL,
-    "shift, whole clip": _STANDS_STILL,
     "TAE": "a mean over frames also evens out what projecting to whole pixels costs; it is wrong by more (AbsRel)",
-    "pixels": _SMEARS,
-    "scale": _SMEARS,
     "lag": "only a mean over frames changes the shape of a frame's depth: raw labels, and a scale and shift, have none",
+    "windows": "windows fit every pixel of a frame to one median picture, as if the camera stood still: they take away "
+    "the slow changes that the leak leaves, and the real ones of a camera that goes forward with them (AbsRel there, "
+    "and undisturbed)",
+    "exponential": "a causal mean of depth maps is steadier where nothing moves, and smears what does (lag)",
 }
 
 METHODS: dict[str, Callable[[Pictures, Floats], Floats]] = {
@@ -279,8 +273,10 @@ def why_not(columns: dict[str, dict[str, float]]) -> list[str]:
     for name in next(iter(columns.values())):
         sign = -1 if "δ1" in name else 1
         values = {method: sign * float(f"{column[name]:.3g}") for method, column in columns.items()}
-        if min(values.values()) < min(value for method, value in values.items() if "depthmill" in method):
-            reason = next((text for part, text in _WHY_NOT.items() if part in name), "not explained")
+        best = min(values, key=values.__getitem__)
+        if values[best] < min(value for method, value in values.items() if "depthmill" in method):
+            told = f"{name}: {best}"
+            reason = next((text for part, text in _WHY_NOT.items() if part in told), "not explained")
             lines.append(f"- {name}: {reason}.")
     return ["", "Where something else is better:", *lines] if lines else []
 
