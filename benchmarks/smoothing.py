@@ -101,7 +101,7 @@ def to_filter(pictures: Pictures, depth: Floats) -> Iterator[FilterFrame]:
     return (FilterFrame(*pair, normals=None, shot=0) for pair in zip(pictures, depth, strict=True))
 
 
-# Causes of rows where something else is better, by what their names contain, or its own.
+# Causes of rows where something else is better, by what the row's name contains, or the better one's.
 _WHY_NOT = {
     "TAE": "a mean over frames also evens out what projecting to whole pixels costs; it is wrong by more (AbsRel)",
     "lag": "only a mean over frames changes the shape of a frame's depth: raw labels, and a scale and shift, have none",
