@@ -57,7 +57,16 @@ class Optimizer:
         return {name: part.state_dict() for name, part in self._parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the moments of `state_dict`; KeyError if they are another optimizer's."""
+        """Go on with the moments of `state_dict`.
+
+        Raises:
+            TrainingError: If they are another optimizer's.
+        """
+        if state.keys() != self._parts.keys():
+            raise TrainingError(
+                f"the run's saved state is of {', '.join(state)}, expected {', '.join(self._parts)}: an earlier version "
+                "began it, with another optimizer; train into another folder, or start over with overwrite"
+            )
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
 

@@ -71,7 +71,8 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
 
     Raises:
         ConfigError: If `device` cannot be trained on.
-        TrainingError: If `output` holds a run of another configuration, or the loss is no longer a number.
+        TrainingError: If `output` holds a run of another configuration or optimizer, the loss is no longer a number, or
+            torch has no Muon.
     """
     where = pick_device(device or "auto")
     output.mkdir(parents=True, exist_ok=True)
@@ -100,13 +101,7 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
         for index in range(begin, len(config.stages)):
             optimizer = Optimizer(net, _trained(net, config.stages[index]))
             if index == begin and first:
-                try:
-                    optimizer.load_state_dict(moments)
-                except KeyError as error:
-                    raise TrainingError(
-                        f"{output} holds a run that an earlier version began, with another optimizer: train into "
-                        "another folder, or start over with overwrite"
-                    ) from error
+                optimizer.load_state_dict(moments)
             steps = _stage(net, optimizer, config, index, first if index == begin else 0)
             for done, row in steps:
                 stage = config.stages[index]
@@ -270,7 +265,7 @@ def _end_to_end(net: Network, views: Views, stage: Stage) -> dict[str, Tensor]:
 
 
 def _held(gradient: Tensor) -> Tensor:
-    """The gradient of answers' latents (modalities x B, C, h, w), no picture's longer than the median picture's.
+    """The gradient of answers' latents (modalities x B, C, h, w), no picture's longer than the median one's of them.
 
     A dark or ambiguous picture, or one with something near in front of a far background, has a gradient many times as
     long as others', and would drown what these agree on.
