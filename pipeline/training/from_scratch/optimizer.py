@@ -64,8 +64,8 @@ class Optimizer:
         """
         if state.keys() != self._parts.keys():
             raise TrainingError(
-                f"the run's saved state is of {', '.join(state)}, expected {', '.join(self._parts)}: an earlier version "
-                "began it, with another optimizer; train into another folder, or start over with overwrite"
+                f"the run's saved state is of {', '.join(state)}, expected {', '.join(self._parts)}: an earlier "
+                "version began it, with another optimizer; train into another folder, or start over with overwrite"
             )
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
