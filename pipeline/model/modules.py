@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -104,17 +104,23 @@ def empty_prompt(checkpoint: Checkpoint) -> torch.Tensor:
     return embedding.clone()
 
 
-def same_vae(one: AutoencoderKL, other: AutoencoderKL) -> bool:
-    """Whether two autoencoders are the same, bit for bit, so that one can serve for both."""
+def same(one: ModelMixin, other: ModelMixin, but: tuple[str, ...] = ()) -> bool:
+    """Whether two models are the same, bit for bit, so that one can serve for both.
 
-    def settings(vae: AutoencoderKL) -> dict[str, Any]:
-        return {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    Args:
+        one: A model.
+        other: Another.
+        but: What the names of weights begin with that may differ.
+    """
+
+    def settings(model: ModelMixin) -> dict[str, Any]:
+        return {key: value for key, value in model.config.items() if not key.startswith("_")}
 
     mine, its = one.state_dict(), other.state_dict()
     return (
         settings(one) == settings(other)
         and mine.keys() == its.keys()
-        and all(mine[key].equal(its[key]) for key in mine)
+        and all(mine[key].equal(its[key]) for key in mine if not key.startswith(but))
     )
 
 

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from depthmill.pipeline.errors import CheckpointError
 from depthmill.pipeline.geometry import axes_signs
 from depthmill.pipeline.model.checkpoint import DESCRIPTION_FILE, Checkpoint, Description, read_json
-from depthmill.pipeline.model.modules import empty_prompt, load_scheduler, load_unet, load_vae, same_vae
+from depthmill.pipeline.model.modules import empty_prompt, load_scheduler, load_unet, load_vae, same
 from depthmill.pipeline.types import Modality
 
 # What a UNet's configuration has where it is conditioned on more than a time step and a prompt.
@@ -107,7 +107,7 @@ def load_heads(checkpoints: Sequence[Checkpoint]) -> list[Head]:
             pictures padded to different multiples.
     """
     heads = [_load(checkpoint) for checkpoint in checkpoints]
-    if len(heads) == 2 and same_vae(heads[0].vae, heads[1].vae):
+    if len(heads) == 2 and same(heads[0].vae, heads[1].vae):
         heads[1] = replace(heads[1], vae=heads[0].vae)
     factors = {head.factor for head in heads}
     if len(factors) != 1:

@@ -10,6 +10,7 @@ Time step, prompt and noise never change, and of two convolutions without anythi
 - the decoder's enlargements, each pixel made four and convolved, are transposed convolutions of 4/9 of the work;
 - on CPUs, in float32, the VAE's wide convolutions have a quarter of the products, its wide enlargements 2/5 of what
   was left (`winograd.py`); in bfloat16 all weights lie as they are multiplied (`packed.py`);
+- two UNets that differ in their last convolution alone, as those that learnt together do, are one with both's;
 - depth's last convolution has one channel, the mean of three.
 """
 
@@ -38,6 +39,7 @@ from depthmill.pipeline.model.blocks import (
     replace,
     use_channels_last_norms,
 )
+from depthmill.pipeline.model.modules import same
 from depthmill.pipeline.model.packed import can_pack, packed
 from depthmill.pipeline.model.single_step import Head, decode_depth, decode_normals
 from depthmill.pipeline.model.winograd import use_winograd
@@ -143,13 +145,14 @@ class Specialized(nn.Module):
 
 
 class Folded(nn.Module):
-    """Pictures to what each head's decoder answers, each VAE's encoder run once."""
+    """Pictures to what each head's decoder answers, each VAE's encoder run once, and a UNet that both share."""
 
     def __init__(self, heads: Sequence[Head]):
         super().__init__()
         vaes = list({id(head.vae): head.vae for head in heads}.values())
         self._vaes = [next(i for i, vae in enumerate(vaes) if vae is head.vae) for head in heads]
-        self.denoisers = nn.ModuleList(Denoiser(head) for head in heads)
+        groups = [heads] if len(heads) == 2 and _share_unet(*heads) else [[head] for head in heads]
+        self.denoisers = nn.ModuleList(map(Denoiser, groups))
         self.last = nn.ModuleList(_finish(head) for head in heads)
         self.encoders = nn.ModuleList(_encoder(vae) for vae in vaes)
         self.decoders = nn.ModuleList(_decoder(vae) for vae in vaes)
@@ -158,17 +161,25 @@ class Folded(nn.Module):
         """(B, 3, h, w) in [-1, 1] to one (B, C, h, w) float32 a head: C = 1 of depth, 3 of normals."""
         pictures = pictures.to(next(self.parameters()).dtype)
         latents = [encoder(pictures) for encoder in self.encoders]
+        # As many denoisers as heads, or a single one, whose heads share their VAE, too.
+        asked = zip(self.denoisers, self._vaes, strict=False)
+        answers = [answer for denoiser, vae in asked for answer in denoiser(latents[vae])]
         return [
-            last(self.decoders[vae](denoiser(latents[vae])).float())
-            for vae, denoiser, last in zip(self._vaes, self.denoisers, self.last, strict=True)
+            last(self.decoders[vae](answer).float())
+            for vae, answer, last in zip(self._vaes, answers, self.last, strict=True)
         ]
 
 
 class Denoiser(nn.Module):
-    """A UNet at its one time step and prompt: the picture's scaled latents to what the VAE's decoder takes."""
+    """A UNet at its one time step and prompt: the picture's scaled latents to what the VAE's decoder takes.
 
-    def __init__(self, head: Head):
+    Args:
+        heads: One, or two that share all of it but the last convolution.
+    """
+
+    def __init__(self, heads: Sequence[Head]):
         super().__init__()
+        head = heads[0]
         unet, vae = head.unet, head.vae
         _fold_time(unet, head.timestep)
         _simplify(unet, head.prompt)
@@ -177,14 +188,16 @@ class Denoiser(nn.Module):
         self.first = _convolution(unet.conv_in, unet.conv_in.weight[:, :latent], unet.conv_in.bias)
         self.down, self.mid, self.up = unet.down_blocks, unet.mid_block, unet.up_blocks
         self.norm, self.act = unet.conv_norm_out, unet.conv_act
-        self.last = _scaled(unet.conv_out, head.x0_factor / vae.config.scaling_factor)
+        lasts = [_scaled(one.unet.conv_out, one.x0_factor / vae.config.scaling_factor) for one in heads]
         self.clip = None if head.x0_clip is None else head.x0_clip / vae.config.scaling_factor
         self.after = vae.post_quant_conv or nn.Identity()
         if self.clip is None:
-            self.last, self.after = _composed(self.last, vae.post_quant_conv), nn.Identity()
+            lasts, self.after = [_composed(one, vae.post_quant_conv) for one in lasts], nn.Identity()
+        weight, bias = (torch.cat([getattr(one, name) for one in lasts]) for name in ("weight", "bias"))
+        self.last, self.answers = _convolution(lasts[0], weight, bias), len(heads)
 
-    def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """(B, latent, h, w) to the same shape."""
+    def forward(self, latent: torch.Tensor) -> list[torch.Tensor]:
+        """(B, latent, h, w) to one of the same shape for each head."""
         x = self.first(latent)
         skips = [x]
         for block in self.down:
@@ -201,7 +214,17 @@ class Denoiser(nn.Module):
         x = self.last(x)
         if self.clip is not None:
             x = x.clip(-self.clip, self.clip)
-        return self.after(x)  # type: ignore[no-any-return]
+        return [self.after(one) for one in x.chunk(self.answers, dim=1)]
+
+
+def _share_unet(one: Head, other: Head) -> bool:
+    """Whether two heads' UNets are the same but for the last convolution, and are asked the same."""
+    return (
+        one.vae is other.vae
+        and (one.timestep, one.x0_clip) == (other.timestep, other.x0_clip)
+        and one.prompt.equal(other.prompt)
+        and same(one.unet, other.unet, but=("conv_out.",))
+    )
 
 
 def _encoder(vae: Any) -> nn.Module:

@@ -1,6 +1,7 @@
 """The folded network against the plain one: small random networks of every shape that Stable Diffusion has come in."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,6 +135,26 @@ def test_two_modalities(shared):
         depth = Head("depth", normals.vae, *list(depth.__dict__.values())[2:])
     network = Specialized(deepcopy([depth, normals]), CPU, torch.float32)
     assert len(network.folded.encoders) == len(network.folded.decoders) == (1 if shared else 2)
+    assert max(errors([depth, normals], pictures())) < 1e-4
+
+
+@pytest.mark.parametrize("x0_clip", [None, 0.05])
+def test_two_modalities_of_one_unet_but_for_its_last_convolution(x0_clip):
+    normals = head("normals", x0_clip=x0_clip)
+    other = deepcopy(normals.unet)
+    other.conv_out = head(seed=1).unet.conv_out
+    depth = replace(normals, modality="depth", unet=other, x0_factor=-0.8)
+
+    def unets(*heads):
+        return len(Specialized(deepcopy(list(heads)), CPU, torch.float32).folded.denoisers)
+
+    assert unets(depth, normals) == 1
+    assert max(errors([depth, normals], pictures())) < 1e-4
+    assert unets(depth, replace(normals, prompt=normals.prompt + 1)) == 2
+    assert unets(depth, replace(normals, timestep=0)) == 2
+    assert unets(depth, replace(normals, vae=deepcopy(depth.vae))) == 2
+    other.conv_norm_out.bias.data[0] += 1
+    assert unets(depth, normals) == 2
     assert max(errors([depth, normals], pictures())) < 1e-4
 
 
