@@ -135,14 +135,13 @@ def pack_normals(normals: torch.Tensor, dtype: str) -> torch.Tensor:
     """Normals packed to the bit as `store.layout.pack_normals` does it.
 
     Args:
-        normals: (…, 3) float32 unit vectors; (0, 0, 0) or NaN where invalid.
+        normals: (…, 3) float32 vectors that `unit` made: unit, or all three 0 or NaN where invalid.
         dtype: One of `NORMALS_FULL_SCALE`.
 
     Returns:
         The same shape, of `dtype`.
     """
-    normals = normals.where(~normals.isnan().any(dim=-1, keepdim=True), 0)
     full_scale = NORMALS_FULL_SCALE[dtype]
-    if full_scale is not None:
-        normals = (normals * full_scale).round().clip(-full_scale, full_scale)
-    return normals.to(getattr(torch, dtype))
+    if full_scale is not None:  # in place: on CPUs each new array costs more than what is done to it
+        normals = (normals * full_scale).round_().clip_(-full_scale, full_scale)
+    return normals.nan_to_num(nan=0.0).to(getattr(torch, dtype))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from depthmill.pipeline.model.transfer import pack_depth, pack_normals, to_device
+from depthmill.pipeline.model.transfer import pack_depth, pack_normals, stage, to_device
 from depthmill.pipeline.store import layout
 
 
@@ -26,12 +26,19 @@ def test_depth_is_packed_as_a_store_packs_it():
 def test_normals_are_packed_as_a_store_packs_them(dtype):
     normals = np.random.default_rng(0).normal(size=(200, 200, 3)).astype(np.float32)
     normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
-    normals[0, 0], normals[0, 1], normals[1, 0, 2] = 0, np.nan, np.nan
+    normals[0, 0], normals[0, 1] = 0, np.nan
     packed = pack_normals(torch.from_numpy(normals), dtype).numpy()
     assert packed.dtype == dtype
     assert np.array_equal(packed, layout.pack_normals(normals, dtype))
     assert not packed[0, 1].any()
-    assert not packed[1, 0].any()
+
+
+def test_a_normal_of_which_the_network_answers_nan_is_invalid():
+    normals = torch.ones(2, 3, 1, 2)
+    normals[0, 1, 0, 0], normals[1, 2, 0, 1] = torch.nan, torch.inf
+    [one, other] = stage({"normals": normals}, None, [(1, 2)] * 2, [(1, 2)] * 2, "int8")
+    assert one.labels["normals"].tolist() == [[[[0, 0, 0], [73, 73, 73]]]]
+    assert other.labels["normals"].tolist() == [[[[73, 73, 73], [0, 0, 0]]]]
 
 
 @pytest.mark.gpu
