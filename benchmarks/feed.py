@@ -23,18 +23,18 @@ from statistics import median
 
 import av
 import cv2
-import numpy as np
+import torch
 from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.model.backend import cores, keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler
+from depthmill.pipeline.model.transfer import pack_depth, pack_normals
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.sources.video import VideoSource
 from depthmill.pipeline.sources.video_pixels import to_rgb
 from depthmill.pipeline.store import Layout, create
-from depthmill.pipeline.store.layout import pack_depth, pack_normals
 from depthmill.pipeline.types import Labels
 from depthmill.pipeline.worker import Worker
 
@@ -206,8 +206,8 @@ def make_input(folder: Path, height: int, frames: int) -> tuple[Path, Labels]:
             picture = pictures[len(pictures) - 1 - at if back else at]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    found = Labeler.from_pretrained(device="cpu", batch_size=1)(pictures[0][None])
-    return path, Labels(pack_depth(found.depth[0])[None], pack_normals(found.normals[0], "int8")[None])
+    [labels] = Labeler.from_pretrained(device="cpu", batch_size=1).label(pictures[:1], packing="int8")
+    return path, labels
 
 
 def spent_s() -> float:
@@ -223,8 +223,7 @@ def costs(path: Path, labels: Labels, folder: Path, frames: int = 256) -> tuple[
     for _ in source.read(0, frames):
         pass
     decode = (spent_s() - began) / frames
-    depth = labels.depth[0].astype(np.float32) / 5120
-    normals = labels.normals[0].astype(np.float32) / 127
+    depth, normals = (torch.from_numpy(one).float() for one in (labels.depth / 5120, labels.normals / 127))
     began = spent_s()
     for _ in range(64):
         pack_depth(depth)

@@ -112,7 +112,8 @@ class Labels:
         uncertainty: (B, H, W) float32, in units of depth, 0 where all agree: the median absolute deviation of an
             ensemble's members from `depth`; None without an ensemble.
 
-    A labeler that is asked to pack them gives all three in the integers of a store (`store/layout.py`).
+    A labeler that is asked to pack them gives all three in the integers of a store (`store/layout.py`), normals with x,
+    y and z apart in memory.
     """
 
     depth: npt.NDArray[Any] | None

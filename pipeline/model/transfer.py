@@ -100,7 +100,9 @@ def stage(
         found = {name: from_network(label[i], size, (height, width)) for name, label in labels.items()}  # (C, H, W)
         if "normals" in found:
             found["normals"] = unit(found["normals"]).permute(1, 2, 0)[None]  # (1, H, W, 3)
-        if packing is not None:
+        if packing is None:
+            found = {name: label.contiguous() for name, label in found.items()}
+        else:  # x, y and z stay apart in memory, as they are compressed
             found = {
                 name: pack_normals(label, packing) if name == "normals" else pack_depth(label)
                 for name, label in found.items()
@@ -113,8 +115,8 @@ def stage(
 def from_device(label: torch.Tensor) -> torch.Tensor:
     """A label on the CPU; from CUDA into pinned memory, there once an event recorded after this has happened."""
     if label.device.type != "cuda":
-        return label.cpu().contiguous()
-    pinned = torch.empty(label.shape, dtype=label.dtype, pin_memory=True)
+        return label.cpu()
+    pinned = torch.empty_strided(label.shape, label.stride(), dtype=label.dtype, pin_memory=True)
     return pinned.copy_(label, non_blocking=True)
 
 

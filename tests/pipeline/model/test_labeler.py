@@ -284,6 +284,8 @@ def test_labels_packed_by_the_labeler_are_those_that_a_store_packs(labeler, pack
         assert np.array_equal(packed.depth, layout.pack_depth(plain.depth))
         assert np.array_equal(packed.normals, layout.pack_normals(plain.normals, packing))
         assert (packed.depth.dtype, packed.normals.dtype) == (np.uint16, packing)
+        assert plain.normals.flags.c_contiguous
+        assert np.moveaxis(packed.normals, 3, 1).flags.c_contiguous, "as it is compressed: without a copy"
 
 
 def test_submitted_labels_are_those_of_label(labeler):
