@@ -65,7 +65,8 @@ antialiased resizing, which torch lacks there; here they are given it in float32
 - **as documented**: `pipe(image)`, one picture at a time, each modality by its own pipeline, in one step, same dtype.
 - **in batches**: all pictures of the batch at once. **compiled**: the same, after `torch.compile` of UNet and VAE.
 - **share of peak**: operations of the network as published (`torch.utils.flop_counter`; an encoder that two modalities
-  share once) a second, over those of large matrix products in the same dtype, threads and rounds.
+  share once) a second, over those of large matrix products in the same dtype, threads and rounds. What ours spares of
+  them (Winograd's products, a UNet that two modalities share) counts as done.
 """
 
 
