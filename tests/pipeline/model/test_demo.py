@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from depthmill.pipeline.model.labeler import Labeler
+from depthmill.pipeline.model.specialize import Specialized
 from depthmill.pipeline.training import losses, scenes
 from depthmill.pipeline.training.from_scratch.train import HELD_OUT_SEED
 from depthmill.pipeline.training.raycast import DEPTH_RANGE_M
@@ -29,6 +30,12 @@ def test_both_checkpoints_have_one_vae() -> None:
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert {weight.dtype for weight in one.values()} == {torch.float16}
+
+
+def test_both_checkpoints_share_a_unet_pass() -> None:
+    network = Labeler.from_pretrained("demo")._network
+    assert isinstance(network, Specialized)
+    assert len(network.folded.denoisers) == 1
 
 
 @pytest.fixture(scope="module")
