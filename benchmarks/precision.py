@@ -4,7 +4,8 @@
         [--device auto] [--quick]
 
 Of each dtype the mean error of the labels of real frames against diffusers' modules in float32: of depth as AbsRel (of
-labels of at least 0.01), of normals in degrees. Writes precision.md.
+labels of at least 0.01), of normals in degrees; and how fast the folded network is in each, in turns. Writes
+precision.md.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import torch
 
+from depthmill.pipeline.bench.timing import interleave, ratio
 from depthmill.pipeline.geometry import processed_size, to_network
 from depthmill.pipeline.model.backend import cores, named, pick_device
 from depthmill.pipeline.model.checkpoint import open_checkpoint
@@ -28,7 +30,8 @@ from depthmill.pipeline.types import Modality
 
 OUT = Path(__file__).resolve().parent / "precision.md"
 CLIP = Path(__file__).parent.parent / "demo" / "pedestrians.mp4"
-BATCH = 4
+BATCH = 8
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def read(path: Path, frames: int, resolution: int, factor: int) -> torch.Tensor:
@@ -69,21 +72,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     frames, resolution = (1, 96) if options.quick else (options.frames, checkpoints[0].processing_resolution)
     pictures = read(options.pictures, frames, resolution, factor).to(device)
 
-    def labels(kind: type[SingleStep] | type[Specialized], dtype: torch.dtype) -> dict[Modality, torch.Tensor]:
-        torch.backends.cudnn.allow_tf32 = dtype != torch.float32  # as labelers have it
-        network = kind(load_heads(checkpoints), device, dtype)
+    torch.backends.cudnn.allow_tf32 = False  # as labelers have it
+    folded = {dtype: Specialized(load_heads(checkpoints), device, dtype) for dtype in DTYPES}
+
+    def labels(network: SingleStep | Specialized) -> dict[Modality, torch.Tensor]:
         parts = [network(part) for part in pictures.split(BATCH)]
         return {modality: torch.cat([part[modality] for part in parts]) for modality in parts[0]}
 
-    exact = labels(SingleStep, torch.float32)
+    def timed(network: Specialized, batch: int) -> Callable[[], int]:
+        def run() -> int:
+            for part in pictures.split(batch):
+                network(part)
+            return len(pictures)
+
+        return run
+
+    exact = labels(SingleStep(load_heads(checkpoints), device, torch.float32))
     rows = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in DTYPES:
         half = dtype != torch.float32
-        found, plain = labels(Specialized, dtype), labels(SingleStep, dtype) if half else exact
+        found = labels(folded[dtype])
+        plain = labels(SingleStep(load_heads(checkpoints), device, dtype)) if half else exact
         for modality, unit in (("depth", "AbsRel"), ("normals", "degrees")):
             ours, theirs = (error(one[modality], exact[modality], modality) for one in (found, plain))
             compared = f"{theirs:.2e} | {ours / theirs:.2f} | <= 1" if half else "0, the reference | |"
             rows.append(f"| {str(dtype).removeprefix('torch.')} | {modality}, {unit} | {ours:.2e} | {compared} |")
+    rounds = 1 if options.quick else 9
+    by_batch = [
+        interleave({str(dtype): timed(folded[dtype], batch) for dtype in DTYPES}, rounds, device)
+        for batch in (1, BATCH)
+    ]
+    speeds = [
+        f"| {str(dtype).removeprefix('torch.')} | "
+        + " | ".join(f"{ratio(spent[str(DTYPES[0])], spent[str(dtype)]):.2f}" for spent in by_batch)
+        + " |"
+        for dtype in DTYPES[1:]
+    ]
     height, width = pictures.shape[2:]
     report = f"""# Half precision
 
@@ -96,6 +120,13 @@ network, *diffusers'* its modules as they are.
 | dtype | labels | ours | diffusers' | ours over theirs | goal |
 | --- | --- | ---: | ---: | ---: | --- |
 {chr(10).join(rows)}
+
+How many times as fast as in float32 the folded network is, the dtypes in turn, medians of {rounds} rounds, with the
+smallest and the largest:
+
+| dtype | a picture alone | batches of {BATCH} |
+| --- | ---: | ---: |
+{chr(10).join(speeds)}
 """
     if options.quick and options.out == OUT:
         print(report)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 # On CPUs from 4 frames on a batch is as fast as any; twice that is what corpora of many sizes still fill.
 CPU_BATCH = 8
 # Channels at the picture's size from which AVX512-BF16 is worth its rounding: with 16 it measured 1.2 times as fast as
-# float32, with the embedded network's 8 0.6 times (a picture alone) to 1.06 times (full batches).
+# float32, with the embedded network's 8 0.6 times (a picture alone) to 1.1 times (full batches, `precision.py`).
 _WIDE = 16
 # More would only be slower to fill: a GPU is busy with far fewer frames of this kind.
 _MOST = 32
