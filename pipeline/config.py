@@ -96,9 +96,8 @@ class LabelConfig(BaseModel):
             shapes `auto` runs the first full batch compiled.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `xpu`, `mps`; with `workers` 0 also `cuda:1`.
         dtype: Of the network; `auto` is bfloat16 on CUDA (float16 where it has none), bfloat16 on a CPU that
-            multiplies it (AMX; AVX512-BF16, unless the VAE is so narrow that it gains nothing, as the embedded one),
-            and float32 on any other. It is part of what a store was made with: a run resumed on a machine that
-            would choose otherwise must be told.
+            multiplies it (AVX512-BF16, AMX), and float32 on any other. It is part of what a store was made with: a run
+            resumed on a machine that would choose otherwise must be told.
         normals_dtype: Of the stored normals; int8 is good to 0.4°.
         shard_frames: Frames in one shard file.
         segment_frames: Frames in one unit of work and commit, a multiple of `shard_frames`; left out, about 64, and of

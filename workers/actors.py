@@ -50,21 +50,20 @@ def labelers(config: LabelConfig, store: str, digests: tuple[str, ...], retry_fa
     )
 
 
-def dtype_there(device: torch.device, width: int, say: Callable[[str], None]) -> torch.dtype:
+def dtype_there(device: torch.device, say: Callable[[str], None]) -> torch.dtype:
     """What `auto` stands for on a cluster, as the first machine has it that has room for a worker.
 
     It is waited for, however long all are busy, as the run's workers would be: a guess would stay in the store.
 
     Args:
         device: Of the workers.
-        width: As `pick_dtype` takes it.
         say: Told, after a while, what is waited for.
 
     Raises:
         ConfigError: If none can tell.
     """
     gpu = device.type == "cuda"
-    asked = ray.remote(pick_dtype).options(**_room(gpu)).remote("auto", device, width)
+    asked = ray.remote(pick_dtype).options(**_room(gpu)).remote("auto", device)
     if not ray.wait([asked], timeout=_PATIENCE_S)[0]:
         say(
             f"waiting for a free {'GPU' if gpu else 'core'} of the cluster, to ask for the dtype that is best there; "

@@ -87,8 +87,8 @@ def label(
         gpus = None
         if config.address and config.workers != 0:  # its machines, not this one, decide the dtype of the store
             gpus = stack.enter_context(_cluster(config))
+        config = _resolve(config, gpus, say)
         checkpoints = open_checkpoints(config)
-        config = _resolve(config, min(checkpoint.width for checkpoint in checkpoints), gpus, say)
         given: Iterable[str] = expand_inputs(inputs)
         if overwrite:
             given = _if_one_is_there(given)
@@ -201,12 +201,11 @@ def _if_one_is_there(uris: Iterable[str]) -> Iterator[str]:
     raise SourceError(f"none of the {len(known)} inputs can be opened: nothing to label; the store was left as it was")
 
 
-def _resolve(config: LabelConfig, width: int, gpus: int | None, say: Callable[[str], None]) -> LabelConfig:
+def _resolve(config: LabelConfig, gpus: int | None, say: Callable[[str], None]) -> LabelConfig:
     """Settle what was left open: a store is made for one dtype, and every worker rounds alike.
 
     Args:
         config: As given.
-        width: Of its network: `Checkpoint.width`.
         gpus: Of the cluster; None where this machine does the work.
         say: Told what is waited for.
     """
@@ -217,11 +216,11 @@ def _resolve(config: LabelConfig, width: int, gpus: int | None, say: Callable[[s
 
         device = torch.device(("cuda" if gpus else "cpu") if config.device == "auto" else config.device)
     if gpus is None or config.dtype != "auto":
-        dtype = pick_dtype(config.dtype, device, width)
+        dtype = pick_dtype(config.dtype, device)
     else:
         from depthmill.workers.actors import dtype_there
 
-        dtype = dtype_there(device, width, say)
+        dtype = dtype_there(device, say)
     update = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     return config.model_copy(update={**update, "threads": config.threads or default_threads()})
 

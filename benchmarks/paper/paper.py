@@ -32,6 +32,7 @@ import yaml
 
 from depthmill.pipeline.bench.timing import Spent, interleave, ratio, typical
 from depthmill.pipeline.evaluation.metrics import angles_deg, depth_metrics, fit_affine
+from depthmill.pipeline.model.backend import pick_device, pick_dtype
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.training import scenes
 from depthmill.pipeline.training.raycast import DEPTH_RANGE_M, Views
@@ -136,7 +137,7 @@ class Paper:
         path = self.out / "results" / f"times-{modality}.json"
         if not path.exists():
             print("timing", modality, flush=True)
-            labelers = {way.name: self.labeler(way, modality) for way in ways}
+            labelers = {way.name: self._labeler(way, modality) for way in ways}
             pictures = self._held_out().frames()[:TIMED]
 
             def timed(labeler: Labeler) -> Callable[[], int]:
@@ -151,8 +152,7 @@ class Paper:
             path.write_text(json.dumps({name: [asdict(one) for one in each] for name, each in spent.items()}))
         return {name: [Spent(**one) for one in each] for name, each in json.loads(path.read_text()).items()}
 
-    def labeler(self, way: Way, modality: str) -> Labeler:
-        """What a way labels with, as users load it."""
+    def _labeler(self, way: Way, modality: str) -> Labeler:
         checkpoint = self.out / f"{way.model}-{modality}" / "checkpoint"
         return Labeler.from_pretrained(
             checkpoint, checkpoint, labels=(modality,), batch_size=self.settings["batch_size"], **way.options
@@ -167,7 +167,7 @@ class Paper:
         return Views(views.rgb[some], views.depth[some], views.normals[some], views.mask[some])
 
     def _score(self, way: Way, modality: str) -> dict[str, list[float]]:
-        labels, views = self.labeler(way, modality)(self._held_out().frames()), self._held_out()
+        labels, views = self._labeler(way, modality)(self._held_out().frames()), self._held_out()
         mask = views.mask.numpy()
         if modality == "normals":
             truth = views.normals.permute(0, 2, 3, 1).numpy()
@@ -229,7 +229,7 @@ def report(paper: Paper, seconds: Mapping[str, float]) -> str:
             reference = reference or found
         return [f"| {' | '.join(line)} |" for line in lines]
 
-    dtype = str(paper.labeler(fast, "depth").dtype).removeprefix("torch.")
+    dtype = str(pick_dtype("auto", pick_device("auto"))).removeprefix("torch.")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     about = f"""\
 `make paper`, finished {datetime.now(UTC):%Y-%m-%d}: {os.cpu_count()} CPU cores of {platform.machine()}{gpu}, torch {torch.__version__}.

@@ -23,9 +23,6 @@ log = logging.getLogger(__name__)
 
 # On CPUs from 4 frames on a batch is as fast as any; twice that is what corpora of many sizes still fill.
 CPU_BATCH = 8
-# Channels at the picture's size from which AVX512-BF16 is worth its rounding: with 16 it measured 1.2 times as fast as
-# float32, with the embedded network's 8 0.6 times (a picture alone) to 1.1 times (full batches, `precision.py`).
-_WIDE = 16
 # More would only be slower to fill: a GPU is busy with far fewer frames of this kind.
 _MOST = 32
 # Of the free memory: what compiled passes hold in their graphs is not there for the others, which need as much again.
@@ -55,24 +52,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The network's dtype for `name`.
 
-    `auto` is bfloat16 on CUDA, float16 where that has none; bfloat16 on CPUs that multiply it (AMX; AVX512-BF16, unless
-    the network is narrow); float32 elsewhere. A run settles it once, on a machine that labels, and its store remembers
-    it: a rerun elsewhere that would come to another is refused, and told of `--dtype`.
-
-    Args:
-        name: As configured.
-        device: Of the network.
-        width: `Checkpoint.width`, of the narrowest.
+    `auto` is bfloat16 on CUDA, float16 where that has none; bfloat16 on CPUs that multiply it (AVX512-BF16, AMX);
+    float32 elsewhere. A run settles it once, on a machine that labels, and its store remembers it: a rerun elsewhere
+    that would come to another is refused, and told of `--dtype`.
     """
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     if device.type == "cpu":
-        unit = cpu_bfloat16()
-        return torch.bfloat16 if unit == "AMX" or (unit and width >= _WIDE) else torch.float32
+        return torch.bfloat16 if cpu_bfloat16() else torch.float32
     if device.type != "cuda":
         return torch.float32
     # Emulated, as torch does it on GPUs before 2020, it is slower than float32.

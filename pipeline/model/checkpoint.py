@@ -108,13 +108,6 @@ class Checkpoint:
         identity = {"name": self.name, "sha256": self.sha256, "normals_axes": self.description.normals_axes}
         return identity if self.domain is None else identity | {"domain": self.domain}
 
-    @property
-    def width(self) -> int:
-        """Channels of its VAE at the picture's own size; diffusers' default if its files do not say."""
-        channels = read_json(self.directory / "vae" / "config.json").get("block_out_channels")
-        # What else may be wrong there, loading it tells.
-        return channels[0] if isinstance(channels, list) and channels and isinstance(channels[0], int) else 64
-
 
 def is_joint(name: str) -> bool:
     """Whether a checkpoint answers depth and normals together (GeoWizard); downloads it unless it is cached.

@@ -79,7 +79,7 @@ class Labeler:
         self.checkpoints = tuple(checkpoints)
         self.processing_resolution = processing_resolution or checkpoints[0].processing_resolution
         self.device = pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device, min(checkpoint.width for checkpoint in checkpoints))
+        self.dtype = pick_dtype(dtype, self.device)
         exact_float32(self.device, self.dtype)
         self.sampling = sampling or Sampling()
         self.round_aspect = round_aspect

@@ -74,7 +74,7 @@ def cluster(monkeypatch):
 
     def options(**asked):
         state.asked.update(asked)
-        return SimpleNamespace(remote=lambda name, device, width: state.answer)
+        return SimpleNamespace(remote=lambda name, device: state.answer)
 
     monkeypatch.setattr(ray, "remote", lambda function: SimpleNamespace(options=options))
     monkeypatch.setattr(ray, "wait", lambda asked, timeout: ([], asked) if state.late else (asked, []))
@@ -86,7 +86,7 @@ def cluster(monkeypatch):
 def test_the_dtype_is_best_on_the_machines_that_label(cluster, gpus, device, answer):
     cluster.answer = answer
     said = []
-    config = _resolve(LabelConfig(device="auto", address="auto"), 8, gpus, said.append)
+    config = _resolve(LabelConfig(device="auto", address="auto"), gpus, said.append)
     assert (config.device, config.dtype) == (device, str(answer).removeprefix("torch."))
     assert cluster.asked["num_gpus"] == min(gpus, 1)
     assert not said
@@ -95,15 +95,15 @@ def test_the_dtype_is_best_on_the_machines_that_label(cluster, gpus, device, ans
 def test_gpus_that_are_busy_are_waited_for_and_that_is_said(cluster):
     cluster.late = True
     said = []
-    assert _resolve(LabelConfig(address="auto"), 8, 2, said.append).dtype == "float16"
+    assert _resolve(LabelConfig(address="auto"), 2, said.append).dtype == "float16"
     assert "waiting for a free GPU" in said[0]
     assert "--dtype" in said[0]
     said.clear()
-    assert _resolve(LabelConfig(address="auto", dtype="bfloat16"), 8, 2, said.append).dtype == "bfloat16"
+    assert _resolve(LabelConfig(address="auto", dtype="bfloat16"), 2, said.append).dtype == "bfloat16"
     assert not said, "nobody was asked"
 
 
 def test_machines_that_cannot_tell_the_dtype(cluster):
     cluster.answer = RayTaskError("pick_dtype", "Traceback", ModuleNotFoundError("No module named 'depthmill'"))
     with pytest.raises(ConfigError, match=r"No module named 'depthmill'.*--dtype"):
-        _resolve(LabelConfig(address="auto"), 8, 1, print)
+        _resolve(LabelConfig(address="auto"), 1, print)

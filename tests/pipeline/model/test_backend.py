@@ -2,7 +2,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ import torch
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.model import backend
 from depthmill.pipeline.model.backend import compile_network, exact_float32, fitting_batch, pick_dtype
-from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.labeler import Labeler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -23,42 +21,19 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "depthmill" / "memory"
 
 
-@pytest.mark.parametrize(
-    ("has", "width", "dtype"),
-    [
-        ("AMX", 8, torch.bfloat16),
-        ("AVX512-BF16", 16, torch.bfloat16),
-        ("AVX512-BF16", 8, torch.float32),  # which gains nothing
-        ("", 128, torch.float32),
-    ],
-)
-def test_bfloat16_on_cpus_that_multiply_it(monkeypatch, has, width, dtype):
+@pytest.mark.parametrize(("has", "dtype"), [("AMX", torch.bfloat16), ("", torch.float32)])
+def test_bfloat16_on_cpus_that_multiply_it(monkeypatch, has, dtype):
     monkeypatch.setattr(backend, "cpu_bfloat16", lambda: has)
-    assert pick_dtype("auto", CPU, width) == dtype
-    assert pick_dtype("bfloat16", CPU, width) == torch.bfloat16
-
-
-def test_a_narrow_checkpoint_is_run_in_float32_where_it_gains_nothing_by_less(monkeypatch):
-    monkeypatch.setattr(backend, "cpu_bfloat16", lambda: "AVX512-BF16")
-    assert Labeler.from_pretrained("demo").dtype == torch.float32
-    monkeypatch.setattr(backend, "cpu_bfloat16", lambda: "AMX")
-    assert Labeler.from_pretrained("demo").dtype == torch.bfloat16
-
-
-def test_a_checkpoints_width(tmp_path):
-    checkpoint = open_checkpoint("demo", "depth")
-    assert checkpoint.width == 8
-    (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "config.json").write_text("{}")
-    assert replace(checkpoint, directory=tmp_path).width == 64
+    assert pick_dtype("auto", CPU) == dtype
+    assert pick_dtype("float32", CPU) == torch.float32
 
 
 def test_a_gpu_without_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert pick_dtype("auto", CUDA, 8) == torch.float16
+    assert pick_dtype("auto", CUDA) == torch.float16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert pick_dtype("auto", CUDA, 8) == torch.bfloat16
+    assert pick_dtype("auto", CUDA) == torch.bfloat16
 
 
 @pytest.mark.parametrize(
