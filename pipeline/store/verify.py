@@ -256,7 +256,9 @@ def _verify_metadata(store: Store, source_id: str, repair: bool) -> Iterator[Dam
     name = "key" if "key" in arrays else "time"
     try:
         values = np.asarray(open_array(ZarrFiles(store.directory), f"{source_id}/{name}", arrays[name])[:])
-        reason = "lacks values" if name == "time" and np.isnan(values).any() else ""
+        # No two pictures share a key, and that of no picture in a folder or a tar is empty.
+        lost = np.isnan(values).any() if name == "time" else (values == "").sum() > (attributes["kind"] == "parquet")
+        reason = "lacks values" if lost else ""
     except StoreError:
         raise
     except Exception as error:  # whatever codecs raise of broken bytes

@@ -103,8 +103,8 @@ def _document(store: Store, source_id: str, name: str) -> Document | None:
 
 
 def _needed(store: Store, name: str, source_id: str, start: int, stop: int) -> bool:
-    """Whether a file cannot be all fill, which is no file: a shift of nothing but 0 can, and frames without labels."""
-    if name in ("temporal/shift", "temporal/score"):
+    """Whether a file cannot be all fill, which is no file: scores of nothing but 0 can, and frames without labels."""
+    if name == "temporal/score":
         return False
     if not name.endswith("_smooth"):
         return True

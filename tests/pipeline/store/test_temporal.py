@@ -66,6 +66,16 @@ def test_an_array_that_lost_its_metadata_is_made_again(store, name):
     assert not verify(store).damage
 
 
+@pytest.mark.parametrize("name", ["edges/c/0/0/0", "scale/c/0", "shift/c/0", "shot/c/0"])
+def test_a_file_that_was_lost_is_made_again(store, name):
+    smoothed(store)
+    expected = files(store.uri)
+    (Path(store.uri) / "video/temporal" / name).unlink()
+    verify(store, repair=True)
+    smoothed(store)
+    assert files(store.uri) == expected
+
+
 def opened(store):
     return open_datasets(store.uri, smooth=True)
 

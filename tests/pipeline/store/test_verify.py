@@ -108,15 +108,16 @@ def test_a_status_that_changed_its_mind_is_found(done):
     assert "does not agree" in damage.reason
 
 
-def test_metadata_is_written_anew_and_lost_times_are_told(done):
+def test_metadata_is_written_anew_and_lost_times_and_keys_are_told(done):
     before = files(done.uri)
     (Path(done.uri) / "video/depth/zarr.json").unlink()
     (Path(done.uri) / "images/zarr.json").write_text("{")
     assert [damage.file for damage in verify(done, repair=True).damage] == ["images/zarr.json", "video/depth/zarr.json"]
     assert files(done.uri) == before
-    (Path(done.uri) / "video/time/c/0").unlink()
-    (damage,) = verify(done, repair=True).damage
-    assert (damage.file, damage.reason, damage.repaired) == ("video/time/c/0", "lacks values", False)
+    for name in ("images/key/c/0", "video/time/c/0"):
+        (Path(done.uri) / name).unlink()
+    found = [(damage.file, damage.reason, damage.repaired) for damage in verify(done, repair=True).damage]
+    assert found == [("images/key/c/0", "lacks values", False), ("video/time/c/0", "lacks values", False)]
 
 
 def change(path, **changes):
