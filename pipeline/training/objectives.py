@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 
+from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.geometry import axes_signs
 from depthmill.pipeline.model.sampling import draw_noise, pyramid_noise
 from depthmill.pipeline.training import losses
@@ -70,8 +71,23 @@ class Objective(torch.nn.Module):
         terms: dict[str, Tensor] = loss(batch, rng)
         return terms
 
+    def check_size(self, pictures: Tensor) -> None:
+        """Refuse pictures (B, 3, H, W) that the VAE would give back smaller than they are.
+
+        Raises:
+            TrainingError: Then.
+        """
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        height, width = pictures.shape[2:]
+        if height % factor or width % factor:
+            raise TrainingError(
+                f"pictures are {width}x{height}; expected multiples of {factor}, the factor of the checkpoint's VAE: "
+                f"give the set, or augment, height {height - height % factor} and width {width - width % factor}"
+            )
+
     def encode(self, pictures: Tensor) -> Tensor:
         """Latents (B, C, h, w), scaled, of pictures (B, 3, H, W) in [-1, 1]: the mean, not a sample."""
+        self.check_size(pictures)
         latent: Tensor = self.vae.encode(pictures).latent_dist.mean * self.vae.config.scaling_factor
         return latent
 

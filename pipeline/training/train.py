@@ -43,8 +43,12 @@ log = logging.getLogger(__name__)
 _LOG_STEPS = 50
 _SCALE_BATCHES = 8
 _OVERFLOWS = 30  # in a row: float16's first scale, 2^16, is halved by each, and gradients fit within a few
-# What may change when a run goes on: how long it takes, not what comes out;
-_FREE = ("save_steps", "picture_steps", "loader_workers", "held_out", "held_out_pictures", "save_dtype")
+# What may change when a run goes on: how long it takes and where, not what comes out;
+_FREE = (
+    *("save_steps", "picture_steps", "loader_workers", "held_out", "held_out_pictures", "save_dtype"),
+    "gradient_checkpointing",
+)
+_FREE_OF_SETS = ("path", "render_processes")
 # and what a loss that is no longer a number asks for.
 _REMEDIES = ("learning_rate", "mixed_precision")
 # Options that runs of earlier versions were told, at what every run now has.
@@ -86,6 +90,8 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
         average.to(accelerator.device)  # what was loaded is on the CPU
     batches = MicroBatches(config)
     held_out = _held_out(config) if accelerator.is_main_process else None
+    if held_out is not None:
+        objective.check_size(held_out.rgb)
     if overwrite:  # now that all there is to read was found
         _remove(accelerator, output)
     output.mkdir(parents=True, exist_ok=True)
@@ -101,6 +107,8 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
                 table.write({"step": done, **row})
             accelerator.log(row, step=done)
             last = done == config.steps
+            if last or done % config.save_steps == 0:
+                _save_state(accelerator, output / "states", done)
             if last or done % config.picture_steps == 0:
                 with _averaged(average, objective):
                     if held_out is not None:
@@ -108,8 +116,6 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
                         scores = score(objective, held_out.to(accelerator.device), path)
                         log.info("step %d, held out: %s", done, scores)
                         accelerator.log({f"held_out/{name}": value for name, value in scores.items()}, step=done)
-            if last or done % config.save_steps == 0:
-                _save_state(accelerator, output / "states", done)
     with _averaged(average, objective):
         if accelerator.is_main_process:
             if config.objective == "autoencoder":
@@ -231,7 +237,13 @@ def score(objective: Objective, batch: Batch, path: Path) -> dict[str, float]:
     objective.eval()
     truth = objective.drawn(batch)
     autoencoder = objective.config.objective == "autoencoder"
-    answer = objective.decode(objective.encode(truth)) if autoencoder else objective.answer(batch.rgb, _draws(0, 0))
+    draws = _draws(0, 0)
+    few = objective.config.batch_size  # as many pictures at once as there is memory for
+    if autoencoder:
+        answers = [objective.decode(objective.encode(part)) for part in torch.split(truth, few)]
+    else:
+        answers = [objective.answer(part, draws) for part in torch.split(batch.rgb, few)]
+    answer = torch.cat(answers)
     objective.train()
     if autoencoder:
         scores = {"reconstruction": float((answer - truth).abs().mean())}
@@ -320,7 +332,8 @@ def _resume(accelerator: Accelerator, config: TrainConfig, output: Path) -> int:
     for run, processes in ((old, before), (new, accelerator.num_processes)):
         run["accumulation x processes"] = run.pop("accumulation") * processes
     different = [name for name in new if new[name] != old[name] and name not in _FREE]
-    if refused := [name for name in different if name not in _REMEDIES]:
+    moved = ("sets",) if _where_aside(new["sets"]) == _where_aside(old["sets"]) else ()
+    if refused := [name for name in different if name not in (*_REMEDIES, *moved)]:
         shown = ", ".join(f"{name} ({old[name]}, now {new[name]})" for name in refused)
         raise TrainingError(
             f"{output} holds a run with another {shown}: train into another folder, or start over with --overwrite"
@@ -335,3 +348,8 @@ def _resume(accelerator: Accelerator, config: TrainConfig, output: Path) -> int:
     accelerator.load_state(str(states[-1]))
     accelerator.step = 0  # not the micro-batches that as many processes as there were have accumulated so far
     return int(states[-1].name)
+
+
+def _where_aside(sets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Training sets as they were configured, but for where they are."""
+    return [{name: value for name, value in each.items() if name not in _FREE_OF_SETS} for each in sets]

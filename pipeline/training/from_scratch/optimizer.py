@@ -21,9 +21,6 @@ class Optimizer:
     whose gradients are small as in the few that are mostly one batch's noise. A convolution's weight is the matrix
     (channels out, kernel x channels in). Steps are as large as AdamW's usually are (Liu et al., "Muon is Scalable for
     LLM Training", 2025, eq. 4), so that one learning rate suits both.
-
-    Attributes:
-        param_groups: Of both; `lr` is theirs to be set.
     """
 
     def __init__(self, net: Network, parameters: Sequence[nn.Parameter]):
@@ -43,7 +40,11 @@ class Optimizer:
         if self._matrices:
             matrices = [matrix for _, matrix in self._matrices]
             self._parts["muon"] = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        self.param_groups = [group for part in self._parts.values() for group in part.param_groups]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of both; `lr` is theirs to be set. Others than before once a state was loaded."""
+        return [group for part in self._parts.values() for group in part.param_groups]
 
     def step(self) -> None:
         """Move all weights by their gradients."""

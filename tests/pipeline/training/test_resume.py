@@ -69,6 +69,14 @@ def test_a_run_of_another_configuration_is_refused(scene_pool, tmp_path, monkeyp
     train(config(scene_pool, steps=2, warmup_steps=1, seed=1), tmp_path)
 
 
+def test_a_run_goes_on_with_its_data_elsewhere_and_less_memory(scene_pool, tmp_path):
+    train(config(scene_pool, steps=2), tmp_path / "run")
+    shutil.copytree(scene_pool, tmp_path / "moved")
+    train(config(tmp_path / "moved", steps=2, gradient_checkpointing=True), tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"another sets \(.*'scenes': 100.*, now .*'scenes': 50"):
+        train(config(scene_pool, steps=2, sets=[{"kind": "scenes", "scenes": 50}]), tmp_path / "run")
+
+
 def test_a_state_goes_once_the_next_is_whole(tmp_path, monkeypatch):
     def save(path):
         Path(path).mkdir(parents=True)

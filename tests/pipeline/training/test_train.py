@@ -104,7 +104,7 @@ def test_end_to_end_learns(scene_pool, tmp_path):
 
 def test_scenes_that_are_held_out_are_scored_in_their_range_of_depths(scene_pool, tmp_path, monkeypatch):
     held_out = {"kind": "scenes", "path": scene_pool, "scenes": 100, "height": 24, "width": 32}
-    settings = config(scene_pool, held_out=held_out)
+    settings = config(scene_pool, held_out=held_out, batch_size=16)
     scored = Objective(start.load(settings), settings)
     pictures = train_module._held_out(settings)
     monkeypatch.setattr(scored, "answer", lambda rgb, draws: pictures.target.expand_as(rgb) / 100 - 1)  # perfect
@@ -112,6 +112,30 @@ def test_scenes_that_are_held_out_are_scored_in_their_range_of_depths(scene_pool
     beyond = replace(pictures, target=2 * pictures.target + 80)  # of what a scene's may be
     error = (1 - 80 / beyond.target)[beyond.mask[:, None]].mean()
     assert train_module.score(scored, beyond, tmp_path / "b.png")["AbsRel"] == pytest.approx(float(error), rel=0.1)
+
+
+@pytest.mark.parametrize("objective", ["end_to_end", "autoencoder"])
+def test_pictures_are_scored_as_many_at_once_as_are_trained_on(scene_pool, tmp_path, monkeypatch, objective):
+    held_out = {"kind": "scenes", "path": scene_pool, "scenes": 100, "height": 24, "width": 32}
+    found, sizes = [], []
+    for few in (3, 16):
+        settings = config(scene_pool, held_out=held_out, batch_size=few, objective=objective, noise="zeros")
+        scored = Objective(start.load(settings), settings)
+        encode = scored.encode
+        monkeypatch.setattr(scored, "encode", lambda part, encode=encode: (sizes.append(len(part)), encode(part))[1])
+        found.append(train_module.score(scored, train_module._held_out(settings), tmp_path / "a.png"))
+    assert sizes == [3, 3, 3, 3, 3, 1, 16]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_pictures_that_the_vae_would_cut_are_refused_before_anything_is_trained(scene_pool, tmp_path):
+    odd = {"kind": "scenes", "path": tmp_path / "pool", "scenes": 100, "height": 25, "width": 34}
+    settings = config(scene_pool, held_out=odd)
+    with pytest.raises(TrainingError, match=r"34x25; expected multiples of 2, .* height 24 and width 34"):
+        train(settings, tmp_path / "run")
+    assert not (tmp_path / "run" / "losses.csv").exists()
+    with pytest.raises(TrainingError, match=r"34x25; expected multiples of 2"):
+        train(config(scene_pool, sets=[odd]), tmp_path / "run")
 
 
 def test_accumulated_gradients_are_those_of_the_larger_batch(scene_pool, tmp_path, monkeypatch):

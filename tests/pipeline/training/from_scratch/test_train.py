@@ -222,6 +222,23 @@ def test_muon_moves_the_unets_matrices_in_all_directions_alike(scene_pool: Path)
         torch.testing.assert_close(step, torch.full_like(step, 1e-2), rtol=0.05, atol=0)  # AdamW's first step
 
 
+def test_a_state_that_was_loaded_does_not_keep_its_learning_rate(scene_pool: Path) -> None:
+    run = config(scene_pool)
+    net = network.build(run.architecture, 0, torch.device("cpu"))
+    weights = list(net.modules.parameters())
+    views = open_pool(scene_pool, 100, 24, 32, processes=1).read(np.arange(3))
+    train_module._gradients(train_module._differentiated(net, run.stages[1], run), weights, views, 1)
+    before = Optimizer(net, weights)
+    before.step()
+    after = Optimizer(net, weights)
+    after.load_state_dict(before.state_dict())
+    for group in after.param_groups:
+        group["lr"] = 0.0
+    there = [weight.detach().clone() for weight in weights]
+    after.step()
+    assert all(torch.equal(weight, was) for weight, was in zip(weights, there, strict=True))
+
+
 def test_a_torch_without_muon_is_refused(scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(TrainingError, match=r"torch >= 2\.9"):
