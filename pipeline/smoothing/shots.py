@@ -19,6 +19,7 @@ _AROUND = 12  # frames to either side
 _BLOCK = 4096  # frames whose surroundings are in memory at a time
 _BRIDGED = 0.25  # two frames that share this much of their pixels show the same scene,
 _FOLLOWED = 0.5  # and two neighbours that flow leads between with ease this much
+_FLASH = 8  # frames a flash has at most: more that flow leads between are a shot, after which the view comes back
 
 
 def find_shots(score: Floats, edges: Floats, labelled: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
@@ -26,7 +27,8 @@ def find_shots(score: Floats, edges: Floats, labelled: npt.NDArray[np.bool_]) ->
 
     A cut needs two witnesses. One is that no flow leads from any frame after it to any frame before it: it does across
     a flash. The other tells it from a pan that is too fast for flow: greys that changed more than they do around it, or
-    flow that leads with ease up to it and from it on. Where a frame is missing there is no score, and flow decides
+    flow that leads with ease up to it and from it on; then flow over more frames than a flash has does not count, for
+    the view may have come back. Where a frame is missing there is no score, and flow decides
     alone. A dissolve is no cut.
 
     Args:
@@ -40,7 +42,6 @@ def find_shots(score: Floats, edges: Floats, labelled: npt.NDArray[np.bool_]) ->
     """
     frames = len(score)
     seen = labelled & _paired(edges[..., _COVERAGE])
-    bridge = _bridges(np.nan_to_num(edges[..., _COVERAGE]))
     padded = np.pad(score.astype(np.float32), _AROUND, constant_values=np.nan)
     around = sliding_window_view(padded, 2 * _AROUND + 1)
     usual = np.empty(frames, np.float32)
@@ -51,8 +52,11 @@ def find_shots(score: Floats, edges: Floats, labelled: npt.NDArray[np.bool_]) ->
     unknown = np.isnan(score)
     changed = unknown | (score >= np.maximum(_DIFFERENT, _UNUSUAL * usual))
     followed = np.nan_to_num(edges[:, 0, _COVERAGE]) >= _FOLLOWED
-    changed[2:-1] |= followed[1:-2] & followed[3:]
-    cut = changed & (bridge < _BRIDGED) & seen
+    settled = np.zeros(frames, bool)
+    settled[2:-1] = followed[1:-2] & followed[3:]
+    coverage = np.nan_to_num(edges[..., _COVERAGE])
+    bridge = np.where(settled, _bridges(coverage[:, : GAPS.index(_FLASH) + 1]), _bridges(coverage))
+    cut = (changed | settled) & (bridge < _BRIDGED) & seen
     cut[: seen.argmax() + 1] = False
     return np.cumsum(cut, dtype=np.int32)
 

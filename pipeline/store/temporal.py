@@ -43,7 +43,7 @@ FILTERED, NO_LABELS, SCALED, PARTLY = 1, 2, 3, 4
 # Coverage of an edge of a frame whose picture could not be read.
 UNREAD = -1.0
 
-_VERSION = 1  # of the computation: raised when the same configuration gives other bytes
+_VERSION = 2  # of the computation: raised when the same configuration gives other bytes
 _COMMITS = {"edges": "edges", "solution": "shot", "filter": "filtered"}
 _FILTER_ARRAYS = ("depth_smooth", "normals_smooth")
 

@@ -91,14 +91,20 @@ def panned(picture, px):
     return np.stack([picture[200:344, x : x + 192] for x in range(0, 576, px)])
 
 
+def other(images):
+    return images[:, ::-1, ::-1] // 2
+
+
 def faded(images, to):
     return np.stack([one * share for one, share in zip(images, np.linspace(1 - to, to, len(images)), strict=True)])
 
 
 REAL = {
-    "another scene": (lambda clip, _: [clip[:12], clip[12:, ::-1, ::-1] // 2], [12]),
+    "another scene": (lambda clip, _: [clip[:12], other(clip[12:])], [12]),
     "its mirror image": (lambda clip, _: [clip[:12], clip[12:, :, ::-1]], [12]),
     "through black": (lambda clip, _: [faded(clip[:12], 0), faded(clip[12:, :, ::-1], 1)], [11, 13]),
+    "a short shot between": (lambda clip, _: [clip[:12], other(clip[:12]), clip[12:]], [12, 24]),
+    "one of a second": (lambda clip, _: [clip[:12], other(clip), other(clip[:4]), clip[12:]], [12, 40]),
     "frames missed": (lambda clip, _: [clip[:8], clip[20:]], []),
     "a flash": (lambda clip, _: [clip[:8], np.minimum(clip[8:11] * 1.8 + 40, 255), clip[11:]], []),
     "white frames": (lambda clip, _: [clip[:8], np.full_like(clip[8:10], 255), clip[10:]], []),
