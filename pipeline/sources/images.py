@@ -14,7 +14,7 @@ from pathlib import Path
 from depthmill.pipeline.errors import SourceChangedError, SourceError
 from depthmill.pipeline.objects import is_url
 from depthmill.pipeline.sources.limits import check_frames
-from depthmill.pipeline.sources.naming import canonical_uri, readable, unique_names
+from depthmill.pipeline.sources.naming import canonical_uri, natural_key, readable, unique_names
 from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files, unanswered
 from depthmill.pipeline.sources.pictures import (
     Encoded,
@@ -49,8 +49,8 @@ _OTHERS = 8  # that are looked at where a picture is gone
 class ImageSource:
     """A folder of pictures, or one picture.
 
-    A folder's subfolders belong to it, but for hidden and linked ones; it is in the order of the paths, without hidden
-    files.
+    A folder's subfolders belong to it, but for hidden and linked ones; its order is natural, `2.jpg` before `10.jpg`,
+    without hidden files.
     """
 
     def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int = 0) -> None:
@@ -134,9 +134,9 @@ def _list_files(path: Path) -> dict[str, Picture]:
     files = [file for file in found if _is_picture(file.name) and kind_of(file) != "other"]  # a pipe would never end
     if not files:
         raise _nothing(path)
-    files.sort(key=lambda file: file.relative_to(path).as_posix())
-    keys = unique_names(readable(file.relative_to(path).as_posix()) for file in files)
-    return dict(zip(keys, files, strict=True))
+    named = {file.relative_to(path).as_posix(): file for file in files}
+    names = sorted(named, key=natural_key)
+    return dict(zip(unique_names(map(readable, names)), (named[name] for name in names), strict=True))
 
 
 def _list_urls(uri: str) -> dict[str, Picture]:
@@ -152,7 +152,7 @@ def _list_urls(uri: str) -> dict[str, Picture]:
     }
     if not pictures:
         raise _nothing(uri)
-    return pictures
+    return {key: pictures[key] for key in sorted(pictures, key=natural_key)}
 
 
 def _is_picture(name: str) -> bool:
@@ -161,7 +161,10 @@ def _is_picture(name: str) -> bool:
 
 def _nothing(where: object) -> SourceError:
     suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-    return SourceError(f"{where}: no pictures in it or below it; expected files ending in {suffixes}: check the path")
+    return SourceError(
+        f"{where}: no pictures, videos or shards in it or below it; expected files ending in {suffixes}, or as "
+        "videos and shards do: check the path, or name files of other suffixes themselves"
+    )
 
 
 def _encoded(

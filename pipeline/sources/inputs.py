@@ -152,7 +152,7 @@ def _at_url(given: str) -> Iterator[str]:
                 found = [given] if given in found else [url for url in found if url.lower().endswith(SUFFIXES)]
             else:
                 pictures = any(url.lower().endswith(_PICTURE_SUFFIXES) for url in found)
-                names = set(found)
+                names = {*found, *(url.rpartition("/")[0] for url in found)}
                 found = [given] * pictures + [
                     url for url in found if url.lower().endswith(_FILE_SUFFIXES) and not _is_metadata(url, names)
                 ]
@@ -168,7 +168,7 @@ def _in_folder(folder: Path) -> Iterator[Path]:
     if error or any(path.name.lower().endswith(_PICTURE_SUFFIXES) and kind_of(path) == "file" for path in found):
         yield folder  # opening it says what could not be listed
     files = [path for path in found if path.name.lower().endswith(_FILE_SUFFIXES) and kind_of(path) == "file"]
-    names = {path.as_posix() for path in files}
+    names = {path.as_posix() for path in files} | {path.parent.as_posix() for path in found}
     for path in sorted(files, key=lambda path: natural_key(path.as_posix())):
         if not _is_metadata(path.as_posix(), names):
             yield path
@@ -187,9 +187,15 @@ def _warn_once(text: str) -> None:
 
 
 def _is_metadata(name: str, names: set[str]) -> bool:
-    """Whether this is the Parquet file of metadata that img2dataset writes beside each tar."""
+    """Whether this is the Parquet file of metadata that img2dataset writes beside each tar, or numbered folder.
+
+    Args:
+        name: Of the file.
+        names: Of the files and folders around it.
+    """
     stem, dot, suffix = name.rpartition(".")
-    return dot + suffix.lower() in PARQUET_SUFFIXES and f"{stem}.tar" in names
+    beside = f"{stem}.tar" in names or (stem.rpartition("/")[2].isdecimal() and stem in names)
+    return dot + suffix.lower() in PARQUET_SUFFIXES and beside
 
 
 def _matches(pattern: str) -> Iterator[Path]:

@@ -334,7 +334,7 @@ def _type(kind: Any) -> str:
 def _hugging_face_images(schema: Any) -> set[str]:
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return {name for name, feature in features.items() if feature.get("_type") == "Image"}
+        return {name for name, one in features.items() if isinstance(one, dict) and one.get("_type") == "Image"}
     except (TypeError, KeyError, ValueError, AttributeError):
         return set()
 

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from depthmill.pipeline.errors import MissingError, SourceError
 from depthmill.pipeline.sources.naming import source_id
@@ -32,7 +32,7 @@ from depthmill.pipeline.types import Frame, Source, SourceKind
 Picture = Path | str | BinaryIO  # a file, a URL, or an open one
 
 # Formats that Pillow decodes itself: no file can make it start another program, as PostScript would.
-_FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 _SAMPLE_BYTES = 4096  # of the beginning and end of each picture, for the fingerprint
 _DECODE_THREADS = 4
@@ -42,8 +42,10 @@ _MAX_SIDE = 65_535  # what JPEG can say; the store's rows are as high as the hig
 
 # A header that promises more than its file can hold is damaged, and must not size a store. Deflate packs at most 1032
 # bytes into one, of eight 1-bit pixels each; JPEG spends at least one bit on a block of 8 x 8; a run in a BMP, of
-# 255 pixels at most, takes two bytes.
-_MAX_PIXELS_PER_BYTE = {"PNG": 8 * 1032, "JPEG": 8 * 64, "BMP": 128, "PPM": 8}
+# 255 pixels at most, takes two bytes, and one of 4096 in a GIF more than one.
+_MAX_PIXELS_PER_BYTE = {"PNG": 8 * 1032, "JPEG": 8 * 64, "BMP": 128, "PPM": 8, "GIF": 4096}
+
+_MAX_METADATA_BYTES = 16 << 20  # of a PNG's colour profile or text; those of displays may have several MB
 
 _MAX_CANVAS = 2  # times the pixels that a picture may have; a tall one and a wide one could make it far larger
 
@@ -288,34 +290,35 @@ def _webp_shape(head: bytes) -> tuple[int, int] | None:
     return None
 
 
-class _WithoutPillowLimit:
-    """Pillow's own limit warns, and below ours: it is off while any thread opens a picture here, then back."""
+class _WithOurLimits:
+    """Pillow's own limits are below ours: they are others while any thread opens a picture here, then back."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._limit: int | None = None
+        self._limits: tuple[int | None, int] = None, 0
 
     def __enter__(self) -> None:
         with self._lock:
             if self._users == 0:
                 Image.init()  # its formats are registered on first use: once, and not by two threads
-                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+                self._limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+                Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, _MAX_METADATA_BYTES
             self._users += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                Image.MAX_IMAGE_PIXELS = self._limit
+                Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = self._limits
 
 
-_without_pillow_limit = _WithoutPillowLimit()
+_with_our_limits = _WithOurLimits()
 
 
 def _open_image(picture: Path | BinaryIO) -> Image.Image:
     """Read a picture's header."""
-    with _without_pillow_limit:
+    with _with_our_limits:
         return Image.open(picture, formats=_FORMATS)
 
 

@@ -232,7 +232,8 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
         uncoded = stream.codec_context.name == "mpeg4"
         joinable = container.format.name in _JOINABLE
         time_base = float(stream.time_base or 0)
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        # The average of a stream that is no container's is made up; what its own header says is in the guess.
+        rate = float(stream.guessed_rate or stream.average_rate or 25)
     if not blocks:
         raise SourceError(f"{uri}: its video stream holds no packets; expected at least one frame: leave it out")
     pts, dts, pos, size, flags = (np.concatenate([block[name] for block in blocks]) for name in _COLUMNS)
@@ -261,7 +262,7 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
         corrupt=corrupt,
         shown=shown,
         order=order.astype(np.int32),
-        time_s=_times(clock[order], time_base, rate),
+        time_s=_times(_sorted(clock[order]) if invented else clock[order], time_base, rate),
         group_start=group_start,
         group_first=group_first,
         group_seek=np.where(timestamp == NO_VALUE, pts[group_first], timestamp),
@@ -325,6 +326,13 @@ def _one_clock(pts: Int, dts: Int, time_base: float, rate: float) -> Int:
             part[told] += last - part[told].min() + max(1, round(1 / (rate * time_base)))
         last = part[told].max()
     return clock
+
+
+def _sorted(pts: Int) -> Int:
+    """Timestamps as shown that were given out as decoded: the same ones, in order."""
+    known = pts != NO_VALUE
+    pts[known] = np.sort(pts[known])
+    return pts
 
 
 def _decoded_order(uri: str, hidden: Bool, max_pixels: int) -> Int:

@@ -199,7 +199,7 @@ def _pictures(file: BinaryIO, size: int | None, max_pixels: int) -> Iterator[_Pi
         extensions.add(extension)
         if not member.name:
             yield _Picture("", member.offset, 0, NO_HEADER, member.problem)
-        elif "." + extension.lower().rpartition(".")[2] in IMAGE_SUFFIXES:
+        elif "." + extension.lower().rpartition(".")[2] in (*IMAGE_SUFFIXES, ".gif"):  # of which the first picture
             found[extension], is_last = _describe(member, key, file, size, max_pixels)
             if is_last:
                 break

@@ -308,6 +308,13 @@ def test_suffixes_of_jpeg(tmp_path: Path, suffix: str) -> None:
     assert make.read_index(frame.image) == 5
 
 
+def test_numbers_need_no_zeros_before_them(tmp_path: Path) -> None:
+    for index in range(12):
+        make.write_image(tmp_path / "color" / f"{index}.png", index)
+    assert open_source(tmp_path).probe().keys == tuple(f"color/{index}.png" for index in range(12))
+    assert [make.read_index(frame.image) for frame in read_all(tmp_path)] == list(range(12))
+
+
 def test_a_header_that_points_far_behind_its_end_is_a_bad_picture(tmp_path: Path) -> None:
     make.write_image_folder(tmp_path, count=1)
     (tmp_path / "big.tif").write_bytes(b"II+\0\x08\0\0\0" + (2**63 - 1).to_bytes(8, "little") + bytes(64))

@@ -48,6 +48,14 @@ def test_shards_are_sources_each(tree: Path) -> None:
     assert expand(tree, "shards/*") == shards
 
 
+def test_metadata_beside_what_img2dataset_writes_is_no_source(tree: Path) -> None:
+    for name in ("00000.parquet", "00000/000000000.jpg", "00000/000000000.json", "00001.tar", "00001.parquet"):
+        (tree / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / "data" / name).write_bytes(b"")
+    (tree / "data" / "00002.parquet").write_bytes(b"")
+    assert expand(tree, "data") == ["data", "data/00001.tar", "data/00002.parquet"]
+
+
 def test_links_in_circles_end(tree: Path) -> None:
     (tree / "deep" / "latest").symlink_to(tree)
     (tree / "deep" / "again").symlink_to("er")

@@ -92,6 +92,11 @@ class TestDamagedRowGroup(SourceContract):
         ({"conditioning": 1, "Image": 0}, features(conditioning="Image", Image="Image"), 0),
         ({"anything": 0, "image": 1}, features(anything="Image", image="Value"), 0),
         ({"png": 0, "text": "words"}, None, 0),
+        (
+            {"shot": 0, "captions": "words"},
+            {"info": {"features": {"shot": {"_type": "Image"}, "captions": [{"_type": "Value"}]}}},
+            0,
+        ),
         ({"image": "a path", "img_bytes": 0}, None, 0),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources import open_source
@@ -124,6 +124,14 @@ def test_alpha_lies_over_white(tmp_path: Path) -> None:
     see_through.putpalette([9, 9, 9, 200, 0, 0])
     assert (write(see_through, tmp_path / "p.png", transparency=1) == 255).all()
     assert (write(see_through, tmp_path / "bytes.png", transparency=bytes([255, 0])) == 255).all()
+
+
+def test_a_large_colour_profile_is_passed_over(tmp_path: Path) -> None:
+    profile = np.random.default_rng(0).integers(0, 4, 3 << 20, np.uint8).tobytes()
+    Image.fromarray(make.paint(5)).save(tmp_path / "a.png", icc_profile=profile)
+    assert read_header(tmp_path / "a.png", 10**6).height == make.HEIGHT
+    assert make.read_index(decode_image(tmp_path / "a.png", 10**6)) == 5
+    assert PngImagePlugin.MAX_TEXT_CHUNK == 1 << 20, "other users of Pillow keep its limit"
 
 
 def test_cmyk(tmp_path: Path) -> None:

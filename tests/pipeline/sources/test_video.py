@@ -107,6 +107,24 @@ class TestGoodVideo(SourceContract):
         assert source.fps == pytest.approx((FRAMES - 1) / expected[-1], rel=1e-3)
 
 
+@pytest.mark.parametrize(("codec", "name"), [("libx264", "raw.h264"), ("libx265", "raw.hevc")])
+def test_a_raw_stream_has_the_rate_that_its_header_says(codec: str, name: str, tmp_path: Path) -> None:
+    source = open_source(make.write_video(tmp_path / name, frames=12, codec=codec, fps=60)).probe()
+    assert source.fps == pytest.approx(60)
+    np.testing.assert_allclose(source.time_s, np.arange(12) / 60, atol=1e-6)
+
+
+@pytest.mark.parametrize("bframes", [0, 2])
+def test_a_gap_in_an_avi_stays(bframes: int, tmp_path: Path) -> None:
+    times_ms = [40 * index + 1000 * (index > 12) for index in range(FRAMES)]
+    path = make.write_video(tmp_path / "gap.avi", times_ms=times_ms, bframes=bframes)
+    assert indices(path) == list(range(FRAMES))
+    apart_s = np.diff(open_source(path).probe().time_s)
+    assert apart_s.max() == pytest.approx(1.04)
+    assert abs(int(apart_s.argmax()) - 12) <= 2, "an AVI's times are those of decoding"
+    assert apart_s.sum() == pytest.approx(2.56, abs=0.05)
+
+
 def test_edit_lists_cut_frames_off(tmp_path: Path) -> None:
     path = make.write_video(
         tmp_path / "clip.mp4",

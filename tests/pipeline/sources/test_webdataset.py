@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources import open_source, tar_members, webdataset
@@ -218,6 +219,16 @@ def test_of_pictures_with_longer_extensions_the_usual_name_counts(tmp_path: Path
     assert [frame.image is None or make.read_index(frame.image) for frame in frames] == [2, 4, True, True, 9]
     assert "5 pictures in one sample (clip.0000.png, clip.0001.png, clip.0002.png, …)" in frames[2].error
     assert "(d.image.png, d.rgb.png, d.mask.png); expected one to be told by its name, d.jpg or" in frames[3].error
+
+
+def test_of_an_animation_the_first_picture_counts(tmp_path: Path) -> None:
+    pictures = [Image.fromarray(make.paint(index)) for index in (7, 8)]
+    gif = io.BytesIO()
+    pictures[0].save(gif, "GIF", save_all=True, append_images=pictures[1:])
+    members = [("a.gif", gif.getvalue()), ("b.jpg", gif.getvalue()), ("c.png", make.encode(9))]
+    source, frames = probe_and_read(make.write_tar(tmp_path / "shard.tar", members))
+    assert source.keys == ("a", "b", "c")
+    assert [make.read_index(frame.image) for frame in frames] == [7, 7, 9]
 
 
 def test_gzip_is_told_by_its_bytes(tmp_path: Path) -> None:
