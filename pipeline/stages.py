@@ -43,7 +43,7 @@ class Labelled:
 
         Raises:
             StoreError: If something of it cannot be written.
-            VoidError: If the answers for all of its pictures, of which there are several, are no numbers.
+            VoidError: If the answers for all of its pictures, several or all of its frames, are no numbers.
         """
         take_last, self.take_last = self.take_last, lambda: None  # else it holds a batch of pictures, and a cycle
         take_last()
@@ -125,7 +125,7 @@ def label_frames(
     def take_last(last: tuple[list[Frame], Pending] | None) -> None:
         if last is not None:
             take(*last)
-        if voids > 1 and not done.labelled and only is None:  # frames done again lose nothing
+        if not done.labelled and only is None and _tells_of_device(voids, segment):  # frames done again lose nothing
             raise _all_void(labeler)
 
     asked: tuple[list[Frame], Pending] | None = None
@@ -181,7 +181,7 @@ def try_segment(
     Answers that are no numbers do not count.
 
     Raises:
-        VoidError: If there are several, and no others.
+        VoidError: If there are several, or one of one, and no others.
     """
     rounded = labeler.rounds(source.probe())
     done = read = 0
@@ -196,7 +196,7 @@ def try_segment(
         done += sum(not _is_void(labels) for labels in _submit(batch, segment, labeler, rounded).result())
         read += len(batch)
         on_frames(done)
-    if read > 1 and not done:
+    if not done and _tells_of_device(read, segment):
         raise _all_void(labeler)
     return done
 
@@ -209,6 +209,11 @@ def _batches(
         return labeler.batch_shape(*frame.image.shape[:2], rounded=rounded)
 
     return in_batches(frames, shape, labeler.batch_size, waiting_bytes)
+
+
+def _tells_of_device(voids: int, segment: Segment) -> bool:
+    """Whether so many answers that are no numbers, and no others, are to be tried elsewhere before frames fail."""
+    return voids > 1 or voids == segment.frames
 
 
 def _all_void(labeler: Labeler) -> VoidError:

@@ -13,7 +13,7 @@ from depthmill.pipeline.plan import Task
 from depthmill.pipeline.stages import fail_task, label_frames, read_segment, try_segment
 from depthmill.pipeline.store import Layout
 from depthmill.pipeline.store.layout import DEPTH_INVALID
-from depthmill.pipeline.types import FAILED, LABELLED, Frame, Source
+from depthmill.pipeline.types import FAILED, LABELLED, Frame, Segment, Source
 from depthmill.tests.pipeline.store.samples import files
 
 SIZES = [(40, 60), (60, 40), (39, 60), (30, 30), (41, 60), (60, 41), (40, 51), (40, 60), (33, 33), (39, 60), (40, 52)]
@@ -183,6 +183,18 @@ def test_answers_that_are_all_no_numbers_are_not_committed(void, store):
     assert store.pending("pictures") == [segment]
     with pytest.raises(VoidError, match="no number for any picture"):
         try_segment(Pictures(), segment, void)
+
+
+def test_nor_is_that_of_a_segment_of_one(void, store):
+    alone = Source("alone", "alone.png", "images", 1, 24, 32, None, "f", keys=("alone.png",))
+    store.add(alone)
+    (segment,) = store.segments("alone")
+    frame = Frame(0, np.zeros((24, 32, 3), np.uint8))
+    with pytest.raises(VoidError, match="no number for any picture"):
+        label_frames([frame], segment, void, store, rounded=False).commit()
+    assert store.pending("alone") == [segment]
+    with pytest.raises(VoidError, match="no number for any picture"):
+        try_segment(Pictures(), Segment("pictures", 3, 4), void)
 
 
 def test_an_answer_that_is_no_number_is_a_failure_and_no_label(labeler, store, monkeypatch):

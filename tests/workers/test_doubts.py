@@ -2,7 +2,7 @@
 
 import pytest
 
-from depthmill.pipeline.errors import RunStoppedError, SourceChangedError, SourceError, StoreError
+from depthmill.pipeline.errors import RunStoppedError, SourceChangedError, SourceError, StoreError, VoidError
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Report, Segment, WorkerState
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, all_frames, drive, labels
@@ -40,6 +40,24 @@ def test_inputs_that_are_away_for_a_minute_cost_no_frame(workers, attempts, erro
     assert not ledger.failed
     assert set(ledger.labelled) == all_frames(ledger)
     assert [line for line in ledger.said if "labelled before" in line and str(error) in line]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_device_that_answers_nan_costs_no_picture_that_is_a_source_of_its_own(workers):
+    ledger = Ledger({f"s{i}": (1, 1) for i in range(500)})
+    void = VoidError("no numbers")
+    pool = SimulatedPool(lambda: workers, failing(ledger, lambda pool, *_: void if pool.clock_s > 5 else None))
+    with pytest.raises(RunStoppedError, match="no numbers"):
+        drive(pool, ledger)
+    assert ledger.labelled
+    assert not ledger.failed
+
+
+def test_one_such_picture_among_many_fails_alone():
+    ledger = Ledger({f"s{i}": (1, 1) for i in range(50)})
+    drive(SimulatedPool(lambda: 2, labels(ledger, bad={("s7", 0): VoidError("no numbers")})), ledger)
+    assert list(ledger.failed) == [("s7", 0)]
+    assert set(ledger.labelled) == all_frames(ledger) - {("s7", 0)}
 
 
 @pytest.mark.parametrize("since_s", [0, 50])
