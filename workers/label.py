@@ -45,6 +45,7 @@ from depthmill.workers.terms import Calls, Options
 if TYPE_CHECKING:
     from depthmill.workers.metrics import Metrics
 
+_SAME_SIGNAL_S = 1.0
 _PROBERS = 4  # sources probed at once: each is mostly waiting for a disk or a network
 
 
@@ -251,7 +252,8 @@ def _stoppable() -> Iterator[threading.Event]:
     A no-op outside the main thread, where no signal arrives.
 
     The first raises KeyboardInterrupt, and sets the event for the driver: one raised inside a callback of Ray's is lost
-    there. Others are ignored: workers are being ended then.
+    there. Others are ignored for a second, since some come in pairs, while workers are being ended; then one ends the
+    process at once, which may wait for a disk that never answers. No instant is a bad one for that.
     """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -259,8 +261,16 @@ def _stoppable() -> Iterator[threading.Event]:
         return
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        first_s = time.monotonic()
+
+        def again(signum: int, frame: FrameType | None) -> None:
+            if time.monotonic() - first_s > _SAME_SIGNAL_S:
+                with suppress(OSError):
+                    os.write(2, b"depthmill: stopped at once; what is committed stays\n")
+                os._exit(130)
+
         for number in before:
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, again)
         stopped.set()
         raise KeyboardInterrupt
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from depthmill.pipeline.errors import StoreError, StoreFullError
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Report
 from depthmill.workers.standing import Standing
@@ -58,12 +59,21 @@ class Publisher:
         self._publish = publish
         self._waiting: list[str] = []
         self._named = 0
+        self._due = 1  # how many are named at once
 
     def add(self, source_id: str) -> None:
-        """One more source is in the store; they are named when there are half as many as were named before."""
+        """One more source is in the store; they are named when there are half as many as were named before.
+
+        If the store does not answer, they are later: nothing needs the root, and `publish` ends with them.
+        """
         self._waiting.append(source_id)
-        if len(self._waiting) > self._named // 2:
-            self.publish()
+        if len(self._waiting) >= self._due:
+            try:
+                self.publish()
+            except StoreFullError:
+                raise
+            except StoreError:
+                self._due = 2 * len(self._waiting)
 
     def publish(self) -> None:
         """Name those that are not."""
@@ -71,3 +81,4 @@ class Publisher:
             self._publish(self._waiting)
             self._named += len(self._waiting)
             self._waiting = []
+            self._due = self._named // 2 + 1

@@ -30,8 +30,12 @@ class ObjectDirectory:
                 f"the store's {parts.scheme}:// URL has credentials in it: expected {parts.scheme}://bucket/prefix; "
                 "give them in the environment or in the provider's own files"
             )
-        if not is_bucket(uri) or not parts.netloc or parts.query or parts.fragment:
-            raise StoreError(f"{uri} cannot be a store: expected a directory, s3://bucket/prefix or gs://bucket/prefix")
+        matches = set(uri) & set("*[]")  # the library would remove whatever does
+        if not is_bucket(uri) or not parts.netloc or parts.query or parts.fragment or matches:
+            raise StoreError(
+                f"{uri} cannot be a store: expected a directory, s3://bucket/prefix or gs://bucket/prefix, without any "
+                "of ? # * [ ]"
+            )
         self.uri = uri.rstrip("/")
         self._root = self.uri.partition("://")[2]
         self._opened = os.getpid(), locate(self.uri, StoreError)[0]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from depthmill.pipeline.errors import ConfigError, RunStoppedError, StoreFullError
+from depthmill.pipeline.errors import ConfigError, RunStoppedError, StoreError, StoreFullError
 from depthmill.pipeline.types import WorkerState
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, all_frames, check, drive, labels
 
@@ -308,6 +308,22 @@ def test_a_run_that_is_stopped_names_all_its_sources_in_the_root(stop, broken):
     with pytest.raises(KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else RunStoppedError):
         drive(pool, ledger)
     assert broken or sorted(ledger.published) == sorted(ledger.sources)
+
+
+def test_a_root_that_cannot_be_written_for_a_while_stops_nothing():
+    ledger = Ledger({f"s{i}": (64, 64) for i in range(40)})
+    publish, tries = ledger.publish, []
+
+    def away(ids):
+        tries.append(len(ids))
+        if len(tries) < 4:
+            raise StoreError("503")
+        publish(ids)
+
+    ledger.publish = away
+    drive(SimulatedPool(lambda: 2, labels(ledger)), ledger)
+    check(ledger, ())
+    assert tries[:4] == [1, 2, 4, 8]
 
 
 def test_what_workers_warn_of_is_said_once():

@@ -131,6 +131,33 @@ def test_a_signal_that_comes_before_both_are_handled_stops_as_any(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+HANGS = """
+import time
+from depthmill.workers.label import _stoppable
+with _stoppable():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("stopping", flush=True)
+        time.sleep(60)  # as for a disk that does not answer
+"""
+
+
+def test_a_second_signal_ends_at_once_what_the_first_could_not():
+    process = subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "stopping\n"
+    time.sleep(1.2)
+    assert process.poll() is None, "signals that come together are one"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "what is committed stays" in said
+
+
 def test_a_closed_terminal_ends_a_run_unless_that_is_ignored():
     """A run under nohup outlives its terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -169,7 +169,14 @@ def test_errors_name_the_place_and_no_credentials(s3, monkeypatch):
         stores.open_store("s3://theaccesskey:thesecretkey@bucket/s")
     assert "thesecretkey" not in str(caught.value)
     assert "theaccesskey" not in str(caught.value)
-    for uri in ("ftp://host/s", "https://host/s", "s3:///s", "s3://bucket/s?versionId=1"):
+    for uri in (
+        "ftp://host/s",
+        "https://host/s",
+        "s3:///s",
+        "s3://bucket/s?versionId=1",
+        "s3://bucket/s[1]",
+        "s3://b/*",
+    ):
         with pytest.raises(StoreError, match="cannot be a store: expected a directory, s3://bucket/prefix"):
             stores.open_store(uri)
     directory = open_directory(s3.url)
