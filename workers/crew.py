@@ -86,6 +86,11 @@ class Crew:
         return len(self._ready_since)
 
     @property
+    def busy(self) -> bool:
+        """Whether any worker does something, other than loading."""
+        return any(running.item is not None for running in self.running.values())
+
+    @property
     def ready_s(self) -> float:
         """Seconds that labelers have been ready, added up."""
         return self._ready_s + sum(self.now_s - since for since in self._ready_since.values())

@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +26,12 @@ from depthmill.pipeline.smoothing.stage import (
     write_unfiltered,
 )
 from depthmill.pipeline.store import Store, open_store
+from depthmill.pipeline.store.store import READERS
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import LABELLED, Segment
 from depthmill.workers.crew import Crew
 from depthmill.workers.inquest import after, cause_of, words_of
-from depthmill.workers.pace import Pace
+from depthmill.workers.pace import HOPELESS_AFTER, Pace, rest_s
 from depthmill.workers.pool import Event, InProcess, Pool
 from depthmill.workers.progress import Rate, RunConsole, open_display
 from depthmill.workers.standing import Counts
@@ -77,7 +79,8 @@ def smooth(
 
     Raises:
         DepthmillError: If nothing can start.
-        RunStoppedError: On Ctrl-C, when workers cannot be kept alive, and when the disk is full.
+        RunStoppedError: On Ctrl-C, when workers cannot be kept alive or the store not be reached, and when the disk is
+            full.
     """
     store = open_store(store_uri)
     if "depth" not in store.layout.labels:
@@ -85,38 +88,35 @@ def smooth(
     kinds = {} if sources else {one: store.attributes(one)["kind"] for one in store.sources()}
     wanted = list(dict.fromkeys(sources)) or [one for one, kind in kinds.items() if kind == "video"]
     unasked = tuple(one for one, kind in kinds.items() if kind != "video")
-    left_out = {one: why for one in wanted if (why := _unfit(store, one))}
-    run = _Run(store, config, [one for one in wanted if one not in left_out])
+    run = _Run(store, config, wanted)
     started_s = time.perf_counter()
-    if run.queue:
-        with ExitStack() as stack:
-            pool: Pool = InProcess({"labeler": lambda: Smoother(config, store.uri)}, run.show_state)
-            if config.workers or (config.workers is None and (config.address or (os.cpu_count() or 1) > 1)):
-                from depthmill.workers.cluster import connect
+    with ExitStack() as stack:
+        stack.callback(run.close)
+        run.display = stack.enter_context(open_display(console or RunConsole(highlight=False), run.rate, "smoothing"))
+        try:
+            if run.plan(1, wait=True):
+                pool: Pool = InProcess({"labeler": lambda: Smoother(config, store.uri)}, run.show_state)
+                if config.workers or (config.workers is None and (config.address or (os.cpu_count() or 1) > 1)):
+                    from depthmill.workers.cluster import connect
 
-                stack.enter_context(connect(config))
-                from depthmill.workers.smooth_actors import smoothers
+                    stack.enter_context(connect(config))
+                    from depthmill.workers.smooth_actors import smoothers
 
-                pool = smoothers(config, store.uri)
-            stack.callback(pool.close)
-            run.display = stack.enter_context(
-                open_display(console or RunConsole(highlight=False), run.rate, "smoothing")
-            )
-            try:
+                    pool = smoothers(config, store.uri)
+                stack.callback(pool.close)
                 run.go(Crew(pool))
-            except KeyboardInterrupt:
-                raise RunStoppedError(
-                    "stopped: what was smoothed so far stays; run the same command again to go on from there"
-                ) from None
-            except StoreFullError as error:
-                raise RunStoppedError(
-                    f"{error}\nThe run was stopped: what was smoothed so far stays; make room, then run the same "
-                    "command again to go on from there"
-                ) from error
-    left_out |= run.left_out
-    smoothed = tuple(one for one in wanted if one not in left_out)
+        except KeyboardInterrupt:
+            raise RunStoppedError(
+                "stopped: what was smoothed so far stays; run the same command again to go on from there"
+            ) from None
+        except StoreFullError as error:
+            raise RunStoppedError(
+                f"{error}\nThe run was stopped: what was smoothed so far stays; make room, then run the same "
+                "command again to go on from there"
+            ) from error
+    smoothed = tuple(one for one in wanted if one not in run.left_out)
     seconds = time.perf_counter() - started_s
-    return SmoothSummary(store.uri, smoothed, left_out, run.unread, run.done, seconds, unasked)
+    return SmoothSummary(store.uri, smoothed, run.left_out, run.unread, run.done, seconds, unasked)
 
 
 def _unfit(store: Store, source_id: str) -> str:
@@ -132,9 +132,15 @@ def _unfit(store: Store, source_id: str) -> str:
 
 
 class _Run:
+    """A run: sources are looked at as there is room for their tasks, a few at once, since each is many requests."""
+
     def __init__(self, store: Store, config: SmoothConfig, source_ids: Sequence[str]) -> None:
         self._store, self._config = store, config
         self.queue: deque[SmoothTask] = deque()
+        # With the phases that may be left of each.
+        self._unplanned: deque[tuple[str, Sequence[Phase]]] = deque((source_id, _PHASES) for source_id in source_ids)
+        self._planning: deque[tuple[str, Sequence[Phase], Future[tuple[str, Sequence[SmoothTask]]]]] = deque()
+        self._readers = ThreadPoolExecutor(READERS, "depthmill-plan")
         self._left: Counter[str] = Counter()  # tasks of a source's phase that are not done
         self.left_out: dict[str, str] = {}
         self.unread: dict[str, str] = {}
@@ -142,22 +148,53 @@ class _Run:
         self._limits = Pace(config.frame_limit_s, config.frame_limit_s)  # phases differ too much in pace to learn it
         self.display: Any = None
         self.done = self._total = self._load_deaths = 0
-        for source_id in source_ids:
-            Temporal(store, source_id).prepare(
+        self._rests, self._rests_until_s = 0, float("-inf")
+
+    def close(self) -> None:
+        """End the threads."""
+        self._readers.shutdown(cancel_futures=True)
+
+    def plan(self, tasks: int, *, wait: bool = False) -> bool:
+        """Have so many tasks queued, if there are, and if so told wait for them; whether there is any.
+
+        Raises:
+            StoreError: If the store does not answer; what was asked is asked again the next time.
+        """
+        while len(self.queue) < tasks and (self._unplanned or self._planning):
+            while self._unplanned and len(self._planning) < READERS:
+                source_id, phases = self._unplanned.popleft()
+                self._planning.append((source_id, phases, self._readers.submit(self._look, source_id, phases)))
+            source_id, phases, found = self._planning[0]
+            if not (wait or found.done()):
+                break
+            self._planning.popleft()
+            try:
+                unfit, following = found.result()
+            except BaseException:
+                self._unplanned.append((source_id, phases))
+                raise
+            if unfit:
+                self.left_out[source_id] = unfit
+            self.queue += following
+            self._left[source_id] = len(following)
+            self._total += sum(0 if one.phase == "solve" else one.frames for one in following)
+        return bool(self.queue)
+
+    def _look(self, source_id: str, phases: Sequence[Phase]) -> tuple[str, list[SmoothTask]]:
+        """Why a source cannot be smoothed, "" if it can, and the tasks of the first of these phases that has any."""
+        if phases == _PHASES:
+            if unfit := _unfit(self._store, source_id):
+                return unfit, []
+            config = self._config
+            Temporal(self._store, source_id).prepare(
                 max_edge=config.max_edge, flow=config.flow, leak=config.leak, shape=edges_shape(config.max_edge)
             )
-            self._plan(source_id, _PHASES)
-
-    def _plan(self, source_id: str, phases: Sequence[Phase]) -> None:
-        """Queue the first of these phases of a source that is not complete; those after it are planned when it is."""
         attributes = self._store.attributes(source_id)
         for phase in phases:
-            segments = self._to_do(source_id, phase)
-            if segments:
-                self.queue += [SmoothTask(phase, attributes["uri"], attributes["fingerprint"], one) for one in segments]
-                self._left[source_id] = len(segments)
-                self._total += 0 if phase == "solve" else sum(one.frames for one in segments)
-                return
+            if segments := self._to_do(source_id, phase):
+                uri, fingerprint = attributes["uri"], attributes["fingerprint"]
+                return "", [SmoothTask(phase, uri, fingerprint, segment) for segment in segments]
+        return "", []
 
     def _to_do(self, source_id: str, phase: Phase) -> list[Segment]:
         """What is left of a phase whose turn it is: also what an earlier run did without pictures it could not read."""
@@ -175,21 +212,45 @@ class _Run:
 
     def go(self, crew: Crew) -> None:
         """Work until nothing is left."""
-        while self.queue or any(running.item is not None for running in crew.running.values()):
+        while self.queue or self._unplanned or self._planning or crew.busy:
             room = crew.room() if self._config.workers is None else max(1, self._config.workers)
-            for _ in range(min(room, len(self.queue)) - len(crew.labelers)):
-                crew.hire("labeler")
-            for worker in list(crew.idle):
-                if self.queue:
-                    task = self.queue.popleft()
-                    limits = self._limits.to_do(task.frames + self._config.max_edge)
-                    limits = replace(limits, still_s=None) if task.phase == "solve" else limits
-                    crew.call(worker, task, limits, "smooth", task)
+            if crew.now_s >= self._rests_until_s:
+                self._assign(crew, room)
             for event in crew.wait(_WAIT_S):
                 self._ended(crew, event)
             for event in list(crew.end_overdue()):
                 self._ended(crew, event)
             self.display(Counts(self._total, 0, self.done, 0), crew.states(_SHOWN))
+
+    def _assign(self, crew: Crew, room: int) -> None:
+        """Give idle workers something to do."""
+        try:
+            idle = not (self.queue or crew.busy)
+            self.plan(1 if idle else 2 * room, wait=idle)
+        except StoreFullError:
+            raise
+        except StoreError as error:
+            self._rest(error, crew.now_s)
+        for _ in range(min(room, len(self.queue)) - len(crew.labelers)):
+            crew.hire("labeler")
+        for worker in list(crew.idle):
+            if self.queue:
+                task = self.queue.popleft()
+                limits = self._limits.to_do(task.frames + self._config.max_edge)
+                limits = replace(limits, still_s=None) if task.phase == "solve" else limits
+                crew.call(worker, task, limits, "smooth", task)
+
+    def _rest(self, error: BaseException, now_s: float) -> None:
+        """Wait for a store that does not answer: longer each time, but once for all that met it together."""
+        if now_s < self._rests_until_s:
+            return
+        if self._rests >= HOPELESS_AFTER:
+            raise RunStoppedError(
+                f"{error}\nThe run was stopped: what was smoothed so far stays; see to the store, then run the same "
+                "command again to go on from there"
+            ) from error
+        self._rests_until_s = now_s + rest_s(self._rests)
+        self._rests += 1
 
     def _ended(self, crew: Crew, event: Event) -> None:
         running = crew.ended(event)
@@ -198,11 +259,15 @@ class _Run:
         if running.item is None:
             self._loaded(event)
         elif event.error is None:
+            self._rests = 0
             if event.answer:
                 self.unread[str(running.item)] = event.answer
             self._finished(running.item)
-        elif isinstance(cause := cause_of(event.error), StoreError):
+        elif isinstance(cause := cause_of(event.error), StoreFullError):
             raise cause
+        elif isinstance(cause, StoreError):
+            self.queue.appendleft(running.item)
+            self._rest(cause, crew.now_s)
         else:
             self._failed(running.item, event)
 
@@ -225,7 +290,7 @@ class _Run:
         self.done += 0 if task.phase == "solve" else task.frames
         self._left[source_id] -= 1
         if not self._left[source_id]:
-            self._plan(source_id, _PHASES[_PHASES.index(task.phase) + 1 :])
+            self._unplanned.appendleft((source_id, _PHASES[_PHASES.index(task.phase) + 1 :]))
 
     def _failed(self, task: SmoothTask, event: Event) -> None:
         source_id = task.segment.source_id
@@ -236,6 +301,7 @@ class _Run:
             self.queue.append(tried)
         elif isinstance(event.error, SourceError) or task.phase == "solve":
             self.left_out[source_id] = words_of(event)
+            Temporal(self._store, source_id).leave_out(words_of(event))
             self.queue = deque(one for one in self.queue if one.segment.source_id != source_id)
         else:
             self.unread[str(task)] = words_of(event)

@@ -19,7 +19,7 @@ from depthmill.pipeline.store.temporal import Temporal
 
 
 def smoothed(store: Store, datasets: Mapping[str, xarray.Dataset]) -> dict[str, xarray.Dataset]:
-    """The datasets of those sources that are smoothed, with smoothed labels.
+    """The datasets of those sources that are smoothed, with smoothed labels; not of those that had to be left out.
 
     Raises:
         StoreError: If none is, or one is not up to date.
@@ -27,7 +27,7 @@ def smoothed(store: Store, datasets: Mapping[str, xarray.Dataset]) -> dict[str, 
     found = {}
     for source_id, dataset in datasets.items():
         temporal = Temporal(store, source_id)
-        if temporal.attributes() is not None:
+        if temporal.attributes() is not None and not temporal.left_out():
             temporal.check_current()
             found[source_id] = _applied(temporal, dataset)
     if not found:

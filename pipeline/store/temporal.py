@@ -44,6 +44,7 @@ FILTERED, NO_LABELS, SCALED, PARTLY = 1, 2, 3, 4
 UNREAD = -1.0
 
 _VERSION = 2  # of the computation: raised when the same configuration gives other bytes
+_LEFT_OUT = "left_out"  # attribute: why the last run could not go on with it
 _COMMITS = {"edges": "edges", "solution": "shot", "filter": "filtered"}
 _FILTER_ARRAYS = ("depth_smooth", "normals_smooth")
 
@@ -75,12 +76,25 @@ class Temporal:
         there = self.attributes()
         if there == wanted:
             return
-        if there is None or {**there, "leak": leak} != wanted:
-            self.remove()
-        self.uncommit_solution()
-        for name, document in self._documents(shape).items():
-            self._directory.write(f"{self.source_id}/{name}/{METADATA}", json_bytes(document))
+        before = None if there is None else {name: there[name] for name in there if name != _LEFT_OUT}
+        if before != wanted:
+            if before is None or {**before, "leak": leak} != wanted:
+                self.remove()
+            self.uncommit_solution()
+            for name, document in self._documents(shape).items():
+                self._directory.write(f"{self.source_id}/{name}/{METADATA}", json_bytes(document))
         self._directory.write(f"{self._root}/{METADATA}", json_bytes(group_document(wanted)))
+
+    def leave_out(self, why: str) -> None:
+        """Say that a source cannot be solved, so that readers go without it; what was computed of it stays."""
+        there = self.attributes()
+        if there is not None and not self.solved():
+            document = group_document({**there, _LEFT_OUT: why})
+            self._directory.write(f"{self._root}/{METADATA}", json_bytes(document))
+
+    def left_out(self) -> bool:
+        """Whether the last run left it out, and none before it solved it."""
+        return _LEFT_OUT in (self.attributes() or {}) and not self.solved()
 
     def remove(self) -> None:
         """Remove the group. What says that it is there goes first: the rest goes in any order, and may be cut short."""

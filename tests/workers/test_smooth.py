@@ -3,6 +3,7 @@
 import io
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from depthmill.pipeline.store.verify import verify
 from depthmill.tests import media
 from depthmill.tests.pipeline.store import samples
 from depthmill.tests.workers.flickering import labelled, written
+from depthmill.workers import smooth as smooth_module
 from depthmill.workers.pool import Event
 from depthmill.workers.smooth import _Run, smooth
 
@@ -81,11 +83,11 @@ def test_bytes_depend_on_neither_segments_nor_a_stop(tmp_path, video, monkeypatc
             def fail(self, *arguments, calls=calls, real=real):
                 calls.append(1)
                 if len(calls) == 2 or real.__name__ == "write_solution":
-                    raise StoreError("killed")
+                    raise StoreFullError("killed")
                 real(self, *arguments)
 
             patch.setattr(Temporal, what, fail)
-            with pytest.raises(StoreError, match="killed"):
+            with pytest.raises(RunStoppedError, match="killed"):
                 run(stopped, filter=True)
     assert run(stopped, filter=True).smoothed == (name,)
     assert written(stopped) == written(one)
@@ -126,7 +128,7 @@ def test_unlabelled_and_missing_sources_are_left_out_with_the_reason(tmp_path, v
     other, name = labelled(tmp_path / "b.zarr", gone)
     gone.unlink()
     assert list(run(other).left_out) == [name]
-    with pytest.raises(StoreError, match="not smoothed"):
+    with pytest.raises(StoreError, match="no smoothed source"):
         open_datasets(other.uri, smooth=True)
 
 
@@ -170,6 +172,7 @@ def test_a_segment_that_cannot_be_read_again_is_left_until_it_can(tmp_path, vide
 def test_nothing_of_a_source_that_is_left_out_is_tried_again(tmp_path, video):
     store, source_id = labelled(tmp_path / "a.zarr", video)
     going = _Run(store, SmoothConfig(workers=2, max_edge=4, attempts=2), [source_id])
+    going.plan(1, wait=True)
     first, second, third = (going.queue.popleft() for _ in range(3))  # all are under way
     going._failed(third, Event(2, error=MemoryError("decoder")))
     assert going.queue.pop() == replace(third, attempts=1), "tried again, as often as was asked for"
@@ -181,17 +184,73 @@ def test_nothing_of_a_source_that_is_left_out_is_tried_again(tmp_path, video):
     assert Temporal(store, source_id).pending("edges") == store.segments(source_id)
 
 
-@pytest.mark.parametrize(("raised", "ends"), [(StoreError, StoreError), (StoreFullError, RunStoppedError)])
-def test_what_a_store_cannot_take_is_said_as_on_ray_without_a_traceback(tmp_path, video, monkeypatch, raised, ends):
+@pytest.mark.parametrize("raised", [StoreError, StoreFullError])
+def test_what_a_store_cannot_take_is_said_as_on_ray_without_a_traceback(tmp_path, video, monkeypatch, raised):
+    tries = []
+
     def fail(self, task):
+        tries.append(task)
         raise RayTaskError("smooth", "Traceback", raised("no room")).as_instanceof_cause()
 
     store, _ = labelled(tmp_path / "a.zarr", video)
     monkeypatch.setattr(Smoother, "smooth", fail)
-    with pytest.raises(ends, match=r"^no room") as caught:
+    monkeypatch.setattr(smooth_module, "rest_s", lambda times: 0.0)
+    with pytest.raises(RunStoppedError, match=r"^no room") as caught:
         run(store)
-    assert type(caught.value) is ends
     assert "Traceback" not in str(caught.value)
+    assert len(tries) == (1 if raised is StoreFullError else 9), "a service may come back, a full disk does not"
+
+
+def test_a_store_that_does_not_answer_for_a_while_stops_nothing(tmp_path, video, monkeypatch):
+    monkeypatch.setattr(smooth_module, "rest_s", lambda times: 0.0)
+    whole, _ = labelled(tmp_path / "whole.zarr", video)
+    run(whole, filter=True)
+    store, name = labelled(tmp_path / "a.zarr", video)
+    for owner, method in ((Smoother, "smooth"), (Temporal, "solved"), (Temporal, "prepare_filter")):
+        real, times = getattr(owner, method), []
+
+        def fails(self, *arguments, real=real, times=times):
+            times.append(1)
+            if len(times) in (2, 3):
+                raise StoreError("503")
+            return real(self, *arguments)
+
+        monkeypatch.setattr(owner, method, fails)
+    assert run(store, filter=True).smoothed == (name,)
+    assert written(store) == written(whole)
+
+
+def test_a_source_that_had_to_be_left_out_hides_no_other(tmp_path, video):
+    gone = media.write_video(tmp_path / "gone.mp4", frames=FRAMES)
+    store, name = labelled(tmp_path / "a.zarr", video)
+    store, other = labelled(tmp_path / "a.zarr", gone)
+    kept = gone.rename(tmp_path / "kept.mp4")
+    done = run(store)
+    assert (done.smoothed, list(done.left_out)) == ((name,), [other])
+    assert list(open_datasets(store.uri, smooth=True)) == [name]
+    assert not verify(store).damage
+    with pytest.raises(StoreError, match="no smoothed source"):
+        open_datasets(store.uri, sources=[other], smooth=True)
+    kept.rename(gone)
+    assert run(store).smoothed == tuple(sorted((name, other)))
+    assert sorted(open_datasets(store.uri, smooth=True)) == sorted((name, other))
+    assert "left_out" not in Temporal(store, other).attributes()
+
+
+def test_sources_are_looked_at_as_there_is_room(monkeypatch):
+    looked = []
+
+    def look(self, source_id, phases):
+        looked.append(source_id)
+        return "", [SimpleNamespace(phase="solve")]
+
+    monkeypatch.setattr(smooth_module, "READERS", 2)
+    monkeypatch.setattr(_Run, "_look", look)
+    going = _Run(None, SmoothConfig(), [str(i) for i in range(100)])
+    assert going.plan(3, wait=True)
+    assert len(going.queue) == 3
+    assert len(looked) <= 5
+    going.close()
 
 
 def test_damage_is_found_and_made_again(tmp_path, video):
