@@ -45,6 +45,10 @@ class StoreMismatchError(StoreError):
     """A store that was made by another configuration, checkpoint or version of an input."""
 
 
+class StoreDamagedError(StoreError):
+    """A file of a source in a store that cannot be decoded; other sources can be read."""
+
+
 class StoreFullError(StoreError):
     """No space is left for a store; what is committed in it stays."""
 

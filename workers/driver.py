@@ -21,6 +21,7 @@ from depthmill.pipeline.errors import (
     DepthmillError,
     RunStoppedError,
     SourceChangedError,
+    StoreDamagedError,
     StoreError,
     StoreFullError,
     StoreMismatchError,
@@ -237,7 +238,7 @@ class Driver:
                 self._loaded(event, prober)
             case _ if isinstance(cause, StoreFullError | ConfigError | CheckpointError):  # so would every other worker
                 raise cause
-            case _ if isinstance(cause, StoreError):
+            case _ if isinstance(cause, StoreError) and not isinstance(cause, StoreDamagedError):
                 self._put_back(running, event)
                 self._release(worker)
                 self._doubts.cannot_write(event)

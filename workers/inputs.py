@@ -14,6 +14,7 @@ from depthmill.pipeline.errors import (
     MissingError,
     RunStoppedError,
     SourceError,
+    StoreDamagedError,
     StoreError,
     StoreMismatchError,
 )
@@ -34,7 +35,7 @@ class Inputs:
         more: Whether there may be some that are not known yet.
         unprobed: Those that are known, and not probed.
         failures: Those that are left out.
-        mismatch: The first of those that changed since they were added to the store.
+        mismatch: The first of those that changed since they were added to the store, or are damaged there.
     """
 
     def __init__(self, uris: Iterable[str], attempts: int) -> None:
@@ -54,7 +55,7 @@ class Inputs:
         self.more = True
         self.unprobed = 0
         self.failures: list[Failure] = []
-        self.mismatch: StoreMismatchError | None = None
+        self.mismatch: StoreMismatchError | StoreDamagedError | None = None
 
     @property
     def left(self) -> bool:
@@ -114,11 +115,11 @@ class Inputs:
             raise cause
         if probe is self._check:
             self._check = None
-            if isinstance(cause, StoreMismatchError):  # it tells nothing any more
+            if isinstance(cause, StoreMismatchError | StoreDamagedError):  # it tells nothing any more
                 self._good = None
             else:
                 self._rest(event, now_s)
-        elif isinstance(cause, StoreMismatchError):
+        elif isinstance(cause, StoreMismatchError | StoreDamagedError):
             self.mismatch = self.mismatch or cause
             self.unprobed -= 1
             self.leave_out(probe.uri, str(cause))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import DepthmillError, SourceError, StoreMismatchError
+from depthmill.pipeline.errors import DepthmillError, SourceError, StoreDamagedError, StoreMismatchError
 from depthmill.pipeline.model.checkpoint import Checkpoint, open_named
 from depthmill.pipeline.plan import Planned, Prober
 from depthmill.pipeline.sources import expand_inputs, source_id
@@ -120,7 +120,7 @@ def planned_here(uris: Iterable[str], store: Store, prober: Prober) -> tuple[Ite
     prober.load()
     try:
         return None, [prober.probe(uri) for uri in first]
-    except (SourceError, StoreMismatchError):  # gone, or changed: that is the driver's to tell
+    except (SourceError, StoreMismatchError, StoreDamagedError):  # gone, or changed: that is the driver's to tell
         return chain(first, remaining), []
 
 
@@ -134,7 +134,9 @@ def list_failures(
         unopened: Inputs of the run that could not be opened.
         source_ids: Its sources.
     """
-    unopened, found = tuple(unopened), store.failures()
+    unopened = tuple(unopened)
+    told = {failure.uri for failure in unopened}
+    found = [failure for failure in store.failures() if failure.frame is not None or failure.uri not in told]
     write_failures(store, (*unopened, *found))
     own = [failure for failure in found if failure.source_id in source_ids]
     return (*unopened, *own), len(found) - len(own)

@@ -16,7 +16,14 @@ import numpy as np
 from rich.console import Console
 
 from depthmill.pipeline.config import SmoothConfig
-from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError, StoreError, StoreFullError
+from depthmill.pipeline.errors import (
+    ConfigError,
+    RunStoppedError,
+    SourceError,
+    StoreDamagedError,
+    StoreError,
+    StoreFullError,
+)
 from depthmill.pipeline.smoothing.stage import (
     Phase,
     Smoother,
@@ -182,18 +189,21 @@ class _Run:
 
     def _look(self, source_id: str, phases: Sequence[Phase]) -> tuple[str, list[SmoothTask]]:
         """Why a source cannot be smoothed, "" if it can, and the tasks of the first of these phases that has any."""
-        if phases == _PHASES:
-            if unfit := _unfit(self._store, source_id):
-                return unfit, []
-            config = self._config
-            Temporal(self._store, source_id).prepare(
-                max_edge=config.max_edge, flow=config.flow, leak=config.leak, shape=edges_shape(config.max_edge)
-            )
-        attributes = self._store.attributes(source_id)
-        for phase in phases:
-            if segments := self._to_do(source_id, phase):
-                uri, fingerprint = attributes["uri"], attributes["fingerprint"]
-                return "", [SmoothTask(phase, uri, fingerprint, segment) for segment in segments]
+        try:
+            if phases == _PHASES:
+                if unfit := _unfit(self._store, source_id):
+                    return unfit, []
+                config = self._config
+                Temporal(self._store, source_id).prepare(
+                    max_edge=config.max_edge, flow=config.flow, leak=config.leak, shape=edges_shape(config.max_edge)
+                )
+            attributes = self._store.attributes(source_id)
+            for phase in phases:
+                if segments := self._to_do(source_id, phase):
+                    uri, fingerprint = attributes["uri"], attributes["fingerprint"]
+                    return "", [SmoothTask(phase, uri, fingerprint, segment) for segment in segments]
+        except StoreDamagedError as error:
+            return str(error), []
         return "", []
 
     def _to_do(self, source_id: str, phase: Phase) -> list[Segment]:
@@ -265,7 +275,7 @@ class _Run:
             self._finished(running.item)
         elif isinstance(cause := cause_of(event.error), StoreFullError):
             raise cause
-        elif isinstance(cause, StoreError):
+        elif isinstance(cause, StoreError) and not isinstance(cause, StoreDamagedError):
             self.queue.appendleft(running.item)
             self._rest(cause, crew.now_s)
         else:

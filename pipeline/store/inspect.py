@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from depthmill.pipeline.errors import StoreDamagedError
 from depthmill.pipeline.store.root import FAILURES, METADATA
 from depthmill.pipeline.store.store import READERS, Store
 from depthmill.pipeline.store.temporal import Temporal
@@ -26,7 +27,7 @@ class SourceSummary:
         kind: What read it.
         frames: Its frames.
         labelled: Those with labels.
-        failed: Those that have none, and why is known.
+        failed: Those that have none, and why is known; all, where a file that says so is damaged.
         pending: Those that are not committed.
         height: Of its canvas, in pixels.
         width: Of its canvas, in pixels.
@@ -98,11 +99,16 @@ def inspect(store: Store) -> Inspection:
             committed.add(source_id)
 
     def look(source_id: str) -> tuple[SourceSummary, Counter[str]]:
-        status = store.status(source_id) if source_id in committed else np.empty(0, np.uint8)
-        failed = status == FAILED
-        reasons = Counter(map(str, store.reasons(source_id)[failed])) if failed.any() else Counter[str]()
-        smoothing = _smoothing(store, source_id) if f"{source_id}/temporal/{METADATA}" in files else "none"
-        attributes, labelled = store.attributes(source_id), int((status == LABELLED).sum())
+        attributes = store.attributes(source_id)
+        try:
+            status = store.status(source_id) if source_id in committed else np.empty(0, np.uint8)
+            failed = status == FAILED
+            reasons = Counter(map(str, store.reasons(source_id)[failed])) if failed.any() else Counter[str]()
+            smoothing = _smoothing(store, source_id) if f"{source_id}/temporal/{METADATA}" in files else "none"
+        except StoreDamagedError as error:
+            status, smoothing = np.full(attributes["frames"], FAILED, np.uint8), "none"
+            failed, reasons = status == FAILED, Counter({str(error): len(status)})
+        labelled = int((status == LABELLED).sum())
         height, width = attributes["size"]
         summary = SourceSummary(
             id=source_id,

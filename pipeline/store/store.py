@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from depthmill.pipeline.errors import StoreError, StoreMismatchError
+from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreMismatchError
 from depthmill.pipeline.store.files import Directory, json_bytes, store_away
 from depthmill.pipeline.store.layout import (
     Document,
@@ -196,11 +196,11 @@ class Store:
 
     def status(self, source_id: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
         """What became of each frame, or of the frames [start, stop): uint8, one of PENDING, LABELLED, FAILED."""
-        return np.asarray(self._array(source_id, "status")[start:stop], np.uint8)
+        return np.asarray(self.read(source_id, "status", start, stop), np.uint8)
 
     def reasons(self, source_id: str) -> npt.NDArray[Any]:
         """Why each frame failed: (frames,) strings, "" where it did not."""
-        return np.asarray(self._array(source_id, "reason")[:])
+        return self.read(source_id, "reason")
 
     def pending(self, source_id: str) -> list[Segment]:
         """The segments of a source that are not committed, in order; one listing."""
@@ -245,7 +245,7 @@ class Store:
         return SegmentWriter(segment, (height, width), self.layout, self.directory, documents, redo)
 
     def failures(self) -> list[Failure]:
-        """Failed frames of committed segments, sorted by source and frame."""
+        """Failed frames of committed segments, by source and frame; a source that is damaged is one as a whole."""
         with ThreadPoolExecutor(READERS) as pool:
             return [failure for failures in pool.map(self._failures, self.sources()) for failure in failures]
 
@@ -254,7 +254,25 @@ class Store:
         document = self.document(f"{source_id}/{name}")
         if document is None:
             raise StoreError(f"{self.uri} has no array {name!r} of source {source_id!r}")
-        return open_array(ZarrFiles(self.directory), f"{source_id}/{name}", document)
+        return self._open(source_id, name, document)
+
+    def read(self, source_id: str, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """Rows of an array of a source, as stored.
+
+        Raises:
+            StoreDamagedError: If a file of it cannot be decoded.
+        """
+        known = self.arrays(source_id).get(name)
+        array = self.array(source_id, name) if known is None else self._open(source_id, name, known)
+        try:
+            return np.asarray(array[start:stop])
+        except StoreError:
+            raise
+        except Exception as error:  # whatever codecs raise of broken bytes
+            raise StoreDamagedError(
+                f"{self.uri}/{source_id}/{name} is damaged ({type(error).__name__}: {error}): run `depthmill verify "
+                f"{self.uri} --repair`, then the same command again"
+            ) from error
 
     def document(self, path: str) -> Document | None:
         """The zarr.json of a group or an array; None if there is none.
@@ -306,9 +324,7 @@ class Store:
         limit = self.last_run().get("config", {}).get("max_pixels")
         return "" if limit is None else f" (in the last run that labelled something, {limit})"
 
-    def _array(self, source_id: str, name: str) -> zarr.Array[Any]:
-        """One that every source has, and whose zarr.json follows from its attributes."""
-        document = self.arrays(source_id)[name]
+    def _open(self, source_id: str, name: str, document: Document) -> zarr.Array[Any]:
         return open_array(ZarrFiles(self.directory), f"{source_id}/{name}", document)
 
     def _committed(self, source_id: str) -> set[int]:
@@ -316,14 +332,20 @@ class Store:
         return {int(name) for name in self.directory.children(f"{source_id}/status/c") if name.isdigit()}
 
     def _failures(self, source_id: str) -> list[Failure]:
+        attributes = self.attributes(source_id)
+        try:
+            return self._failed_frames(source_id, attributes)
+        except StoreDamagedError as error:
+            return [Failure(attributes["uri"], source_id, None, str(error))]
+
+    def _failed_frames(self, source_id: str, attributes: Document) -> list[Failure]:
         failed = np.flatnonzero(self.status(source_id) == FAILED) if self._committed(source_id) else np.empty(0, int)
         if not failed.size:
             return []
         reasons = self.reasons(source_id)
-        attributes = self.attributes(source_id)
         keys: Sequence[str | None] = [None] * len(failed)
         if attributes["kind"] != "video":
-            keys = [str(key) for key in np.asarray(self._array(source_id, "key")[:])[failed]]
+            keys = [str(key) for key in self.read(source_id, "key")[failed]]
         return [
             Failure(attributes["uri"], source_id, int(i), str(reasons[i]), key)
             for i, key in zip(failed, keys, strict=True)

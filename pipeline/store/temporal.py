@@ -131,7 +131,7 @@ class Temporal:
     def digest(self) -> str:
         """Of the labels: what it was computed from is known by this."""
         name = "checksum" if "checksum" in self.store.arrays(self.source_id) else "status"
-        values = np.ascontiguousarray(self.store.array(self.source_id, name)[:])
+        values = np.ascontiguousarray(self.store.read(self.source_id, name))
         return hashlib.sha256(values.tobytes()).hexdigest()
 
     def pending(self, what: str) -> list[Segment]:
@@ -214,7 +214,7 @@ class Temporal:
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """A whole array of the group."""
-        return np.asarray(self.store.array(self.source_id, f"temporal/{name}")[:])
+        return self.store.read(self.source_id, f"temporal/{name}")
 
     def check_current(self) -> None:
         """Refuse smoothing that is missing, unfinished or of other labels.

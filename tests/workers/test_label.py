@@ -19,6 +19,7 @@ from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError,
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import open_datasets, open_store
+from depthmill.pipeline.store.inspect import inspect
 from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.worker import Worker
 from depthmill.tests import media, runs
@@ -322,6 +323,29 @@ def test_one_changed_input_among_others_is_left_out(video, tmp_path, config):
     assert (summary.sources, summary.committed, summary.failures) == (3, 18, ())
     assert verify(open_store(tmp_path / "out.zarr")).damage == ()
     assert {len(source.time) for source in open_datasets(tmp_path / "out.zarr").values()} == {3, 18}
+
+
+@pytest.mark.parametrize("array", ["status", "reason"])
+def test_one_source_that_is_damaged_in_the_store_is_left_out(video, tmp_path, config, array):
+    broken = media.write_image_folder(tmp_path / "photos", count=3)[0].parent
+    (broken / "001.png").write_bytes(b"no picture")
+    whole = run([video, broken], tmp_path / "out.zarr", config)
+    (damaged,) = (tmp_path / "out.zarr").glob(f"photos*/{array}/c/0")
+    damaged.write_bytes(b"\xffnonsense")
+    store = open_store(tmp_path / "out.zarr")
+    assert inspect(store).failed == 3
+    more = media.write_video(tmp_path / "more.mp4", frames=3)
+    assert run([video, more], tmp_path / "out.zarr", config).labelled == 22, "another's damage is no matter of theirs"
+    summary = run([video, more, broken], tmp_path / "out.zarr", config)
+    assert summary.labelled == 22 + (0 if array == "status" else 2)
+    (failure,) = summary.failures
+    assert (failure.uri, failure.frame) == (str(broken), None)
+    assert re.search(rf"/{array} is damaged .*: run `depthmill verify .* --repair`, then", failure.reason)
+    assert str(failure.reason) in (tmp_path / "out.zarr" / "failures.jsonl").read_text().replace("\\", "")
+    verify(store, repair=True)
+    summary = run([video, more, broken], tmp_path / "out.zarr", config)
+    assert (summary.labelled, [failure.frame for failure in summary.failures]) == (24, [1])
+    assert [failure.frame for failure in whole.failures] == [1]
 
 
 def test_a_wrong_path_does_not_cost_the_store_that_was_to_be_overwritten(video, tmp_path, config):
