@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, pairwise
@@ -45,6 +46,9 @@ _OF_CONTENT = (errno.EPERM, errno.EAGAIN, errno.EDOM)
 
 # MPEG-4's pictures that are not coded, which stand for the one before, take no more. Some decode to that one again.
 _MAX_UNCODED_BYTES = 16
+
+_PROGRESSIVE = 1  # libav's AVFieldOrder; 0 is unknown
+_LOOKED_AT = 64  # packets, to see what they hold
 
 # Files in these formats may be joined by putting one behind the other, each with a clock of its own: where packets are
 # decoded by so much earlier, or later, than the one before, another clock begins.
@@ -230,6 +234,7 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
         # AVI has no presentation timestamps: where pictures are reordered, libav's are the order of the file.
         invented = "avi" in container.format.name.split(",") and stream.codec_context.has_b_frames
         uncoded = stream.codec_context.name == "mpeg4"
+        interlaced = stream.codec_context.name == "h264" and stream.codec_context.field_order > _PROGRESSIVE
         joinable = container.format.name in _JOINABLE
         time_base = float(stream.time_base or 0)
         # The average of a stream that is no container's is made up; what its own header says is in the guess.
@@ -243,7 +248,8 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
     clock = _one_clock(pts, dts, time_base, rate) if joinable else pts
     visible = clock[~hidden]
     uncoded = uncoded and bool((size <= _MAX_UNCODED_BYTES).any())
-    if invented or uncoded or (visible == NO_VALUE).any() or len(np.unique(visible)) < len(visible):
+    told = not (invented or uncoded or (visible == NO_VALUE).any() or len(np.unique(visible)) < len(visible))
+    if not told or (interlaced and _holds_fields(uri, max_pixels)):
         rank = _decoded_order(uri, hidden, max_pixels)
     else:
         rank = np.argsort(np.argsort(clock, kind="stable"), kind="stable")
@@ -333,6 +339,19 @@ def _sorted(pts: Int) -> Int:
     known = pts != NO_VALUE
     pts[known] = np.sort(pts[known])
     return pts
+
+
+def _holds_fields(uri: str, max_pixels: int) -> bool:
+    """Whether packets hold fields, two of which make a picture: by how many pictures the first packets give."""
+    container, stream = open_container(uri)
+    packets = pictures = 0
+    with container:
+        stream.codec_context.options = decoder_limits(max_pixels)
+        for packet in chain(islice(demux(container, stream), _LOOKED_AT), [None]):
+            packets += packet is not None
+            with suppress(av.FFmpegError):
+                pictures += len(stream.codec_context.decode(packet))
+    return pictures <= 7 / 8 * packets
 
 
 def _decoded_order(uri: str, hidden: Bool, max_pixels: int) -> Int:

@@ -219,11 +219,9 @@ class Store:
     def failed_segments(self, source_id: str) -> list[tuple[Segment, tuple[int, ...]]]:
         """The committed segments of a source that have failed frames, with those frames."""
         failed = np.flatnonzero(self.status(source_id) == FAILED)
-        length = self.segment_frames(source_id)
-        segments = self.segments(source_id)
-        return [
-            (segments[i], tuple(failed[failed // length == i].tolist())) for i in np.unique(failed // length).tolist()
-        ]
+        numbers, first = np.unique(failed // self.segment_frames(source_id), return_index=True)
+        segments, frames = self.segments(source_id), np.split(failed, first[1:])
+        return [(segments[i], tuple(of.tolist())) for i, of in zip(numbers.tolist(), frames, strict=False)]
 
     def writer(self, segment: Segment, redo: Sequence[int] | None = None) -> SegmentWriter:
         """Start writing a segment, whatever an earlier attempt may have left of it.

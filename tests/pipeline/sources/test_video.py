@@ -125,6 +125,22 @@ def test_a_gap_in_an_avi_stays(bframes: int, tmp_path: Path) -> None:
     assert apart_s.sum() == pytest.approx(2.56, abs=0.05)
 
 
+@pytest.mark.parametrize("suffix", [".mkv", ".ts"])
+def test_two_packets_that_are_fields_are_one_frame(suffix: str, tmp_path: Path) -> None:
+    path = make.write_fields(tmp_path / f"fields{suffix}", pictures=12)
+    np.testing.assert_allclose(open_source(path).probe().time_s, np.arange(12) / 25, atol=1e-6)
+    greys = [frame.image is not None and float(frame.image.mean()) for frame in read_all(path)]
+    assert np.allclose(np.diff(greys), 10 * 255 / 219, atol=1)
+
+
+def test_interlaced_pictures_in_one_packet_are_counted_without_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make.write_video(tmp_path / "a.mp4", frames=12, options={"x264-params": "interlaced=1"})
+    monkeypatch.setattr(video_packets, "_decoded_order", lambda *_: pytest.fail("not needed"))
+    assert indices(path) == list(range(12))
+
+
 def test_edit_lists_cut_frames_off(tmp_path: Path) -> None:
     path = make.write_video(
         tmp_path / "clip.mp4",
