@@ -31,6 +31,7 @@ from depthmill.pipeline.types import Modality
 OUT = Path(__file__).resolve().parent / "precision.md"
 CLIP = Path(__file__).parent.parent / "demo" / "pedestrians.mp4"
 BATCH = 8
+Network = SingleStep | Specialized
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -72,35 +73,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     frames, resolution = (1, 96) if options.quick else (options.frames, checkpoints[0].processing_resolution)
     pictures = read(options.pictures, frames, resolution, factor).to(device)
 
-    torch.backends.cudnn.allow_tf32 = False  # as labelers have it
     folded = {dtype: Specialized(load_heads(checkpoints), device, dtype) for dtype in DTYPES}
 
-    def labels(network: SingleStep | Specialized) -> dict[Modality, torch.Tensor]:
-        parts = [network(part) for part in pictures.split(BATCH)]
+    def answer(network: Network, dtype: torch.dtype, part: torch.Tensor) -> dict[Modality, torch.Tensor]:
+        torch.backends.cudnn.allow_tf32 = dtype != torch.float32  # as labelers have it
+        return network(part)
+
+    def labels(network: Network, dtype: torch.dtype) -> dict[Modality, torch.Tensor]:
+        parts = [answer(network, dtype, part) for part in pictures.split(BATCH)]
         return {modality: torch.cat([part[modality] for part in parts]) for modality in parts[0]}
 
-    def timed(network: Specialized, batch: int) -> Callable[[], int]:
+    def timed(dtype: torch.dtype, batch: int) -> Callable[[], int]:
         def run() -> int:
             for part in pictures.split(batch):
-                network(part)
+                answer(folded[dtype], dtype, part)
             return len(pictures)
 
         return run
 
-    exact = labels(SingleStep(load_heads(checkpoints), device, torch.float32))
+    exact = labels(SingleStep(load_heads(checkpoints), device, torch.float32), torch.float32)
     rows = []
     for dtype in DTYPES:
         half = dtype != torch.float32
-        found = labels(folded[dtype])
-        plain = labels(SingleStep(load_heads(checkpoints), device, dtype)) if half else exact
+        found = labels(folded[dtype], dtype)
+        plain = labels(SingleStep(load_heads(checkpoints), device, dtype), dtype) if half else exact
         for modality, unit in (("depth", "AbsRel"), ("normals", "degrees")):
             ours, theirs = (error(one[modality], exact[modality], modality) for one in (found, plain))
             compared = f"{theirs:.2e} | {ours / theirs:.2f} | <= 1" if half else "0, the reference | |"
             rows.append(f"| {str(dtype).removeprefix('torch.')} | {modality}, {unit} | {ours:.2e} | {compared} |")
     rounds = 1 if options.quick else 9
     by_batch = [
-        interleave({str(dtype): timed(folded[dtype], batch) for dtype in DTYPES}, rounds, device)
-        for batch in (1, BATCH)
+        interleave({str(dtype): timed(dtype, batch) for dtype in DTYPES}, rounds, device) for batch in (1, BATCH)
     ]
     speeds = [
         f"| {str(dtype).removeprefix('torch.')} | "

@@ -14,6 +14,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,13 @@ Batches of {batch} pictures of {height}x{width}, seen by the network at {seen[0]
 
 
 def checkpoints(size: str, folder: Path, labels: Iterable[str], resolution: int) -> dict[str, str]:
-    """Name of the checkpoint of each label; random ones, which share a VAE, are made."""
+    """Name of the checkpoint of each label; random ones, which share a VAE and no UNet, are made."""
     if size == "demo":
         return dict.fromkeys(labels, DEMO)
     parts = scratch.build(ARCHITECTURES[size], seed=0)
-    for label in labels:
+    for seed, label in enumerate(labels):
+        if seed:  # a UNet of its own, as published pairs have
+            parts = replace(parts, unet=scratch.build(ARCHITECTURES[size], seed=seed).unet)
         # Half-precision files: their weights are random, and both sides load the same.
         scratch.save(parts, folder / label, label, processing_resolution=resolution, dtype=torch.bfloat16)
     return {label: str(folder / label) for label in labels}

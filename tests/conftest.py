@@ -36,13 +36,17 @@ def _float32():
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """A folder with a `depth` and a `normals` checkpoint of random weights, which share a VAE; 48 pixels wide."""
+    """A folder with a `depth` and a `normals` checkpoint of random weights, which share a VAE alone; 48 pixels wide."""
+    from dataclasses import replace
+
     from depthmill.pipeline.model import scratch
 
     root = tmp_path_factory.mktemp("checkpoints")
     architecture = scratch.Architecture(vae_channels=(8, 16), unet_channels=(16, 32), head_channels=8)
-    for modality in ("depth", "normals"):
-        scratch.create(root / modality, architecture, modality, seed=3, processing_resolution=48)
+    depth = scratch.build(architecture, seed=3)
+    normals = replace(depth, unet=scratch.build(architecture, seed=4).unet)
+    for modality, parts in (("depth", depth), ("normals", normals)):
+        scratch.save(parts, root / modality, modality, processing_resolution=48)
     return root
 
 

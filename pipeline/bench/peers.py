@@ -15,6 +15,7 @@ from PIL import Image
 
 from depthmill.pipeline.model.checkpoint import Checkpoint, read_json
 from depthmill.pipeline.model.labeler import Labeler
+from depthmill.pipeline.model.modules import load_scheduler
 
 Pictures = Sequence[npt.NDArray[np.uint8]]
 _KINDS = {"depth": MarigoldDepthPipeline, "normals": MarigoldNormalsPipeline}
@@ -45,6 +46,7 @@ def load_pipelines(labeler: Labeler, *, compiled: bool = False) -> list[Any]:
         # Cast after loading: the option for it has had two names in the versions of diffusers that we accept.
         pipeline = _KINDS[checkpoint.modality].from_pretrained(checkpoint.directory, local_files_only=True)
         pipeline.to(labeler.device, labeler.dtype)
+        pipeline.scheduler = load_scheduler(checkpoint)  # Marigold's pipelines cannot use all others
         pipeline.set_progress_bar_config(disable=True)
         if compiled:
             mode = "reduce-overhead" if labeler.device.type == "cuda" else "default"

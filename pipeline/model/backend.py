@@ -10,6 +10,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ _MOST = 32
 # Of the free memory: what compiled passes hold in their graphs is not there for the others, which need as much again.
 _SHARE = 0.4
 _MOST_THREADS = 8
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # as a container sees its own
 # Pictures of one shape after which `auto` compiles: by then a run has lost what compiling takes, two minutes, at some
 # 25 ms a picture (both measured on an H100 at Stable Diffusion 2's size); so no run loses more than twice the least.
 COMPILE_AFTER = 5000
@@ -66,8 +68,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if cpu_bfloat16() else torch.float32
     if device.type != "cuda":
         return torch.float32
-    # Emulated, as torch does it on GPUs before 2020, it is slower than float32.
-    lacks = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    # Emulated, as torch does it on GPUs before Ampere (8.0), it is slower than float32.
+    lacks = torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
     return torch.float16 if lacks else torch.bfloat16
 
 
@@ -93,8 +95,13 @@ def default_threads() -> int:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use: by its affinity, and by the quota of its container (cgroup v2), if any."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, _QUOTA.read_text().split())
+    except (OSError, ValueError):  # there is none, or its quota is "max"
+        return count
+    return max(1, min(count, ceil(quota / period)))
 
 
 def cpu_kind() -> str:

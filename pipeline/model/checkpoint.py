@@ -52,7 +52,8 @@ class Description:
         normals_axes: Where the x, y and z of its normals point.
         prompt_padding: How its empty prompt is tokenised: 2 tokens, or padded to 77.
         clip_normals: Whether the decoded normals are clipped to [-1, 1] before they are made unit: diffusers does so
-            for Marigold; the E2E-FT reference does not, and its loss leaves their length free.
+            for Marigold; the E2E-FT reference does not, and its loss leaves their length free. Of what its trainer
+            saves, an estimator in a `StableDiffusionPipeline`, no is the default.
         full_z_range: False if the decoded z in [-1, 1] stands for [0, 1] (diffusers, `use_full_z_range`).
     """
 
@@ -124,7 +125,8 @@ def open_checkpoint(
     """Find a checkpoint and check that it can be used, without loading it.
 
     Args:
-        name: `demo`, a local directory, or a hub id, which is downloaded unless it is cached.
+        name: `demo`, a local directory, or a hub id (`owner/name` or `owner/name@revision`), which is downloaded
+            unless it is cached.
         modality: What it is to answer.
         normals_axes: Overrides the description's axes.
         domain: Of the scenes, for a joint checkpoint; left out, `indoor`, as its reference has it.
@@ -144,7 +146,7 @@ def open_checkpoint(
         )
     if normals_axes is not None:
         description = replace(description, normals_axes=normals_axes)
-    elif modality == "normals" and _may_be_e2e(name, directory, index):
+    elif modality == "normals" and _may_be_e2e(directory, index) and not _is_described(name, directory):
         _warn(
             f"checkpoint {name} does not say where its normals point, taken to be {description.normals_axes}; E2E-FT's "
             f"trainer saves such ones, and theirs are left-up-towards: --normals-axes or a {DESCRIPTION_FILE} in it "
@@ -201,16 +203,21 @@ def _locate(name: str, modality: Modality) -> Path:
         raise CheckpointError(
             f"checkpoint {name} is a file; expected a directory with {', '.join(_PARTS)} in it (diffusers layout)"
         )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
         raise CheckpointError(
-            f"checkpoint {name} is no directory, nor a hub id (owner/name), nor {DEMO!r}: check the path"
+            f"checkpoint {name} is no directory, nor a hub id (owner/name, owner/name@revision), nor {DEMO!r}: check "
+            "the path"
         )
     from huggingface_hub import snapshot_download
 
     try:
         # Safetensors alone: neither pickles nor the half-precision copies beside them are fetched.
         patterns = ["model_index.json", DESCRIPTION_FILE, "*/*.json", "*/*.txt", "*/*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=list(_VARIANTS)))
+        hub_id, _, revision = name.partition("@")
+        variants = list(_VARIANTS)
+        return Path(
+            snapshot_download(hub_id, revision=revision or None, allow_patterns=patterns, ignore_patterns=variants)
+        )
     except Exception as error:
         raise CheckpointError(
             f"checkpoint {name} is no directory here, and could not be had from the hub "
@@ -267,12 +274,15 @@ def _hash(directory: Path, files: list[Path]) -> str:
     return total.hexdigest()
 
 
-def _may_be_e2e(name: str, directory: Path, index: dict[str, Any]) -> bool:
-    """Whether an estimator lies here as Stable Diffusion, as E2E-FT's trainer saves it, and nothing describes it."""
-    if (directory / DESCRIPTION_FILE).is_file() or index.get("_class_name") != "StableDiffusionPipeline":
+def _may_be_e2e(directory: Path, index: dict[str, Any]) -> bool:
+    """Whether an estimator lies here as Stable Diffusion, as E2E-FT's trainer saves it."""
+    if index.get("_class_name") != "StableDiffusionPipeline":
         return False
-    estimator = read_json(directory / "unet" / "config.json").get("in_channels") == 8
-    return estimator and _published(name, directory) is None
+    return bool(read_json(directory / "unet" / "config.json").get("in_channels") == 8)
+
+
+def _is_described(name: str, directory: Path) -> bool:
+    return (directory / DESCRIPTION_FILE).is_file() or _published(name, directory) is not None
 
 
 def _describe(name: str, directory: Path, index: dict[str, Any]) -> Description:
@@ -280,8 +290,9 @@ def _describe(name: str, directory: Path, index: dict[str, Any]) -> Description:
     if not (directory / DESCRIPTION_FILE).is_file() and (published := _published(name, directory)):
         return replace(published, full_z_range=full_z_range)
     declared = index.get("prediction_type")
+    other = Description(clip_normals=not _may_be_e2e(directory, index))
     description = replace(
-        _JOINT if _parts(directory) == _JOINT_PARTS else Description(),
+        _JOINT if _parts(directory) == _JOINT_PARTS else other,
         modality=declared if declared in ("depth", "normals") else None,
         full_z_range=full_z_range,
     )
@@ -306,10 +317,11 @@ def _published(name: str, directory: Path) -> Description | None:
 
     Other names say too little: Marigold's own normals as well as E2E-FT's may lie in one called `marigold-normals`.
     """
+    names = {name.partition("@")[0].casefold(), *(part.casefold() for part in directory.parts)}  # as the hub has it
     for known, description in _PUBLISHED.items():
-        if name == known or f"models--{known.replace('/', '--')}" in directory.parts:
+        if names & {known.casefold(), f"models--{known.replace('/', '--')}".casefold()}:
             return description
-        if "e2e-ft" in known and directory.name == known.split("/")[1]:
+        if "e2e-ft" in known and directory.name.casefold() == known.split("/")[1].casefold():
             if description.modality == "normals":
                 _warn(
                     f"checkpoint {name} is taken for a copy of {known} by its directory's name: normals have axes "

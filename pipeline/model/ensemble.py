@@ -60,7 +60,7 @@ def align(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     deviations = centred.square().mean(dim=1).sqrt()
     known = deviations > _CONSTANT
     z = torch.where(known[:, None], centred / deviations.clamp(min=_CONSTANT)[:, None], 0.0)
-    apart = torch.stack([(z - one).square().mean(dim=1) for one in z]).double().cpu()  # (E, E): 2 - 2 correlation
+    apart = torch.stack([(z - one).square().mean(dim=1) for one in z]).cpu().double()  # (E, E): 2 - 2 correlation
     apart = torch.where((known[:, None] & known).cpu(), apart.clamp(max=2.0), 2.0).fill_diagonal_(0.0)
     u = torch.ones(count, dtype=torch.float64)
     # The least of uᵀ A u with Σ u = E, by its Lagrangian: [A 1; 1ᵀ 0] [u; λ] = [0; E].

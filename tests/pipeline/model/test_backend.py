@@ -30,10 +30,19 @@ def test_bfloat16_on_cpus_that_multiply_it(monkeypatch, has, dtype):
 
 def test_a_gpu_without_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert pick_dtype("auto", CUDA) == torch.float16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    capability = {CUDA: (8, 0), torch.device("cuda:1"): (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability.get)
     assert pick_dtype("auto", CUDA) == torch.bfloat16
+    assert pick_dtype("auto", torch.device("cuda:1")) == torch.float16
+
+
+@pytest.mark.parametrize(("quota", "left"), [("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1), (None, 8)])
+def test_a_container_s_quota_counts(monkeypatch, tmp_path, quota, left):
+    monkeypatch.setattr(backend.os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(backend, "_QUOTA", tmp_path / "cpu.max")
+    if quota:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert backend.cores() == left
 
 
 @pytest.mark.parametrize(

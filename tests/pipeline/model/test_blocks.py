@@ -50,7 +50,7 @@ def test_a_layer_that_is_given_no_bias_has_none():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_wide_heads_are_no_less_precise_on_a_gpu(dtype):
     query, key, value = (3 * random(2, 1, 300, 512, seed=seed).cuda().to(dtype) for seed in range(3))
     exact = F.scaled_dot_product_attention(*(one.double() for one in (query, key, value)))

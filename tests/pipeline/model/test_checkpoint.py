@@ -231,13 +231,30 @@ def test_a_published_checkpoints_range_of_z_is_its_index(checkpoints, tmp_path):
 def test_axes_of_what_the_papers_trainer_saved_are_asked_for(checkpoints, tmp_path, caplog):
     directory = shutil.copytree(checkpoints / "normals", tmp_path / "mine")
     edit_json(directory / "model_index.json", _class_name="StableDiffusionPipeline", prediction_type=None)
+    (directory / "depthmill.json").write_text('{"normals_axes": "left-up-towards"}')
     for options in ({}, {"normals_axes": "left-up-towards"}):  # with its depthmill.json, and told
-        open_checkpoint(str(directory), "normals", **options)
+        description = open_checkpoint(str(directory), "normals", **options).description
+        assert not description.clip_normals, "its loss left their length free"
         assert not caplog.records
         (directory / "depthmill.json").unlink(missing_ok=True)
     assert open_checkpoint(str(directory), "normals").description.normals_axes == "right-up-towards"
     assert "taken to be right-up-towards" in caplog.text
     assert "--normals-axes" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["gonzalomg/Marigold-E2E-FT-Normals", "GonzaloMG/marigold-e2e-ft-normals@v1/a"])
+def test_the_hub_s_ids_in_any_case_and_at_a_revision(checkpoints, tmp_path, monkeypatch, name):
+    directory = shutil.copytree(checkpoints / "normals", tmp_path / "snapshot")
+    (directory / "depthmill.json").unlink()
+    asked = []
+
+    def download(hub_id, revision, **patterns):
+        asked.append((hub_id, revision))
+        return str(directory)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert open_checkpoint(name, "normals").description.normals_axes == "left-up-towards"
+    assert set(asked) == {(name.partition("@")[0], "v1/a" if "@" in name else None)}
 
 
 @pytest.mark.parametrize("copy", ["marigold-normals", "marigold-normals-v1-1"])
