@@ -237,9 +237,11 @@ def label(
     smoothed = True
     if smooth:
         from depthmill.pipeline.config import SmoothConfig
+        from depthmill.workers.resume import unsmoothed_videos
 
         shared = settings.model_dump(include=set(SmoothConfig.model_fields))
-        smoothed = _smooth(store, SmoothConfig(**shared), [])
+        if videos := unsmoothed_videos(inputs, store):
+            smoothed = _smooth(store, SmoothConfig(**shared), videos)
     if summary.failures or not smoothed:
         raise typer.Exit(SOME_FAILED)
 
@@ -327,6 +329,8 @@ def verify(
     workers: Annotated[int, typer.Option(min=1, help="Threads that read.")] = 8,
 ) -> None:
     """Check that every committed file of a store is there, decodes, and has the bytes that were written.
+
+    What smoothing wrote can be made again, and has no checksums: that it is there and decodes is all that is checked.
 
     Exit status: 0 all sound, 1 damage found, repaired or not, 2 not a store.
     """

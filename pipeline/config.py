@@ -6,6 +6,7 @@ Reference of every key, and the defaults: `LabelConfig`. Command-line flags carr
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -148,7 +149,7 @@ class LabelConfig(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     address: str | None = Field(default_factory=lambda: os.environ.get("RAY_ADDRESS"))
     attempts: int = Field(default=3, ge=1)
-    frame_limit_s: float = Field(default=60.0, gt=0)
+    frame_limit_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     max_frames: int = Field(default=MAX_FRAMES, ge=1)
     steps: int = Field(default=1, ge=1)
@@ -242,7 +243,7 @@ class SmoothConfig(BaseModel):
     workers: int | None = Field(default=None, ge=0)
     address: str | None = Field(default_factory=lambda: os.environ.get("RAY_ADDRESS"))
     attempts: int = Field(default=3, ge=1)
-    frame_limit_s: float = Field(default=60.0, gt=0)
+    frame_limit_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     max_frames: int = Field(default=MAX_FRAMES, ge=1)
 
@@ -320,4 +321,19 @@ def _read(path: Path) -> str:
         raise ConfigError(
             f"the configuration {path} cannot be read ({reason}); "
             f"give the path of a YAML file, or one of the names that ship: {', '.join(names)}"
+        ) from error
+
+
+def make_folder(folder: Path, option: str = "--out") -> None:
+    """Make a folder for what a command is going to write, before it does anything else.
+
+    Raises:
+        ConfigError: If nothing can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}): give a folder that can, {option} FOLDER"
         ) from error

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from depthmill.pipeline.colours import GREY, Rgb, depth_rgb, normals_rgb
+from depthmill.pipeline.config import make_folder
 from depthmill.pipeline.errors import ConfigError, SourceError, StoreError
 from depthmill.pipeline.mp4 import write_mp4
 from depthmill.pipeline.sources import open_source
@@ -115,15 +115,11 @@ def preview(
         smoothed = open_datasets(store_path, smooth=True, sources=[source_id])
     elif smooth:
         smoothed = open_datasets(store_path, smooth=True, sources=_smoothed(store))
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
-    except OSError as error:
-        raise ConfigError(
-            f"{out_dir} cannot be written ({error.strerror}): give a folder that can, --out FOLDER"
-        ) from error
+    names = store.sources() if source_id is None else [source_id]
+    _refuse_among_pictures(store, names, out_dir)
+    make_folder(out_dir)
     written = []
-    for name in store.sources() if source_id is None else [source_id]:
+    for name in names:
         attributes = store.attributes(name)
         pictures, note = _open_pictures(attributes["uri"], attributes["fingerprint"])
         if note:
@@ -151,6 +147,18 @@ def preview(
             if pictures is not None:
                 pictures.close()
     return written
+
+
+def _refuse_among_pictures(store: Store, source_ids: Iterable[str], out_dir: Path) -> None:
+    """Keep previews out of folders that were labelled: the next run would take them for more pictures of those."""
+    within = {out_dir.resolve(), *out_dir.resolve().parents}
+    for source_id in source_ids:
+        attributes = store.attributes(source_id)
+        if attributes["kind"] == "images" and Path(attributes["uri"]) in within:
+            raise ConfigError(
+                f"{out_dir} is in {attributes['uri']}, whose pictures were labelled: previews would be more of them; "
+                "give another folder, --out FOLDER"
+            )
 
 
 def _labels(

@@ -16,6 +16,7 @@ import depthmill
 from depthmill.cli import main
 from depthmill.pipeline.errors import RunStoppedError, StoreFullError
 from depthmill.tests import media, runs
+from depthmill.tests.pipeline.store.samples import files
 
 
 def depthmill_cli(*arguments):
@@ -111,6 +112,9 @@ def test_labelling_with_the_embedded_model_unasked_is_said(cli, clip, tmp_path):
         (["--domain", "outdoor"], "GeoWizard"),
         (["--device", "quantum"], "quantum"),
         (["--address", "127.0.0.1:1", "--workers", "1"], "127.0.0.1:1"),
+        (["--steps", "1001"], "steps is 1001"),
+        (["--frame-limit-s", "inf"], "frame_limit_s"),
+        (["--checkpoint", "", "--labels", "depth"], "'' is no directory"),
     ],
 )
 def test_what_cannot_start_exits_with_2_and_says_why(cli, clip, tmp_path, arguments, message):
@@ -136,6 +140,62 @@ def test_normals_alone_cannot_be_smoothed_and_are_not_labelled_first(label, clip
     assert done.returncode == 2
     assert "--labels depth,normals" in done.stderr
     assert not (tmp_path / "out.zarr").exists()
+
+
+def test_only_a_run_s_own_videos_are_smoothed_with_it(cli, label, clip, tmp_path):
+    store, more = tmp_path / "out.zarr", media.write_video(tmp_path / "more.mp4", frames=5)
+    assert label([clip], store).returncode == 0
+    assert cli("smooth", store, "--workers", "0", "--filter", "--leak", "0.3").returncode == 0
+    before = {name: data for name, data in files(store).items() if name.startswith("clip-")}
+    done = label([more], store, "--smooth")
+    assert done.returncode == 0, done.stderr
+    assert "1 source smoothed" in done.stdout
+    assert "smoothed in" not in label([clip], store, "--smooth").stdout, "with other options, which were meant"
+    assert {name: data for name, data in files(store).items() if name.startswith("clip-")} == before
+    shutil.rmtree(next(store.glob("more-*")) / "status" / "c")
+    assert label([clip], store, "--smooth").returncode == 0, "another's pending segments do not count"
+
+
+def test_a_run_that_cannot_start_keeps_the_store_that_it_was_to_replace(cli, label, clip, tmp_path, checkpoints):
+    store = tmp_path / "out.zarr"
+    assert label([clip], store).returncode == 0
+    before = files(store)
+    cut = shutil.copytree(checkpoints, tmp_path / "cut")
+    weights = cut / "depth" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for options, reason in (
+        (("--steps", "1001"), "steps is 1001"),
+        (("--checkpoint", cut / "depth"), "unet/diffusion_pytorch_model.safetensors cannot be read"),
+        (("--workers", "1", "--address", "127.0.0.1:1"), "no Ray cluster"),
+    ):
+        done = label([clip], store, *options, "--overwrite")
+        assert done.returncode == 2, done.stderr
+        assert reason in done.stderr
+        assert files(store) == before
+
+
+def test_an_empty_store_is_not_the_current_folder(cli, label, clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for done in (label([clip], ""), cli("inspect", "")):
+        assert done.returncode == 2
+        assert "empty, as a variable is" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_said_before_the_work(cli, label, clip, tmp_path):
+    store, train = tmp_path / "out.zarr", tmp_path / "train.yaml"
+    label([clip], store)
+    train.write_text("{start: demo, sets: [{kind: scenes, scenes: 100}]}")
+    for arguments in (
+        ("evaluate", "nyuv2", "nowhere", "--predictions", "nowhere", "--out", clip),
+        ("evaluate", "sintel", "nowhere", "--video", "--store", store, "--out", clip),
+        ("train", train, "--out", clip),
+        ("bench", "--video", clip, "--folder", clip),
+        ("preview", store, "--out", clip),
+    ):
+        done = cli(*arguments)
+        assert done.returncode == 2, arguments
+        assert f"{clip} cannot be written" in done.stderr, arguments
 
 
 def test_exit_statuses_of_runs(label, clip, tmp_path):
@@ -209,6 +269,17 @@ def test_preview_names_what_it_drew(cli, label, clip, tmp_path):
     done = cli("preview", store, "--out", tmp_path / "pictures")
     assert done.returncode == 0, done.stderr
     assert sorted(line.rsplit(".", 1)[1] for line in done.stdout.splitlines()) == ["mp4", "png"]
+
+
+def test_previews_are_kept_out_of_the_pictures(cli, label, tmp_path):
+    media.write_image_folder(tmp_path / "photos", count=2)
+    store = tmp_path / "photos" / "out.zarr"
+    assert label([tmp_path / "photos"], store).returncode == 0
+    done = cli("preview", store)
+    assert done.returncode == 2
+    assert "give another folder, --out" in done.stderr
+    assert cli("preview", store, "--out", tmp_path / "previews").returncode == 0
+    assert label([tmp_path / "photos"], store).returncode == 0
 
 
 def test_the_readmes_data_set_reads_a_store(label, clip, tmp_path):

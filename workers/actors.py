@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayError
 
-from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.config import DEMO, LabelConfig
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.model.backend import pick_dtype
 from depthmill.pipeline.plan import Prober
+from depthmill.pipeline.store.files import located
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.inquest import reason
 from depthmill.workers.ray_pool import RayPool, remote
@@ -38,6 +40,7 @@ def labelers(config: LabelConfig, store: str, digests: tuple[str, ...], retry_fa
         retry_failed: Whether frames that failed in earlier runs are planned again.
     """
     gpu = config.device.startswith("cuda")
+    store, config = located(store), config.model_copy(update=_located_checkpoints(config))
     labeler = remote(LabelWorker, max_concurrency=2, **_room(gpu))
     prober = remote(Prober, num_cpus=0, scheduling_strategy="SPREAD")
     limits = (config.max_pixels, config.max_frames, retry_failed)
@@ -48,6 +51,12 @@ def labelers(config: LabelConfig, store: str, digests: tuple[str, ...], retry_fa
         },
         per="GPU" if gpu else "machine",
     )
+
+
+def _located_checkpoints(config: LabelConfig) -> dict[str, str]:
+    """Checkpoints that are folders here, by their whole paths: workers have a working directory of their own."""
+    given = {"checkpoint": config.checkpoint, "normals_checkpoint": config.normals_checkpoint or DEMO}
+    return {key: str(Path(name).absolute()) for key, name in given.items() if name != DEMO and Path(name).is_dir()}
 
 
 def dtype_there(device: torch.device, say: Callable[[str], None]) -> torch.dtype:

@@ -47,7 +47,8 @@ def connect(config: LabelConfig | SmoothConfig) -> Iterator[int]:
             ) from error
         raise ConfigError(
             f"no Ray cluster at {config.address} ({reason(error)}); expected a running one: start it (`ray start "
-            "--head`), correct --address (or RAY_ADDRESS), or leave it out to work on this machine"
+            "--head`), correct --address (or RAY_ADDRESS), or leave it out to work on this machine; to one that wants "
+            "a token (Ray 2.60's do where a local one ran before) come with RAY_AUTH_MODE=token and its token"
         ) from error
     try:
         yield _gpus()

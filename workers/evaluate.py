@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.config import LabelConfig, make_folder
 from depthmill.pipeline.errors import ConfigError, EvaluationError
 from depthmill.pipeline.evaluation.archive import Archive
 from depthmill.pipeline.evaluation.datasets import EvaluationSet
@@ -79,6 +79,7 @@ def evaluate(
         DepthmillError: Also whatever labelling raises.
     """
     console = console or RunConsole(highlight=False)
+    make_folder(out)
     archive, samples = open_samples(wanted, data, split)
     with closing(archive):
         config: LabelConfig | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from depthmill.pipeline.config import LabelConfig, SmoothConfig
+from depthmill.pipeline.config import LabelConfig, SmoothConfig, make_folder
 from depthmill.pipeline.errors import ConfigError, EvaluationError, StoreError
 from depthmill.pipeline.evaluation.clip_report import clip_reasons, clip_table, write_clip_report
 from depthmill.pipeline.evaluation.clip_score import ClipScores, score_clips
@@ -51,6 +51,7 @@ def evaluate_clips(
     """
     console = RunConsole(highlight=False)
     wanted = find_clip_set(name)
+    make_folder(out)
     try:
         index = find_index(wanted, data)
     except EvaluationError:

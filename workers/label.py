@@ -93,6 +93,8 @@ def label(
         given: Iterable[str] = expand_inputs(inputs)
         if overwrite:
             given = _if_one_is_there(given)
+            if gpus is None and config.workers != 0:  # what may not start is started before anything is removed
+                stack.enter_context(_cluster(config))
         store = create(store_uri, layout(config), identity(config, checkpoints), overwrite=overwrite)
         here = None
         if config.workers == 0:  # what is probed here is labelled here
@@ -109,7 +111,7 @@ def label(
             )
             metrics: Metrics | None = None
             if config.workers != 0 and (uris is not None or any(source.segments for source in planned)):
-                if gpus is None:
+                if gpus is None and not overwrite:
                     stack.enter_context(_cluster(config))
                 from depthmill.workers.actors import labelers
                 from depthmill.workers.metrics import Metrics

@@ -18,6 +18,7 @@ from depthmill.pipeline.model.checkpoint import Checkpoint, open_named
 from depthmill.pipeline.plan import Planned, Prober
 from depthmill.pipeline.sources import expand_inputs, source_id
 from depthmill.pipeline.store import Layout, Store, create, open_store, write_failures
+from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import Failure
 
 _PROBED_HERE = 16
@@ -122,6 +123,21 @@ def planned_here(uris: Iterable[str], store: Store, prober: Prober) -> tuple[Ite
         return None, [prober.probe(uri) for uri in first]
     except (SourceError, StoreMismatchError, StoreDamagedError):  # gone, or changed: that is the driver's to tell
         return chain(first, remaining), []
+
+
+def unsmoothed_videos(inputs: Sequence[str], store_uri: str | Path) -> list[str]:
+    """Ids of the videos among a run's inputs that are labelled, and not smoothed since, with whatever options."""
+    store = open_store(store_uri)
+    ids = dict.fromkeys(source_id(uri) for uri in expand_inputs(inputs))
+    videos = [one for one in ids if store.has(one) and store.attributes(one)["kind"] == "video"]
+    return [one for one in videos if not _is_smoothed(Temporal(store, one))]
+
+
+def _is_smoothed(temporal: Temporal) -> bool:
+    try:
+        return temporal.solved() and not temporal.stale()
+    except StoreDamagedError:
+        return False
 
 
 def list_failures(

@@ -6,6 +6,7 @@ import ray
 
 from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.smoothing.stage import Smoother
+from depthmill.pipeline.store.files import located
 from depthmill.workers.ray_pool import RayPool, remote
 
 
@@ -20,4 +21,4 @@ class SmoothWorker(Smoother):
 def smoothers(config: SmoothConfig, store: str) -> RayPool:
     """A pool of workers that smooth: a core each."""
     smoother = remote(SmoothWorker, num_cpus=1, max_concurrency=2)
-    return RayPool({"labeler": lambda: smoother.remote(config, store)}, per="CPU")
+    return RayPool({"labeler": lambda: smoother.remote(config, located(store))}, per="CPU")

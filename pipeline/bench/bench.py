@@ -19,7 +19,7 @@ from depthmill.pipeline.bench.feed import Feed, first_frames, measure_feed
 from depthmill.pipeline.bench.flops import label_flops, matmuls
 from depthmill.pipeline.bench.timing import Clock, Ratio, Spent, interleave, ratio, typical
 from depthmill.pipeline.bench.verdict import ADVICE, Verdict, judge
-from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.config import LabelConfig, make_folder
 from depthmill.pipeline.model.backend import cores, cpu_kind, default_threads, keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.sources import open_source
@@ -116,6 +116,8 @@ def bench(
     """
     threads = config.threads or default_threads()
     torch.set_num_threads(threads)
+    if folder is not None:
+        make_folder(folder, "--folder")
     checkpoints = open_checkpoints(config)
     with ExitStack() as stack:
         source = None

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
+from safetensors import SafetensorError, safe_open
 
 from depthmill.pipeline.config import DEMO, LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError
@@ -197,16 +198,16 @@ def _parts(directory: Path) -> tuple[str, ...]:
 def _locate(name: str, modality: Modality) -> Path:
     if name == DEMO:
         return Path(str(resources.files("depthmill.pipeline.model"))) / "demo" / modality
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name).resolve()
-    if Path(name).exists():
+    if name and Path(name).exists():
         raise CheckpointError(
             f"checkpoint {name} is a file; expected a directory with {', '.join(_PARTS)} in it (diffusers layout)"
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
         raise CheckpointError(
-            f"checkpoint {name} is no directory, nor a hub id (owner/name, owner/name@revision), nor {DEMO!r}: check "
-            "the path"
+            f"checkpoint {name!r} is no directory, nor a hub id (owner/name, owner/name@revision), nor {DEMO!r}: "
+            "check the path"
         )
     from huggingface_hub import snapshot_download
 
@@ -240,8 +241,23 @@ def _files(name: str, directory: Path) -> list[Path]:
     for part in parts:
         if part not in _WITHOUT_WEIGHTS and not any(path.suffix == ".safetensors" for path in used[part]):
             raise CheckpointError(f"checkpoint {name}: {part}/ holds {_instead_of_weights(directory / part)}")
+        for path in used[part]:
+            if path.suffix == ".safetensors":
+                _check_whole(name, path)
     wanted = [directory / "model_index.json", directory / DESCRIPTION_FILE, *chain.from_iterable(used.values())]
     return sorted(path for path in wanted if path.suffix in (".json", ".txt", ".safetensors") and path.is_file())
+
+
+def _check_whole(name: str, path: Path) -> None:
+    """Refuse weights that are not as long as their header says; nothing of them is read."""
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"checkpoint {name}: {path.parent.name}/{path.name} cannot be read ({error}); expected safetensors, "
+            "copied whole: copy, or download, it again"
+        ) from error
 
 
 def _is_variant(path: Path) -> bool:

@@ -26,7 +26,8 @@ from depthmill.pipeline.model.backend import (
 )
 from depthmill.pipeline.model.checkpoint import Checkpoint, is_joint, open_named
 from depthmill.pipeline.model.geowizard import GeoWizard, check_joint
-from depthmill.pipeline.model.sampling import Sampler
+from depthmill.pipeline.model.modules import load_scheduler
+from depthmill.pipeline.model.sampling import Sampler, schedule
 from depthmill.pipeline.model.single_step import SingleStep, load_heads
 from depthmill.pipeline.model.specialize import Specialized, can_specialize
 from depthmill.pipeline.model.transfer import Pending, Staged, mark, stage, to_device
@@ -117,7 +118,7 @@ class Labeler:
         processing_resolution: int | None = None,
         batch_size: int | Literal["auto"] = "auto",
         compile: Compile = "off",
-        device: str = "auto",
+        device: str | torch.device = "auto",
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         steps: int = 1,
         ensemble: int = 1,
@@ -137,7 +138,7 @@ class Labeler:
             batch_size: Most frames in one forward pass; `auto` is 8 on a CPU and as many as fit on CUDA.
             compile: `on`, or `auto`, on CUDA after 5000 frames of a shape that was not compiled here before: full
                 batches run compiled, minutes later.
-            device: `auto` (CUDA where there is one), or a torch device.
+            device: `auto` (CUDA where there is one), or a torch device, or its name.
             dtype: `auto`: bfloat16 on CUDA and on CPUs that multiply it, float32 elsewhere.
             steps: UNet calls for a label. This and the rest are for diffusion estimators: `config.Sampling`.
             ensemble: Members drawn of each frame and made one.
@@ -161,7 +162,7 @@ class Labeler:
             "processing_resolution": processing_resolution,
             "batch_size": batch_size,
             "compile": compile,
-            "device": device,
+            "device": str(device),
             "dtype": dtype,
             "steps": steps,
             "ensemble": ensemble,
@@ -395,4 +396,7 @@ def open_checkpoints(config: LabelConfig) -> list[Checkpoint]:
         )
     checkpoints = open_named(config)
     check_joint(checkpoints, config.sampling)
+    if not config.sampling.is_single_step:
+        for checkpoint in checkpoints:
+            schedule(load_scheduler(checkpoint), config.sampling)
     return checkpoints

@@ -111,7 +111,16 @@ def _schedule(head: Head, sampling: Sampling) -> DDIMScheduler:
             "latent alone, so that no label can be drawn from noise; expected one that takes the noisy latent too: use "
             "it in one step, trailing, with noise zeros and no ensemble (the defaults)"
         )
-    scheduler = DDIMScheduler.from_config(head.scheduler.config, timestep_spacing=sampling.timestep_spacing)
+    return schedule(head.scheduler, sampling)
+
+
+def schedule(scheduler: DDIMScheduler, sampling: Sampling) -> DDIMScheduler:
+    """A checkpoint's schedule with the time steps that are asked for.
+
+    Raises:
+        ConfigError: If it has not so many.
+    """
+    scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing=sampling.timestep_spacing)
     last = scheduler.config.num_train_timesteps - 1
     if sampling.steps <= last + 1:
         scheduler.set_timesteps(sampling.steps)

@@ -86,11 +86,18 @@ def open_directory(uri: str | Path) -> Directory:
     Raises:
         StoreError: If the URL is of another kind, or what opens it is not installed.
     """
+    if not str(uri):
+        raise StoreError("the store's path is empty, as a variable is that a shell does not know: give its path or URL")
     if "://" in str(uri):
         from depthmill.pipeline.store.objects import ObjectDirectory
 
         return ObjectDirectory(str(uri))
     return LocalDirectory(Path(uri))
+
+
+def located(uri: str) -> str:
+    """The same store for a process in another working directory."""
+    return uri if "://" in uri else str(Path(uri).absolute())
 
 
 class LocalDirectory:

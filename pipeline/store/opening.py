@@ -118,6 +118,7 @@ def open_datasets(
     if sources is None:
         indexed = xarray.open_groups(files, engine="zarr", mask_and_scale=False)  # type: ignore[arg-type]
     else:
+        sources = [sources] if isinstance(sources, str) else sources
         for source_id in sources:
             store.attributes(source_id)  # that there is such a source
         wanted = [source_id for source_id in wanted if source_id in sources]

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 
-from depthmill.pipeline.config import validated
+from depthmill.pipeline.config import make_folder, validated
 from depthmill.pipeline.errors import ConfigError, TrainingError
 from depthmill.pipeline.model.backend import pick_device
 from depthmill.pipeline.training import start
@@ -74,6 +74,7 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
         TrainingError: If `output` holds a run of another configuration, a training set lacks files, the loss is no
             longer a number, or float16's gradients keep overflowing.
     """
+    make_folder(output)
     accelerator = _accelerator(config, output, device)
     begun = start.load(config)
     objective = Objective(begun, config).train()
@@ -94,7 +95,6 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
         objective.check_size(held_out.rgb)
     if overwrite:  # now that all there is to read was found
         _remove(accelerator, output)
-    output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         record = config.model_dump(mode="json") | {"processes": accelerator.num_processes}
         (output / "config.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depthmill.pipeline.config import make_folder
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.model.backend import pick_device
 from depthmill.pipeline.sources.prefetch import prefetch
@@ -75,7 +76,7 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
             torch has no Muon.
     """
     where = pick_device(device or "auto")
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     net = network.build(config.architecture, config.seed, where)
     if config.start is not None:
         net.load(config.start)
