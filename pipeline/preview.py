@@ -154,7 +154,7 @@ def _refuse_among_pictures(store: Store, source_ids: Iterable[str], out_dir: Pat
     within = {out_dir.resolve(), *out_dir.resolve().parents}
     for source_id in source_ids:
         attributes = store.attributes(source_id)
-        if attributes["kind"] == "images" and Path(attributes["uri"]) in within:
+        if attributes["kind"] == "images" and Path(attributes["uri"]).resolve() in within:
             raise ConfigError(
                 f"{out_dir} is in {attributes['uri']}, whose pictures were labelled: previews would be more of them; "
                 "give another folder, --out FOLDER"

@@ -212,7 +212,7 @@ class Doubts:
         ):
             raise RunStoppedError(
                 f"no worker can go on: {at_fault}; expected inputs, credentials and devices to be as they were: see to "
-                "them, and run the same command again; what is committed stays"
+                f"them, and run the same command again{_less_memory(event)}; what is committed stays"
             ) from event.error
         else:
             self._say(f"{at_fault}: it is given nothing else until it can")
@@ -226,3 +226,10 @@ class Doubts:
 
     def _hopeless(self, worker: int) -> bool:
         return worker in self._failing and self._failing[worker].faults >= HOPELESS_AFTER
+
+
+def _less_memory(event: Event) -> str:
+    """What helps where memory was too small for one picture; "" where it was not that."""
+    words = words_of(event)
+    short = any(one in words for one in ("MemoryError", "OutOfMemoryError", "allocate memory"))
+    return ", or another, of a lower --processing-resolution, --batch-size 1 or --dtype bfloat16" if short else ""

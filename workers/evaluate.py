@@ -79,9 +79,9 @@ def evaluate(
         DepthmillError: Also whatever labelling raises.
     """
     console = console or RunConsole(highlight=False)
-    make_folder(out)
     archive, samples = open_samples(wanted, data, split)
     with closing(archive):
+        make_folder(out)
         config: LabelConfig | None = None
         if isinstance(what, Folder):
             predictions = from_folder(what.path, samples, wanted.modality, what.normals_axes)

@@ -51,7 +51,6 @@ def evaluate_clips(
     """
     console = RunConsole(highlight=False)
     wanted = find_clip_set(name)
-    make_folder(out)
     try:
         index = find_index(wanted, data)
     except EvaluationError:
@@ -70,6 +69,7 @@ def evaluate_clips(
 
             check_version(index.parent)
     clips = open_clips(wanted, data)
+    make_folder(out)
     samples = [frame.sample for clip in clips for frame in clip.frames]
     config: LabelConfig | None = None
     if isinstance(what, Folder):

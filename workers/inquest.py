@@ -200,7 +200,4 @@ def reason(error: BaseException | None) -> str:
     """An exception in one line."""
     cause = cause_of(error)
     text = str(cause).strip().splitlines()
-    remedy = ""
-    if type(cause).__name__ in ("OutOfMemoryError", "MemoryError") or "allocate memory" in str(cause):
-        remedy = " (a lower --processing-resolution takes less memory, so do --batch-size 1 and --dtype bfloat16)"
-    return f"{type(cause).__name__}: {text[0]}{remedy}" if text else f"{type(cause).__name__}{remedy}"
+    return f"{type(cause).__name__}: {text[0]}" if text else type(cause).__name__

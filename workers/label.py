@@ -268,7 +268,8 @@ def _stoppable() -> Iterator[threading.Event]:
         def again(signum: int, frame: FrameType | None) -> None:
             if time.monotonic() - first_s > _SAME_SIGNAL_S:
                 with suppress(OSError):
-                    os.write(2, b"depthmill: stopped at once; what is committed stays\n")
+                    cursor = b"\x1b[?25h" if os.isatty(2) else b""  # which a live display hides
+                    os.write(2, cursor + b"depthmill: stopped at once; what is committed stays\n")
                 os._exit(130)
 
         for number in before:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from depthmill.pipeline.model.checkpoint import Checkpoint, open_named
 from depthmill.pipeline.plan import Planned, Prober
 from depthmill.pipeline.sources import expand_inputs, source_id
 from depthmill.pipeline.store import Layout, Store, create, open_store, write_failures
+from depthmill.pipeline.store.store import READERS
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import Failure
 
@@ -128,14 +131,20 @@ def planned_here(uris: Iterable[str], store: Store, prober: Prober) -> tuple[Ite
 def unsmoothed_videos(inputs: Sequence[str], store_uri: str | Path) -> list[str]:
     """Ids of the videos among a run's inputs that are labelled, and not smoothed since, with whatever options."""
     store = open_store(store_uri)
-    ids = dict.fromkeys(source_id(uri) for uri in expand_inputs(inputs))
-    videos = [one for one in ids if store.has(one) and store.attributes(one)["kind"] == "video"]
-    return [one for one in videos if not _is_smoothed(Temporal(store, one))]
+    there = set(store.sources())
+    ids = [one for one in dict.fromkeys(source_id(uri) for uri in expand_inputs(inputs)) if one in there]
+    videos = [one for one in ids if store.attributes(one)["kind"] == "video"]
+    with ThreadPoolExecutor(READERS) as pool:
+        smoothed = pool.map(partial(_is_smoothed, store), videos)
+        return [one for one, done in zip(videos, smoothed, strict=True) if not done]
 
 
-def _is_smoothed(temporal: Temporal) -> bool:
+def _is_smoothed(store: Store, source_id: str) -> bool:
+    """Whether a video is smoothed, and no picture was missing."""
+    temporal = Temporal(store, source_id)
     try:
-        return temporal.solved() and not temporal.stale()
+        whole = temporal.current() and not temporal.unread("edges")
+        return whole and not (temporal.filtered() and temporal.unread("filter"))
     except StoreDamagedError:
         return False
 

@@ -92,6 +92,8 @@ def smooth(
     store = open_store(store_uri)
     if "depth" not in store.layout.labels:
         raise ConfigError(f"{store.uri} has no depth to smooth: it holds {', '.join(store.layout.labels)}")
+    for one in sources:
+        store.attributes(one)  # that there is such a source
     kinds = {} if sources else {one: store.attributes(one)["kind"] for one in store.sources()}
     wanted = list(dict.fromkeys(sources)) or [one for one, kind in kinds.items() if kind == "video"]
     unasked = tuple(one for one, kind in kinds.items() if kind != "video")
@@ -101,7 +103,7 @@ def smooth(
         stack.callback(run.close)
         run.display = stack.enter_context(open_display(console or RunConsole(highlight=False), run.rate, "smoothing"))
         try:
-            if run.plan(1, wait=True):
+            if run.plan(wait=True):
                 pool: Pool = InProcess({"labeler": lambda: Smoother(config, store.uri)}, run.show_state)
                 if config.workers or (config.workers is None and (config.address or (os.cpu_count() or 1) > 1)):
                     from depthmill.workers.cluster import connect
@@ -132,21 +134,38 @@ def _unfit(store: Store, source_id: str) -> str:
     if pending:
         return f"{len(pending)} segments are not labelled yet: run the same `depthmill label` again, then smooth"
     if "size" in store.arrays(source_id):
-        sizes = np.asarray(store.array(source_id, "size")[:])[store.status(source_id) == LABELLED]
+        sizes = store.read(source_id, "size")[store.status(source_id) == LABELLED]
         if len(np.unique(sizes, axis=0)) > 1:
             return "its pictures differ in size: expected the frames of one video, all of one size"
     return ""
 
 
+@dataclass(frozen=True)
+class _Planning:
+    """A source that is being looked at.
+
+    Attributes:
+        source_id: Which.
+        phases: That may be left of it.
+        rested: Rests before it was.
+        found: Why it cannot be smoothed, and its tasks.
+    """
+
+    source_id: str
+    phases: Sequence[Phase]
+    rested: int
+    found: Future[tuple[str, list[SmoothTask]]]
+
+
 class _Run:
-    """A run: sources are looked at as there is room for their tasks, a few at once, since each is many requests."""
+    """A run: sources are looked at while others are worked on, a few at once, since each is many requests."""
 
     def __init__(self, store: Store, config: SmoothConfig, source_ids: Sequence[str]) -> None:
         self._store, self._config = store, config
         self.queue: deque[SmoothTask] = deque()
         # With the phases that may be left of each.
         self._unplanned: deque[tuple[str, Sequence[Phase]]] = deque((source_id, _PHASES) for source_id in source_ids)
-        self._planning: deque[tuple[str, Sequence[Phase], Future[tuple[str, Sequence[SmoothTask]]]]] = deque()
+        self._planning: deque[_Planning] = deque()
         self._readers = ThreadPoolExecutor(READERS, "depthmill-plan")
         self._left: Counter[str] = Counter()  # tasks of a source's phase that are not done
         self.left_out: dict[str, str] = {}
@@ -156,45 +175,52 @@ class _Run:
         self.display: Any = None
         self.done = self._total = self._load_deaths = 0
         self._rests, self._rests_until_s = 0, float("-inf")
+        self._rested = 0  # rests in all
 
     def close(self) -> None:
         """End the threads."""
         self._readers.shutdown(cancel_futures=True)
 
-    def plan(self, tasks: int, *, wait: bool = False) -> bool:
-        """Have so many tasks queued, if there are, and if so told wait for them; whether there is any.
+    def plan(self, *, wait: bool = False) -> bool:
+        """Queue the tasks of the sources that have been looked at; if so told, wait for some. Whether there are any.
 
         Raises:
             StoreError: If the store does not answer; what was asked is asked again the next time.
         """
-        while len(self.queue) < tasks and (self._unplanned or self._planning):
+        while self._unplanned or self._planning:
             while self._unplanned and len(self._planning) < READERS:
                 source_id, phases = self._unplanned.popleft()
-                self._planning.append((source_id, phases, self._readers.submit(self._look, source_id, phases)))
-            source_id, phases, found = self._planning[0]
-            if not (wait or found.done()):
+                look = self._readers.submit(self._look, source_id, phases)
+                self._planning.append(_Planning(source_id, phases, self._rested, look))
+            first = self._planning[0]
+            if not first.found.done() and (self.queue or not wait):
                 break
             self._planning.popleft()
             try:
-                unfit, following = found.result()
+                unfit, following = first.found.result()
             except BaseException:
-                self._unplanned.append((source_id, phases))
+                self._unplanned.append((first.source_id, first.phases))
+                if first.rested < self._rested:  # it met what was rested for since
+                    continue
                 raise
+            self._rests = 0
             if unfit:
-                self.left_out[source_id] = unfit
+                self.left_out[first.source_id] = unfit
             self.queue += following
-            self._left[source_id] = len(following)
+            self._left[first.source_id] = len(following)
             self._total += sum(0 if one.phase == "solve" else one.frames for one in following)
         return bool(self.queue)
 
     def _look(self, source_id: str, phases: Sequence[Phase]) -> tuple[str, list[SmoothTask]]:
         """Why a source cannot be smoothed, "" if it can, and the tasks of the first of these phases that has any."""
+        temporal = Temporal(self._store, source_id)
         try:
             if phases == _PHASES:
                 if unfit := _unfit(self._store, source_id):
+                    temporal.leave_out(unfit)
                     return unfit, []
                 config = self._config
-                Temporal(self._store, source_id).prepare(
+                temporal.prepare(
                     max_edge=config.max_edge, flow=config.flow, leak=config.leak, shape=edges_shape(config.max_edge)
                 )
             attributes = self._store.attributes(source_id)
@@ -203,6 +229,7 @@ class _Run:
                     uri, fingerprint = attributes["uri"], attributes["fingerprint"]
                     return "", [SmoothTask(phase, uri, fingerprint, segment) for segment in segments]
         except StoreDamagedError as error:
+            temporal.leave_out(str(error))
             return str(error), []
         return "", []
 
@@ -235,8 +262,7 @@ class _Run:
     def _assign(self, crew: Crew, room: int) -> None:
         """Give idle workers something to do."""
         try:
-            idle = not (self.queue or crew.busy)
-            self.plan(1 if idle else 2 * room, wait=idle)
+            self.plan(wait=not crew.busy)
         except StoreFullError:
             raise
         except StoreError as error:
@@ -261,6 +287,7 @@ class _Run:
             ) from error
         self._rests_until_s = now_s + rest_s(self._rests)
         self._rests += 1
+        self._rested += 1
 
     def _ended(self, crew: Crew, event: Event) -> None:
         running = crew.ended(event)
@@ -279,7 +306,13 @@ class _Run:
             self.queue.appendleft(running.item)
             self._rest(cause, crew.now_s)
         else:
-            self._failed(running.item, event)
+            try:
+                self._failed(running.item, event)
+            except StoreFullError:
+                raise
+            except StoreError as error:
+                self.queue.appendleft(running.item)
+                self._rest(error, crew.now_s)
 
     def _loaded(self, event: Event) -> None:
         if event.error is None:
@@ -309,9 +342,9 @@ class _Run:
         tried = after(task, event)
         if tried.attempts < self._config.attempts:
             self.queue.append(tried)
-        elif isinstance(event.error, SourceError) or task.phase == "solve":
-            self.left_out[source_id] = words_of(event)
+        elif isinstance(cause_of(event.error), SourceError | StoreDamagedError) or task.phase == "solve":
             Temporal(self._store, source_id).leave_out(words_of(event))
+            self.left_out[source_id] = words_of(event)
             self.queue = deque(one for one in self.queue if one.segment.source_id != source_id)
         else:
             self.unread[str(task)] = words_of(event)

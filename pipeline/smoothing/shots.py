@@ -19,7 +19,7 @@ _AROUND = 12  # frames to either side
 _BLOCK = 4096  # frames whose surroundings are in memory at a time
 _BRIDGED = 0.25  # two frames that share this much of their pixels show the same scene,
 _FOLLOWED = 0.5  # and two neighbours that flow leads between with ease this much
-_FLASH = 8  # frames a flash has at most: more that flow leads between are a shot, after which the view comes back
+_FLASH = 8  # edges as long as this lead across a flash; longer ones also across a shot, behind which the view is back
 
 
 def find_shots(score: Floats, edges: Floats, labelled: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:

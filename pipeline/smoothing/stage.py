@@ -291,7 +291,7 @@ def _why(frame: Frame) -> str:
 def _extents(store: Store, source_id: str, start: int, stop: int) -> npt.NDArray[Any]:
     """Height and width of each frame's labels: (frames, 2)."""
     if "size" in store.arrays(source_id):
-        return np.asarray(store.array(source_id, "size")[start:stop])
+        return store.read(source_id, "size", start, stop)
     return np.tile(store.attributes(source_id)["size"], (stop - start, 1))
 
 

@@ -348,7 +348,7 @@ def _holds_fields(uri: str, max_pixels: int) -> bool:
     with container:
         stream.codec_context.options = decoder_limits(max_pixels)
         for packet in chain(islice(demux(container, stream), _LOOKED_AT), [None]):
-            packets += packet is not None
+            packets += packet is not None and (packets > 0 or packet.is_keyframe)  # a recording may begin between two
             with suppress(av.FFmpegError):
                 pictures += len(stream.codec_context.decode(packet))
     return pictures <= 7 / 8 * packets

@@ -32,7 +32,8 @@ class SourceSummary:
         height: Of its canvas, in pixels.
         width: Of its canvas, in pixels.
         bytes: Of its files.
-        smoothing: `none`, `smoothed`, `filtered`, `unfinished`, or `stale`: of labels that are others by now.
+        smoothing: `none`, `smoothed`, `filtered`, `unfinished`, `stale`, of labels that are others by now, or
+            `damaged`.
     """
 
     id: str
@@ -100,14 +101,18 @@ def inspect(store: Store) -> Inspection:
 
     def look(source_id: str) -> tuple[SourceSummary, Counter[str]]:
         attributes = store.attributes(source_id)
+        status = failed = np.empty(0, np.uint8)
+        reasons = Counter[str]()
         try:
-            status = store.status(source_id) if source_id in committed else np.empty(0, np.uint8)
-            failed = status == FAILED
-            reasons = Counter(map(str, store.reasons(source_id)[failed])) if failed.any() else Counter[str]()
-            smoothing = _smoothing(store, source_id) if f"{source_id}/temporal/{METADATA}" in files else "none"
+            if source_id in committed:
+                status = store.status(source_id)
+                failed = status == FAILED
+                reasons = Counter(map(str, store.reasons(source_id)[failed])) if failed.any() else reasons
         except StoreDamagedError as error:
-            status, smoothing = np.full(attributes["frames"], FAILED, np.uint8), "none"
-            failed, reasons = status == FAILED, Counter({str(error): len(status)})
+            status = status if status.size else np.full(attributes["frames"], FAILED, np.uint8)
+            failed = status == FAILED
+            reasons = Counter({str(error): int(failed.sum())})
+        smoothing = _smoothing(store, source_id) if f"{source_id}/temporal/{METADATA}" in files else "none"
         labelled = int((status == LABELLED).sum())
         height, width = attributes["size"]
         summary = SourceSummary(
@@ -153,8 +158,11 @@ def inspect(store: Store) -> Inspection:
 
 def _smoothing(store: Store, source_id: str) -> str:
     temporal = Temporal(store, source_id)
-    if temporal.stale():
-        return "stale"
+    try:
+        if temporal.stale():
+            return "stale"
+    except StoreDamagedError:
+        return "damaged"
     if not temporal.solved():
         return "unfinished"
     return "filtered" if temporal.filtered() else "smoothed"

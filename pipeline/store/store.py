@@ -44,7 +44,7 @@ from depthmill.pipeline.store.root import (
     write_root,
 )
 from depthmill.pipeline.store.writer import SegmentWriter
-from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array
+from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array, read_rows
 from depthmill.pipeline.types import FAILED, LABELLED, Failure, Segment, Source
 
 READERS = 16  # sources read at once: on object storage each is a few requests
@@ -251,7 +251,7 @@ class Store:
         """One Zarr array of a source, as stored: packed, not decoded."""
         document = self.document(f"{source_id}/{name}")
         if document is None:
-            raise StoreError(f"{self.uri} has no array {name!r} of source {source_id!r}")
+            raise StoreDamagedError(f"{self.uri} has no array {name!r} of source {source_id!r}")
         return self._open(source_id, name, document)
 
     def read(self, source_id: str, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
@@ -262,28 +262,20 @@ class Store:
         """
         known = self.arrays(source_id).get(name)
         array = self.array(source_id, name) if known is None else self._open(source_id, name, known)
-        try:
-            return np.asarray(array[start:stop])
-        except StoreError:
-            raise
-        except Exception as error:  # whatever codecs raise of broken bytes
-            raise StoreDamagedError(
-                f"{self.uri}/{source_id}/{name} is damaged ({type(error).__name__}: {error}): run `depthmill verify "
-                f"{self.uri} --repair`, then the same command again"
-            ) from error
+        return read_rows(array, self.uri, slice(start, stop))
 
     def document(self, path: str) -> Document | None:
         """The zarr.json of a group or an array; None if there is none.
 
         Raises:
-            StoreError: If it is damaged.
+            StoreDamagedError: If it is damaged.
         """
         key = f"{path}/{METADATA}"
         data = self.directory.read(key)
         try:
             return None if data is None else json.loads(data)
         except ValueError as error:
-            raise StoreError(
+            raise StoreDamagedError(
                 f"{self.uri}/{key} is damaged ({error!r}): run `depthmill verify {self.uri} --repair`"
             ) from error
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.errors import StoreDamagedError, StoreError
 from depthmill.pipeline.store.files import json_bytes
 from depthmill.pipeline.store.layout import (
     DEPTH_INVALID,
@@ -87,14 +88,22 @@ class Temporal:
 
     def leave_out(self, why: str) -> None:
         """Say that a source cannot be solved, so that readers go without it; what was computed of it stays."""
-        there = self.attributes()
-        if there is not None and not self.solved():
-            document = group_document({**there, _LEFT_OUT: why})
-            self._directory.write(f"{self._root}/{METADATA}", json_bytes(document))
+        with suppress(StoreDamagedError):  # then readers are told
+            there = self.attributes()
+            if there is not None and not self.current():
+                document = group_document({**there, _LEFT_OUT: why})
+                self._directory.write(f"{self._root}/{METADATA}", json_bytes(document))
 
     def left_out(self) -> bool:
-        """Whether the last run left it out, and none before it solved it."""
-        return _LEFT_OUT in (self.attributes() or {}) and not self.solved()
+        """Whether the last run left it out, and none before it solved it as it is now."""
+        return _LEFT_OUT in (self.attributes() or {}) and not self.current()
+
+    def current(self) -> bool:
+        """Whether it is solved, of the labels that there are."""
+        try:
+            return self.solved() and not self.stale()
+        except StoreDamagedError:
+            return False
 
     def remove(self) -> None:
         """Remove the group. What says that it is there goes first: the rest goes in any order, and may be cut short."""
@@ -283,8 +292,7 @@ def stored_rows(store: Store, source_id: str, name: str, start: int, stop: int) 
     """The frames [start, stop) of an array as stored, one by one; a shard is read at a time."""
     height, width = store.attributes(source_id)["size"]
     shard = store.layout.frames_per_shard(height, width)
-    array = store.array(source_id, name)
     while start < stop:
         end = min(start - start % shard + shard, stop)
-        yield from np.asarray(array[start:end])
+        yield from store.read(source_id, name, start, end)
         start = end

@@ -26,7 +26,7 @@ from depthmill.pipeline.store.layout import (
     segment_files,
 )
 from depthmill.pipeline.store.shard import assemble, encode_chunk
-from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array
+from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array, read_rows
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
 
 _MOST_THREADS = 8  # that compress: enough for several hundred frames a second of 640x480
@@ -179,19 +179,21 @@ class SegmentWriter:
     def _keep(self, redo: Sequence[int]) -> None:
         """Take over what was committed of the rows that are not given anew."""
         self._stored = self._open(ZarrFiles(self._files.directory), self._documents)
+        uri, rows = self._files.directory.uri, slice(self._segment.start, self._segment.stop)
         start, stop = self._segment.start, self._segment.stop
-        status = np.asarray(self._stored["status"][start:stop], np.uint8)
+        status = np.asarray(read_rows(self._stored["status"], uri, rows), np.uint8)
         if not redo or not set(redo) <= set(range(start, stop)) or (status == PENDING).any():
             raise StoreError(f"frames {list(redo)} cannot be redone: expected some of {self._segment}, committed")
         again = np.array(redo) - start
         status[again] = PENDING
         self._status = status
         self._kept = frozenset(np.flatnonzero(status).tolist())
-        self._reasons = [str(reason) for reason in np.asarray(self._stored["reason"][start:stop])]
+        self._reasons = [str(reason) for reason in read_rows(self._stored["reason"], uri, rows)]
         if "size" in self._stored:
-            self._size = np.array(self._stored["size"][start:stop], np.int32)
+            self._size = np.array(read_rows(self._stored["size"], uri, rows), np.int32)
         if "checksum" in self._stored:
-            self._checksums = np.array(self._stored["checksum"][self._number], np.uint64)
+            number = slice(self._number, self._number + 1)
+            self._checksums = np.array(read_rows(self._stored["checksum"], uri, number)[0], np.uint64)
         for row in again:
             self._reasons[row], self._size[row] = "", 0
 

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.array_spec import ArrayConfigParams
@@ -13,6 +15,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import StorePath
 
+from depthmill.pipeline.errors import StoreDamagedError, StoreError
 from depthmill.pipeline.store.files import Directory
 from depthmill.pipeline.store.layout import Document, checksum
 
@@ -129,3 +132,20 @@ def _bounds(byte_range: ByteRequest | None) -> tuple[int | None, int | None]:
         case SuffixByteRequest(suffix):
             return -suffix, None
     return None, None
+
+
+def read_rows(array: zarr.Array[Any], uri: str, rows: slice) -> npt.NDArray[Any]:
+    """Rows of an array of the store at `uri`, as stored.
+
+    Raises:
+        StoreDamagedError: If a file of it cannot be decoded.
+    """
+    try:
+        return np.asarray(array[rows])
+    except (StoreError, MemoryError):
+        raise
+    except Exception as error:  # whatever codecs raise of broken bytes
+        raise StoreDamagedError(
+            f"{uri}/{array.path} is damaged ({type(error).__name__}: {error}): run `depthmill verify {uri} --repair`, "
+            "which mends it or says what does not, then the same command again"
+        ) from error

@@ -30,7 +30,7 @@ from depthmill.pipeline.model.backend import pick_device
 from depthmill.pipeline.training import start
 from depthmill.pipeline.training.batch import Batch, concatenate
 from depthmill.pipeline.training.config import TrainConfig
-from depthmill.pipeline.training.loader import MicroBatches, load
+from depthmill.pipeline.training.loader import MicroBatches, augmented, load
 from depthmill.pipeline.training.mixing import read_usable
 from depthmill.pipeline.training.objectives import Objective
 from depthmill.pipeline.training.raycast import DEPTH_RANGE_M
@@ -91,8 +91,9 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
         average.to(accelerator.device)  # what was loaded is on the CPU
     batches = MicroBatches(config)
     held_out = _held_out(config) if accelerator.is_main_process else None
-    if held_out is not None:
-        objective.check_size(held_out.rgb)
+    some = [augmented(read_usable(each, 0, {}), config.augment, np.random.default_rng(0)) for each in batches.sets]
+    for batch in some if held_out is None else (*some, held_out):
+        objective.check_size(batch.rgb)
     if overwrite:  # now that all there is to read was found
         _remove(accelerator, output)
     if accelerator.is_main_process:

@@ -333,14 +333,14 @@ def test_one_source_that_is_damaged_in_the_store_is_left_out(video, tmp_path, co
     (damaged,) = (tmp_path / "out.zarr").glob(f"photos*/{array}/c/0")
     damaged.write_bytes(b"\xffnonsense")
     store = open_store(tmp_path / "out.zarr")
-    assert inspect(store).failed == 3
+    assert inspect(store).failed == (3 if array == "status" else 1)
     more = media.write_video(tmp_path / "more.mp4", frames=3)
     assert run([video, more], tmp_path / "out.zarr", config).labelled == 22, "another's damage is no matter of theirs"
     summary = run([video, more, broken], tmp_path / "out.zarr", config)
     assert summary.labelled == 22 + (0 if array == "status" else 2)
     (failure,) = summary.failures
     assert (failure.uri, failure.frame) == (str(broken), None)
-    assert re.search(rf"/{array} is damaged .*: run `depthmill verify .* --repair`, then", failure.reason)
+    assert re.search(rf"/{array} is damaged .*: run `depthmill verify .* --repair`, which mends it", failure.reason)
     assert str(failure.reason) in (tmp_path / "out.zarr" / "failures.jsonl").read_text().replace("\\", "")
     verify(store, repair=True)
     summary = run([video, more, broken], tmp_path / "out.zarr", config)

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from depthmill.pipeline.smoothing.stage import Smoother
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import Layout, create, open_datasets, open_store
 from depthmill.pipeline.store.inspect import as_text, inspect
+from depthmill.pipeline.store.store import READERS
 from depthmill.pipeline.store.temporal import SCALED, Temporal
 from depthmill.pipeline.store.verify import verify
 from depthmill.tests import media
@@ -172,7 +174,7 @@ def test_a_segment_that_cannot_be_read_again_is_left_until_it_can(tmp_path, vide
 def test_nothing_of_a_source_that_is_left_out_is_tried_again(tmp_path, video):
     store, source_id = labelled(tmp_path / "a.zarr", video)
     going = _Run(store, SmoothConfig(workers=2, max_edge=4, attempts=2), [source_id])
-    going.plan(1, wait=True)
+    going.plan(wait=True)
     first, second, third = (going.queue.popleft() for _ in range(3))  # all are under way
     going._failed(third, Event(2, error=MemoryError("decoder")))
     assert going.queue.pop() == replace(third, attempts=1), "tried again, as often as was asked for"
@@ -206,18 +208,43 @@ def test_a_store_that_does_not_answer_for_a_while_stops_nothing(tmp_path, video,
     whole, _ = labelled(tmp_path / "whole.zarr", video)
     run(whole, filter=True)
     store, name = labelled(tmp_path / "a.zarr", video)
-    for owner, method in ((Smoother, "smooth"), (Temporal, "solved"), (Temporal, "prepare_filter")):
+    for owner, method in ((Smoother, "smooth"), (Temporal, "unread"), (Temporal, "write_edges")):
         real, times = getattr(owner, method), []
 
         def fails(self, *arguments, real=real, times=times):
             times.append(1)
-            if len(times) in (2, 3):
+            if len(times) in (3, 4):
                 raise StoreError("503")
             return real(self, *arguments)
 
         monkeypatch.setattr(owner, method, fails)
     assert run(store, filter=True).smoothed == (name,)
     assert written(store) == written(whole)
+
+
+def test_all_looks_that_met_one_outage_are_one_outage(monkeypatch):
+    """Sixteen are under way, and eight failures in a row would end the run."""
+    away = threading.Event()
+    looked = []
+
+    def look(self, source_id, phases):
+        looked.append(source_id)
+        if away.is_set():
+            raise StoreError("503")
+        return "", []
+
+    monkeypatch.setattr(_Run, "_look", look)
+    going = _Run(SimpleNamespace(), SmoothConfig(), [str(i) for i in range(100)])
+    away.set()
+    with pytest.raises(StoreError, match="503") as caught:
+        going.plan(wait=True)
+    going._rest(caught.value, 0.0)
+    going._readers.submit(lambda: None).result()
+    away.clear()
+    assert not going.plan(wait=True)
+    assert set(looked) == {str(i) for i in range(100)}
+    assert going._rests == 0
+    going.close()
 
 
 def test_a_source_that_had_to_be_left_out_hides_no_other(tmp_path, video):
@@ -237,20 +264,43 @@ def test_a_source_that_had_to_be_left_out_hides_no_other(tmp_path, video):
     assert "left_out" not in Temporal(store, other).attributes()
 
 
-def test_sources_are_looked_at_as_there_is_room(monkeypatch):
-    looked = []
+def test_few_sources_are_looked_at_at_once(monkeypatch):
+    may, looked = threading.Event(), []
 
     def look(self, source_id, phases):
         looked.append(source_id)
+        assert may.wait(30)
         return "", [SimpleNamespace(phase="solve")]
 
-    monkeypatch.setattr(smooth_module, "READERS", 2)
     monkeypatch.setattr(_Run, "_look", look)
-    going = _Run(None, SmoothConfig(), [str(i) for i in range(100)])
-    assert going.plan(3, wait=True)
-    assert len(going.queue) == 3
-    assert len(looked) <= 5
+    going = _Run(SimpleNamespace(), SmoothConfig(), [str(i) for i in range(100)])
+    assert not going.plan()
+    assert len(looked) <= READERS
+    may.set()
+    while len(going.queue) < 100:
+        assert going.plan(wait=True)
+    assert sorted(looked, key=int) == [str(i) for i in range(100)]
     going.close()
+
+
+@pytest.mark.parametrize("phase", ["edges", "filter"])
+def test_damage_leaves_one_source_out(tmp_path, video, phase):
+    other = media.write_video(tmp_path / "other.mp4", frames=FRAMES)
+    store, good = labelled(tmp_path / "a.zarr", video)
+    store, bad = labelled(tmp_path / "a.zarr", other)
+    if phase == "edges":
+        files = [f"{bad}/checksum/c/0/0"]
+    else:
+        run(store)
+        files = [f"{bad}/temporal/scale/c/0", f"{bad}/depth/c/1/0/0"]
+    for name in files:
+        (tmp_path / "a.zarr" / name).write_bytes(b"\xffnonsense")
+        done = run(store, filter=phase == "filter", attempts=1)
+        assert done.smoothed == (good,)
+        assert "is damaged" in done.left_out[bad]
+        verify(store, repair=True)
+    with pytest.raises(StoreError, match="has no source 'typo'"):
+        smooth(store.uri, SmoothConfig(workers=0), sources=[good, "typo"])
 
 
 def test_damage_is_found_and_made_again(tmp_path, video):
