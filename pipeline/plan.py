@@ -119,7 +119,7 @@ class Prober:
 
     def load(self) -> str:
         """Open the store."""
-        self._store: Store = open_store(self._uri)
+        self._store: Store = open_store(self._uri, index=False)
         return ""
 
     def probe(self, uri: str) -> Planned:

@@ -202,7 +202,7 @@ class Worker:
                     "the run was started; expected the same files on every machine: copy them"
                 )
         self._labeler = Labeler.from_config(self._config, checkpoints)
-        self._store = open_store(self._store_uri)
+        self._store = open_store(self._store_uri, index=False)
         return self._labeler.backend
 
     def label(self, task: Task, following: Task | None = None) -> Report:

@@ -14,7 +14,7 @@ from depthmill.pipeline.errors import StoreError, StoreMismatchError
 from depthmill.pipeline.store.files import Directory, open_directory
 from depthmill.pipeline.store.layout import FORMAT, Document, Layout
 from depthmill.pipeline.store.removal import remove
-from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, Root, new_root, read_root, write_root
+from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, Root, new_root, read_header, read_root, write_root
 from depthmill.pipeline.store.store import Store, differences
 from depthmill.pipeline.store.zarr_files import ZarrFiles
 
@@ -63,17 +63,21 @@ def create(uri: str | Path, layout: Layout, identity: Mapping[str, Any], *, over
     return _open(directory, new=root is None)
 
 
-def open_store(uri: str | Path) -> Store:
+def open_store(uri: str | Path, *, index: bool = True) -> Store:
     """Open an existing store, to read it or to write segments into it.
+
+    Args:
+        uri: Its directory, or URL.
+        index: Whether to read the root's index of all sources; else each is read when it is asked for.
 
     Raises:
         StoreError: If there is none, or one of another format.
     """
-    return _open(open_directory(uri))
+    return _open(open_directory(uri), index=index)
 
 
-def _open(directory: Directory, *, new: bool = False) -> Store:
-    uri, root = directory.uri, read_root(directory)
+def _open(directory: Directory, *, new: bool = False, index: bool = True) -> Store:
+    uri, root = directory.uri, read_root(directory) if index else read_header(directory)
     if root is None:
         raise StoreError(f"{uri} is no depthmill store: it has no {METADATA}; `depthmill label` makes one")
     if root.being_removed:
@@ -83,7 +87,7 @@ def _open(directory: Directory, *, new: bool = False) -> Store:
             f"{uri} has store format {root.header.get('format')!r}, written by depthmill {root.header.get('version')};"
             f" this is depthmill {depthmill.__version__}, which reads format {FORMAT}"
         )
-    return Store(directory, root, new=new)
+    return Store(directory, root, new=new, indexed=index)
 
 
 def open_datasets(

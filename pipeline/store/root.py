@@ -17,6 +17,7 @@ from depthmill.pipeline.store.layout import CONVENTIONS, Document, Layout, group
 
 METADATA, FAILURES, RUN = "zarr.json", "failures.jsonl", "run.json"
 BEING_REMOVED = "being_removed"
+_HEADER_BYTES = 1 << 16
 _START, _END = '"metadata": {', "}}}"
 
 
@@ -67,6 +68,14 @@ def read_root(directory: Directory) -> Root | None:
             f"{directory.uri} is a Zarr hierarchy, but no depthmill store: give another path; it was not touched"
         )
     return root
+
+
+def read_header(directory: Directory) -> Root | None:
+    """The same without its members, of which there may be many: of what `write_root` wrote the first line is enough."""
+    start, end, _ = (directory.read(METADATA, 0, _HEADER_BYTES) or b"").partition(b"\n")
+    if not end or not start.endswith(_START.encode()):
+        return read_root(directory)
+    return Root(json.loads(start + _END.encode())["attributes"], {})
 
 
 def write_root(directory: Directory, root: Root) -> None:

@@ -77,13 +77,15 @@ class Store:
         new: Whether it was made, or emptied, by the `create` that opened it.
     """
 
-    def __init__(self, directory: Directory, root: Root, *, new: bool = False) -> None:
+    def __init__(self, directory: Directory, root: Root, *, new: bool = False, indexed: bool = True) -> None:
+        """As `open_store` has read it; `indexed` says whether the root came with its index."""
         self.uri = directory.uri
         self.directory = directory
         self.version: str = root.header["version"]
         self.layout = Layout.from_document(root.header["layout"])
         self.identity: dict[str, Any] = root.header["identity"]
         self.new = new
+        self._indexed = indexed
         self._attributes = root.groups()
         # Sources of an earlier version, whose segments were committed without checksums, and still are.
         self._unchecked = {source_id for source_id in self._attributes if f"{source_id}/checksum" not in root.members}
@@ -350,7 +352,9 @@ class Store:
     def _load(self, source_ids: Sequence[str]) -> None:
         """Read the groups of those sources that were not known."""
         keys = {f"{name}/{METADATA}": name for name in source_ids if name not in self._attributes}
-        for key, data in self.directory.read_all(keys).items():
+        checksums = {} if self._indexed else {key: f"{name}/checksum/{METADATA}" for key, name in keys.items()}
+        found = self.directory.read_all([*keys, *checksums.values()])
+        for key, data in ((key, found[key]) for key in keys if key in found):
             try:
                 attributes = attributes_of(data)
                 ours = is_source(attributes)
@@ -360,6 +364,8 @@ class Store:
                 ) from error
             if ours:
                 self._attributes[keys[key]] = attributes
+                if key in checksums and checksums[key] not in found:
+                    self._unchecked.add(keys[key])
 
 
 def write_failures(store: Store, failures: Iterable[Failure]) -> str:

@@ -12,7 +12,7 @@ import zarr
 import depthmill
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import StoreError, StoreMismatchError
-from depthmill.pipeline.store import Progress
+from depthmill.pipeline.store import Progress, root
 from depthmill.pipeline.store.inspect import inspect
 from depthmill.pipeline.store.root import read_root
 from depthmill.pipeline.store.verify import verify
@@ -203,3 +203,28 @@ def test_no_more_is_removed_than_the_store_wrote_itself(tmp_path):
     assert files(new.uri) == {"notes.txt": b"mine"}
     with pytest.raises(ValueError, match="never removed whole"):
         new.directory.remove("")
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["as we write it", "as zarr does"])
+def test_writers_need_no_index(tmp_path, monkeypatch, whole):
+    """A worker, or prober, of many thousands of sources reads the root's first line alone."""
+    kept = {}
+    for name, index in (("a", True), ("b", False)):
+        path = tmp_path / name
+        stores.create(path, LAYOUT, IDENTITY).add(VIDEO)
+        if whole:
+            (path / "zarr.json").write_text(json.dumps(json.loads((path / "zarr.json").read_text()), indent=1))
+        with monkeypatch.context() as patch:
+            if not index and not whole:
+                patch.setattr(root, "read_root", lambda directory: pytest.fail("read whole"))
+            store = stores.open_store(path, index=index)
+            store.add_source(IMAGES)
+            for source in (VIDEO, IMAGES):
+                write(store, store.segments(source.id)[0])
+            write(store, store.segments("video")[0], failed=[3], redo=[3])
+        assert (store.layout, store.identity) == (LAYOUT, IDENTITY)
+        assert store.failed_segments("video") == [(store.segments("video")[0], (3,))]
+        store.publish(["images"])
+        assert not verify(store).unchecked
+        kept[name] = {key: data for key, data in files(path).items() if key != "zarr.json"}
+    assert kept["a"] == kept["b"]
