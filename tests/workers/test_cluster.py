@@ -1,8 +1,9 @@
 import pytest
 import ray
 
-from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.config import LabelConfig, SmoothConfig
 from depthmill.pipeline.errors import ConfigError
+from depthmill.workers import actors, smooth_actors
 from depthmill.workers.cluster import connect
 
 
@@ -48,3 +49,24 @@ def refuse(monkeypatch, error):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
+
+
+def test_workers_are_told_whole_paths(monkeypatch, checkpoints):
+    """Their working directory is that of `ray start`."""
+    told = []
+
+    class Actor:
+        def remote(self, *arguments):
+            told.append(arguments)
+
+    for module in (actors, smooth_actors):
+        monkeypatch.setattr(module, "remote", lambda *_, **__: Actor())
+        monkeypatch.setattr(module, "RayPool", lambda kinds, **_: [kind() for kind in kinds.values()])
+    monkeypatch.chdir(checkpoints.parent)
+    names = {"checkpoint": f"{checkpoints.name}/depth", "normals_checkpoint": "owner/name"}
+    actors.labelers(LabelConfig(device="cpu", **names), "a.zarr", (), False)
+    smooth_actors.smoothers(SmoothConfig(), "s3://bucket/a.zarr")
+    (config, store, _), (probed, *_), (_, smoothed) = told
+    assert (config.checkpoint, config.normals_checkpoint) == (str(checkpoints / "depth"), "owner/name")
+    assert store == probed == str(checkpoints.parent / "a.zarr")
+    assert smoothed == "s3://bucket/a.zarr"
