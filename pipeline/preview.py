@@ -24,7 +24,7 @@ from depthmill.pipeline.config import make_folder
 from depthmill.pipeline.errors import ConfigError, SourceError, StoreError
 from depthmill.pipeline.mp4 import write_mp4
 from depthmill.pipeline.sources import open_source
-from depthmill.pipeline.sources.video_packets import open_container
+from depthmill.pipeline.sources.video_container import open_container
 from depthmill.pipeline.store import Store, open_datasets, open_store
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.timeline import Timeline, draw_timeline

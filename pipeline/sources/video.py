@@ -28,8 +28,9 @@ from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.naming import canonical_uri, source_id
+from depthmill.pipeline.sources.video_container import reason
 from depthmill.pipeline.sources.video_decode import DamageError, Decoder, LostPlaceError
-from depthmill.pipeline.sources.video_packets import Group, PacketTable, fingerprint, reason, scan
+from depthmill.pipeline.sources.video_packets import Group, PacketTable, fingerprint, scan
 from depthmill.pipeline.sources.video_pixels import to_rgb, upright_size
 from depthmill.pipeline.types import Frame, Source
 

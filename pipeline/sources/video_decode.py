@@ -10,15 +10,8 @@ import av
 import av.video.frame
 import numpy as np
 
-from depthmill.pipeline.sources.video_packets import (
-    NO_VALUE,
-    Group,
-    PacketTable,
-    decoder_limits,
-    demux,
-    open_container,
-    reason,
-)
+from depthmill.pipeline.sources.video_container import decoder_limits, demux, open_container, reason
+from depthmill.pipeline.sources.video_packets import NO_VALUE, Group, PacketTable
 
 # Codecs reorder by at most 16 frames: when more wait for one, that one is not coming.
 _MAX_WAITING = 24

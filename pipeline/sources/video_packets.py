@@ -7,9 +7,7 @@ keyframe on.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,15 +15,13 @@ from itertools import chain, islice, pairwise
 from typing import Any
 
 import av
-import av.container
-import av.video.stream
 import numpy as np
 import numpy.typing as npt
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.objects import is_url
 from depthmill.pipeline.sources.limits import check_frames
 from depthmill.pipeline.sources.opening import file_size, open_binary, unanswered
+from depthmill.pipeline.sources.video_container import decoder_limits, demux, open_container
 
 Int = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -38,12 +34,6 @@ _COLUMNS = {"pts": np.int64, "dts": np.int64, "pos": np.int64, "size": np.int32,
 _PACKET = np.dtype(list(_COLUMNS.items()))
 _BLOCK = 4096  # packets read at once: a column that grew as a whole would leave its former selves behind in the heap
 
-# A demuxer that meets damage may answer with an error and go on behind it; one that does nothing else is left.
-_MAX_DEMUX_ERRORS = 16
-
-# Errors of the system with which libav speaks of what is in a file. All others are the disk's or the network's.
-_OF_CONTENT = (errno.EPERM, errno.EAGAIN, errno.EDOM)
-
 # MPEG-4's pictures that are not coded, which stand for the one before, take no more. Some decode to that one again.
 _MAX_UNCODED_BYTES = 16
 
@@ -54,18 +44,6 @@ _LOOKED_AT = 64  # packets, to see what they hold
 # decoded by so much earlier, or later, than the one before, another clock begins.
 _JOINABLE = ("mpegts", "mpeg")
 _BACK_S, _AHEAD_S = 0.5, 3600.0
-
-# Brands of HEIF pictures, of which libav shows a tile, or the thumbnail. AVIF pictures may have one of them as well.
-_HEIF_BRANDS = ("heic", "heim", "heis", "heix", "hevc", "hevm", "hevs", "hevx", "mif1", "mif2", "msf1")
-_AVIF_BRANDS = ("avif", "avis")
-
-_TEXT_FORMATS = ("adf", "bin", "idf", "tty", "xbin")  # libav draws the letters of any text, and of other bytes
-_AS_A_LIST = "give a list of inputs as @list.txt"
-
-# Local files only: a playlist that calls itself .mp4 must not make the library fetch what it names.
-_OPEN_OPTIONS = {"protocol_whitelist": "file"}
-# Titles need not be UTF-8; PyAV 19 never minds.
-_LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 @dataclass(frozen=True)
@@ -143,79 +121,6 @@ class PacketTable:
         """
         shown = self.shown[group.first : group.last + 1]
         return (np.flatnonzero(shown >= group.start) + group.first).tolist()
-
-
-def open_container(uri: str) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
-    """Open a video file and pick the video stream that libav finds best, or the first that is not a cover picture.
-
-    Raises:
-        SourceError: If the file is no video.
-    """
-    try:
-        # A file that FFmpeg opens itself costs less than one that is read through Python.
-        file: Any = open_binary(uri) if is_url(uri) else uri
-        container = av.open(file, "r", options=_OPEN_OPTIONS, **_LENIENT)
-    except (av.FFmpegError, OSError) as error:
-        remedy = _AS_A_LIST if uri.endswith(".txt") else "check it with ffprobe"
-        raise SourceError(
-            f"{uri}: cannot be opened as a video ({reason(error)}); expected a file that FFmpeg reads, whole up to "
-            f"its index: {remedy}, or leave it out"
-        ) from error
-    refusal = _refusal(container)
-    if refusal:
-        container.close()
-        raise SourceError(f"{uri}: {refusal}")
-    stream: Any  # its stub promises a codec context, which a codec without a decoder lacks
-    for stream in filter(None, (container.streams.best("video"), *container.streams.video)):
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            if stream.codec_context is None:
-                container.close()
-                raise SourceError(
-                    f"{uri}: no decoder for its video stream; expected a codec that PyAV's FFmpeg knows: re-encode it"
-                )
-            return container, stream
-    kinds = ", ".join(stream.type for stream in container.streams) or "none"
-    container.close()
-    raise SourceError(f"{uri}: no video stream among its streams ({kinds}); expected one: leave this file out")
-
-
-def _refusal(container: av.container.InputContainer) -> str:
-    """Why a file that libav can open is no video; "" if it may be one."""
-    if container.format.name == "concat":  # whatever the file is called
-        return f"a list of other files, which are no part of it; expected a video: {_AS_A_LIST}, or leave it out"
-    if container.format.name in _TEXT_FORMATS:
-        return f"text or other bytes, which FFmpeg would draw; expected a video: {_AS_A_LIST}, or leave it out"
-    brand, others = (container.metadata.get(name, "") for name in ("major_brand", "compatible_brands"))
-    if brand in _HEIF_BRANDS and not any(avif in others for avif in _AVIF_BRANDS):
-        return f"a HEIF picture ({brand}), which is not read: convert it to JPEG, PNG or AVIF"
-    return ""
-
-
-def demux(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Iterator[av.Packet[Any]]:
-    """Yield the stream's packets, going on behind errors where the demuxer can.
-
-    Raises:
-        SourceError: If the disk or the network fails: the packets that come then are not all there are.
-    """
-    errors = 0
-    while errors <= _MAX_DEMUX_ERRORS:
-        try:
-            for packet in container.demux(stream):
-                if packet.size:  # an empty packet is PyAV's end of file: to a decoder it means "drain"
-                    errors = 0
-                    yield packet
-            return
-        except IndexError:  # PyAV's own, behind the last packet, where damage looks like one more stream
-            return
-        except (av.FFmpegError, OSError) as error:  # an OSError alone is that of a file read through Python
-            if isinstance(error, OSError) and error.errno not in _OF_CONTENT:
-                raise unanswered(error.filename or container.name, error) from error
-            errors += 1
-
-
-def decoder_limits(max_pixels: int) -> dict[str, str]:
-    """Options by which a decoder makes no picture of far more pixels: a video's size may change midway."""
-    return {"max_pixels": str(max_pixels + (1 << 20))}  # it counts whole blocks
 
 
 def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
@@ -296,11 +201,6 @@ def fingerprint(uri: str, table: PacketTable) -> str:
     except OSError as error:
         raise unanswered(uri, error) from error
     return digest.hexdigest()
-
-
-def reason(error: BaseException) -> str:
-    """What went wrong, in libav's own short words."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _row(packet: av.Packet[Any], hides: bool) -> tuple[int, int, int, int, int]:

@@ -45,8 +45,8 @@ _SCALE_BATCHES = 8
 _OVERFLOWS = 30  # in a row: float16's first scale, 2^16, is halved by each, and gradients fit within a few
 # What may change when a run goes on: how long it takes and where, not what comes out;
 _FREE = (
-    *("save_steps", "picture_steps", "loader_workers", "held_out", "held_out_pictures", "save_dtype"),
-    "gradient_checkpointing",
+    *("save_steps", "picture_steps", "loader_workers", "gradient_checkpointing"),
+    *("held_out", "held_out_pictures", "save_dtype"),
 )
 _FREE_OF_SETS = ("path", "render_processes")
 # and what a loss that is no longer a number asks for.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources import MAX_FRAMES, MAX_PIXELS, open_source, video_packets
+from depthmill.pipeline.sources import MAX_FRAMES, MAX_PIXELS, open_source, video_container, video_packets
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import SourceContract, content, read_all
 
@@ -287,8 +287,9 @@ def test_a_disk_that_fails_does_not_shorten_a_video(
     name: str, clips: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = clips(name)
-    monkeypatch.setattr(video_packets, "is_url", lambda uri: True)  # what is read through Python can be made to fail
-    monkeypatch.setattr(video_packets, "open_binary", lambda uri: FailingDisk(Path(uri).read_bytes()))
+    monkeypatch.setattr(video_container, "is_url", lambda uri: True)  # what is read through Python can be made to fail
+    for module in (video_container, video_packets):
+        monkeypatch.setattr(module, "open_binary", lambda uri: FailingDisk(Path(uri).read_bytes()))
     whole = list((source := open_source(path)).read(0, source.probe().frames))
     for middle in (0, 20):
         again = open_source(path)
@@ -310,7 +311,7 @@ def test_a_disk_that_fails_does_not_shorten_a_video(
 def test_what_the_system_says_of_a_disk_is_no_damage(code: int) -> None:
     container = SimpleNamespace(name="clip.mp4", demux=lambda stream: av.error.err_check(-code, "clip.mp4"))
     with pytest.raises(SourceError, match=r"clip\.mp4: cannot be read.*same command again"):
-        list(video_packets.demux(container, None))  # type: ignore[arg-type]
+        list(video_container.demux(container, None))  # type: ignore[arg-type]
 
 
 def test_cover_pictures_are_no_video(tmp_path: Path) -> None:

@@ -199,12 +199,18 @@ def test_no_picture_outweighs_the_median_one(scene_pool: Path, monkeypatch: pyte
     )
 
 
-def test_muon_moves_the_unets_matrices_in_all_directions_alike(scene_pool: Path) -> None:
+def differentiated(scene_pool: Path) -> tuple[network.Network, list[torch.nn.Parameter]]:
+    """A network and its weights, with their gradients of a batch."""
     run = config(scene_pool)
     net = network.build(run.architecture, 0, torch.device("cpu"))
-    trained = list(net.modules.parameters())
+    weights = list(net.modules.parameters())
     views = open_pool(scene_pool, 100, 24, 32, processes=1).read(np.arange(3))
-    train_module._gradients(train_module._differentiated(net, run.stages[1], run), trained, views, 1)
+    train_module._gradients(train_module._differentiated(net, run.stages[1], run), weights, views, 1)
+    return net, weights
+
+
+def test_muon_moves_the_unets_matrices_in_all_directions_alike(scene_pool: Path) -> None:
+    net, trained = differentiated(scene_pool)
     before = {name: weight.detach().clone() for name, weight in net.modules.named_parameters()}
     optimizer = Optimizer(net, trained)
     for group in optimizer.param_groups:
@@ -223,11 +229,7 @@ def test_muon_moves_the_unets_matrices_in_all_directions_alike(scene_pool: Path)
 
 
 def test_a_state_that_was_loaded_does_not_keep_its_learning_rate(scene_pool: Path) -> None:
-    run = config(scene_pool)
-    net = network.build(run.architecture, 0, torch.device("cpu"))
-    weights = list(net.modules.parameters())
-    views = open_pool(scene_pool, 100, 24, 32, processes=1).read(np.arange(3))
-    train_module._gradients(train_module._differentiated(net, run.stages[1], run), weights, views, 1)
+    net, weights = differentiated(scene_pool)
     before = Optimizer(net, weights)
     before.step()
     after = Optimizer(net, weights)
