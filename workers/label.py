@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -18,7 +16,6 @@ from importlib.metadata import version
 from itertools import chain
 from math import inf
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -40,12 +37,12 @@ from depthmill.workers.pool import InProcess, Pool
 from depthmill.workers.progress import Rate, RunConsole, open_display
 from depthmill.workers.resume import Summary, identity, layout, list_failures, planned_here
 from depthmill.workers.standing import Standing
+from depthmill.workers.stopping import stoppable
 from depthmill.workers.terms import Calls, Options
 
 if TYPE_CHECKING:
     from depthmill.workers.metrics import Metrics
 
-_SAME_SIGNAL_S = 1.0
 _PROBERS = 4  # sources probed at once: each is mostly waiting for a disk or a network
 
 
@@ -84,7 +81,7 @@ def label(
         console.print(readable(line), style="yellow", soft_wrap=True, markup=False)
 
     with ExitStack() as stack:
-        stopped = stack.enter_context(_stoppable())
+        stopped = stack.enter_context(stoppable())
         gpus = None
         if config.address and config.workers != 0:  # its machines, not this one, decide the dtype of the store
             gpus = stack.enter_context(_cluster(config))
@@ -245,45 +242,3 @@ def _write_run(
         "versions": {name: version(name) for name in ("depthmill", "torch", "diffusers", "ray", "av", "zarr")},
     }
     store.directory.write("run.json", (json.dumps(values, indent=2) + "\n").encode())
-
-
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """Let SIGINT (Ctrl-C), SIGTERM and, unless it is ignored, SIGHUP (a terminal that closes) end the run alike.
-
-    A no-op outside the main thread, where no signal arrives.
-
-    The first raises KeyboardInterrupt, and sets the event for the driver: one raised inside a callback of Ray's is lost
-    there. Others are ignored for a second, since some come in pairs, while workers are being ended; then one ends the
-    process at once, which may wait for a disk that never answers. No instant is a bad one for that.
-    """
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        first_s = time.monotonic()
-
-        def again(signum: int, frame: FrameType | None) -> None:
-            if time.monotonic() - first_s > _SAME_SIGNAL_S:
-                with suppress(OSError):
-                    cursor = b"\x1b[?25h" if os.isatty(2) else b""  # which a live display hides
-                    os.write(2, cursor + b"depthmill: stopped at once; what is committed stays\n")
-                os._exit(130)
-
-        for number in before:
-            signal.signal(number, again)
-        stopped.set()
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    if before[signal.SIGHUP] == signal.SIG_IGN:  # under nohup
-        del before[signal.SIGHUP]
-    try:
-        for number in before:
-            signal.signal(number, stop)
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from depthmill.tests import media, runs
-from depthmill.workers.label import _stoppable
+from depthmill.workers.stopping import stoppable
 
 FRAMES = 72  # 36 segments of two frames
 
@@ -127,15 +127,15 @@ def test_a_signal_that_comes_before_both_are_handled_stops_as_any(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(signal, "signal", send)
-    with pytest.raises(KeyboardInterrupt), _stoppable():
+    with pytest.raises(KeyboardInterrupt), stoppable():
         pass
     assert signal.getsignal(signal.SIGINT) is before
 
 
 HANGS = """
 import time
-from depthmill.workers.label import _stoppable
-with _stoppable():
+from depthmill.workers.stopping import stoppable
+with stoppable():
     try:
         print("ready", flush=True)
         time.sleep(60)
@@ -163,11 +163,11 @@ def test_a_closed_terminal_ends_a_run_unless_that_is_ignored():
     """A run under nohup outlives its terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with _stoppable():
+        with stoppable():
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        with pytest.raises(KeyboardInterrupt), _stoppable() as stopped:
+        with pytest.raises(KeyboardInterrupt), stoppable() as stopped:
             os.kill(os.getpid(), signal.SIGHUP)
         assert stopped.is_set()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL

@@ -1,0 +1,55 @@
+"""How a run is stopped from outside."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+_SAME_SIGNAL_S = 1.0
+
+
+@contextmanager
+def stoppable() -> Iterator[threading.Event]:
+    """Let SIGINT (Ctrl-C), SIGTERM and, unless it is ignored, SIGHUP (a terminal that closes) end the run alike.
+
+    A no-op outside the main thread, where no signal arrives.
+
+    The first raises KeyboardInterrupt, and sets the event for the driver: one raised inside a callback of Ray's is lost
+    there. Others are ignored for a second, since some come in pairs, while workers are being ended; then one ends the
+    process at once, which may wait for a disk that never answers. No instant is a bad one for that.
+    """
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        first_s = time.monotonic()
+
+        def again(signum: int, frame: FrameType | None) -> None:
+            if time.monotonic() - first_s > _SAME_SIGNAL_S:
+                with suppress(OSError):
+                    cursor = b"\x1b[?25h" if os.isatty(2) else b""  # which a live display hides
+                    os.write(2, cursor + b"depthmill: stopped at once; what is committed stays\n")
+                os._exit(130)
+
+        for number in before:
+            signal.signal(number, again)
+        stopped.set()
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:  # under nohup
+        del before[signal.SIGHUP]
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
