@@ -110,6 +110,7 @@ def check(undisturbed, inputs, checkpoints, tmp_path, events, seed):
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_machine_a_worker_and_the_driver_go(faulty, undisturbed, inputs, checkpoints, tmp_path):
     check(undisturbed, inputs, checkpoints, tmp_path, ["worker", "node", "driver"], seed=os.getpid())

@@ -166,6 +166,7 @@ def test_the_benchmark_writes_its_section_and_leaves_the_others(tmp_path):
     assert "steps, 3 members, diffusers" in text
 
 
+@pytest.mark.slow
 def test_the_startup_benchmark_writes_its_table(tmp_path):
     out = tmp_path / "startup.md"
     load("startup").main(["--quick", "--out", str(out)])

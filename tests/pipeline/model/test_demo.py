@@ -40,8 +40,8 @@ def test_both_checkpoints_share_a_unet_pass() -> None:
 
 @pytest.fixture(scope="module")
 def held_out() -> tuple[scenes.Views, torch.Tensor, torch.Tensor]:
-    """32 scenes never trained on, and the model's depth and normals of them."""
-    views = scenes.view(range(HELD_OUT_SEED + 20_000, HELD_OUT_SEED + 20_032), HEIGHT, WIDTH)
+    """16 scenes never trained on, and the model's depth and normals of them."""
+    views = scenes.view(range(HELD_OUT_SEED + 20_000, HELD_OUT_SEED + 20_016), HEIGHT, WIDTH)
     labels = Labeler.from_pretrained("demo")(views.frames())
     assert labels.depth is not None
     assert labels.normals is not None

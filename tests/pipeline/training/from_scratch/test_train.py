@@ -259,7 +259,7 @@ def test_a_run_of_another_optimizer_does_not_go_on(scene_pool: Path, tmp_path: P
 
 
 def test_training_lowers_the_loss(scene_pool: Path, tmp_path: Path) -> None:
-    train(config(scene_pool, small_steps=24), tmp_path)
+    train(config(scene_pool, small_steps=24, save_steps=100), tmp_path)
     rows = [float(row[3]) for row in losses(tmp_path)[1:] if row[0] == "both"]
     assert sum(rows[-8:]) < 0.9 * sum(rows[:8])
 
