@@ -16,7 +16,7 @@ from rich.progress import Progress
 from depthmill.pipeline.config import LabelConfig, make_folder
 from depthmill.pipeline.errors import ConfigError, EvaluationError
 from depthmill.pipeline.evaluation.archive import Archive
-from depthmill.pipeline.evaluation.datasets import EvaluationSet
+from depthmill.pipeline.evaluation.datasets import Colours, EvaluationSet
 from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, from_store
 from depthmill.pipeline.evaluation.report import reasons, table, write_report
 from depthmill.pipeline.evaluation.samples import Sample, open_samples, write_picture
@@ -140,9 +140,7 @@ def _label(
     overwrite: bool,
     console: Console,
 ) -> Predictions:
-    # A folder of another version's, where pictures had their own colours, is another's.
-    name = wanted.name if wanted.colours is None else f"{wanted.name}, {wanted.colours.__name__}"
-    claim(name, samples, out, overwrite=overwrite)
+    claim(wanted.name, wanted.colours, samples, out, overwrite=overwrite)
     pictures = out / "pictures"
     if overwrite:
         shutil.rmtree(pictures, ignore_errors=True)
@@ -155,14 +153,16 @@ def _label(
                     data = archive.read(sample.picture)
                 except OSError as error:
                     raise EvaluationError(f"{sample.picture} of {archive.path} cannot be read: {error}") from error
-                write_picture(wanted, data, pictures / sample.picture)
+                write_picture(data, pictures / sample.picture, crop=wanted.crop, colours=wanted.colours)
     store = out / "labels.zarr"
     label([str(pictures)], store, config, overwrite=overwrite, console=console)
     return from_store(store, samples, wanted.modality)
 
 
-def claim(name: str, samples: Sequence[Sample], out: Path, *, overwrite: bool) -> None:
+def claim(name: str, colours: Colours | None, samples: Sequence[Sample], out: Path, *, overwrite: bool) -> None:
     """Mark `out` as this evaluation's, so that `overwrite` never removes what no evaluation wrote."""
+    # A folder of another version's, where pictures had their own colours, is another's.
+    name = name if colours is None else f"{name}, {colours.__name__}"
     marker = out / "evaluation.json"
     text = json.dumps({"set": name, "pictures": [sample.name for sample in samples]}, indent=1) + "\n"
     if marker.is_file():

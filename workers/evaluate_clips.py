@@ -14,10 +14,10 @@ from depthmill.pipeline.config import LabelConfig, SmoothConfig, make_folder
 from depthmill.pipeline.errors import ConfigError, EvaluationError, StoreError
 from depthmill.pipeline.evaluation.clip_report import clip_reasons, clip_table, write_clip_report
 from depthmill.pipeline.evaluation.clip_score import ClipScores, score_clips
-from depthmill.pipeline.evaluation.clips import TrueClip, find_clip_set, find_index, open_clips
+from depthmill.pipeline.evaluation.clips import ClipSet, TrueClip, find_clip_set, find_index, open_clips
 from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, from_store
-from depthmill.pipeline.evaluation.samples import Sample
-from depthmill.pipeline.store import open_store, write_atomically
+from depthmill.pipeline.evaluation.samples import Sample, write_picture
+from depthmill.pipeline.store import open_store
 from depthmill.workers.evaluate import Folder, LabelledStore, claim, progress_on
 from depthmill.workers.label import label
 from depthmill.workers.progress import RunConsole
@@ -83,9 +83,9 @@ def evaluate_clips(
         # A clip is a video, however its pictures lie: a long one is not to be squeezed as a corpus's are.
         what = what if what.round_aspect is not None else what.model_copy(update={"round_aspect": False})
         config = what
-        claim(name, samples, out, overwrite=overwrite)
+        claim(name, wanted.colours, samples, out, overwrite=overwrite)
         clips = tuple(map(_numbered, clips))
-        store = _label(clips, out, what, overwrite, console)
+        store = _label(wanted, clips, out, what, overwrite, console)
         compared = _compared(store, [frame.sample for clip in clips for frame in clip.frames], console)
     scores = {}
     with progress_on(console) as progress:
@@ -113,15 +113,17 @@ def _numbered(clip: TrueClip) -> TrueClip:
     )
 
 
-def _label(clips: Sequence[TrueClip], out: Path, config: LabelConfig, overwrite: bool, console: Console) -> Path:
+def _label(
+    wanted: ClipSet, clips: Sequence[TrueClip], out: Path, config: LabelConfig, overwrite: bool, console: Console
+) -> Path:
     """Label each clip as a folder, and smooth it."""
     pictures, store = out / "pictures", out / "labels.zarr"
     if overwrite:
         shutil.rmtree(pictures, ignore_errors=True)
     for frame in (frame for clip in clips for frame in clip.frames):
         path = pictures / frame.sample.picture
-        if not path.is_file():
-            write_atomically(path, frame.picture.read_bytes())
+        if not path.is_file() and not path.with_suffix(".png").is_file():
+            write_picture(frame.picture.read_bytes(), path, colours=wanted.colours)
     label([str(pictures / clip.name) for clip in clips], store, config, overwrite=overwrite, console=console)
     options = SmoothConfig(**config.model_dump(include=set(SmoothConfig.model_fields)))
     done = smooth(store, options, sources=open_store(store).sources(), console=console)

@@ -1,7 +1,8 @@
 """Clips with true depth, in the layout that Video-Depth-Anything's benchmark prepares (`benchmark/dataset_extract/`).
 
 An index, `<set>_video.json`, lists sequences: {set: [{sequence: [{image, gt_depth, factor, K?, pose?}]}]}, its paths
-relative to its own folder. Pictures are as the model is to see them; truth is cut to match, as in `benchmark/eval/`.
+relative to its own folder. Truth is cut to what the pictures show, as in `benchmark/eval/`. In every picture red and
+blue are exchanged: the benchmark decodes with Pillow and writes with OpenCV, and its own models see them so.
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ import numpy as np
 import numpy.typing as npt
 
 from depthmill.pipeline.errors import EvaluationError, UnscorableError
+from depthmill.pipeline.evaluation.datasets import Colours
 from depthmill.pipeline.evaluation.decode import Floats, depth_png
 from depthmill.pipeline.evaluation.samples import Sample, some
 
 Doubles = npt.NDArray[np.float64]
 
 _BENCHMARK = "Video-Depth-Anything's benchmark/dataset_extract"
+
+
+def red_for_blue(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Colours (H, W, 3) with red and blue exchanged."""
+    return pixels[..., ::-1]
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class ClipSet:
         rows: Of the truth that the pictures show, and that is scored.
         columns: Likewise.
         uncut: Folder whose pictures show all of the truth; no more of it is scored. "" if the set has none.
+        colours: What the model is shown of the pictures' colours, (H, W, 3) uint8; None for the pictures' own.
     """
 
     name: str
@@ -44,6 +52,7 @@ class ClipSet:
     rows: slice = field(default_factory=partial(slice, None))
     columns: slice = field(default_factory=partial(slice, None))
     uncut: str = ""
+    colours: Colours | None = red_for_blue
 
 
 CLIP_SETS = {
@@ -54,7 +63,7 @@ CLIP_SETS = {
         ClipSet("kitti", "KITTI", 80, slice(0, 374), slice(0, 1242)),
         ClipSet("bonn", "Bonn RGB-D Dynamic", 10, slice(0, 480), slice(0, 640)),
         ClipSet("nyuv2", "NYUv2 video", 10, slice(45, 471), slice(41, 601)),
-        ClipSet("rendered", "rendered scenes", 1000),
+        ClipSet("rendered", "rendered scenes", 1000, colours=None),
     )
 }
 

@@ -24,6 +24,8 @@ from depthmill.pipeline.evaluation.decode import Floats
 from depthmill.pipeline.types import Domain, Modality
 
 Region = tuple[slice, slice]
+Crop = Callable[[int, int], Region]
+Colours = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
 
 _MARIGOLD = "Marigold's evaluation data (its README, section Evaluation)"
 _DSINE = "DSINE's `dsine_eval.zip` (its README), unpacked"
@@ -102,9 +104,9 @@ class EvaluationSet:
     resolution: int
     mask: str | None = None
     valid_range: tuple[float, float] = (0.0, np.inf)
-    crop: Callable[[int, int], Region] | None = None
-    colours: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]] | None = None
-    region: Callable[[int, int], Region] | None = None
+    crop: Crop | None = None
+    colours: Colours | None = None
+    region: Crop | None = None
     fit_columns: int | None = None
     axes: str = _DSINE_AXES
     domain: Domain = "indoor"

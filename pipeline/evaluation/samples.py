@@ -15,7 +15,7 @@ from PIL import Image
 from depthmill.pipeline.errors import EvaluationError, UnscorableError
 from depthmill.pipeline.evaluation import decode
 from depthmill.pipeline.evaluation.archive import Archive
-from depthmill.pipeline.evaluation.datasets import EvaluationSet
+from depthmill.pipeline.evaluation.datasets import Colours, Crop, EvaluationSet
 from depthmill.pipeline.evaluation.decode import Floats
 from depthmill.pipeline.geometry import axes_signs
 from depthmill.pipeline.store import write_atomically
@@ -112,7 +112,7 @@ def read_truth(wanted: EvaluationSet, archive: Archive, sample: Sample) -> Truth
     return Truth(values, mask, int((~finite).sum()))
 
 
-def write_picture(wanted: EvaluationSet, data: bytes, path: Path) -> Path:
+def write_picture(data: bytes, path: Path, *, crop: Crop | None = None, colours: Colours | None = None) -> Path:
     """Write a picture as the model is to see it, and return where: `path`, with `.png` if it had to be changed.
 
     What need not be cut, turned or coloured is written as it is, byte for byte, as is what cannot be decoded: labelling
@@ -122,14 +122,14 @@ def write_picture(wanted: EvaluationSet, data: bytes, path: Path) -> Path:
     buffer = io.BytesIO()
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if wanted.crop is None and wanted.colours is None and image.getexif().get(0x0112, 1) == 1:
+            if crop is None and colours is None and image.getexif().get(0x0112, 1) == 1:
                 write_atomically(path, data)
                 return path
             pixels: npt.NDArray[Any] = np.asarray(image.convert("RGB"))
-        if wanted.crop is not None:
-            pixels = pixels[wanted.crop(*pixels.shape[:2])]
-        if wanted.colours is not None:
-            pixels = wanted.colours(pixels)
+        if crop is not None:
+            pixels = pixels[crop(*pixels.shape[:2])]
+        if colours is not None:
+            pixels = colours(pixels)
         Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     except Exception:  # see above
         write_atomically(path, data)

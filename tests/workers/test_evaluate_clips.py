@@ -2,16 +2,21 @@
 
 import csv
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from depthmill.cli import app
-from depthmill.pipeline.errors import DepthmillError
+from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.errors import DepthmillError, EvaluationError
 from depthmill.pipeline.evaluation.clips import CLIP_SETS, open_clips, read_true_depth
 from depthmill.pipeline.training import scenes
 from depthmill.pipeline.training.clips import export_clips
+from depthmill.workers import evaluate_clips as module
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,41 @@ def test_a_checkpoint_labels_smooths_and_is_scored(rendered, tmp_path):
     assert code == 2
     assert "are missing" in again  # its pictures are numbered, not called as in the index
     assert evaluate(rendered, *options)[0] == 0
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("rendered", ".png"), ("sintel", ".png"), ("scannet", ".jpg")])
+def test_red_and_blue_are_put_back_where_the_benchmark_exchanged_them(rendered, tmp_path, monkeypatch, name, suffix):
+    frames = json.loads((rendered / "rendered_video.json").read_text())["rendered"][0]["static_3"]
+    for entry in frames:
+        for file in ("image", "gt_depth"):
+            (tmp_path / entry[file]).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(rendered / entry[file], tmp_path / entry[file])
+        path = tmp_path / entry["image"]
+        Image.open(path).save(path.with_suffix(suffix))
+        entry["image"] = entry["image"].replace(".png", suffix)
+    index = tmp_path / f"{name}_video.json"
+    index.write_text(json.dumps({name: [{"a": frames}]}))
+
+    class PreparedError(Exception):
+        """Pictures are where labelling would find them."""
+
+    def stop(*_, **__):
+        raise PreparedError
+
+    monkeypatch.setattr(module, "label", stop)
+    config = LabelConfig(checkpoint="demo", labels=("depth",))
+    for overwrite in (False, False, True):
+        with pytest.raises(PreparedError):
+            module.evaluate_clips(name, index, tmp_path / "out", config, overwrite=overwrite)
+        for i, entry in enumerate(frames):
+            pixels = np.asarray(Image.open(tmp_path / entry["image"]))
+            shown = np.asarray(Image.open(tmp_path / f"out/pictures/a/{i:06d}.png"))
+            assert (shown == (pixels if name == "rendered" else pixels[..., ::-1])).all()
+    assert len(list((tmp_path / "out/pictures/a").iterdir())) == len(frames)
+    if name != "rendered":  # nor are labels kept of an earlier version, which did not
+        monkeypatch.setitem(CLIP_SETS, name, replace(CLIP_SETS[name], colours=None))
+        with pytest.raises(EvaluationError, match="another version"):
+            module.evaluate_clips(name, index, tmp_path / "out", config)
 
 
 def test_clips_that_share_pictures_are_labelled_and_scored_each(rendered, tmp_path):

@@ -40,7 +40,8 @@ def test_a_set_is_read_as_it_was_written(name, write, tmp_path):
         # True normals have x to the left, here as in E2E-FT's checkpoints; what is scored has it to the right.
         expected = one.truth * (-1, 1, 1) if wanted.modality == "normals" else one.truth
         assert np.abs(truth.values - expected)[one.valid].max() < 1e-6
-        path = write_picture(wanted, archive.read(sample.picture), tmp_path / "pictures" / sample.picture)
+        shown = {"crop": wanted.crop, "colours": wanted.colours}
+        path = write_picture(archive.read(sample.picture), tmp_path / "pictures" / sample.picture, **shown)
         with Image.open(path) as picture:
             assert (np.asarray(picture) == (one.rgb if wanted.colours is None else wanted.colours(one.rgb))).all()
     archive.close()
@@ -214,10 +215,10 @@ def test_pictures_are_shown_as_their_pixels_lie(tmp_path):
     exif[0x0112] = 6
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", exif=exif)
-    path = write_picture(SETS["eth3d"], buffer.getvalue(), tmp_path / "a" / "DSC_0219.JPG")
+    path = write_picture(buffer.getvalue(), tmp_path / "a" / "DSC_0219.JPG")
     assert path.suffix == ".png"
     from depthmill.pipeline.sources.pictures import decode_image
 
     assert (decode_image(path, 10_000) == np.asarray(Image.open(buffer))).all()
-    damaged = write_picture(SETS["kitti"], b"no picture", tmp_path / "b.png")
+    damaged = write_picture(b"no picture", tmp_path / "b.png", crop=SETS["kitti"].crop)
     assert damaged.read_bytes() == b"no picture"
