@@ -65,3 +65,17 @@ def assemble(chunks: Sequence[bytes], array: Document) -> bytes | None:
             offset += len(chunk)
     listed = index.tobytes()
     return b"".join((*chunks, listed, google_crc32c.value(listed).to_bytes(4, "little")))
+
+
+def split(data: bytes, array: Document) -> list[bytes]:
+    """The chunks of a shard's file, as `assemble` put them together, and b"" for each that it has no frame for.
+
+    Raises:
+        ValueError: If its index is broken; what is in its chunks is not looked at.
+    """
+    rows = array["chunk_grid"]["configuration"]["chunk_shape"][0]
+    listed = data[-16 * rows - 4 : -4]
+    if len(listed) < 16 * rows or google_crc32c.value(listed).to_bytes(4, "little") != data[-4:]:
+        raise ValueError("the index of its chunks is broken")
+    index = np.frombuffer(listed, "<u8").reshape(rows, 2).tolist()
+    return [b"" if offset == _EMPTY else data[offset : offset + length] for offset, length in index]

@@ -230,9 +230,9 @@ class Store:
 
         Args:
             segment: One of `segments`.
-            redo: Only these frames, of a committed segment, are given; all others keep what is stored of them. Being
-                killed half way leaves files that do not match their checksums, and the old status of the frames, so
-                that doing it again mends them.
+            redo: Only these frames, which failed when the segment was committed, are given; all others keep what is
+                stored of them. Being killed half way leaves files that do not match their checksums, and the old status
+                of the frames, so that doing it again mends them; if anything else does not match, it is not written.
         """
         attributes, length = self.attributes(segment.source_id), self.segment_frames(segment.source_id)
         stop = min(segment.start + length, attributes["frames"])

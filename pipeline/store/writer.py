@@ -25,8 +25,8 @@ from depthmill.pipeline.store.layout import (
     pack_normals,
     segment_files,
 )
-from depthmill.pipeline.store.shard import assemble, encode_chunk
-from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array, read_rows
+from depthmill.pipeline.store.shard import assemble, encode_chunk, split
+from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, damaged, open_array, read_rows
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
 
 _MOST_THREADS = 8  # that compress: enough for several hundred frames a second of 640x480
@@ -76,8 +76,7 @@ class SegmentWriter:
         self._reasons = [""] * segment.frames
         self._checksums = np.zeros(documents["checksum"]["shape"][1] if "checksum" in documents else 0, np.uint64)
         self._number = segment.start // documents["status"]["chunk_grid"]["configuration"]["chunk_shape"][0]
-        self._kept: frozenset[int] = frozenset()  # rows that stay as they were committed
-        self._stored: dict[str, zarr.Array[Any]] = {}
+        self._kept: frozenset[int] = frozenset()  # rows whose labels stay as they were committed
         if redo is not None:
             self._keep(redo)
         # Row in the segment -> its chunks by name, until its shard is written.
@@ -152,6 +151,7 @@ class SegmentWriter:
 
         Raises:
             StoreFullError: If no space is left.
+            StoreDamagedError: If labels that stay are not as they were committed.
             StoreError: If frames were not given, or could not be written.
         """
         missing = self._segment.start + np.flatnonzero(self._status == PENDING)
@@ -178,22 +178,25 @@ class SegmentWriter:
 
     def _keep(self, redo: Sequence[int]) -> None:
         """Take over what was committed of the rows that are not given anew."""
-        self._stored = self._open(ZarrFiles(self._files.directory), self._documents)
+        stored = self._open(ZarrFiles(self._files.directory), self._documents)
         uri, rows = self._files.directory.uri, slice(self._segment.start, self._segment.stop)
         start, stop = self._segment.start, self._segment.stop
-        status = np.asarray(read_rows(self._stored["status"], uri, rows), np.uint8)
+        status = np.asarray(read_rows(stored["status"], uri, rows), np.uint8)
         if not redo or not set(redo) <= set(range(start, stop)) or (status == PENDING).any():
             raise StoreError(f"frames {list(redo)} cannot be redone: expected some of {self._segment}, committed")
         again = np.array(redo) - start
         status[again] = PENDING
         self._status = status
-        self._kept = frozenset(np.flatnonzero(status).tolist())
-        self._reasons = [str(reason) for reason in read_rows(self._stored["reason"], uri, rows)]
-        if "size" in self._stored:
-            self._size = np.array(read_rows(self._stored["size"], uri, rows), np.int32)
-        if "checksum" in self._stored:
+        self._kept = frozenset(np.flatnonzero(status == LABELLED).tolist())
+        self._reasons = [str(reason) for reason in read_rows(stored["reason"], uri, rows)]
+        if "size" in stored:
+            self._size = np.array(read_rows(stored["size"], uri, rows), np.int32)
+            kept = self._size[sorted(self._kept)]
+            if ((kept < 1) | (kept > (self._height, self._width))).any():
+                raise damaged(uri, stored["size"].path, "pictures with labels have no size")
+        if "checksum" in stored:
             number = slice(self._number, self._number + 1)
-            self._checksums = np.array(read_rows(self._stored["checksum"], uri, number)[0], np.uint64)
+            self._checksums = np.array(read_rows(stored["checksum"], uri, number)[0], np.uint64)
         for row in again:
             self._reasons[row], self._size[row] = "", 0
 
@@ -264,20 +267,44 @@ class SegmentWriter:
         done = {row: future.result() for row, future in given.items()}
         for name in self._layout.arrays:
             document = self._documents[name]
-            chunks = []
-            for row in rows:
-                if row in self._kept:
-                    kept = np.asarray(self._stored[name][self._segment.start + row])
-                    chunks.append(encode_chunk(kept, document))
-                else:
-                    chunks.append(done[row][name] if row in done else b"")
             key = file_key(self._segment.source_id, name, document, self._segment.start + rows.start)
+            chunks = [done[row][name] if row in done else b"" for row in rows]
+            if not self._kept.isdisjoint(rows):
+                kept = self._kept_chunks(rows, key, document)
+                chunks = [old or new for old, new in zip(kept, chunks, strict=True)]
             data = assemble(chunks, document)
             if data is None:
                 self._files.directory.delete(key)
             else:
                 self._files.directory.write(key, data)
-            self._files.written[key] = 0 if data is None else checksum(data)
+            self._files.written[key] = _checksum(data)
+
+    def _kept_chunks(self, rows: range, key: str, document: Document) -> list[bytes]:
+        """The chunks of a shard's rows that are kept, b"" for the others.
+
+        Killed half way, an earlier writer has left labels of those in the file: without them it is as it was committed.
+
+        Raises:
+            StoreDamagedError: If it is not, since what is written has a checksum that tells nothing of that any more.
+        """
+        data = self._files.directory.read(key)
+        try:
+            chunks = [b""] * len(rows) if data is None else split(data, document)
+        except ValueError as error:
+            raise damaged(self._files.directory.uri, key, str(error)) from error
+        kept = [chunk if row in self._kept else b"" for row, chunk in zip(rows, chunks, strict=False)]
+        sound = data is not None
+        if "checksum" in self._documents:
+            sums = _checksum(data), _checksum(assemble(kept, document))
+            sound = int(self._checksums[self._keys.index(key)]) in sums
+        if not sound:
+            why = "it is missing" if data is None else "it has other bytes than were written"
+            raise damaged(self._files.directory.uri, key, why)
+        return kept
+
+
+def _checksum(shard: bytes | None) -> int:
+    return 0 if shard is None else checksum(shard)
 
 
 def _row_bytes(array: Document, size: Sequence[int]) -> int:

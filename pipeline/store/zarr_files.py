@@ -145,7 +145,12 @@ def read_rows(array: zarr.Array[Any], uri: str, rows: slice) -> npt.NDArray[Any]
     except (StoreError, MemoryError):
         raise
     except Exception as error:  # whatever codecs raise of broken bytes
-        raise StoreDamagedError(
-            f"{uri}/{array.path} is damaged ({type(error).__name__}: {error}): run `depthmill verify {uri} --repair`, "
-            "which mends it or says what does not, then the same command again"
-        ) from error
+        raise damaged(uri, array.path, f"{type(error).__name__}: {error}") from error
+
+
+def damaged(uri: str, path: str, why: str) -> StoreDamagedError:
+    """What to raise of a file or an array of the store at `uri` that is not as it was written."""
+    return StoreDamagedError(
+        f"{uri}/{path} is damaged ({why}): run `depthmill verify {uri} --repair`, which mends it or says what does "
+        "not, then the same command again"
+    )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from depthmill.pipeline import store as stores
-from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.errors import StoreDamagedError, StoreError
 from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import Failure, Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels, write
@@ -57,6 +57,43 @@ def test_being_killed_half_way_is_seen_and_mended(store, other):
     write(store, segment, redo=frames)
     write(other, VIDEO_SEGMENT)
     assert files(store.uri) == files(other.uri)
+
+
+def test_being_killed_before_the_status_is_mended(store, other):
+    write(store, VIDEO_SEGMENT, failed={1, 5})
+    status = Path(store.uri) / "video/status/c/0"
+    before = status.read_bytes()
+    write(store, VIDEO_SEGMENT, redo=[1, 5])
+    status.write_bytes(before)
+    write(store, VIDEO_SEGMENT, redo=[1, 5])
+    write(other, VIDEO_SEGMENT)
+    assert files(store.uri) == files(other.uri)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("video/depth/c/0/0/0", None),
+        ("video/depth/c/0/0/0", lambda data: data[:-1]),
+        ("video/normals/c/0/0/0/0", lambda data: data[:20] + bytes([data[20] ^ 1]) + data[21:]),
+        ("images/size/c/0/0", None),
+        ("images/size/c/0/0", lambda data: data[:9]),
+    ],
+    ids=["missing", "cut off", "other bytes", "sizes missing", "sizes cut off"],
+)
+def test_damage_of_what_is_kept_is_told_and_stays_to_be_found(store, file, change):
+    """It must not get a checksum that is right."""
+    segment = {"video": VIDEO_SEGMENT, "images": IMAGES_SEGMENT}[file.split("/")[0]]
+    write(store, segment, failed={1})
+    path = Path(store.uri) / file
+    data = path.read_bytes()
+    path.unlink()
+    if change:
+        path.write_bytes(change(data))
+    for _ in range(2):
+        with pytest.raises(StoreDamagedError, match="--repair"):
+            write(store, segment, redo=[1])
+    assert file in [damage.file for damage in verify(store).damage]
 
 
 def test_only_frames_of_a_committed_segment_can_be_done_again(store):
