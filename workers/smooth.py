@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -42,6 +42,7 @@ from depthmill.workers.pace import HOPELESS_AFTER, Pace, rest_s
 from depthmill.workers.pool import Event, InProcess, Pool
 from depthmill.workers.progress import Rate, RunConsole, open_display
 from depthmill.workers.standing import Counts
+from depthmill.workers.stopping import stoppable
 
 _PHASES: tuple[Phase, ...] = ("edges", "solve", "filter")
 _WAIT_S = 0.5
@@ -86,20 +87,21 @@ def smooth(
 
     Raises:
         DepthmillError: If nothing can start.
-        RunStoppedError: On Ctrl-C, when workers cannot be kept alive or the store not be reached, and when the disk is
-            full.
+        RunStoppedError: On Ctrl-C, SIGTERM or SIGHUP, when workers cannot be kept alive or the store not be reached,
+            and when the disk is full.
     """
-    store = open_store(store_uri)
-    if "depth" not in store.layout.labels:
-        raise ConfigError(f"{store.uri} has no depth to smooth: it holds {', '.join(store.layout.labels)}")
-    for one in sources:
-        store.attributes(one)  # that there is such a source
-    kinds = {} if sources else {one: store.attributes(one)["kind"] for one in store.sources()}
-    wanted = list(dict.fromkeys(sources)) or [one for one, kind in kinds.items() if kind == "video"]
-    unasked = tuple(one for one, kind in kinds.items() if kind != "video")
-    run = _Run(store, config, wanted)
-    started_s = time.perf_counter()
     with ExitStack() as stack:
+        stopped = stack.enter_context(stoppable())
+        store = open_store(store_uri)
+        if "depth" not in store.layout.labels:
+            raise ConfigError(f"{store.uri} has no depth to smooth: it holds {', '.join(store.layout.labels)}")
+        for one in sources:
+            store.attributes(one)  # that there is such a source
+        kinds = {} if sources else {one: store.attributes(one)["kind"] for one in store.sources()}
+        wanted = list(dict.fromkeys(sources)) or [one for one, kind in kinds.items() if kind == "video"]
+        unasked = tuple(one for one, kind in kinds.items() if kind != "video")
+        run = _Run(store, config, wanted)
+        started_s = time.perf_counter()
         stack.callback(run.close)
         run.display = stack.enter_context(open_display(console or RunConsole(highlight=False), run.rate, "smoothing"))
         try:
@@ -113,7 +115,7 @@ def smooth(
 
                     pool = smoothers(config, store.uri)
                 stack.callback(pool.close)
-                run.go(Crew(pool))
+                run.go(Crew(pool), stopped.is_set)
         except KeyboardInterrupt:
             raise RunStoppedError(
                 "stopped: what was smoothed so far stays; run the same command again to go on from there"
@@ -247,9 +249,15 @@ class _Run:
     def show_state(self, state: Any) -> None:
         self.display(Counts(self._total, 0, self.done, 0), {"this process": state})
 
-    def go(self, crew: Crew) -> None:
-        """Work until nothing is left."""
+    def go(self, crew: Crew, stopped: Callable[[], bool]) -> None:
+        """Work until nothing is left.
+
+        Raises:
+            KeyboardInterrupt: Once the run is `stopped`.
+        """
         while self.queue or self._unplanned or self._planning or crew.busy:
+            if stopped():
+                raise KeyboardInterrupt
             room = crew.room() if self._config.workers is None else max(1, self._config.workers)
             if crew.now_s >= self._rests_until_s:
                 self._assign(crew, room)

@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import signal
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -220,6 +222,25 @@ def test_a_store_that_does_not_answer_for_a_while_stops_nothing(tmp_path, video,
         monkeypatch.setattr(owner, method, fails)
     assert run(store, filter=True).smoothed == (name,)
     assert written(store) == written(whole)
+
+
+def test_a_signal_stops_it_and_what_was_smoothed_stays(tmp_path, video, monkeypatch):
+    real = Smoother.smooth
+
+    def stop(self, task):
+        with suppress(KeyboardInterrupt):  # as a callback of Ray's does
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, task)
+
+    store, name = labelled(tmp_path / "a.zarr", video)
+    monkeypatch.setattr(Smoother, "smooth", stop)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(RunStoppedError, match="stopped: what was smoothed so far stays"):
+            run(store)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert Temporal(store, name).pending("edges") == store.segments(name)[1:]
 
 
 def test_all_looks_that_met_one_outage_are_one_outage(monkeypatch):
