@@ -14,8 +14,18 @@ from depthmill.pipeline.errors import StoreError, StoreMismatchError
 from depthmill.pipeline.store.files import Directory, open_directory
 from depthmill.pipeline.store.layout import FORMAT, Document, Layout
 from depthmill.pipeline.store.removal import remove
-from depthmill.pipeline.store.root import FAILURES, METADATA, RUN, Root, new_root, read_header, read_root, write_root
-from depthmill.pipeline.store.store import Store, differences
+from depthmill.pipeline.store.root import (
+    FAILURES,
+    METADATA,
+    RUN,
+    Root,
+    differences,
+    new_root,
+    read_header,
+    read_root,
+    write_root,
+)
+from depthmill.pipeline.store.store import Store
 from depthmill.pipeline.store.zarr_files import ZarrFiles
 
 if TYPE_CHECKING:

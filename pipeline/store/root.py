@@ -113,6 +113,18 @@ def source_members(source_id: str, attributes: Document, layout: Layout) -> dict
     return _texts({source_id: group_document(attributes), **members}.items())
 
 
+def differences(old: Document, new: Document, prefix: str = "") -> str:
+    """One line for each key in which two documents differ, with both values; "" if they are equal."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            lines.append(differences(before, now, f"{prefix}{key}."))
+        elif before != now:
+            lines.append(f"  {prefix}{key}: {_shown(old, key)} there, {_shown(new, key)} now")
+    return "\n".join(line for line in lines if line)
+
+
 def _by_lines(text: str) -> Root | None:
     """The root as `write_root` writes it; None if something else wrote it."""
     start, *lines = text.rstrip("\n").split("\n")
@@ -135,3 +147,7 @@ def _whole(document: Any) -> Root:
 
 def _texts(documents: Iterable[tuple[str, Document]]) -> dict[str, str]:
     return {path: json.dumps(document, allow_nan=False, separators=(",", ":")) for path, document in documents}
+
+
+def _shown(document: Document, key: str) -> str:
+    return json.dumps(document[key]) if key in document else "absent"

@@ -38,6 +38,7 @@ from depthmill.pipeline.store.root import (
     RUN,
     Root,
     attributes_of,
+    differences,
     is_source,
     read_root,
     source_members,
@@ -86,9 +87,9 @@ class Store:
         self.identity: dict[str, Any] = root.header["identity"]
         self.new = new
         self._indexed = indexed
-        self._attributes = root.groups()
-        # Sources of an earlier version, whose segments were committed without checksums, and still are.
-        self._unchecked = {source_id for source_id in self._attributes if f"{source_id}/checksum" not in root.members}
+        self._attributes: dict[str, Document] = {}
+        self._unchecked: set[str] = set()
+        self._take_index(root)
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -350,7 +351,11 @@ class Store:
         return self._attributes.get(source_id)
 
     def _load(self, source_ids: Sequence[str]) -> None:
-        """Read the groups of those sources that were not known."""
+        """Read the groups of those sources that were not known.
+
+        Raises:
+            StoreDamagedError: If one is damaged, and the index does not know it.
+        """
         keys = {f"{name}/{METADATA}": name for name in source_ids if name not in self._attributes}
         checksums = {} if self._indexed else {key: f"{name}/checksum/{METADATA}" for key, name in keys.items()}
         found = self.directory.read_all([*keys, *checksums.values()])
@@ -359,13 +364,33 @@ class Store:
                 attributes = attributes_of(data)
                 ours = is_source(attributes)
             except (ValueError, AttributeError) as error:
-                raise StoreError(
-                    f"{self.uri}/{key} is damaged ({error!r}): remove the directory that it is in"
+                if not self._indexed:
+                    self._load_by_index(source_ids)
+                    return
+                raise StoreDamagedError(
+                    f"{self.uri}/{key} is damaged ({error!r}): run `depthmill verify {self.uri} --repair` or, if that "
+                    "says so too, remove the directory that it is in"
                 ) from error
+            if ours and key in checksums and checksums[key] not in found:  # is it lost, or was there never one?
+                self._load_by_index(source_ids)
+                return
             if ours:
                 self._attributes[keys[key]] = attributes
-                if key in checksums and checksums[key] not in found:
-                    self._unchecked.add(keys[key])
+
+    def _load_by_index(self, source_ids: Sequence[str]) -> None:
+        """The same, once the index has been read: it tells what a file was that is damaged or lost."""
+        root = read_root(self.directory)
+        if root is None:
+            raise store_away(self.uri)
+        self._indexed = True
+        self._take_index(root)
+        self._load(source_ids)
+
+    def _take_index(self, root: Root) -> None:
+        groups = root.groups()
+        self._attributes = groups | self._attributes
+        # Sources of an earlier version, whose segments were committed without checksums, and still are.
+        self._unchecked |= {source_id for source_id in groups if f"{source_id}/checksum" not in root.members}
 
 
 def write_failures(store: Store, failures: Iterable[Failure]) -> str:
@@ -388,19 +413,3 @@ def write_failures(store: Store, failures: Iterable[Failure]) -> str:
     ]
     store.directory.write(FAILURES, "".join(f"{line}\n" for line in lines).encode())
     return f"{store.uri}/{FAILURES}"
-
-
-def differences(old: Document, new: Document, prefix: str = "") -> str:
-    """One line for each key in which two documents differ, with both values; "" if they are equal."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            lines.append(differences(before, now, f"{prefix}{key}."))
-        elif before != now:
-            lines.append(f"  {prefix}{key}: {_shown(old, key)} there, {_shown(new, key)} now")
-    return "\n".join(line for line in lines if line)
-
-
-def _shown(document: Document, key: str) -> str:
-    return json.dumps(document[key]) if key in document else "absent"

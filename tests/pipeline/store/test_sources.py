@@ -11,7 +11,7 @@ import zarr
 
 import depthmill
 from depthmill.pipeline import store as stores
-from depthmill.pipeline.errors import StoreError, StoreMismatchError
+from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreMismatchError
 from depthmill.pipeline.store import Progress, root
 from depthmill.pipeline.store.inspect import inspect
 from depthmill.pipeline.store.root import read_root
@@ -228,3 +228,30 @@ def test_writers_need_no_index(tmp_path, monkeypatch, whole):
         assert not verify(store).unchecked
         kept[name] = {key: data for key, data in files(path).items() if key != "zarr.json"}
     assert kept["a"] == kept["b"]
+
+
+@pytest.mark.parametrize("lost", ["video/zarr.json", "video/checksum/zarr.json"])
+@pytest.mark.parametrize("index", [True, False])
+def test_the_root_tells_what_a_damaged_file_of_a_source_was(store, lost, index):
+    before = files(store.uri)
+    path = Path(store.uri) / lost
+    path.write_bytes(b"")
+    if "checksum" in lost:
+        path.unlink()
+    again = stores.open_store(store.uri, index=index)
+    again.add_source(VIDEO)
+    write(again, Segment("video", 0, 8))
+    with pytest.raises(StoreMismatchError):
+        again.add_source(dataclasses.replace(VIDEO, fingerprint="f9"))
+    report = verify(stores.open_store(store.uri), repair=True)
+    assert (report.unchecked, [(damage.file, damage.repaired) for damage in report.damage]) == (0, [(lost, True)])
+    assert before.items() <= files(store.uri).items()
+
+
+def test_a_damaged_source_that_no_root_names_is_told_and_hides_no_other(store):
+    store.add_source(dataclasses.replace(VIDEO, id="new"))
+    (Path(store.uri) / "new/zarr.json").write_bytes(b"")
+    worker = stores.open_store(store.uri, index=False)
+    with pytest.raises(StoreDamagedError, match=r"new/zarr.json is damaged .*remove the directory"):
+        worker.progress("new")
+    assert worker.progress("video").labelled == 0
