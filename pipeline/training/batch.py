@@ -110,5 +110,7 @@ class TrainingSet(Protocol):
         Raises:
             SampleError: If the picture cannot be used: a file is damaged, or no pixel has truth. Training counts it and
                 takes another.
+            OSError, SourceError, StoreError: If it cannot be read for a reason that is not its own: a disk or network
+                does not answer, a mount is away. Training asks again, for a minute.
         """
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -10,12 +11,13 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from depthmill.pipeline.errors import SampleError, TrainingError
+from depthmill.pipeline.errors import SampleError, SourceError, StoreError, TrainingError
 from depthmill.pipeline.training.batch import Batch, TrainingSet
 
 logger = logging.getLogger(__name__)
 
 _REASONS = 3  # of pictures that cannot be used, named in an error
+_PAUSES_S = (1, 2, 4, 8, 15, 30)  # between attempts to read from a disk or network that does not answer
 
 
 def plan(sizes: Sequence[int], ratios: Sequence[float], batch_size: int, seed: int, n: int) -> tuple[int, list[int]]:
@@ -72,15 +74,32 @@ def read_usable(pictures: TrainingSet, index: int, skipped: dict[int, str]) -> B
             Each is logged once and not read again.
 
     Raises:
-        TrainingError: If not one picture of the set can be used.
+        TrainingError: If not one picture of the set can be used, or its disk or network does not answer for a minute.
     """
     for candidate in ((index + i) % len(pictures) for i in range(len(pictures))):
         if candidate in skipped:
             continue
         try:
-            return pictures.read(candidate)
+            return _read(pictures, candidate)
         except SampleError as error:
             skipped[candidate] = str(error)
             logger.warning("left out, and the next one taken: %s", error)
     reasons = "\n".join(f"  {skipped[i]}" for i in sorted(skipped)[:_REASONS])
     raise TrainingError(f"not one of the {len(pictures)} pictures can be used, for reasons such as\n{reasons}")
+
+
+def _read(pictures: TrainingSet, index: int) -> Batch:
+    """Read a picture; what is no fault of its own may pass."""
+    pauses_s = iter(_PAUSES_S)
+    while True:
+        try:
+            return pictures.read(index)
+        except (OSError, SourceError, StoreError) as error:
+            pause_s = next(pauses_s, None)
+            if pause_s is None:
+                raise TrainingError(
+                    f"for {sum(_PAUSES_S)} s a picture could not be read ({error}); expected a disk or network that "
+                    "answers: run the same command again to go on from the last saved state"
+                ) from error
+            logger.warning("reading again in %d s: %s", pause_s, error)
+            time.sleep(pause_s)

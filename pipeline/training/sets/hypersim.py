@@ -39,6 +39,7 @@ class HypersimOptions(SetOptions):
     """
 
     kind: Literal["hypersim"] = "hypersim"
+    path: Path
     height: int = Field(default=480, gt=0)
     width: int = Field(default=640, gt=0)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from depthmill.pipeline.errors import SampleError, SourceChangedError, SourceError, StoreError, TrainingError
@@ -34,12 +35,13 @@ class StoreOptions(SetOptions):
     some 5 (rooms) to 75 (streets). Where both are trained on, a store's batches weigh less by as much.
 
     Attributes:
-        path: The store. The files that were labelled must be where they were, unchanged.
+        path: The store, or its URL. The files that were labelled must be where they were, unchanged.
         height: Rows of a training picture: the middle of a frame, of this aspect ratio, is resized to it.
         width: Columns.
     """
 
     kind: Literal["store"] = "store"
+    path: str | Path
     height: int = Field(gt=0)
     width: int = Field(gt=0)
 
@@ -82,7 +84,13 @@ class StoredLabels:
                 self._frames += [(source_id, frame) for frame in labelled]
                 self._sources[source_id] = attributes["uri"], attributes["fingerprint"]
                 opened = _Opened(options.path)
-                opened.source(*self._sources[source_id])
+                try:
+                    opened.source(*self._sources[source_id])
+                except SourceError as error:
+                    raise TrainingError(
+                        f"{options.path} has labels of {attributes['uri']}, which cannot be opened ({error}): put it "
+                        "back"
+                    ) from error
                 opened.sources.close()
         if not self._frames:
             raise TrainingError(f"{options.path} has no labelled frame: run `depthmill label` to its end")
@@ -104,23 +112,18 @@ class StoredLabels:
         opened = self._opened.setdefault(os.getpid(), _Opened(self._options.path))
         uri, fingerprint = self._sources[source_id]
         where = f"{uri}, frame {number}"
-        try:
-            (frame,) = opened.source(uri, fingerprint).read(number, number + 1)
-        except SourceError as error:
-            raise SampleError(f"{where}: {error}") from error
+        (frame,) = opened.source(uri, fingerprint).read(number, number + 1)
         if frame.image is None:
             raise SampleError(f"{where}: {frame.error}")
-        dataset = opened.datasets[source_id]
-        labels = dataset[self.modality][number].values
-        if "size" in dataset:
-            height, width = dataset["size"][number].values
-            labels = labels[:height, :width]
+        labels = opened.labels(source_id, self.modality, number)
         if self.modality == "depth":
             target, mask = 1 + labels, ~np.isnan(labels)
         else:
             length = np.linalg.norm(labels, axis=-1)
             mask = length != 0
             target = labels / np.where(mask, length, 1)[..., None]
+        if not mask.any():  # as if there were no file: is there a store?
+            open_store(self._options.path, index=False)
         return sample(where, frame.image, target, mask, (self._options.height, self._options.width))
 
 
@@ -130,7 +133,7 @@ class _Opened:
     That is some hundred bytes a picture. Probing again, a source's pictures are as many headers to be read for one.
     """
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: str | Path) -> None:
         self._store = store
         # One thread: every worker of a data loader has its own.
         self.sources = OpenSources(MAX_PIXELS, MAX_FRAMES, threads=1, at_once=_OPEN_SOURCES)
@@ -151,7 +154,20 @@ class _Opened:
             raise TrainingError(
                 f"{uri} is not the file that was labelled into {self._store}: put it back, or label it anew"
             ) from error
-        except SourceError as error:
-            raise TrainingError(
-                f"{self._store} has labels of {uri}, which cannot be opened ({error}): put it back"
+
+    def labels(self, source_id: str, modality: Modality, number: int) -> npt.NDArray[Any]:
+        """A frame's, of its own size: (H, W) float32 depth, or (H, W, 3) normals."""
+        dataset = self.datasets[source_id]
+        try:
+            labels: npt.NDArray[Any] = dataset[modality][number].values
+            if "size" in dataset:
+                height, width = dataset["size"][number].values
+                labels = labels[:height, :width]
+        except (StoreError, MemoryError):
+            raise
+        except Exception as error:  # whatever codecs raise of broken bytes
+            raise SampleError(
+                f"{self._store}: labels of frame {number} of source {source_id} are damaged ({type(error).__name__}: "
+                f"{error}): run `depthmill verify {self._store} --repair`"
             ) from error
+        return labels

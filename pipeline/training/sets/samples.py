@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Sequence
 from functools import cache
@@ -20,19 +21,24 @@ from depthmill.pipeline.training.batch import Batch
 
 logger = logging.getLogger(__name__)
 
+# Errors in reading that are a file's own (decoders' have no number), and those that are, unless its folder is away.
+_OWN_ERRORS = (None, errno.EINVAL, errno.EISDIR, errno.ELOOP)
+_AWAY_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM)
+
 
 class SetOptions(BaseModel):
     """What every training set is told.
 
     Attributes:
-        path: Folder of the set.
         ratio: Share of the batches that come from this set, relative to the others' ratios.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: Path
     ratio: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
+_ANSWERS = "expected a disk or network that answers, and rights to read: run the same command again"
 
 
 def existing(root: Path, pictures: Sequence[tuple[str, ...]], remedy: str) -> list[tuple[str, ...]]:
@@ -44,7 +50,7 @@ def existing(root: Path, pictures: Sequence[tuple[str, ...]], remedy: str) -> li
         remedy: What to do about missing files.
 
     Raises:
-        TrainingError: If not one picture is complete.
+        TrainingError: If not one picture is complete, or a folder cannot be listed though it is there.
     """
 
     @cache
@@ -52,8 +58,10 @@ def existing(root: Path, pictures: Sequence[tuple[str, ...]], remedy: str) -> li
         # One listing a folder: asking for a hundred thousand files one by one takes minutes on a network's disk.
         try:
             return frozenset(path.name for path in (root / folder).iterdir())
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return frozenset()
+        except OSError as error:
+            raise TrainingError(f"{root / folder} cannot be listed ({error.strerror}): {_ANSWERS}") from error
 
     def missing(files: tuple[str, ...]) -> str | None:
         return next((file for file in files if file.rpartition("/")[2] not in names(file.rpartition("/")[0])), None)
@@ -78,10 +86,12 @@ def read_rgb(path: Path) -> npt.NDArray[np.uint8]:
 
     Raises:
         SampleError: If it cannot be read.
+        OSError: If that is for a reason that is not its own.
     """
     try:
         return decode_image(path, MAX_PIXELS)
     except (SourceError, OSError) as error:
+        _check_own(path, error)
         raise SampleError(f"{path}: {error}") from error
 
 
@@ -90,11 +100,13 @@ def read_16_bit(path: Path) -> npt.NDArray[np.uint16]:
 
     Raises:
         SampleError: If it cannot be read, or is of another type.
+        OSError: If it cannot be read for a reason that is not its own.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
             mode, values = image.mode, np.asarray(image)
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        _check_own(path, error)
         raise SampleError(f"{path}: cannot be decoded ({error or type(error).__name__}): replace it") from error
     if not mode.startswith("I"):
         raise SampleError(f"{path}: a picture of mode {mode}; expected grey with 16 bits: replace it")
@@ -138,6 +150,22 @@ def sample(
         target=torch.from_numpy(np.ascontiguousarray(channels[None])),
         mask=torch.from_numpy(np.ascontiguousarray(mask[None])),
     )
+
+
+def _check_own(path: Path, error: Exception) -> None:
+    """See that a file could not be read for a reason of its own; else raise what its disk or network said."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(cause, OSError) or cause.errno in _OWN_ERRORS:
+        return
+    if cause.errno not in _AWAY_ERRORS or not _holds_files(path.parent):
+        raise cause
+
+
+def _holds_files(folder: Path) -> bool:
+    try:
+        return any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def _resized(

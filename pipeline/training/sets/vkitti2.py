@@ -58,6 +58,7 @@ class VKitti2Options(SetOptions):
     """
 
     kind: Literal["vkitti2"] = "vkitti2"
+    path: Path
     conditions: tuple[Condition, ...] = Field(default=("morning", "fog", "rain", "sunset", "overcast"), min_length=1)
 
 

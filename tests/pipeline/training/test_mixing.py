@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from depthmill.pipeline.errors import SampleError, TrainingError
+from depthmill.pipeline.errors import SampleError, SourceError, StoreError, TrainingError
 from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.training.mixing import plan, read_usable
 
@@ -91,6 +91,29 @@ def test_a_set_without_one_usable_picture_is_an_error() -> None:
         TrainingError, match=r"not one of the 10 .*\n  picture 0 .*\n  picture 1 .*\n  picture 2 [^\n]*$"
     ):
         read_usable(Some(*range(10)), 4, {})
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), SourceError("no answer"), StoreError("away")])
+def test_a_disk_that_does_not_answer_is_asked_again_for_a_minute_and_costs_no_picture(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Away(Some):
+        def read(self, index: int) -> Batch:
+            if sum(paused_s) < away_s:
+                raise error
+            return super().read(index)
+
+    paused_s: list[float] = []
+    monkeypatch.setattr("time.sleep", paused_s.append)
+    some, skipped, away_s = Away(), dict[int, str](), 40
+    assert read_usable(some, 4, skipped).target[0, 0, 0, 0] == 4
+    assert not skipped
+    paused_s.clear()
+    away_s = 100
+    with pytest.raises(TrainingError, match=r"for 60 s a picture could not be read \(.*run the same command again"):
+        read_usable(some, 4, skipped)
+    assert sum(paused_s) == 60
+    assert not skipped
 
 
 def test_an_error_that_is_no_pictures_own_is_not_swallowed() -> None:

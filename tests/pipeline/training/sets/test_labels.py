@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from depthmill.pipeline import store as stores
-from depthmill.pipeline.errors import SampleError, SourceError, TrainingError
+from depthmill.pipeline.errors import SampleError, SourceError, StoreError, TrainingError
 from depthmill.pipeline.sources import images, open_source, opened
 from depthmill.pipeline.store.layout import DEPTH_STEP
 from depthmill.pipeline.training.batch import TrainingSet
@@ -168,7 +169,7 @@ def test_a_frame_that_can_no_longer_be_read(tmp_path: Path) -> None:
         pictures.read(1)
 
 
-def test_a_disk_that_fails_costs_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_costs_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     media.write_image_folder(tmp_path / "a", count=8)
     label(tmp_path / "s", [tmp_path / "a"])
     pictures = open_set(StoreOptions(path=tmp_path / "s", height=H, width=W), "depth")
@@ -176,9 +177,38 @@ def test_a_disk_that_fails_costs_a_sample(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise SourceError("the disk does not answer")
 
-    monkeypatch.setattr(images, "decode_ahead", fail)
-    with pytest.raises(SampleError, match="a, frame 1: the disk does not answer"):
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "decode_ahead", fail)
+        with pytest.raises(SourceError, match="the disk does not answer"):
+            pictures.read(1)
+    (tmp_path / "s").rename(tmp_path / "away")
+    with pytest.raises(StoreError, match="s is no depthmill store"):
         pictures.read(1)
+    (tmp_path / "away").rename(tmp_path / "s")
+    pictures.read(1)
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(SourceError, match="no such file"):
+        pickle.loads(pickle.dumps(pictures)).read(1)  # as in another process, which has nothing open
+
+
+def test_a_damaged_file_of_labels_costs_its_samples(tmp_path: Path) -> None:
+    media.write_image_folder(tmp_path / "a", count=8)
+    store = label(tmp_path / "s", [tmp_path / "a"])
+    pictures = open_set(StoreOptions(path=tmp_path / "s", height=H, width=W), "depth")
+    pictures.read(0)
+    shard = tmp_path / "s" / store.sources()[0] / "depth/c/0/0/0"
+    shard.write_bytes(b"\xff" * shard.stat().st_size)
+    with pytest.raises(SampleError, match=r"frame 0 of source .* damaged .*run `depthmill verify .*s --repair`"):
+        pictures.read(0)
+    pictures.read(2)
+
+
+def test_a_stores_url_stays_one() -> None:
+    url = "s3://bucket/labels[1]"
+    options = StoreOptions.model_validate({"kind": "store", "path": url, "height": H, "width": W})
+    assert options.model_dump(mode="json")["path"] == url
+    with pytest.raises(TrainingError, match=r"^s3://bucket/labels\[1\] cannot be a store: .*s3://bucket/prefix"):
+        open_set(options, "depth")
 
 
 def test_stores_that_cannot_be_trained_from(tmp_path: Path) -> None:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from depthmill.pipeline.errors import SampleError
+from depthmill.pipeline.errors import SampleError, TrainingError
 from depthmill.pipeline.training.sets import SetConfig
-from depthmill.pipeline.training.sets.samples import sample
+from depthmill.pipeline.training.sets.samples import existing, read_16_bit, read_rgb, sample
 
 
 class Run(BaseModel):
@@ -57,6 +62,45 @@ def test_nan_is_an_error_only_where_truth_is_claimed(shape: tuple[int, ...]) -> 
     assert (batch.target[0, :, 1, 2] == 0).all()
     with pytest.raises(SampleError, match="not one pixel"):
         sample("here", rgb, target, np.zeros_like(mask))
+
+
+@pytest.mark.parametrize("read", [read_rgb, read_16_bit])
+def test_what_is_no_fault_of_a_picture_is_not_said_of_it(
+    read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "scene"
+    folder.mkdir()
+    for name, what in (("damaged.png", b"no picture"), ("empty.png", b"")):
+        (folder / name).write_bytes(what)
+    (folder / "folder.png").mkdir()
+    for name in ("damaged.png", "empty.png", "folder.png", "gone.png"):
+        with pytest.raises(SampleError, match=name):
+            read(folder / name)
+    folder.rename(tmp_path / "elsewhere")  # as a mount that is away
+    with pytest.raises(FileNotFoundError):
+        read(folder / "damaged.png")
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError):
+        read(folder / "damaged.png")
+    (folder / "one.png").write_bytes(b"")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        read(folder / "one.png")
+
+
+def test_a_folder_that_cannot_be_listed_is_none_without_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(TrainingError, match=r"a cannot be listed \(Input/output error\): .*again"):
+        existing(tmp_path, [("a/1.png",), ("b/1.png",)], "get it")
 
 
 def test_resizing_keeps_picture_and_truth_in_step() -> None:
