@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from depthmill.pipeline.evaluation.archive import Archive
 from depthmill.pipeline.evaluation.datasets import Colours, EvaluationSet
 from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, from_store
 from depthmill.pipeline.evaluation.report import reasons, table, write_report
-from depthmill.pipeline.evaluation.samples import Sample, open_samples, write_picture
+from depthmill.pipeline.evaluation.samples import Sample, open_samples, some, write_picture
 from depthmill.pipeline.evaluation.score import Scores, score
 from depthmill.pipeline.geometry import STORED_AXES
 from depthmill.pipeline.model.checkpoint import DEFAULT_RESOLUTION
@@ -140,7 +141,10 @@ def _label(
     overwrite: bool,
     console: Console,
 ) -> Predictions:
-    claim(wanted.name, wanted.colours, samples, out, overwrite=overwrite)
+    with progress_on(console) as progress:
+        every = progress.track(samples, description="checking")
+        checksums = [(sample.name, zlib.crc32(_read(archive, sample))) for sample in every]
+    claim(wanted.name, wanted.colours, checksums, out, overwrite=overwrite)
     pictures = out / "pictures"
     if overwrite:
         shutil.rmtree(pictures, ignore_errors=True)
@@ -149,29 +153,56 @@ def _label(
     with progress_on(console) as progress:
         for sample in progress.track(samples, description="preparing"):
             if sample.name not in there:
-                try:
-                    data = archive.read(sample.picture)
-                except OSError as error:
-                    raise EvaluationError(f"{sample.picture} of {archive.path} cannot be read: {error}") from error
-                write_picture(data, pictures / sample.picture, crop=wanted.crop, colours=wanted.colours)
+                path = pictures / sample.picture
+                write_picture(_read(archive, sample), path, crop=wanted.crop, colours=wanted.colours)
     store = out / "labels.zarr"
-    label([str(pictures)], store, config, overwrite=overwrite, console=console)
+    label([str(pictures)], store, config, overwrite=overwrite, retry_failed=True, console=console)
     return from_store(store, samples, wanted.modality)
 
 
-def claim(name: str, colours: Colours | None, samples: Sequence[Sample], out: Path, *, overwrite: bool) -> None:
-    """Mark `out` as this evaluation's, so that `overwrite` never removes what no evaluation wrote."""
+def _read(archive: Archive, sample: Sample) -> bytes:
+    try:
+        return archive.read(sample.picture)
+    except OSError as error:
+        raise EvaluationError(
+            f"{sample.picture} of {archive.path} cannot be read: {error}; expected it whole: get the data anew"
+        ) from error
+
+
+def claim(
+    name: str, colours: Colours | None, pictures: Sequence[tuple[str, int]], out: Path, *, overwrite: bool
+) -> None:
+    """Mark `out` as this evaluation's, so that `overwrite` never removes what no evaluation wrote.
+
+    Args:
+        name: Of the set.
+        colours: Of it.
+        pictures: Name, and CRC-32 of the file in the data, of each.
+        out: The folder.
+        overwrite: Whether what it holds is to be replaced.
+
+    Raises:
+        EvaluationError: If it is another's, or, without `overwrite`, of other pictures.
+    """
     # A folder of another version's, where pictures had their own colours, is another's.
     name = name if colours is None else f"{name}, {colours.__name__}"
     marker = out / "evaluation.json"
-    text = json.dumps({"set": name, "pictures": [sample.name for sample in samples]}, indent=1) + "\n"
+    names, checksums = (list(values) for values in zip(*pictures, strict=True))
     if marker.is_file():
-        if not overwrite and marker.read_text(encoding="utf-8") != text:
+        before = {} if overwrite else json.loads(marker.read_text(encoding="utf-8"))
+        if not overwrite and (before.get("set"), before.get("pictures")) != (name, names):
             raise EvaluationError(
                 f"{out} was made of another set or split, or by another version: give another --out, or --overwrite"
+            )
+        known = before.get("checksums", checksums)  # an earlier version's has none
+        if changed := [one for one, old, new in zip(names, known, checksums, strict=True) if old != new]:
+            raise EvaluationError(
+                f"{out} was made of other data: {some(changed)} changed since; expected the same pictures: give "
+                "another --out, or --overwrite"
             )
     elif out.exists() and {entry.name for entry in out.iterdir()} - {"metrics.json", "per_image.csv", "per_clip.csv"}:
         raise EvaluationError(
             f"{out} has files in it that no evaluation wrote: give another --out; nothing was touched"
         )
+    text = json.dumps({"set": name, "pictures": names, "checksums": checksums}, indent=1) + "\n"
     write_atomically(marker, text.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -70,7 +71,8 @@ def evaluate_clips(
             check_version(index.parent)
     clips = open_clips(wanted, data)
     make_folder(out)
-    samples = [frame.sample for clip in clips for frame in clip.frames]
+    frames = [frame for clip in clips for frame in clip.frames]
+    samples = [frame.sample for frame in frames]
     config: LabelConfig | None = None
     if isinstance(what, Folder):
         folder = what.path / name if (what.path / name).is_dir() else what.path
@@ -83,7 +85,8 @@ def evaluate_clips(
         # A clip is a video, however its pictures lie: a long one is not to be squeezed as a corpus's are.
         what = what if what.round_aspect is not None else what.model_copy(update={"round_aspect": False})
         config = what
-        claim(name, wanted.colours, samples, out, overwrite=overwrite)
+        checksums = [(frame.sample.name, zlib.crc32(frame.picture.read_bytes())) for frame in frames]
+        claim(name, wanted.colours, checksums, out, overwrite=overwrite)
         clips = tuple(map(_numbered, clips))
         store = _label(wanted, clips, out, what, overwrite, console)
         compared = _compared(store, [frame.sample for clip in clips for frame in clip.frames], console)
@@ -124,7 +127,8 @@ def _label(
         path = pictures / frame.sample.picture
         if not path.is_file() and not path.with_suffix(".png").is_file():
             write_picture(frame.picture.read_bytes(), path, colours=wanted.colours)
-    label([str(pictures / clip.name) for clip in clips], store, config, overwrite=overwrite, console=console)
+    inputs = [str(pictures / clip.name) for clip in clips]
+    label(inputs, store, config, overwrite=overwrite, retry_failed=True, console=console)
     options = SmoothConfig(**config.model_dump(include=set(SmoothConfig.model_fields)))
     done = smooth(store, options, sources=open_store(store).sources(), console=console)
     for source_id, why in {**done.left_out, **done.unread}.items():

@@ -14,13 +14,14 @@ from typer.testing import CliRunner
 
 from depthmill.cli import app
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import ConfigError, DepthmillError, EvaluationError
+from depthmill.pipeline.errors import ConfigError, DepthmillError, EvaluationError, SourceError
 from depthmill.pipeline.evaluation.datasets import SETS
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
+from depthmill.pipeline.sources import pictures
 from depthmill.tests import runs
 from depthmill.tests.pipeline.evaluation import layouts
 from depthmill.workers import evaluate as module
-from depthmill.workers.evaluate import Folder, LabelledStore, evaluate, label_options
+from depthmill.workers.evaluate import Folder, LabelledStore, claim, evaluate, label_options
 from depthmill.workers.label import label
 
 
@@ -134,6 +135,44 @@ def test_pictures_of_another_split_are_not_mixed_in(checkpoints, tmp_path):
         evaluate(wanted, data, tmp_path / "out", what, split=split, console=console())
     scores = evaluate(wanted, data, tmp_path / "out", what, split=split, overwrite=True, console=console())
     assert len(scores.rows) == 1
+    files["./test/kitchen_0004/rgb_0001.png"] = files["./test/kitchen_0004/rgb_0002.png"]
+    layouts.write_tar(data, files)
+    with pytest.raises(EvaluationError, match=r"other data: test/kitchen_0004/rgb_0001 changed since; .*--overwrite"):
+        evaluate(wanted, data, tmp_path / "out", what, split=split, console=console())
+
+
+def test_a_folder_is_of_the_same_pictures_or_claimed_anew(tmp_path):
+    before, now = [("one", 1), ("two", 2)], [("one", 1), ("two", 3)]
+    for _ in range(2):
+        claim("nyuv2", None, before, tmp_path, overwrite=False)
+    with pytest.raises(EvaluationError, match="other data: two changed since"):
+        claim("nyuv2", None, now, tmp_path, overwrite=False)
+    claim("nyuv2", None, now, tmp_path, overwrite=True)
+    (tmp_path / "evaluation.json").write_text(json.dumps({"set": "nyuv2", "pictures": ["one", "two"]}))
+    claim("nyuv2", None, before, tmp_path, overwrite=False)  # as an earlier version left it
+    with pytest.raises(EvaluationError, match="other data: two changed since"):
+        claim("nyuv2", None, now, tmp_path, overwrite=False)
+
+
+def test_what_failed_is_tried_again(checkpoints, tmp_path, monkeypatch):
+    wanted, files, _ = layouts.nyuv2(np.random.default_rng(0))
+    data = layouts.write_folder(tmp_path / "nyu", files)
+    split = tmp_path / "split.txt"
+    split.write_text("test/kitchen_0004/rgb_0001.png\ntest/kitchen_0004/rgb_0002.png\n")
+    what = config(wanted, checkpoints)
+    read = pictures.decode_image
+
+    def fail(picture, max_pixels):
+        if picture.name == "rgb_0002.png":
+            raise SourceError("out of memory")
+        return read(picture, max_pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "decode_image", fail)
+        scores = evaluate(wanted, data, tmp_path / "out", what, split=split, console=console())
+    assert scores.skipped[0].reason == "it has no labels: out of memory"
+    scores = evaluate(wanted, data, tmp_path / "out", what, split=split, console=console())
+    assert (len(scores.rows), len(scores.skipped)) == (2, 0)
 
 
 def test_labels_of_pictures_in_their_own_colours_are_not_taken_for_the_papers(checkpoints, tmp_path):
