@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,12 +34,13 @@ def connect(config: LabelConfig | SmoothConfig) -> Iterator[int]:
         return
     logging.getLogger("ray").setLevel(logging.ERROR)  # set up anew by `import ray`, above
     try:
-        if config.address:
-            _check_reachable(config.address)
-            ray.init(config.address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            # Actors ask for one CPU each; on this machine the run alone decides how many share the cores.
-            _start(max(os.cpu_count() or 1, config.workers or 1))
+        with _sigterm_kept():
+            if config.address:
+                _check_reachable(config.address)
+                ray.init(config.address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                # Actors ask for one CPU each; on this machine the run alone decides how many share the cores.
+                _start(max(os.cpu_count() or 1, config.workers or 1))
     except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
         if not config.address:
             raise ConfigError(
@@ -54,6 +56,19 @@ def connect(config: LabelConfig | SmoothConfig) -> Iterator[int]:
         yield _gpus()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep what SIGTERM does, since Ray replaces it, when it starts, by an exit of its own."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # that one
+        raise KeyboardInterrupt from None
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not handler:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _start(cpus: int) -> None:

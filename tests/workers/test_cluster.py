@@ -1,3 +1,6 @@
+import signal
+import sys
+
 import pytest
 import ray
 
@@ -40,6 +43,30 @@ def test_a_cluster_that_says_nothing_is_named(monkeypatch):
     refuse(monkeypatch, ConnectionError())
     with pytest.raises(ConfigError, match=r"no Ray cluster at auto \(ConnectionError\).*--address"):
         connect(LabelConfig(address="auto")).__enter__()
+
+
+@pytest.mark.parametrize("at_start", [False, True])
+def test_sigterm_does_what_it_did_before_ray_started(monkeypatch, at_start):
+    def init(*args, **kwargs):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        if at_start:
+            signal.raise_signal(signal.SIGTERM)
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt), connect(LabelConfig()):
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def refuse(monkeypatch, error):
