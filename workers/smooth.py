@@ -6,13 +6,11 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from depthmill.pipeline.config import SmoothConfig
@@ -25,26 +23,22 @@ from depthmill.pipeline.errors import (
     StoreFullError,
 )
 from depthmill.pipeline.smoothing.stage import (
-    Phase,
     Smoother,
     SmoothTask,
-    edges_shape,
     write_empty_edges,
     write_unfiltered,
 )
 from depthmill.pipeline.store import Store, open_store
-from depthmill.pipeline.store.store import READERS
 from depthmill.pipeline.store.temporal import Temporal
-from depthmill.pipeline.types import LABELLED, Segment
 from depthmill.workers.crew import Crew
 from depthmill.workers.inquest import after, cause_of, words_of
+from depthmill.workers.looks import Looks
 from depthmill.workers.pace import HOPELESS_AFTER, Pace, rest_s
 from depthmill.workers.pool import Event, InProcess, Pool
 from depthmill.workers.progress import Rate, RunConsole, open_display
 from depthmill.workers.standing import Counts
 from depthmill.workers.stopping import stoppable
 
-_PHASES: tuple[Phase, ...] = ("edges", "solve", "filter")
 _WAIT_S = 0.5
 _LOAD_DEATHS = 3
 _SHOWN = 8
@@ -102,7 +96,7 @@ def smooth(
         unasked = tuple(one for one, kind in kinds.items() if kind != "video")
         run = _Run(store, config, wanted)
         started_s = time.perf_counter()
-        stack.callback(run.close)
+        stack.callback(run.looks.close)
         run.display = stack.enter_context(open_display(console or RunConsole(highlight=False), run.rate, "smoothing"))
         try:
             if run.plan(wait=True):
@@ -130,45 +124,13 @@ def smooth(
     return SmoothSummary(store.uri, smoothed, run.left_out, run.unread, run.done, seconds, unasked)
 
 
-def _unfit(store: Store, source_id: str) -> str:
-    """Why a source cannot be smoothed; "" if it can."""
-    pending = store.pending(source_id)
-    if pending:
-        return f"{len(pending)} segments are not labelled yet: run the same `depthmill label` again, then smooth"
-    if "size" in store.arrays(source_id):
-        sizes = store.read(source_id, "size")[store.status(source_id) == LABELLED]
-        if len(np.unique(sizes, axis=0)) > 1:
-            return "its pictures differ in size: expected the frames of one video, all of one size"
-    return ""
-
-
-@dataclass(frozen=True)
-class _Planning:
-    """A source that is being looked at.
-
-    Attributes:
-        source_id: Which.
-        phases: That may be left of it.
-        rested: Rests before it was.
-        found: Why it cannot be smoothed, and its tasks.
-    """
-
-    source_id: str
-    phases: Sequence[Phase]
-    rested: int
-    found: Future[tuple[str, list[SmoothTask]]]
-
-
 class _Run:
-    """A run: sources are looked at while others are worked on, a few at once, since each is many requests."""
+    """A run: what is left of each source, who is at what, and what became of it."""
 
     def __init__(self, store: Store, config: SmoothConfig, source_ids: Sequence[str]) -> None:
         self._store, self._config = store, config
+        self.looks = Looks(store, config, source_ids)
         self.queue: deque[SmoothTask] = deque()
-        # With the phases that may be left of each.
-        self._unplanned: deque[tuple[str, Sequence[Phase]]] = deque((source_id, _PHASES) for source_id in source_ids)
-        self._planning: deque[_Planning] = deque()
-        self._readers = ThreadPoolExecutor(READERS, "depthmill-plan")
         self._left: Counter[str] = Counter()  # tasks of a source's phase that are not done
         self.left_out: dict[str, str] = {}
         self.unread: dict[str, str] = {}
@@ -179,72 +141,25 @@ class _Run:
         self._rests, self._rests_until_s = 0, float("-inf")
         self._rested = 0  # rests in all
 
-    def close(self) -> None:
-        """End the threads."""
-        self._readers.shutdown(cancel_futures=True)
-
     def plan(self, *, wait: bool = False) -> bool:
         """Queue the tasks of the sources that have been looked at; if so told, wait for some. Whether there are any.
+
+        A source that is begun comes first, so that it is smoothed before many are begun.
 
         Raises:
             StoreError: If the store does not answer; what was asked is asked again the next time.
         """
-        while self._unplanned or self._planning:
-            while self._unplanned and len(self._planning) < READERS:
-                source_id, phases = self._unplanned.popleft()
-                look = self._readers.submit(self._look, source_id, phases)
-                self._planning.append(_Planning(source_id, phases, self._rested, look))
-            first = self._planning[0]
-            if not first.found.done() and (self.queue or not wait):
-                break
-            self._planning.popleft()
-            try:
-                unfit, following = first.found.result()
-            except BaseException:
-                self._unplanned.append((first.source_id, first.phases))
-                if first.rested < self._rested:  # it met what was rested for since
-                    continue
-                raise
+        while (found := self.looks.take(self._rested, wait=wait and not self.queue)) is not None:
             self._rests = 0
-            if unfit:
-                self.left_out[first.source_id] = unfit
-            self.queue += following
-            self._left[first.source_id] = len(following)
-            self._total += sum(0 if one.phase == "solve" else one.frames for one in following)
+            if found.unfit:
+                self.left_out[found.source_id] = found.unfit
+            if found.begun:
+                self.queue.extendleft(reversed(found.tasks))
+            else:
+                self.queue += found.tasks
+            self._left[found.source_id] = len(found.tasks)
+            self._total += sum(0 if one.phase == "solve" else one.frames for one in found.tasks)
         return bool(self.queue)
-
-    def _look(self, source_id: str, phases: Sequence[Phase]) -> tuple[str, list[SmoothTask]]:
-        """Why a source cannot be smoothed, "" if it can, and the tasks of the first of these phases that has any."""
-        temporal = Temporal(self._store, source_id)
-        try:
-            if phases == _PHASES:
-                if unfit := _unfit(self._store, source_id):
-                    temporal.leave_out(unfit)
-                    return unfit, []
-                config = self._config
-                temporal.prepare(
-                    max_edge=config.max_edge, flow=config.flow, leak=config.leak, shape=edges_shape(config.max_edge)
-                )
-            attributes = self._store.attributes(source_id)
-            for phase in phases:
-                if segments := self._to_do(source_id, phase):
-                    uri, fingerprint = attributes["uri"], attributes["fingerprint"]
-                    return "", [SmoothTask(phase, uri, fingerprint, segment) for segment in segments]
-        except StoreDamagedError as error:
-            temporal.leave_out(str(error))
-            return str(error), []
-        return "", []
-
-    def _to_do(self, source_id: str, phase: Phase) -> list[Segment]:
-        """What is left of a phase whose turn it is: also what an earlier run did without pictures it could not read."""
-        temporal = Temporal(self._store, source_id)
-        if phase == "solve":
-            return [] if temporal.solved() else [Segment(source_id, 0, self._store.attributes(source_id)["frames"])]
-        if phase == "filter":
-            if not self._config.filter:
-                return []
-            temporal.prepare_filter()
-        return sorted({*temporal.pending(phase), *temporal.unread(phase)}, key=lambda one: one.start)
 
     def show_state(self, state: Any) -> None:
         self.display(Counts(self._total, 0, self.done, 0), {"this process": state})
@@ -255,7 +170,7 @@ class _Run:
         Raises:
             KeyboardInterrupt: Once the run is `stopped`.
         """
-        while self.queue or self._unplanned or self._planning or crew.busy:
+        while self.queue or self.looks.left or crew.busy:
             if stopped():
                 raise KeyboardInterrupt
             room = crew.room() if self._config.workers is None else max(1, self._config.workers)
@@ -281,7 +196,7 @@ class _Run:
             if self.queue:
                 task = self.queue.popleft()
                 limits = self._limits.to_do(task.frames + self._config.max_edge)
-                limits = replace(limits, still_s=None) if task.phase == "solve" else limits
+                limits = replace(limits, still_s=None) if task.phase in ("open", "solve") else limits
                 crew.call(worker, task, limits, "smooth", task)
 
     def _rest(self, error: BaseException, now_s: float) -> None:
@@ -338,10 +253,13 @@ class _Run:
         source_id = task.segment.source_id
         if source_id in self.left_out:
             return
-        self.done += 0 if task.phase == "solve" else task.frames
+        if task.phase == "open":
+            self._total -= task.frames  # which its edges count again
+        elif task.phase != "solve":
+            self.done += task.frames
         self._left[source_id] -= 1
         if not self._left[source_id]:
-            self._unplanned.appendleft((source_id, _PHASES[_PHASES.index(task.phase) + 1 :]))
+            self.looks.add(source_id, task.phase)
 
     def _failed(self, task: SmoothTask, event: Event) -> None:
         source_id = task.segment.source_id
@@ -350,7 +268,7 @@ class _Run:
         tried = after(task, event)
         if tried.attempts < self._config.attempts:
             self.queue.append(tried)
-        elif isinstance(cause_of(event.error), SourceError | StoreDamagedError) or task.phase == "solve":
+        elif isinstance(cause_of(event.error), SourceError | StoreDamagedError) or task.phase in ("open", "solve"):
             Temporal(self._store, source_id).leave_out(words_of(event))
             self.left_out[source_id] = words_of(event)
             self.queue = deque(one for one in self.queue if one.segment.source_id != source_id)

@@ -17,10 +17,10 @@ from depthmill.pipeline.smoothing.solve import solve
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.store.layout import DEPTH_INVALID, DEPTH_STEP
-from depthmill.pipeline.store.temporal import FILTERED, PARTLY, SCALED, UNREAD, Temporal, stored_rows
+from depthmill.pipeline.store.temporal import FILTERED, PARTLY, SCALED, UNREAD, Lost, Temporal, stored_rows
 from depthmill.pipeline.types import LABELLED, Frame, FrameSource, Segment, WorkerState
 
-Phase = Literal["edges", "solve", "filter"]
+Phase = Literal["open", "edges", "solve", "filter"]
 
 _COVERAGE = FIELDS.index("coverage")
 
@@ -30,10 +30,10 @@ class SmoothTask:
     """Something to do for a worker that smooths.
 
     Attributes:
-        phase: What.
+        phase: What; `open` says whether the source is there, and then removes what other options made of it.
         uri: Of the source.
         fingerprint: Of the source; another one is refused.
-        segment: Which frames; all for `solve`.
+        segment: Which frames; all for `solve`, and of no matter for `open`.
         attempts: How many have failed.
         losses: How many ended with the worker's whole machine.
     """
@@ -57,6 +57,14 @@ class SmoothTask:
 def edges_shape(max_edge: int) -> tuple[int, int]:
     """Gaps and fields of a frame's edges."""
     return sum(gap <= max_edge for gap in GAPS), len(FIELDS)
+
+
+def prepare(source_id: str, store: Store, config: SmoothConfig, *, remove: bool = True) -> Lost:
+    """Prepare a source's group for these options: see `Temporal.prepare`."""
+    shape = edges_shape(config.max_edge)
+    return Temporal(store, source_id).prepare(
+        max_edge=config.max_edge, flow=config.flow, leak=config.leak, shape=shape, remove=remove
+    )
 
 
 def write_segment_edges(
@@ -98,8 +106,10 @@ def write_empty_edges(segment: Segment, store: Store, config: SmoothConfig) -> N
 
 
 def solve_source(source_id: str, store: Store, config: SmoothConfig) -> None:
-    """Solve a video whose edges are all there."""
+    """Solve a video whose edges are all there; what another leak made of them goes now, and not before."""
     temporal = Temporal(store, source_id)
+    if prepare(source_id, store, config, remove=False) == "solution":
+        prepare(source_id, store, config)
     labelled = store.status(source_id) == LABELLED
     solution = solve(temporal.read("edges"), temporal.read("score"), labelled, leak=config.leak)
     temporal.write_solution(solution.scale, solution.shift, solution.shot)
@@ -200,7 +210,12 @@ class Smoother:
             if task.phase == "solve":
                 solve_source(task.segment.source_id, self._store, self._config)
                 return ""
+            if task.phase == "open":
+                self._sources.close()  # one that is open may be read on when its file is gone
             source = self._sources.open(task.uri, task.fingerprint)
+            if task.phase == "open":
+                prepare(task.segment.source_id, self._store, self._config)
+                return ""
             if task.phase == "filter":
                 return filter_segment(source, task.segment, self._store, self._config, on_frame, on_passed)
             return write_segment_edges(source, task.segment, self._store, self._config, on_frame, on_passed)

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,8 @@ _LEFT_OUT = "left_out"  # attribute: why the last run could not go on with it
 _COMMITS = {"edges": "edges", "solution": "shot", "filter": "filtered"}
 _FILTER_ARRAYS = ("depth_smooth", "normals_smooth")
 
+Lost = Literal["", "solution", "edges"]  # what other options, or labels, make void
+
 
 class Temporal:
     """The smoothing of one source."""
@@ -64,7 +66,7 @@ class Temporal:
         document = self.store.document(self._root)
         return None if document is None else document["attributes"]
 
-    def prepare(self, *, max_edge: int, flow: str, leak: float, shape: tuple[int, int]) -> None:
+    def prepare(self, *, max_edge: int, flow: str, leak: float, shape: tuple[int, int], remove: bool = True) -> Lost:
         """Make the group, or keep of the one that is there what the same options would give again.
 
         Args:
@@ -72,19 +74,29 @@ class Temporal:
             flow: Of the edges and the filter.
             leak: Of the solve.
             shape: Gaps and fields of an edge.
+            remove: Whether the rest is removed; if not, and there is any, nothing is changed.
+
+        Returns:
+            What the rest is: "edges", and with them all of it; the "solution", and what is filtered by it; or "".
         """
         wanted = {"version": _VERSION, "max_edge": max_edge, "flow": flow, "labels": self.digest(), "leak": leak}
         there = self.attributes()
         if there == wanted:
-            return
-        before = None if there is None else {name: there[name] for name in there if name != _LEFT_OUT}
+            return ""
+        before = {name: value for name, value in (there or {}).items() if name != _LEFT_OUT}
+        lost: Lost = "solution" if {**before, "leak": leak} == wanted else "edges"
+        if there is None or before == wanted:
+            lost = ""
+        if lost and not remove:
+            return lost
         if before != wanted:
-            if before is None or {**before, "leak": leak} != wanted:
+            if lost != "solution":
                 self.remove()
             self.uncommit_solution()
             for name, document in self._documents(shape).items():
                 self._directory.write(f"{self.source_id}/{name}/{METADATA}", json_bytes(document))
         self._directory.write(f"{self._root}/{METADATA}", json_bytes(group_document(wanted)))
+        return lost
 
     def leave_out(self, why: str) -> None:
         """Say that a source cannot be solved, so that readers go without it; what was computed of it stays."""

@@ -27,6 +27,7 @@ def labelled(path, video, segment_frames=8, upto=None, labels=("depth", "normals
     return store, about.id
 
 
-def written(store):
-    """Path -> bytes of every file that smoothing wrote."""
-    return {k: v for k, v in samples.files(store.uri).items() if "/temporal/" in k or "_smooth/" in k}
+def written(store, source_id=""):
+    """Path -> bytes of every file that smoothing wrote, or of those of one source."""
+    found = samples.files(store.uri)
+    return {k: v for k, v in found.items() if k.startswith(source_id) and ("/temporal/" in k or "_smooth/" in k)}

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shutil
 import signal
 import threading
 from contextlib import suppress
@@ -32,6 +33,7 @@ from depthmill.tests import media
 from depthmill.tests.pipeline.store import samples
 from depthmill.tests.workers.flickering import labelled, written
 from depthmill.workers import smooth as smooth_module
+from depthmill.workers.looks import Looks
 from depthmill.workers.pool import Event
 from depthmill.workers.smooth import _Run, smooth
 
@@ -109,6 +111,47 @@ def test_again_does_nothing_and_another_leak_solves_alone(tmp_path, video):
     assert Temporal(store, name).attributes()["leak"] == 0.5
     assert Temporal(store, name).solved()
     assert run(store, flow="medium").frames == FRAMES
+
+
+def test_other_options_cost_nothing_before_a_source_can_be_made_anew(tmp_path, video):
+    kept = media.write_video(tmp_path / "kept.mp4", frames=FRAMES)
+    store, name = labelled(tmp_path / "a.zarr", video)
+    store, gone = labelled(tmp_path / "a.zarr", kept)
+    run(store)
+    before = {one: written(store, one) for one in (name, gone)}
+    kept.rename(tmp_path / "away.mp4")
+    done = run(store, flow="medium")
+    assert (done.smoothed, list(done.left_out)) == ((name,), [gone])
+    assert written(store, gone) == before[gone], "its old smoothing stays"
+    assert written(store, name) != before[name]
+    assert sorted(open_datasets(store.uri, smooth=True)) == sorted((name, gone))
+
+
+@pytest.mark.parametrize("options", [{"flow": "ultrafast"}, {"leak": 0.5}])
+def test_a_source_is_smoothed_anew_before_the_next_is_begun(tmp_path, video, options):
+    store, first = labelled(tmp_path / "a.zarr", video)
+    store, other = labelled(tmp_path / "a.zarr", shutil.copy(video, tmp_path / "other.mp4"))
+    run(store)
+    before = written(store, other)
+    config = SmoothConfig(workers=0, max_edge=4, **options)
+    going, worker = _Run(store, config, [first, other]), Smoother(config, store.uri)
+    worker.load()
+
+    def planned():
+        while going.looks.left:
+            going.plan()
+        return going.queue
+
+    while planned()[0].segment.source_id == first:
+        task = going.queue.popleft()
+        worker.smooth(task)
+        going._finished(task)
+    assert task.phase == "solve"
+    assert Temporal(store, first).current()
+    assert Temporal(store, first).attributes() != Temporal(store, other).attributes()
+    assert written(store, other) == before, "a run that is stopped now has removed nothing else"
+    worker.close()
+    going.looks.close()
 
 
 def test_labels_done_again_make_it_stale(tmp_path, video):
@@ -254,18 +297,18 @@ def test_all_looks_that_met_one_outage_are_one_outage(monkeypatch):
             raise StoreError("503")
         return "", []
 
-    monkeypatch.setattr(_Run, "_look", look)
+    monkeypatch.setattr(Looks, "_look", look)
     going = _Run(SimpleNamespace(), SmoothConfig(), [str(i) for i in range(100)])
     away.set()
     with pytest.raises(StoreError, match="503") as caught:
         going.plan(wait=True)
     going._rest(caught.value, 0.0)
-    going._readers.submit(lambda: None).result()
+    going.looks._readers.submit(lambda: None).result()
     away.clear()
     assert not going.plan(wait=True)
     assert set(looked) == {str(i) for i in range(100)}
     assert going._rests == 0
-    going.close()
+    going.looks.close()
 
 
 def test_a_source_that_had_to_be_left_out_hides_no_other(tmp_path, video):
@@ -293,7 +336,7 @@ def test_few_sources_are_looked_at_at_once(monkeypatch):
         assert may.wait(30)
         return "", [SimpleNamespace(phase="solve")]
 
-    monkeypatch.setattr(_Run, "_look", look)
+    monkeypatch.setattr(Looks, "_look", look)
     going = _Run(SimpleNamespace(), SmoothConfig(), [str(i) for i in range(100)])
     assert not going.plan()
     assert len(looked) <= READERS
@@ -301,7 +344,7 @@ def test_few_sources_are_looked_at_at_once(monkeypatch):
     while len(going.queue) < 100:
         assert going.plan(wait=True)
     assert sorted(looked, key=int) == [str(i) for i in range(100)]
-    going.close()
+    going.looks.close()
 
 
 @pytest.mark.parametrize("phase", ["edges", "filter"])
