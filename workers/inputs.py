@@ -16,6 +16,7 @@ from depthmill.pipeline.errors import (
     SourceError,
     StoreDamagedError,
     StoreError,
+    StoreFullError,
     StoreMismatchError,
 )
 from depthmill.pipeline.sources import shown
@@ -111,7 +112,8 @@ class Inputs:
             DepthmillError: If it is not the input's fault.
         """
         cause = cause_of(event.error)
-        if isinstance(cause, DepthmillError) and not isinstance(cause, SourceError | StoreError):
+        away = isinstance(cause, SourceError | StoreError) and not isinstance(cause, StoreFullError)
+        if isinstance(cause, DepthmillError) and not away:
             raise cause
         if probe is self._check:
             self._check = None

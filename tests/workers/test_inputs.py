@@ -2,7 +2,7 @@
 
 import pytest
 
-from depthmill.pipeline.errors import MissingError, RunStoppedError, SourceError, StoreError
+from depthmill.pipeline.errors import MissingError, RunStoppedError, SourceError, StoreError, StoreFullError
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
 
 
@@ -55,6 +55,14 @@ def test_inputs_that_are_away_while_they_are_probed_are_probed_later(error, unti
     driver = drive(pool, ledger)
     assert not driver.inputs.failures
     assert len(ledger.labelled) == 500 * 64
+
+
+def test_a_disk_that_is_full_when_inputs_are_added_ends_the_run_at_once():
+    ledger = Ledger({"a": (8, 8), "b": (8, 8)})
+    pool = SimulatedPool(lambda: 2, labels(ledger, bad={"b": StoreFullError("labels.zarr: no space left")}))
+    with pytest.raises(RunStoppedError, match=r"no space left[\s\S]*make room"):
+        drive(pool, ledger)
+    assert pool.clock_s < 5
 
 
 def test_a_list_of_which_half_is_missing_is_gone_through():
