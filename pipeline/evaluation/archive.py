@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from depthmill.pipeline.errors import EvaluationError
@@ -29,8 +30,7 @@ class Archive:
         self._tar: tarfile.TarFile | None = None
         self._members: dict[str, tarfile.TarInfo] = {}
         if path.is_dir():
-            files = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-            self.names = frozenset(file.relative_to(path).as_posix() for file in files)
+            self.names = frozenset(file.relative_to(path).as_posix() for file in _files(path))
             return
         try:
             self._tar = tarfile.open(path, "r:")  # noqa: SIM115 (closed by `close`)
@@ -64,3 +64,14 @@ class Archive:
         """Close the tar."""
         if self._tar is not None:
             self._tar.close()
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """All files below a folder, linked folders included, but for links to a folder that they lie in themselves."""
+    for folder, below, names in os.walk(path, followlinks=True):
+        below[:] = [name for name in below if not _leads_back(Path(folder, name))]
+        yield from (Path(folder, name) for name in names)
+
+
+def _leads_back(folder: Path) -> bool:
+    return folder.is_symlink() and folder.resolve() in {above.resolve() for above in folder.absolute().parents}

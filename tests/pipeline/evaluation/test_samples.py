@@ -78,6 +78,17 @@ def test_a_set_is_found_in_the_whole_download(tmp_path, nyu):
     assert names(ibims, tmp_path) == names(ibims, tmp_path / "ibims") == [one.name for one in also]
 
 
+def test_a_set_of_linked_folders_is_found_and_circles_of_links_are_none(tmp_path):
+    wanted, files, written = layouts.ibims(np.random.default_rng(0))
+    layouts.write_folder(tmp_path / "disk", files)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "ibims").symlink_to(tmp_path / "disk/ibims")
+    (tmp_path / "disk/ibims/back").symlink_to(tmp_path)  # by way of which `data` is below itself
+    (data / "itself").symlink_to(".")
+    assert names(wanted, data) == [one.name for one in written]
+
+
 def test_a_split_says_which_pictures(tmp_path):
     wanted, files, _ = layouts.kitti(np.random.default_rng(0))
     data = layouts.write_tar(tmp_path / "kitti.tar", files)
