@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 import depthmill
+from depthmill.pipeline.errors import printable
 from depthmill.pipeline.evaluation.clip_score import CLIP_METRICS, ClipScores
 from depthmill.pipeline.evaluation.clips import ClipSet
 from depthmill.pipeline.evaluation.predictions import Predictions
@@ -77,8 +79,8 @@ def write_clip_report(
         for skip in one.skipped:
             writer.writerow([skip.name, which, *[""] * (len(CLIP_METRICS) + len(_COUNTS)), skip.reason])
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(out / "metrics.json", text.encode())
-    write_atomically(out / "per_clip.csv", buffer.getvalue().encode())
+    for name, content in (("metrics.json", text), ("per_clip.csv", buffer.getvalue())):
+        write_atomically(out / name, content.encode(errors="backslashreplace"))  # names may be no UTF-8
 
 
 def clip_table(wanted: ClipSet, scores: Mapping[str, ClipScores], checkpoint: str) -> Table:
@@ -86,7 +88,7 @@ def clip_table(wanted: ClipSet, scores: Mapping[str, ClipScores], checkpoint: st
     raw = scores["raw"]
     title = f"{wanted.title}: {len(raw.rows)} clips, {sum(row.frames for row in raw.rows)} frames"
     shown = Table(title=f"{title}, {len(raw.skipped)} clips skipped")
-    shown.add_column(checkpoint or "predictions")
+    shown.add_column(Text(printable(checkpoint or "predictions")))
     for which in scores:
         shown.add_column(which, justify="right")
     for name in CLIP_METRICS:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 import depthmill
+from depthmill.pipeline.errors import printable
 from depthmill.pipeline.evaluation.datasets import EvaluationSet
 from depthmill.pipeline.evaluation.metrics import DEPTH_METRICS, NORMALS_METRICS
 from depthmill.pipeline.evaluation.predictions import Predictions
@@ -78,8 +80,9 @@ def paper_figures(wanted: EvaluationSet, predictions: Predictions) -> tuple[str,
     Returns:
         Whose figures, and the figures; none if the paper has none of this set.
     """
-    rows, name = _PAPER[wanted.modality], Path(predictions.checkpoint).name
-    model = _MODELS.get(name, "Marigold + E2E FT")
+    rows, checkpoint = _PAPER[wanted.modality], predictions.checkpoint.casefold()
+    names = (Path(checkpoint).name, Path(checkpoint.partition("@")[0]).name)  # a directory's; a hub id's, unrevised
+    model = next((_MODELS[name] for name in names if name in _MODELS), "Marigold + E2E FT")
     if model == "Marigold, 1 trailing step":
         sampling = predictions.origin.get("identity", {}).get("sampling", {})
         many = _MANY_STEPS.get((sampling.get("steps", 1), sampling.get("ensemble", 1)), model)
@@ -125,8 +128,8 @@ def write_report(
         "depthmill": depthmill.__version__,
     }
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(out / "metrics.json", text.encode())
-    write_atomically(out / "per_image.csv", _csv(wanted, scores).encode())
+    for name, content in (("metrics.json", text), ("per_image.csv", _csv(wanted, scores))):
+        write_atomically(out / name, content.encode(errors="backslashreplace"))  # names may be no UTF-8
 
 
 def _csv(wanted: EvaluationSet, scores: Scores) -> str:
@@ -154,7 +157,7 @@ def table(wanted: EvaluationSet, scores: Scores, predictions: Predictions) -> Ta
     model, paper = paper_figures(wanted, predictions)
     shown = Table(title=f"{wanted.title}: {len(scores.rows)} pictures, {len(scores.skipped)} skipped")
     shown.add_column("")
-    shown.add_column(predictions.checkpoint or "predictions", justify="right")
+    shown.add_column(Text(printable(predictions.checkpoint or "predictions")), justify="right")
     if paper:
         shown.add_column(f"paper: {model}", justify="right")
     for name, value in scores.metrics.items():

@@ -1,14 +1,19 @@
 """Every set of clips, in its own layout, against figures computed by their definition."""
 
+import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from depthmill.pipeline.errors import EvaluationError, UnscorableError
+from depthmill.pipeline.evaluation.clip_report import clip_table, write_clip_report
 from depthmill.pipeline.evaluation.clip_score import score_clips
 from depthmill.pipeline.evaluation.clips import CLIP_SETS, open_clips
+from depthmill.pipeline.evaluation.predictions import Predictions
 
 # Height and width of a set's truth, its factor, where its pictures lie, and the part of the truth that they show.
 LAYOUTS = {
@@ -210,3 +215,17 @@ def test_a_wrong_index_is_refused(tmp_path, change, message):
 def test_a_missing_index_is_named(tmp_path):
     with pytest.raises(EvaluationError, match=r"has no kitti_video\.json; expected the index"):
         open_clips(CLIP_SETS["kitti"], tmp_path)
+
+
+def test_clips_of_any_name_are_reported(tmp_path):
+    _, found = write(tmp_path, "rendered", sequences=("a",))
+    wanted = CLIP_SETS["rendered"]
+    scores = score_clips(wanted, open_clips(wanted, tmp_path), lambda sample: found[sample.name])
+    scores = {"raw": replace(scores, rows=(replace(scores.rows[0], name="caf\udce9"),))}
+    predictions = {"raw": Predictions(pytest.fail, "mine[v2][/x]", {"predictions": "caf\udce9"})}
+    write_clip_report(tmp_path / "out", wanted, scores, predictions, None)
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["predictions"] == {"predictions": "caf\udce9"}
+    assert "\ncaf\\udce9,raw," in (tmp_path / "out/per_clip.csv").read_text()
+    shown = Console(file=io.StringIO(), width=120)
+    shown.print(clip_table(wanted, scores, "mine[v2][/x]"))
+    assert "mine[v2][/x]" in shown.file.getvalue()

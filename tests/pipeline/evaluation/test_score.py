@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -182,6 +183,8 @@ ENSEMBLE = {"steps": 50, "ensemble": 10}
         ("kitti", "marigold-depth-v1-0", ENSEMBLE, "Marigold, 50 leading steps x 10", (0.099, 0.916)),
         ("ibims", "GonzaloMG/marigold-normals", {"steps": 4}, "Marigold, 1 trailing step", (18.1, 62.9)),
         ("ibims", "marigold-normals", ENSEMBLE, "Marigold, 50 leading steps x 10", (18.4, 64.3)),
+        ("kitti", "lemonaddie/Geowizard@refs/pr/1", {}, "GeoWizard, 1 trailing step", (0.133, 0.847)),
+        ("kitti", "/@home/geowizard", {}, "GeoWizard, 1 trailing step", (0.133, 0.847)),
         ("kitti", "lemonaddie/geowizard", {}, "GeoWizard, 1 trailing step", (0.133, 0.847)),
         ("nyuv2", "GonzaloMG/marigold-e2e-ft-normals", {}, "Marigold + E2E FT", (0.052, 0.966)),
         ("nyuv2", "prs-eth/marigold-depth-v1-1", {"steps": 4, "ensemble": 10}, "Marigold + E2E FT", (0.052, 0.966)),
@@ -214,3 +217,16 @@ def test_the_papers_figures_stand_beside_ours(nyu, tmp_path):
     paper = json.loads((tmp_path / "report" / "metrics.json").read_text())["paper"]
     assert paper["metrics"] == {"abs_rel": 0.052, "delta1": 0.966}
     assert "arXiv 2409.11355" in paper["source"]
+
+
+def test_names_of_any_bytes_and_of_markup_are_reported_as_they_are(nyu, tmp_path):
+    wanted, archive, samples, folder, _ = nyu
+    scores = score(wanted, archive, samples, from_folder(folder, samples, "depth"))
+    rows = (replace(scores.rows[0], name="caf\udce9"), *scores.rows[1:])
+    taken = Predictions(pytest.fail, "runs/mine[v2][/x]", {"store": "caf\udce9.zarr"})
+    write_report(tmp_path / "report", wanted, replace(scores, rows=rows), taken, None)
+    assert json.loads((tmp_path / "report/metrics.json").read_text())["predictions"]["store"] == "caf\udce9.zarr"
+    assert "\ncaf\\udce9," in (tmp_path / "report/per_image.csv").read_text()
+    shown = Console(file=io.StringIO(), width=120)
+    shown.print(table(wanted, scores, taken))
+    assert "runs/mine[v2][/x]" in shown.file.getvalue()
