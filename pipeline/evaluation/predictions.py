@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from depthmill.pipeline.errors import EvaluationError, UnscorableError
+from depthmill.pipeline.errors import EvaluationError, StoreError, UnscorableError
 from depthmill.pipeline.evaluation.decode import Floats
 from depthmill.pipeline.evaluation.samples import Sample, some
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
@@ -71,9 +71,14 @@ def from_folder(
     def read(sample: Sample) -> Floats:
         path = files[sample.name]
         try:
-            values = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            with path.open("rb") as file:
+                values = np.load(file, allow_pickle=False)
+        except Exception as error:  # what NumPy takes for an archive, zipfile's
             raise UnscorableError(f"its prediction cannot be read: {error}") from error
+        if not isinstance(values, np.ndarray):
+            raise UnscorableError(
+                "its prediction is an archive of arrays (.npz); expected one array, as numpy.save has it"
+            )
         if values.dtype.kind not in "fiu":
             raise UnscorableError(f"its prediction is an array of {values.dtype}; expected numbers")
         plane: Floats = values.squeeze()
@@ -100,7 +105,7 @@ def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality, 
 
     Raises:
         EvaluationError: If the store has other labels, is not finished, or lacks a sample.
-        StoreError: If there is no such store, or nothing in it is smoothed, though that is asked for.
+        StoreError: If there is no such store, it is damaged, or nothing in it is smoothed, though that is asked for.
     """
     store = open_store(path)
     if modality not in store.layout.labels:
@@ -115,7 +120,7 @@ def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality, 
         if attributes["kind"] != "images":
             continue
         folder = PurePosixPath(Path(attributes["uri"]).as_posix())
-        keys = [str(key) for key in datasets[source]["key"].values]
+        keys = [str(key) for key in store.read(source, "key")]
         if keys == [folder.name]:
             folder = folder.parent  # a source that is one picture
         for row, key in enumerate(keys):
@@ -139,14 +144,22 @@ def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality, 
             f"{path} is not finished: {some(pending)} have no labels yet; run the same `depthmill label` again"
         )
     reasons = {(failure.source_id, failure.frame): failure.reason for failure in store.failures()}
-    sizes = {source: datasets[source]["size"].values for source in status}
+    sizes = {source: store.read(source, "size") for source in status}
 
     def read(sample: Sample) -> Floats:
         source, row = rows[sample.name]
         if status[source][row] == FAILED:
             raise UnscorableError(f"it has no labels: {reasons[source, row]}")
         H, W = (int(side) for side in sizes[source][row])
-        values: Floats = datasets[source][modality][row, :H, :W].values
+        try:
+            values: Floats = datasets[source][modality][row, :H, :W].values
+        except (StoreError, MemoryError):
+            raise
+        except Exception as error:  # whatever codecs raise of broken bytes
+            raise UnscorableError(
+                f"its labels, frame {row} of source {source}, are damaged ({type(error).__name__}: {error}): run "
+                f"`depthmill verify {path} --repair`, which mends them or says what does"
+            ) from error
         return values
 
     checkpoint = store.identity.get("checkpoints", {}).get(modality, {}).get("name", "")

@@ -1,0 +1,54 @@
+"""What is said of predictions that cannot be read."""
+
+import numpy as np
+import pytest
+
+from depthmill.pipeline import store as stores
+from depthmill.pipeline.errors import StoreDamagedError, UnscorableError
+from depthmill.pipeline.evaluation.predictions import from_folder, from_store
+from depthmill.pipeline.evaluation.samples import Sample
+from depthmill.pipeline.sources import open_source
+from depthmill.tests import media
+
+SAMPLES = [Sample(f"a/{i:03d}", f"a/{i:03d}.png", "", None) for i in range(4)]
+
+
+def test_damaged_labels_cost_their_pictures_and_say_what_mends_them(tmp_path):
+    media.write_image_folder(tmp_path / "a", count=4)
+    layout = stores.Layout(labels=("depth",), shard_frames=2, segment_frames=4)
+    store = stores.create(tmp_path / "s", layout, {})
+    source = open_source(tmp_path / "a").probe()
+    store.add(source)
+    writer = store.writer(store.segments(source.id)[0])
+    for i in range(4):
+        writer.put(i, np.full((source.height, source.width), 0.25 * i, np.float32), None)
+    writer.commit()
+
+    def damage(file):
+        path = tmp_path / "s" / source.id / file
+        path.write_bytes(b"\xff" * path.stat().st_size)
+
+    damage("depth/c/0/0/0")
+    taken = from_store(tmp_path / "s", SAMPLES, "depth")
+    with pytest.raises(
+        UnscorableError, match=r"frame 1 of source a-.* are damaged .*run `depthmill verify .*--repair`"
+    ):
+        taken.read(SAMPLES[1])
+    assert taken.read(SAMPLES[3]).mean() == pytest.approx(0.75, abs=1e-4)
+    damage("key/c/0")
+    with pytest.raises(StoreDamagedError, match=r"/key is damaged .*run `depthmill verify .*--repair`"):
+        from_store(tmp_path / "s", SAMPLES, "depth")
+
+
+def test_an_archive_of_arrays_is_no_prediction(tmp_path):
+    (tmp_path / "a").mkdir()
+    for sample in SAMPLES[:2]:
+        np.savez(tmp_path / f"{sample.name}.npz", np.zeros((2, 2)))
+        (tmp_path / f"{sample.name}.npz").rename(tmp_path / f"{sample.name}.npy")
+    damaged = tmp_path / f"{SAMPLES[1].name}.npy"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    taken = from_folder(tmp_path, SAMPLES[:2], "depth")
+    with pytest.raises(UnscorableError, match=r"an archive of arrays \(\.npz\); expected one array"):
+        taken.read(SAMPLES[0])
+    with pytest.raises(UnscorableError, match="its prediction cannot be read"):
+        taken.read(SAMPLES[1])
