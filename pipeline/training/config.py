@@ -99,7 +99,7 @@ class TrainConfig(_Strict):
     save_steps: int = Field(default=1000, gt=0)
     picture_steps: int = Field(default=1000, gt=0)
     loader_workers: int = Field(default=4, ge=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -97,8 +97,15 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
     if overwrite:  # now that all there is to read was found
         _remove(accelerator, output)
     if accelerator.is_main_process:
-        record = config.model_dump(mode="json") | {"processes": accelerator.num_processes}
-        (output / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+        recorded, pictures = output / "config.json", [len(each) for each in batches.sets]
+        if first and (before := json.loads(recorded.read_text()).get("pictures", pictures)) != pictures:
+            log.warning(
+                "the sets have %s pictures, and had %s: from step %d on these come in another order, to other losses "
+                "than an unbroken run's; if that matters, stop, put the files back and run again",
+                *(pictures, before, first),
+            )
+        record = config.model_dump(mode="json") | {"processes": accelerator.num_processes, "pictures": pictures}
+        recorded.write_text(json.dumps(record, indent=2) + "\n")
     accelerator.init_trackers("train")
     with LossTable(output / "losses.csv", lambda row: int(row["step"]) <= first) as table:
         for done, row in _steps(accelerator, wrapped, optimizer, batches, first):
@@ -324,6 +331,7 @@ def _resume(accelerator: Accelerator, config: TrainConfig, output: Path) -> int:
         return 0
     recorded = output / "config.json"
     document = json.loads(recorded.read_text())
+    document.pop("pictures", None)
     before = document.pop("processes", 1)
     gone = {name: document.pop(name, value) for name, value in _GONE.items()}
     # Validated, an option that a later version added has its default.

@@ -87,7 +87,7 @@ class StagedConfig(_Strict):
         cpu_threads: On a CPU, into how many equal parts a batch is split, each on one core.
     """
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     architecture: Architecture
     start: str | None = None
     processing_resolution: int = Field(gt=0)

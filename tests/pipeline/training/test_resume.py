@@ -127,12 +127,16 @@ def test_a_run_of_a_version_that_had_more_options_goes_on_if_it_did_not_use_them
         train(config(scene_pool, steps=2), tmp_path)
 
 
-def test_a_step_is_of_as_many_pictures_when_processes_change(scene_pool, tmp_path):
+def test_a_step_is_of_as_many_pictures_when_processes_change(scene_pool, tmp_path, caplog):
     settings = config(scene_pool, steps=2, accumulation=4)
     train(settings, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"accumulation": 1, "processes": 4}))  # as four left it
     train(settings, tmp_path)
+    assert "come in another order" not in caplog.text
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pictures": [101]}))
+    train(settings, tmp_path)
+    assert "the sets have [100] pictures, and had [101]: from step 2 on these come in another order" in caplog.text
     path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 4}))
     with pytest.raises(TrainingError, match=r"accumulation x processes \(16, now 4\)"):
         train(settings, tmp_path)

@@ -12,6 +12,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from pydantic import ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from depthmill.pipeline.config import load_config
@@ -21,6 +22,7 @@ from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.training import losses, start
 from depthmill.pipeline.training import train as train_module
 from depthmill.pipeline.training.config import TrainConfig
+from depthmill.pipeline.training.from_scratch.config import StagedConfig
 from depthmill.pipeline.training.objectives import Objective
 from depthmill.pipeline.training.sets import open_set
 from depthmill.pipeline.training.train import train
@@ -346,3 +348,9 @@ def test_two_processes_learn_what_one_does_with_twice_the_accumulation(scene_poo
     assert two == pytest.approx(one, rel=1e-4)
     whole, shared = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max(float((whole[name] - shared[name]).abs().max()) for name in whole) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, StagedConfig])
+def test_a_seed_that_numpy_would_not_take_is_refused(kind):
+    with pytest.raises(ValidationError, match=r"seed\n.*greater than or equal to 0"):
+        kind.model_validate({"seed": -1})
