@@ -17,6 +17,7 @@ from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.errors import (
     ConfigError,
     RunStoppedError,
+    SourceChangedError,
     SourceError,
     StoreDamagedError,
     StoreError,
@@ -32,6 +33,7 @@ from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.workers.crew import Crew
 from depthmill.workers.inquest import after, cause_of, words_of
+from depthmill.workers.loading import Loading
 from depthmill.workers.looks import Looks
 from depthmill.workers.pace import HOPELESS_AFTER, Pace, rest_s
 from depthmill.workers.pool import Event, InProcess, Pool
@@ -40,7 +42,8 @@ from depthmill.workers.standing import Counts
 from depthmill.workers.stopping import stoppable
 
 _WAIT_S = 0.5
-_LOAD_DEATHS = 3
+_LOAD_FAILURES = 3  # after which workers are asked for seldom, or the run ends
+_IN_A_ROW = 5
 _SHOWN = 8
 
 
@@ -84,6 +87,11 @@ def smooth(
         RunStoppedError: On Ctrl-C, SIGTERM or SIGHUP, when workers cannot be kept alive or the store not be reached,
             and when the disk is full.
     """
+    console = console or RunConsole(highlight=False)
+
+    def say(line: str) -> None:
+        console.print(line, style="yellow", soft_wrap=True, markup=False)
+
     with ExitStack() as stack:
         stopped = stack.enter_context(stoppable())
         store = open_store(store_uri)
@@ -97,7 +105,7 @@ def smooth(
         run = _Run(store, config, wanted)
         started_s = time.perf_counter()
         stack.callback(run.looks.close)
-        run.display = stack.enter_context(open_display(console or RunConsole(highlight=False), run.rate, "smoothing"))
+        run.display = stack.enter_context(open_display(console, run.rate, "smoothing"))
         try:
             if run.plan(wait=True):
                 pool: Pool = InProcess({"labeler": lambda: Smoother(config, store.uri)}, run.show_state)
@@ -109,15 +117,16 @@ def smooth(
 
                     pool = smoothers(config, store.uri)
                 stack.callback(pool.close)
-                run.go(Crew(pool), stopped.is_set)
+                run.go(Crew(pool), stopped.is_set, say)
         except KeyboardInterrupt:
             raise RunStoppedError(
                 "stopped: what was smoothed so far stays; run the same command again to go on from there"
             ) from None
-        except StoreFullError as error:
+        except StoreError as error:
+            remedy = "make room" if isinstance(error, StoreFullError) else "see to the store"
             raise RunStoppedError(
-                f"{error}\nThe run was stopped: what was smoothed so far stays; make room, then run the same "
-                "command again to go on from there"
+                f"{error}\nThe run was stopped: what was smoothed so far stays; {remedy}, then run the same command "
+                "again to go on from there"
             ) from error
     smoothed = tuple(one for one in wanted if one not in run.left_out)
     seconds = time.perf_counter() - started_s
@@ -137,7 +146,12 @@ class _Run:
         self.rate = Rate()
         self._limits = Pace(config.frame_limit_s, config.frame_limit_s)  # phases differ too much in pace to learn it
         self.display: Any = None
-        self.done = self._total = self._load_deaths = 0
+        self.done = self._total = 0
+        self._suspects: dict[str, str] = {}  # source that could not be opened, though others could be -> why
+        self._held: list[SmoothTask] = []  # theirs
+        self._good: SmoothTask | None = None  # opens a source that was opened in this run
+        self._check: SmoothTask | None = None  # that, under way
+        self._away = False  # whether it failed
         self._rests, self._rests_until_s = 0, float("-inf")
         self._rested = 0  # rests in all
 
@@ -164,90 +178,103 @@ class _Run:
     def show_state(self, state: Any) -> None:
         self.display(Counts(self._total, 0, self.done, 0), {"this process": state})
 
-    def go(self, crew: Crew, stopped: Callable[[], bool]) -> None:
+    def go(self, crew: Crew, stopped: Callable[[], bool], say: Callable[[str], None]) -> None:
         """Work until nothing is left.
 
+        Args:
+            crew: The workers.
+            stopped: Whether the run is to end.
+            say: Says a line to the user.
+
         Raises:
-            KeyboardInterrupt: Once the run is `stopped`.
+            KeyboardInterrupt: If the run is to end.
         """
-        while self.queue or self.looks.left or crew.busy:
+        loading = Loading(crew, say, lambda: _LOAD_FAILURES)
+        while self.queue or self.looks.left or crew.busy or self._suspects:
             if stopped():
                 raise KeyboardInterrupt
             room = crew.room() if self._config.workers is None else max(1, self._config.workers)
             if crew.now_s >= self._rests_until_s:
-                self._assign(crew, room)
+                self._assign(crew, 0 if loading.pauses else room)
             for event in crew.wait(_WAIT_S):
-                self._ended(crew, event)
+                self._ended(crew, event, loading)
             for event in list(crew.end_overdue()):
-                self._ended(crew, event)
+                self._ended(crew, event, loading)
             self.display(Counts(self._total, 0, self.done, 0), crew.states(_SHOWN))
 
     def _assign(self, crew: Crew, room: int) -> None:
-        """Give idle workers something to do."""
+        """Give idle workers something to do, and ask for more if there is room for so many."""
         try:
             self.plan(wait=not crew.busy)
         except StoreFullError:
             raise
         except StoreError as error:
             self._rest(error, crew.now_s)
-        for _ in range(min(room, len(self.queue)) - len(crew.labelers)):
+        for _ in range(min(room, len(self.queue) or bool(self._suspects)) - len(crew.labelers)):
             crew.hire("labeler")
         for worker in list(crew.idle):
-            if self.queue:
-                task = self.queue.popleft()
+            if (task := self._next(crew)) is not None:
                 limits = self._limits.to_do(task.frames + self._config.max_edge)
                 limits = replace(limits, still_s=None) if task.phase in ("open", "solve") else limits
                 crew.call(worker, task, limits, "smooth", task)
 
+    def _next(self, crew: Crew) -> SmoothTask | None:
+        """The next task. Once several sources, or the last ones, cannot be opened, it is to open one that could be."""
+        if self._check is not None:
+            return None
+        if len(self._suspects) >= _IN_A_ROW or (self._suspects and not (self.queue or self.looks.left or crew.busy)):
+            self._check = self._good
+            return self._check
+        return self.queue.popleft() if self.queue else None
+
     def _rest(self, error: BaseException, now_s: float) -> None:
-        """Wait for a store that does not answer: longer each time, but once for all that met it together."""
+        """Wait for what does not answer: longer each time, but once for all that met it together."""
         if now_s < self._rests_until_s:
             return
         if self._rests >= HOPELESS_AFTER:
             raise RunStoppedError(
-                f"{error}\nThe run was stopped: what was smoothed so far stays; see to the store, then run the same "
-                "command again to go on from there"
+                f"{error}\nThe run was stopped: what was smoothed so far stays; expected inputs, store and credentials "
+                "to be as they were: see to them, then run the same command again to go on from there"
             ) from error
         self._rests_until_s = now_s + rest_s(self._rests)
         self._rests += 1
         self._rested += 1
 
-    def _ended(self, crew: Crew, event: Event) -> None:
-        running = crew.ended(event)
+    def _ended(self, crew: Crew, event: Event, loading: Loading) -> None:
+        running, cause = crew.ended(event), cause_of(event.error)
         if running is None:
             return
         if running.item is None:
-            self._loaded(event)
-        elif event.error is None:
-            self._rests = 0
-            if event.answer:
-                self.unread[str(running.item)] = event.answer
-            self._finished(running.item)
-        elif isinstance(cause := cause_of(event.error), StoreFullError):
-            raise cause
-        elif isinstance(cause, StoreError) and not isinstance(cause, StoreDamagedError):
-            self.queue.appendleft(running.item)
-            self._rest(cause, crew.now_s)
-        else:
-            try:
-                self._failed(running.item, event)
-            except StoreFullError:
-                raise
-            except StoreError as error:
-                self.queue.appendleft(running.item)
-                self._rest(error, crew.now_s)
-
-    def _loaded(self, event: Event) -> None:
-        if event.error is None:
-            self.rate.start()
-            self._load_deaths = 0
+            if event.error is None:
+                self.rate.start()
+                loading.loaded()
+                loading.trusted()
+            else:
+                loading.failed(event, "loading", needed=not (crew.ready or crew.loading))
             return
-        self._load_deaths += 1
-        if not event.died or self._load_deaths >= _LOAD_DEATHS:
-            raise RunStoppedError(
-                f"workers cannot start ({words_of(event)}): see to it, and run the same command again; what is "
-                "smoothed stays"
-            ) from event.error
+        checks = self._check is running.item
+        if checks:
+            self._check = None
+        try:
+            if isinstance(cause, StoreError) and not isinstance(cause, StoreDamagedError):
+                raise cause
+            if checks:
+                self._checked(cause, crew.now_s)
+            elif cause is None:
+                self._rests = 0
+                if running.item.phase != "solve":
+                    self._good = replace(running.item, phase="open", attempts=0, losses=0)
+                if event.answer:
+                    self.unread[str(running.item)] = event.answer
+                self._finished(running.item)
+            else:
+                self._failed(running.item, event)
+        except StoreFullError:
+            raise
+        except StoreError as error:
+            if not checks:
+                self.queue.appendleft(running.item)
+            self._rest(error, crew.now_s)
 
     def _finished(self, task: SmoothTask) -> None:
         source_id = task.segment.source_id
@@ -262,16 +289,20 @@ class _Run:
             self.looks.add(source_id, task.phase)
 
     def _failed(self, task: SmoothTask, event: Event) -> None:
-        source_id = task.segment.source_id
+        source_id, cause = task.segment.source_id, cause_of(event.error)
         if source_id in self.left_out:
             return
         tried = after(task, event)
-        if tried.attempts < self._config.attempts:
+        if source_id in self._suspects:
+            self._held.append(task)
+        elif tried.attempts < self._config.attempts:
             self.queue.append(tried)
-        elif isinstance(cause_of(event.error), SourceError | StoreDamagedError) or task.phase in ("open", "solve"):
-            Temporal(self._store, source_id).leave_out(words_of(event))
-            self.left_out[source_id] = words_of(event)
-            self.queue = deque(one for one in self.queue if one.segment.source_id != source_id)
+        elif isinstance(cause, SourceError) and not isinstance(cause, SourceChangedError) and self._good is not None:
+            self._suspects[source_id] = words_of(event)
+            self._held += [replace(task, attempts=0), *self._withdrawn(source_id)]
+        elif isinstance(cause, SourceError | StoreDamagedError) or task.phase in ("open", "solve"):
+            self._leave_out(source_id, words_of(event))
+            self._withdrawn(source_id)
         else:
             self.unread[str(task)] = words_of(event)
             if task.phase == "edges":
@@ -279,3 +310,29 @@ class _Run:
             else:
                 write_unfiltered(task.segment, self._store)
             self._finished(task)
+
+    def _checked(self, cause: BaseException | None, now_s: float) -> None:
+        """Leave out what could not be opened when another source could; else wait, and try it again."""
+        changed = isinstance(cause, SourceChangedError | StoreDamagedError)  # it tells nothing any more
+        if cause is not None and not changed:
+            self._away = True
+            self._rest(cause, now_s)
+            return
+        if self._away:
+            self.queue += self._held
+            self._suspects.clear()
+        while self._suspects:
+            self._leave_out(*next(iter(self._suspects.items())))
+        self._held, self._away, self._rests = [], False, 0
+        self._good = None if changed else self._good
+
+    def _leave_out(self, source_id: str, why: str) -> None:
+        Temporal(self._store, source_id).leave_out(why)
+        self.left_out[source_id] = why
+        self._suspects.pop(source_id, None)
+
+    def _withdrawn(self, source_id: str) -> list[SmoothTask]:
+        """The tasks of a source, which are no longer to be done now."""
+        found = [one for one in self.queue if one.segment.source_id == source_id]
+        self.queue = deque(one for one in self.queue if one.segment.source_id != source_id)
+        return found
