@@ -38,7 +38,7 @@ from depthmill.workers.loading import Loading
 from depthmill.workers.pace import Limits, Pace
 from depthmill.workers.pool import Event, Pool
 from depthmill.workers.standing import Standing
-from depthmill.workers.terms import Calls, Options, Publisher
+from depthmill.workers.terms import Calls, Failer, Options, Publisher
 
 _POLL_S = 0.5
 _SHOW_EVERY_S = 0.2
@@ -82,7 +82,7 @@ class Driver:
         self._doubts = Doubts(self._crew, self._say_once, replace=options.workers != 0)
         self._given_up = GivenUp()
         self._said: set[str] = set()
-        self._publisher = Publisher(calls.publish)
+        self._publisher, self._failer = Publisher(calls.publish), Failer(calls.fail)
         self._pace = Pace(options.frame_limit_s, options.least_limit_s)
         self._probe_s: dict[str, float] = {}  # source -> what probing it took
         self._backends: set[str] = set()  # how workers use their devices, by their own account
@@ -111,7 +111,8 @@ class Driver:
                 for event in self._crew.wait(_POLL_S):
                     self._take(event)
                 self._look()
-            self._publisher.publish()
+            with suppress(StoreError):  # who runs this names all that the store has
+                self._publisher.publish()
         except BaseException as error:
             with suppress(Exception):  # what stopped the run matters more
                 self._publisher.publish()
@@ -350,7 +351,7 @@ class Driver:
                 self._found(self._searches.open(suspect.task, suspect.why))
             else:
                 times = "once" if self._options.attempts == 1 else f"{self._options.attempts} times"
-                self._committed(self._calls.fail(suspect.task, f"the segment was tried {times}: {suspect.why}"))
+                self._failer.add(suspect.task, f"the segment was tried {times}: {suspect.why}")
 
     def _tried(self, trial: Trial, running: Running, event: Event) -> None:
         if event.error is None:
@@ -376,6 +377,8 @@ class Driver:
                 self._take(event)
         if len(self._given_up) == self._open and not self.inputs.left:  # nothing is left that could succeed
             self._judge(self._given_up.take(self.standing.succeeded))
+        for report in self._failer.committed(now_s):
+            self._committed(report)
         for why in self.inputs.left_out():
             self.standing.count_reason(why, 1)
             self._calls.say(f"left out: {why}")

@@ -31,11 +31,12 @@ from depthmill.pipeline.sources.naming import readable
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.stages import fail_task
 from depthmill.pipeline.store import Store, create
+from depthmill.pipeline.types import Failure
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.driver import Driver
 from depthmill.workers.pool import InProcess, Pool
 from depthmill.workers.progress import Rate, RunConsole, open_display
-from depthmill.workers.resume import Summary, identity, layout, list_failures, planned_here
+from depthmill.workers.resume import Summary, identity, layout, list_failures, patiently, planned_here
 from depthmill.workers.standing import Standing
 from depthmill.workers.stopping import stoppable
 from depthmill.workers.terms import Calls, Options
@@ -67,7 +68,8 @@ def label(
 
     Raises:
         DepthmillError: If nothing can start: no input can be opened, the checkpoint or the store cannot be used.
-        RunStoppedError: On Ctrl-C, SIGTERM or SIGHUP, when workers cannot be kept alive, and when the disk is full.
+        RunStoppedError: On Ctrl-C, SIGTERM or SIGHUP, when workers cannot be kept alive, and when the disk is full or
+            the store stays away.
     """
     console = console or RunConsole(highlight=False)
     started, rate = datetime.now(UTC), Rate()
@@ -145,8 +147,12 @@ def label(
         raise driver.inputs.mismatch or SourceError(
             f"none of the {len(driver.inputs.failures)} inputs can be opened: nothing to label"
         )
-    store.publish(store.sources())  # of two runs that published at once, one may have undone what the other did
-    failures, others = list_failures(store, driver.inputs.failures, driver.ids)
+
+    def account() -> tuple[tuple[Failure, ...], int]:
+        store.publish(store.sources())  # of two runs that published at once, one may have undone what the other did
+        return list_failures(store, driver.inputs.failures, driver.ids)
+
+    failures, others = patiently(account)
     summary = Summary(
         store=store.uri,
         sources=standing.sources,
@@ -164,8 +170,7 @@ def label(
         deaths=standing.deaths,
         retries=standing.retries,
     )
-    if standing.counts.done or store.directory.read("run.json") is None:
-        _write_run(summary, store, config, checkpoints, started)
+    patiently(partial(_write_run, summary, store, config, checkpoints, started))
     return summary
 
 
@@ -232,6 +237,9 @@ def _write_run(
     checkpoints: Sequence[Checkpoint],
     started: datetime,
 ) -> None:
+    """Write `run.json`, unless this run did nothing and an earlier one wrote it."""
+    if not summary.committed and store.directory.read("run.json") is not None:
+        return
     values = asdict(summary) | {
         "failures": len(summary.failures),
         "failures_by_reason": dict(Counter(failure.reason for failure in summary.failures).most_common()),

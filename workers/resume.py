@@ -6,16 +6,24 @@ Without the libraries that the network needs, whose import takes most of the tim
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import DepthmillError, SourceError, StoreDamagedError, StoreMismatchError
+from depthmill.pipeline.errors import (
+    DepthmillError,
+    RunStoppedError,
+    SourceError,
+    StoreDamagedError,
+    StoreError,
+    StoreFullError,
+    StoreMismatchError,
+)
 from depthmill.pipeline.model.checkpoint import Checkpoint, open_named
 from depthmill.pipeline.plan import Planned, Prober
 from depthmill.pipeline.sources import expand_inputs, source_id
@@ -23,8 +31,11 @@ from depthmill.pipeline.store import Layout, Store, create, open_store, write_fa
 from depthmill.pipeline.store.store import READERS
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import Failure
+from depthmill.workers.pace import HOPELESS_AFTER, rest_s
 
 _PROBED_HERE = 16
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,13 +101,13 @@ def finished(
         store = create(store_uri, layout(config), identity(config, checkpoints))  # another job's is refused
         prober = Prober(store.uri, config.max_pixels, config.max_frames, retry_failed)
         uris, planned = planned_here(expand_inputs(inputs), store, prober)
+        sources = {source.id: source for source in planned}
+        if uris is not None or not sources or any(source.segments for source in planned):
+            return None
+        store.publish(sources)
+        failures, others = list_failures(store, (), sources)
     except DepthmillError:
         return None
-    sources = {source.id: source for source in planned}
-    if uris is not None or not sources or any(source.segments for source in planned):
-        return None
-    store.publish(sources)
-    failures, others = list_failures(store, (), sources)
     return Summary(
         store=store.uri,
         sources=len(sources),
@@ -129,7 +140,15 @@ def planned_here(uris: Iterable[str], store: Store, prober: Prober) -> tuple[Ite
 
 
 def unsmoothed_videos(inputs: Sequence[str], store_uri: str | Path) -> list[str]:
-    """Ids of the videos among a run's inputs that are labelled, and not smoothed since, with whatever options."""
+    """Ids of the videos among a run's inputs that are labelled, and not smoothed since, with whatever options.
+
+    Raises:
+        RunStoppedError: If the store does not answer.
+    """
+    return patiently(partial(_unsmoothed, inputs, store_uri))
+
+
+def _unsmoothed(inputs: Sequence[str], store_uri: str | Path) -> list[str]:
     store = open_store(store_uri)
     there = set(store.sources())
     ids = [one for one in dict.fromkeys(source_id(uri) for uri in expand_inputs(inputs)) if one in there]
@@ -165,6 +184,26 @@ def list_failures(
     write_failures(store, (*unopened, *found))
     own = [failure for failure in found if failure.source_id in source_ids]
     return (*unopened, *own), len(found) - len(own)
+
+
+def patiently(do: Callable[[], T]) -> T:
+    """Do something with the store of a run whose labels are all committed; again, after rests, if it does not answer.
+
+    Raises:
+        RunStoppedError: If it does not for long, or cannot.
+    """
+    rests = 0
+    while True:
+        try:
+            return do()
+        except StoreError as error:
+            if rests >= HOPELESS_AFTER or isinstance(error, StoreFullError | StoreDamagedError):
+                raise RunStoppedError(
+                    f"{error}\nAll frames are committed and stay, but what follows is not done: see to the store, then "
+                    "run the same command again"
+                ) from error
+        time.sleep(rest_s(rests))
+        rests += 1
 
 
 def layout(config: LabelConfig) -> Layout:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from depthmill.pipeline.errors import StoreError, StoreFullError
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Report
+from depthmill.workers.pace import HOPELESS_AFTER, rest_s
 from depthmill.workers.standing import Standing
 
 
@@ -82,3 +84,36 @@ class Publisher:
             self._named += len(self._waiting)
             self._waiting = []
             self._due = self._named // 2 + 1
+
+
+class Failer:
+    """Commits tasks as failed, as soon as the store answers."""
+
+    def __init__(self, fail: Callable[[Task, str], Report]) -> None:
+        """None yet; `fail` is `Calls`'s."""
+        self._fail = fail
+        self._waiting: deque[tuple[Task, str]] = deque()
+        self._rests, self._rests_until_s = 0, float("-inf")
+
+    def add(self, task: Task, why: str) -> None:
+        """One more is to be."""
+        self._waiting.append((task, why))
+
+    def committed(self, now_s: float) -> Iterator[Report]:
+        """Commit them; if the store does not answer, the rest is for a later call.
+
+        Raises:
+            StoreError: If it has not answered for long, or is full.
+        """
+        while self._waiting and now_s >= self._rests_until_s:
+            try:
+                report = self._fail(*self._waiting[0])
+            except StoreError as error:
+                if isinstance(error, StoreFullError) or self._rests >= HOPELESS_AFTER:
+                    raise
+                self._rests_until_s = now_s + rest_s(self._rests)
+                self._rests += 1
+                return
+            self._waiting.popleft()
+            self._rests = 0
+            yield report

@@ -394,7 +394,7 @@ class Store:
 
 
 def write_failures(store: Store, failures: Iterable[Failure]) -> str:
-    """Write `failures.jsonl` into the store: one line for each frame or source without labels, and why.
+    """Write `failures.jsonl` into the store, if it changes: one line for each frame or source without labels, and why.
 
     Args:
         store: The store.
@@ -411,5 +411,7 @@ def write_failures(store: Store, failures: Iterable[Failure]) -> str:
         )
         for f in sorted(failures, key=lambda f: (f.uri, f.source_id or "", f.frame or 0, f.reason))
     ]
-    store.directory.write(FAILURES, "".join(f"{line}\n" for line in lines).encode())
+    data = "".join(f"{line}\n" for line in lines).encode()
+    if store.directory.read(FAILURES) != data:  # a finished store may be where nothing can be written
+        store.directory.write(FAILURES, data)
     return f"{store.uri}/{FAILURES}"

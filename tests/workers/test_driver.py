@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from depthmill.pipeline.errors import ConfigError, RunStoppedError, StoreError, StoreFullError
+from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError, StoreError, StoreFullError
 from depthmill.pipeline.types import WorkerState
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, all_frames, check, drive, labels
 
@@ -324,6 +324,30 @@ def test_a_root_that_cannot_be_written_for_a_while_stops_nothing():
     drive(SimulatedPool(lambda: 2, labels(ledger)), ledger)
     check(ledger, ())
     assert tries[:4] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("until", [4, 1e9])
+def test_a_segment_is_committed_as_failed_when_the_store_answers(until):
+    ledger = Ledger({"a": (64, 8), "b": (64, 8)})
+    fail, tries = ledger.fail, []
+
+    def away(task, reason):
+        tries.append(task)
+        if len(tries) < until:
+            raise StoreError("503")
+        return fail(task, reason)
+
+    ledger.fail = away
+    bad = {("a", frame): SourceError("broken") for frame in range(8, 16)}
+    pool = SimulatedPool(lambda: 2, labels(ledger, bad=bad))
+    if until > 100:
+        with pytest.raises(RunStoppedError, match=r"503[\s\S]*8 frames left"):
+            drive(pool, ledger)
+        assert 95 < pool.clock_s < 200
+    else:
+        drive(pool, ledger)
+        check(ledger, bad)
+    assert len(ledger.labelled) == 120, "the others go on meanwhile"
 
 
 def test_what_workers_warn_of_is_said_once():

@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
 from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.errors import RunStoppedError, StoreError
+from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.tests import media
 from depthmill.workers.label import label
 from depthmill.workers.progress import print_summary
@@ -30,8 +33,10 @@ def store(tmp_path, clip, config):
     return store
 
 
-def test_says_what_label_would_say(store, clip, config):
+def test_says_what_label_would_say(store, clip, config, monkeypatch):
+    """And writes nothing: the store may be where nothing can be written."""
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    monkeypatch.setattr(LocalDirectory, "write", lambda self, key, data: pytest.fail(f"{key} was written"))
     found = finished([str(clip)], store, config)
     again = label([str(clip)], store, config)
     assert (found.labelled, found.committed) == (3, 0)
@@ -92,6 +97,28 @@ def test_whatever_may_be_left_is_for_label(store, clip, config, tmp_path):
 def test_a_run_that_did_not_end_is_for_label(store, clip, config):
     (store / "run.json").unlink()
     assert finished([str(clip)], store, config) is None
+
+
+def test_a_store_that_is_away_when_all_is_labelled_is_waited_for(store, clip, config, monkeypatch):
+    write, tries, slept_s = LocalDirectory.write, [], []
+
+    def away(self, key, data):
+        tries.append(key)
+        if key == "failures.jsonl" or tries.count(key) < 3:
+            raise StoreError("503")
+        write(self, key, data)
+
+    (store / "run.json").unlink()
+    monkeypatch.setattr(LocalDirectory, "write", away)
+    monkeypatch.setattr(time, "sleep", slept_s.append)
+    assert label([str(clip)], store, config).labelled == 3
+    assert (store / "run.json").exists()
+    assert (tries, slept_s) == (["run.json"] * 3, [1, 2])
+    (store / "failures.jsonl").unlink()
+    assert finished([str(clip)], store, config) is None
+    with pytest.raises(RunStoppedError, match=r"503[\s\S]*All frames are committed and stay"):
+        label([str(clip)], store, config)
+    assert sum(slept_s[2:]) == 127
 
 
 def test_an_input_that_changed_is_for_label(store, clip, config):
