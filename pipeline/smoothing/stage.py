@@ -174,12 +174,13 @@ class Smoother:
         self._config, self._store_uri = config, store
         self._state = WorkerState("starting")
         self.on_state: Callable[[WorkerState], None] = lambda state: None
-        self._sources = OpenSources(config.max_pixels, config.max_frames)
+        threads = 0 if config.workers == 0 else 1  # on Ray it has one core
+        self._sources = OpenSources(config.max_pixels, config.max_frames, threads=threads)
 
     def load(self) -> str:
         """Open the store. OpenCV gets one thread: workers share the cores, and no rounding depends on their number."""
         cv2.setNumThreads(1)
-        self._store = open_store(self._store_uri)
+        self._store = open_store(self._store_uri, index=False)
         self._state = WorkerState("idle")
         return "cpu"
 

@@ -6,6 +6,8 @@ import pytest
 from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.smoothing import edges, filter
 from depthmill.pipeline.smoothing.stage import (
+    Smoother,
+    SmoothTask,
     edges_shape,
     filter_segment,
     solve_source,
@@ -13,8 +15,8 @@ from depthmill.pipeline.smoothing.stage import (
     write_segment_edges,
     write_unfiltered,
 )
-from depthmill.pipeline.sources import open_source
-from depthmill.pipeline.store import open_datasets
+from depthmill.pipeline.sources import open_source, opened
+from depthmill.pipeline.store import open_datasets, opening
 from depthmill.pipeline.store.temporal import FILTERED, PARTLY, SCALED, Temporal
 from depthmill.pipeline.store.verify import verify
 from depthmill.tests import media
@@ -106,3 +108,22 @@ def test_edges_without_a_picture_are_made_again_and_all_that_follows_from_them(t
     smooth(store, name, video)
     assert not temporal.unread("edges")
     assert written(store) == written(whole)
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(None, 1), (0, 0)])
+def test_a_worker_reads_no_index_and_decodes_on_the_cores_it_has(tmp_path, monkeypatch, workers, threads):
+    video = media.write_video(tmp_path / "clip.mp4", frames=5)
+    store, name = labelled(tmp_path / "a.zarr", video)
+    monkeypatch.setattr(opening, "read_root", lambda directory: pytest.fail("4 kB a source, of which it needs none"))
+    given = []
+    monkeypatch.setattr(
+        opened, "open_source", lambda uri, **options: given.append(options) or open_source(uri, **options)
+    )
+    worker = Smoother(CONFIG.model_copy(update={"workers": workers}), store.uri)
+    worker.load()
+    uri, fingerprint = (store.attributes(name)[key] for key in ("uri", "fingerprint"))
+    for phase in ("open", "edges", "solve"):
+        worker.smooth(SmoothTask(phase, uri, fingerprint, store.segments(name)[0]))
+    worker.close()
+    assert {one["threads"] for one in given} == {threads}
+    assert Temporal(store, name).solved()
