@@ -87,6 +87,11 @@ def without_secrets(uri: str) -> str:
     return plain
 
 
+def with_secrets(uri: str) -> str:
+    """The URL that `without_secrets` was given for this one, for a worker that was not; others as they are."""
+    return _signed.get(uri, uri)
+
+
 def locate(uri: str, error: type[DepthmillError]) -> tuple[Any, str]:
     """The file system that a URL is on, and its path there.
 
@@ -110,7 +115,7 @@ def locate(uri: str, error: type[DepthmillError]) -> tuple[Any, str]:
         ) from None
     except Exception as problem:
         raise error(f"{uri}: {scheme}:// cannot be opened: {said(problem)}") from None
-    full = _signed.get(uri, uri)
+    full = with_secrets(uri)
     return files, full if scheme.startswith("http") else full.partition("://")[2]
 
 

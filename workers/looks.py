@@ -14,6 +14,7 @@ import numpy as np
 
 from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.errors import StoreDamagedError
+from depthmill.pipeline.objects import with_secrets
 from depthmill.pipeline.smoothing.stage import Phase, SmoothTask, prepare
 from depthmill.pipeline.store import Store
 from depthmill.pipeline.store.store import READERS
@@ -120,7 +121,7 @@ class Looks:
             attributes = self._store.attributes(source_id)
             for phase in phases:
                 if segments := self._to_do(source_id, phase):
-                    uri, fingerprint = attributes["uri"], attributes["fingerprint"]
+                    uri, fingerprint = with_secrets(attributes["uri"]), attributes["fingerprint"]
                     return "", [SmoothTask(phase, uri, fingerprint, segment) for segment in segments]
         except StoreDamagedError as error:
             temporal.leave_out(str(error))

@@ -25,6 +25,7 @@ from depthmill.pipeline.errors import (
     StoreMismatchError,
 )
 from depthmill.pipeline.model.checkpoint import Checkpoint, open_named
+from depthmill.pipeline.objects import without_secrets
 from depthmill.pipeline.plan import Planned, Prober
 from depthmill.pipeline.sources import expand_inputs, source_id
 from depthmill.pipeline.store import Layout, Store, create, open_store, write_failures
@@ -142,6 +143,8 @@ def planned_here(uris: Iterable[str], store: Store, prober: Prober) -> tuple[Ite
 def unsmoothed_videos(inputs: Sequence[str], store_uri: str | Path) -> list[str]:
     """Ids of the videos among a run's inputs that are labelled, and not smoothed since, with whatever options.
 
+    What signs an input's URL is kept for this process, to smooth by: the store does not know it.
+
     Raises:
         RunStoppedError: If the store does not answer.
     """
@@ -151,7 +154,8 @@ def unsmoothed_videos(inputs: Sequence[str], store_uri: str | Path) -> list[str]
 def _unsmoothed(inputs: Sequence[str], store_uri: str | Path) -> list[str]:
     store = open_store(store_uri)
     there = set(store.sources())
-    ids = [one for one in dict.fromkeys(source_id(uri) for uri in expand_inputs(inputs)) if one in there]
+    uris = map(without_secrets, expand_inputs(inputs))
+    ids = [one for one in dict.fromkeys(map(source_id, uris)) if one in there]
     videos = [one for one in ids if store.attributes(one)["kind"] == "video"]
     with ThreadPoolExecutor(READERS) as pool:
         smoothed = pool.map(partial(_is_smoothed, store), videos)

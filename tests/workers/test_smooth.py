@@ -18,12 +18,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from depthmill.cli import app
+from depthmill.pipeline import objects
 from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.errors import RunStoppedError, SourceError, StoreError, StoreFullError
 from depthmill.pipeline.preview import _labels
 from depthmill.pipeline.smoothing.edges import FIELDS
 from depthmill.pipeline.smoothing.stage import Smoother
-from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources import open_source, source_id
 from depthmill.pipeline.store import Layout, create, open_datasets, open_store
 from depthmill.pipeline.store.inspect import as_text, inspect
 from depthmill.pipeline.store.store import READERS
@@ -35,6 +36,7 @@ from depthmill.tests.workers.flickering import labelled, written
 from depthmill.workers import smooth as smooth_module
 from depthmill.workers.looks import Looks
 from depthmill.workers.pool import Event
+from depthmill.workers.resume import unsmoothed_videos
 from depthmill.workers.smooth import _Run, smooth
 
 FRAMES = 21
@@ -308,6 +310,20 @@ def test_all_looks_that_met_one_outage_are_one_outage(monkeypatch):
     assert not going.plan(wait=True)
     assert set(looked) == {str(i) for i in range(100)}
     assert going._rests == 0
+    going.looks.close()
+
+
+def test_workers_are_given_signed_urls_and_the_store_is_not(tmp_path, monkeypatch):
+    store = create(tmp_path / "a.zarr", samples.LAYOUT, samples.IDENTITY)
+    url, secret = "https://host/clip.mp4", "X-Amz-Signature=0123456789abcdef"
+    monkeypatch.setattr(objects, "_signed", {})
+    store.add(replace(samples.VIDEO, id=source_id(url), uri=url))
+    for segment in store.segments(source_id(url)):
+        samples.write(store, segment)
+    going = _Run(store, SmoothConfig(), unsmoothed_videos([f"{url}?{secret}"], store.uri))
+    assert going.plan(wait=True)
+    assert {task.uri for task in going.queue} == {f"{url}?{secret}"}
+    assert not any(secret.encode() in data for data in samples.files(store.uri).values())
     going.looks.close()
 
 
