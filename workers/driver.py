@@ -87,7 +87,7 @@ class Driver:
         self._probe_s: dict[str, float] = {}  # source -> what probing it took
         self._backends: set[str] = set()  # how workers use their devices, by their own account
         self._loading = Loading(self._crew, self._say_once, lambda: options.attempts * self._most_labelers)
-        self._dropped: set[str] = set()  # sources that changed
+        self._dropped: set[str] = set()  # sources that changed, or are damaged in the store
         self._shown_s = self._looked_s = float("-inf")
         self._happened_s = self._crew.now_s
         for source in planned:
@@ -332,7 +332,7 @@ class Driver:
             self._open -= 1
         elif tried.attempts < self._options.attempts:
             self._backlog.again(tried, event.worker)
-        elif isinstance(cause, SourceChangedError):
+        elif isinstance(cause, SourceChangedError | StoreDamagedError):
             self._dropped.add(task.segment.source_id)  # what is committed of it stays
             self._open -= 1 + self._backlog.drop(task.segment.source_id)
             self.inputs.leave_out(task.uri, str(cause))

@@ -137,7 +137,7 @@ class Inputs:
             self._suspects.append((probe.uri, str(cause) if isinstance(cause, SourceError) else failed))
 
     def leave_out(self, uri: str, why: str) -> None:
-        """One is, though it was probed: it is another one since."""
+        """One is, though it was probed: it is another one since, or damaged in the store."""
         self.failures.append(Failure(uri=shown(uri), source_id=None, frame=None, reason=why))
         self._news.append(why)
 

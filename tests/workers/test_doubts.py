@@ -2,7 +2,14 @@
 
 import pytest
 
-from depthmill.pipeline.errors import RunStoppedError, SourceChangedError, SourceError, StoreError, VoidError
+from depthmill.pipeline.errors import (
+    RunStoppedError,
+    SourceChangedError,
+    SourceError,
+    StoreDamagedError,
+    StoreError,
+    VoidError,
+)
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Report, Segment, WorkerState
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, all_frames, drive, labels
@@ -296,17 +303,17 @@ def test_a_store_that_is_away_costs_no_frame(workers, until_s, stops):
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_a_source_that_changes_during_a_run_is_left_out_and_none_of_it_is_failed(workers):
+@pytest.mark.parametrize("error", [SourceChangedError("b is another file now"), StoreDamagedError("b: verify it")])
+def test_a_source_that_changes_or_is_damaged_during_a_run_is_left_out_and_none_of_it_is_failed(workers, error):
     ledger = Ledger({"a": (640, 64), "b": (640, 64)})
-    changed = SourceChangedError("b is not the file that the run was planned with")
 
     def fails(pool, worker, task):
-        return changed if task.uri == "b" and pool.clock_s > 10 else None
+        return error if task.uri == "b" and pool.clock_s > 10 else None
 
     driver = drive(SimulatedPool(lambda: workers, failing(ledger, fails)), ledger)
     assert not ledger.failed
     assert {frame for uri, frame in ledger.labelled if uri == "a"} == set(range(640))
-    assert [failure.reason for failure in driver.inputs.failures] == [str(changed)]
+    assert [failure.reason for failure in driver.inputs.failures] == [str(error)]
     assert len([line for line in ledger.said if "left out" in line]) == 1
 
 
