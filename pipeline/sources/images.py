@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from depthmill.pipeline.errors import SourceChangedError, SourceError
-from depthmill.pipeline.objects import is_url
+from depthmill.pipeline.objects import is_url, path_of
 from depthmill.pipeline.sources.limits import check_frames
 from depthmill.pipeline.sources.naming import canonical_uri, natural_key, readable, unique_names
 from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files, unanswered
@@ -141,9 +141,10 @@ def _list_files(path: Path) -> dict[str, Picture]:
 
 def _list_urls(uri: str) -> dict[str, Picture]:
     """Key -> picture, in order."""
-    if _is_picture(uri):
+    name = path_of(uri).rpartition("/")[2]
+    if _is_picture(name):
         file_size(uri)  # that it is there
-        return {uri.rpartition("/")[2]: uri}
+        return {name: uri}
     found = {url.removeprefix(uri).lstrip("/"): url for url in list_files(uri)}
     pictures: dict[str, Picture] = {
         key: url

@@ -319,6 +319,14 @@ def test_a_signed_url_opens_and_its_signature_is_nowhere(local: Path, web, name:
         assert secret not in str(raised.value)
 
 
+def test_a_picture_s_query_is_no_part_of_its_name(local: Path, web) -> None:
+    url = f"{web.url}/photos/001.png?version=0123456789abcdef&of=a/b"
+    source = open_source(url)
+    assert source.probe().keys == ("001.png",)
+    assert content(list(source.read(0, 1))) == content(read_all(local / "photos" / "001.png"))
+    source.close()
+
+
 @pytest.mark.parametrize("name", ["clip.mp4", "shard-00000.tar", "photos/001.png", "rows.parquet"])
 def test_a_server_that_does_not_answer_is_no_missing_file(web, name: str) -> None:
     url = f"{web.url}/{name}?{SECRETS}"
