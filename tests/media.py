@@ -11,7 +11,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -145,10 +145,15 @@ def break_middle(path: Path, at: float = 0.5, length: int = 400) -> Path:
     return path
 
 
-def write_fields(path: Path, pictures: int = 12) -> Path:
+def write_fields(path: Path, pictures: int = 12, frames: Collection[int] = ()) -> Path:
     """Write interlaced H.264 of 32x32, 25 pictures a second, each field in a packet of its own; greys say which.
 
     Encoders at hand put both fields into one, so bits are written here (ITU-T H.264, 7.3): raw macroblocks alone.
+
+    Args:
+        path: File to write.
+        pictures: Number of pictures; picture i has the luma 20 + 10 (i % 20).
+        frames: Pictures that are coded as frames, both fields together.
     """
 
     def ue(number: int) -> str:
@@ -159,23 +164,27 @@ def write_fields(path: Path, pictures: int = 12) -> Path:
         parts = [text + "0" * (-len(text) % 8) for text in (*bits[:-1], bits[-1] + "1")]
         return b"\0\0\0\1" + bytes([kind]) + block.join(int(text, 2).to_bytes(len(text) // 8, "big") for text in parts)
 
-    def field(number: int, bottom: int) -> bytes:
+    def coded(number: int, bottom: int) -> bytes:
         first = number == bottom == 0
-        start = ue(0) + ue(7 if first else 5) + ue(0) + f"{number % 16:04b}1{bottom}"
+        start = (
+            ue(0) + ue(7 if first else 5) + ue(0) + f"{number % 16:04b}" + ("0" if number in frames else f"1{bottom}")
+        )
         start += (ue(0) + "00" if first else "000") + ue(0) + ue(1)
         macroblock = ue(25) if first else ue(0) + ue(30)
-        block = bytes([20 + 10 * number]) * 256 + b"\x80" * 128
-        return nal(0x25 if first else 0x21, start + macroblock, macroblock, "", block=block)
+        more = [macroblock] * (3 if number in frames else 1)
+        block = bytes([20 + 10 * (number % 20)]) * 256 + b"\x80" * 128
+        return nal(0x25 if first else 0x21, start + macroblock, *more, "", block=block)
 
     size = ue(2) + ue(1) + "0" + ue(1) + ue(0) + "00100"
     data = nal(0x67, f"{77:08b}{0:08b}{30:08b}" + ue(0) + ue(0) + size)
     data += nal(0x68, ue(0) + ue(0) + "00" + ue(0) * 3 + "000" + ue(0) * 3 + "100")
-    data += b"".join(field(number, bottom) for number in range(pictures) for bottom in (0, 1))
+    times = [2 * number + bottom for number in range(pictures) for bottom in ((0,) if number in frames else (0, 1))]
+    data += b"".join(coded(*divmod(time, 2)) for time in times)
     with av.open(io.BytesIO(data), format="h264") as source, av.open(str(path), "w") as output:
         stream = output.add_stream_from_template(source.streams.video[0])
-        for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+        for time, packet in zip(times, (packet for packet in source.demux(video=0) if packet.size), strict=True):
             packet.stream, packet.time_base = stream, Fraction(1, 50)
-            packet.pts = packet.dts = number
+            packet.pts = packet.dts = time
             output.mux(packet)
     return path
 

@@ -205,7 +205,8 @@ class Decoder:
         if context.name == "mjpeg":
             options["err_detect"] = "explode"  # else it passes broken pictures as whole; others say so
         context.options = options
-        self._stream.thread_type = "AUTO"
+        # Frames decoded at once are called corrupt where some are made of two packets.
+        self._stream.thread_type = "SLICE" if self._table.fields else "AUTO"
         self._started = False
 
 

@@ -8,7 +8,7 @@ keyframe on.
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, pairwise
@@ -22,6 +22,7 @@ from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.limits import check_frames
 from depthmill.pipeline.sources.opening import file_size, open_binary, unanswered
 from depthmill.pipeline.sources.video_container import decoder_limits, demux, open_container
+from depthmill.pipeline.sources.video_fields import field_finder
 
 Int = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -29,7 +30,7 @@ Bool = npt.NDArray[np.bool_]
 
 NO_VALUE = np.iinfo(np.int64).min  # where a packet has no timestamp or no position
 
-_KEY, _CORRUPT, _HIDDEN = 1, 2, 4  # flags of a packet while it is read
+_KEY, _CORRUPT, _HIDDEN, _FIELD = 1, 2, 4, 8  # flags of a packet while it is read
 _COLUMNS = {"pts": np.int64, "dts": np.int64, "pos": np.int64, "size": np.int32, "flags": np.uint8}
 _PACKET = np.dtype(list(_COLUMNS.items()))
 _BLOCK = 4096  # packets read at once: a column that grew as a whole would leave its former selves behind in the heap
@@ -37,8 +38,7 @@ _BLOCK = 4096  # packets read at once: a column that grew as a whole would leave
 # MPEG-4's pictures that are not coded, which stand for the one before, take no more. Some decode to that one again.
 _MAX_UNCODED_BYTES = 16
 
-_PROGRESSIVE = 1  # libav's AVFieldOrder; 0 is unknown
-_LOOKED_AT = 64  # packets, to see what they hold
+_LOOKED_AT = 64  # packets, to see if they are reordered
 
 # Files in these formats may be joined by putting one behind the other, each with a clock of its own: where packets are
 # decoded by so much earlier, or later, than the one before, another clock begins.
@@ -68,6 +68,7 @@ class PacketTable:
         shown: (P,) int32 index of the frame that the packet holds, or -1 if it holds none that is shown.
         order: (F,) int32 packet of each frame.
         time_s: (F,) float64 seconds since the first frame.
+        fields: Whether there are packets that hold one field alone; a picture is then that of the first of two.
         group_start: (G,) int64 first frame of each group.
         group_first: (G,) int64 packet from which each group is decoded.
         group_seek: (G,) int64 timestamp by which the demuxer finds that packet: when it is decoded, or, where the file
@@ -81,14 +82,16 @@ class PacketTable:
     shown: Int32
     order: Int32
     time_s: npt.NDArray[np.float64]
+    fields: bool
     group_start: Int
     group_first: Int
     group_seek: Int
 
     @cached_property
     def group_last(self) -> Int32:
-        """(G,) int32 last packet that each group needs."""
-        return np.maximum.reduceat(self.order, self.group_start)
+        """(G,) int32 last packet that each group needs: of a picture whose second field is a packet, that one."""
+        last = np.maximum.reduceat(self.order, self.group_start)
+        return np.asarray(last + (self.fields & (np.append(self.shown, 0)[last + 1] < 0)), np.int32)
 
     @cached_property
     def told_apart(self) -> bool:
@@ -126,20 +129,25 @@ class PacketTable:
 def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
     """Read all packets of a video, decoding nothing unless their timestamps do not say in what order they are shown.
 
+    Where the codec's header announces reordered pictures and the timestamps have none, the first 64 packets are
+    decoded: if they are reordered, the timestamps are those of decoding; if not, the rest is taken not to be, either.
+
     Raises:
         SourceError: If the file is no video, or has no frames, or more packets than `max_frames`.
     """
     container, stream = open_container(uri)
     with container:
-        hides = stream.codec_context.name in ("vp8", "libvpx")
-        rows = (_row(packet, hides) for packet in islice(demux(container, stream), max_frames + 1))
+        context = stream.codec_context
+        hides = context.name in ("vp8", "libvpx")
+        is_field = field_finder(context.extradata) if context.name == "h264" else None
+        rows = (_row(packet, hides, is_field) for packet in islice(demux(container, stream), max_frames + 1))
         blocks = []
         while len(block := np.fromiter(islice(rows, _BLOCK), _PACKET)):
             blocks.append(block)
         # AVI has no presentation timestamps: where pictures are reordered, libav's are the order of the file.
-        invented = "avi" in container.format.name.split(",") and stream.codec_context.has_b_frames
-        uncoded = stream.codec_context.name == "mpeg4"
-        interlaced = stream.codec_context.name == "h264" and stream.codec_context.field_order > _PROGRESSIVE
+        reorders = context.has_b_frames
+        invented = reorders and "avi" in container.format.name.split(",")
+        uncoded = context.name == "mpeg4"
         joinable = container.format.name in _JOINABLE
         time_base = float(stream.time_base or 0)
         # The average of a stream that is no container's is made up; what its own header says is in the guess.
@@ -154,7 +162,12 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
     visible = clock[~hidden]
     uncoded = uncoded and bool((size <= _MAX_UNCODED_BYTES).any())
     told = not (invented or uncoded or (visible == NO_VALUE).any() or len(np.unique(visible)) < len(visible))
-    if not told or (interlaced and _holds_fields(uri, max_pixels)):
+    if told and reorders and (np.diff(visible) > 0).all():
+        # Not reordered although the codec says so: is it, and were decoding times written instead?
+        decoded = _decoded_order(uri, hidden[:_LOOKED_AT], max_pixels)
+        invented = bool((np.diff(decoded[decoded >= 0]) < 0).any())
+    fields = bool((flags & _FIELD).any())
+    if not told or invented or fields:
         rank = _decoded_order(uri, hidden, max_pixels)
     else:
         rank = np.argsort(np.argsort(clock, kind="stable"), kind="stable")
@@ -174,6 +187,7 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
         shown=shown,
         order=order.astype(np.int32),
         time_s=_times(_sorted(clock[order]) if invented else clock[order], time_base, rate),
+        fields=fields,
         group_start=group_start,
         group_first=group_first,
         group_seek=np.where(timestamp == NO_VALUE, pts[group_first], timestamp),
@@ -203,7 +217,9 @@ def fingerprint(uri: str, table: PacketTable) -> str:
     return digest.hexdigest()
 
 
-def _row(packet: av.Packet[Any], hides: bool) -> tuple[int, int, int, int, int]:
+def _row(
+    packet: av.Packet[Any], hides: bool, is_field: Callable[[bytes], bool] | None
+) -> tuple[int, int, int, int, int]:
     """Presentation timestamp, decoding timestamp, position, size, flags."""
     hidden = packet.is_discard  # decoded but not shown: an edit list cuts it off
     if hides and not hidden:
@@ -213,7 +229,10 @@ def _row(packet: av.Packet[Any], hides: bool) -> tuple[int, int, int, int, int]:
         NO_VALUE if packet.dts is None else packet.dts,
         NO_VALUE if packet.pos is None else packet.pos,
         packet.size,
-        _KEY * packet.is_keyframe | _CORRUPT * packet.is_corrupt | _HIDDEN * hidden,
+        _KEY * packet.is_keyframe
+        | _CORRUPT * packet.is_corrupt
+        | _HIDDEN * hidden
+        | _FIELD * (is_field is not None and is_field(bytes(packet))),
     )
 
 
@@ -241,25 +260,12 @@ def _sorted(pts: Int) -> Int:
     return pts
 
 
-def _holds_fields(uri: str, max_pixels: int) -> bool:
-    """Whether packets hold fields, two of which make a picture: by how many pictures the first packets give."""
-    container, stream = open_container(uri)
-    packets = pictures = 0
-    with container:
-        stream.codec_context.options = decoder_limits(max_pixels)
-        for packet in chain(islice(demux(container, stream), _LOOKED_AT), [None]):
-            packets += packet is not None and (packets > 0 or packet.is_keyframe)  # a recording may begin between two
-            with suppress(av.FFmpegError):
-                pictures += len(stream.codec_context.decode(packet))
-    return pictures <= 7 / 8 * packets
-
-
 def _decoded_order(uri: str, hidden: Bool, max_pixels: int) -> Int:
-    """Decode the whole video, because its timestamps do not say in what order its packets are shown.
+    """Decode a video's first packets, or all, because its timestamps do not say in what order they are shown.
 
     Returns:
-        (P,) int64 rank of each packet as the decoder shows them; -1 where it holds no picture of its own. A packet
-        that the decoder rejects is a frame that fails: it comes behind the packet before it.
+        (len(hidden),) int64 rank of each packet as the decoder shows them; -1 where it holds no picture of its own. A
+        packet that the decoder rejects is a frame that fails: it comes behind the packet before it.
     """
     ranks = np.full(len(hidden), -1, dtype=np.int64)
     rejected: list[int] = []
@@ -268,7 +274,8 @@ def _decoded_order(uri: str, hidden: Bool, max_pixels: int) -> Int:
         stream.codec_context.options = decoder_limits(max_pixels)
         stream.codec_context.thread_count = 1  # with more, an error does not say which packet it means
         count = 0
-        for ordinal, packet in chain(enumerate(demux(container, stream)), [(-1, None)]):  # at the end, what it has left
+        packets = islice(demux(container, stream), len(hidden))
+        for ordinal, packet in chain(enumerate(packets), [(-1, None)]):  # at the end, what it has left
             if packet is not None:
                 packet.pts = packet.dts = ordinal
             try:

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import errno
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,11 +127,16 @@ def test_a_gap_in_an_avi_stays(bframes: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".ts"])
-def test_two_packets_that_are_fields_are_one_frame(suffix: str, tmp_path: Path) -> None:
-    path = make.write_fields(tmp_path / f"fields{suffix}", pictures=12)
-    np.testing.assert_allclose(open_source(path).probe().time_s, np.arange(12) / 25, atol=1e-6)
+@pytest.mark.parametrize(
+    "frames",
+    [(), range(1, 76), range(0, 76, 2), range(70), [index for index in range(76) if index % 12]],
+    ids=["none", "all but the first", "half", "the first 70", "all but each twelfth"],
+)
+def test_two_packets_that_are_fields_are_one_frame(frames: Sequence[int], suffix: str, tmp_path: Path) -> None:
+    path = make.write_fields(tmp_path / f"fields{suffix}", pictures=76, frames=frames)
+    np.testing.assert_allclose(open_source(path).probe().time_s, np.arange(76) / 25, atol=1e-6)
     greys = [frame.image is not None and float(frame.image.mean()) for frame in read_all(path)]
-    assert np.allclose(np.diff(greys), 10 * 255 / 219, atol=1)
+    assert np.allclose(greys, (4 + 10 * (np.arange(76) % 20)) * 255 / 219, atol=1)
 
 
 def test_interlaced_pictures_in_one_packet_are_counted_without_decoding(
@@ -139,6 +145,34 @@ def test_interlaced_pictures_in_one_packet_are_counted_without_decoding(
     path = make.write_video(tmp_path / "a.mp4", frames=12, options={"x264-params": "interlaced=1"})
     monkeypatch.setattr(video_packets, "_decoded_order", lambda *_: pytest.fail("not needed"))
     assert indices(path) == list(range(12))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".flv", ".ts"])
+def test_times_of_decoding_do_not_say_the_order(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"clip{suffix}"
+    with (
+        av.open(str(make.write_video(tmp_path / "right.mp4", bframes=3))) as reader,
+        av.open(str(path), "w") as writer,
+    ):
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        for number, packet in enumerate(packet for packet in reader.demux(video=0) if packet.size):
+            packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 25), number, number
+            writer.mux(packet)
+    assert indices(path) == list(range(FRAMES))
+    np.testing.assert_allclose(open_source(path).probe().time_s, np.arange(FRAMES) / 25, atol=6e-4)
+
+
+def test_where_the_first_packets_are_not_reordered_no_more_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make.write_video(tmp_path / "clip.mkv", codec="mpeg2video", bframes=0)  # its header announces B-frames
+    decoded_order, asked = video_packets._decoded_order, []
+    monkeypatch.setattr(video_packets, "_LOOKED_AT", 8)
+    monkeypatch.setattr(
+        video_packets, "_decoded_order", lambda *args: asked.append(len(args[1])) or decoded_order(*args)
+    )
+    assert indices(path) == list(range(FRAMES))
+    assert asked == [8]
 
 
 def test_edit_lists_cut_frames_off(tmp_path: Path) -> None:
