@@ -17,7 +17,7 @@ from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_bucket, is_url, path_of
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from depthmill.pipeline.sources.naming import canonical_uri, natural_key
-from depthmill.pipeline.sources.opening import files_below, kind_of, list_files
+from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files
 from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES
 from depthmill.pipeline.sources.video import VIDEO_SUFFIXES
 from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES
@@ -58,12 +58,13 @@ def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
     return _expanded([name for given in inputs for name in _listed(given)])
 
 
-def _expanded(names: Sequence[str]) -> Iterator[str]:
+def _expanded(names: Sequence[tuple[str, str]]) -> Iterator[str]:
     """The sources of all names; of URLs that differ in what signs them alone, all but the first are refused."""
     seen: dict[str, str] = {}
-    for given in names:
-        for named in _braces(given):
-            for source in _sources(named):
+    for folder, given in names:
+        literal = "{" in given and _is_there(_in(folder, given))
+        for named in [given] if literal else _braces(given):
+            for source in _sources(folder, named):
                 name = canonical_uri(source)
                 opened = str(source) if is_url(source) else name  # a URL with what signs it
                 if name not in seen:
@@ -78,11 +79,11 @@ def _expanded(names: Sequence[str]) -> Iterator[str]:
                     yield refused
 
 
-def _listed(given: str) -> list[str]:
-    """The lines of a list; anything else as it is."""
+def _listed(given: str) -> list[tuple[str, str]]:
+    """The lines of a list, each with the folder that it is relative to; anything else as it is."""
     if not given.startswith("@") or kind_of(given):
-        return [given]
-    path = _at_home(given[1:])
+        return [("", given)]
+    path = Path(_in("", given[1:]))
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
@@ -94,14 +95,13 @@ def _listed(given: str) -> list[str]:
         if line.startswith("@"):
             raise SourceError(f"the list {path} names another list, {line}: give that one as an input of its own")
         if line and not line.startswith("#"):
-            names.append(line if is_url(line) else str(path.parent / _at_home(line)))
+            names.append((str(path.parent), line))
     return names
 
 
 def _braces(pattern: str) -> Iterator[str]:
     """Each choice of `{a,b}` and `{08..12}`, the last group's changing fastest; numbers as wide as they are written."""
-    groups = () if not is_url(pattern) and kind_of(pattern) else re.finditer(r"\{([^{}]*)\}", pattern)
-    for group in groups:
+    for group in re.finditer(r"\{([^{}]*)\}", pattern):
         numbers = _RANGE.fullmatch(group[1])
         if numbers:
             first, last = int(numbers[1]), int(numbers[2])
@@ -119,17 +119,16 @@ def _braces(pattern: str) -> Iterator[str]:
     yield pattern
 
 
-def _sources(given: str) -> Iterator[str | Path]:
-    """The sources of one name: a file, a folder or a glob."""
-    if is_url(given):
-        yield from _at_url(given)
-        return
-    path = _at_home(given)
-    found: Iterator[Path] = iter(())
-    if kind_of(path) == "folder":
-        found = _in_folder(path)
+def _sources(folder: str, given: str) -> Iterator[str | Path]:
+    """The sources of one name, relative to a folder: a file, a folder or a glob."""
+    path = _in(folder, given)
+    found: Iterator[str | Path] = iter(())
+    if is_url(path):
+        found = _at_url(path)
+    elif kind_of(path) == "folder":
+        found = _in_folder(Path(path))
     elif glob.has_magic(given) and not kind_of(path):
-        found = _matches(str(path))
+        found = _matches(_in(glob.escape(folder), given))
     empty = True
     for source in found:
         empty = False
@@ -139,27 +138,42 @@ def _sources(given: str) -> Iterator[str | Path]:
 
 
 def _at_url(given: str) -> Iterator[str]:
-    """As for paths: a file, a prefix or a glob. What cannot be listed stays as it is."""
-    name = path_of(given).lower()
-    pattern = glob.has_magic(name)
-    if pattern or (is_bucket(given) and not name.endswith(SUFFIXES)):
-        with suppress(SourceError):
-            found = list_files(given, pattern=pattern)
-            if not pattern or "/." not in given:
-                found = [url for url in found if "/." not in url.removeprefix(given.rstrip("/"))]
-            _tell_unread(given, found)
-            if pattern:
-                found = [given] if given in found else [url for url in found if url.lower().endswith(SUFFIXES)]
-            else:
-                pictures = any(url.lower().endswith(_PICTURE_SUFFIXES) for url in found)
-                names = {*found, *(url.rpartition("/")[0] for url in found)}
-                found = [given] * pictures + [
-                    url for url in found if url.lower().endswith(_FILE_SUFFIXES) and not _is_metadata(url, names)
-                ]
-            if found:
-                yield from sorted(found, key=natural_key)
-                return
-    yield given
+    """As for paths: nothing of a file, the sources of a prefix or a glob. What cannot be listed is given as it is."""
+    name = path_of(given)
+    if glob.has_magic(name) and not _is_there(given):
+        yield from _matching_urls(given)
+    elif is_bucket(given) and not name.lower().endswith(SUFFIXES):
+        yield from _in_prefix(given)
+
+
+def _matching_urls(pattern: str) -> Iterator[str]:
+    try:
+        found = list_files(pattern, pattern=True)
+    except SourceError:
+        return
+    if "/." not in pattern:
+        found = [url for url in found if "/." not in url]
+    _tell_unread(pattern, found)
+    files = {url for url in found if url.lower().endswith(SUFFIXES)}
+    prefixes = {url.rstrip("/") for url in found if url.endswith("/") and is_bucket(url)}
+    for url in _outermost(files, prefixes):
+        yield from [url] if url in files else _in_prefix(f"{url}/")
+
+
+def _in_prefix(prefix: str) -> Iterator[str]:
+    try:
+        found = list_files(prefix)
+    except SourceError:
+        yield prefix  # opening it says what could not be listed
+        return
+    found = [url for url in found if "/." not in url.removeprefix(prefix.rstrip("/"))]
+    _tell_unread(prefix, found)
+    if any(url.lower().endswith(_PICTURE_SUFFIXES) for url in found):
+        yield prefix
+    names = {*found, *(url.rpartition("/")[0] for url in found)}
+    for url in sorted(found, key=natural_key):
+        if url.lower().endswith(_FILE_SUFFIXES) and not _is_metadata(url, names):
+            yield url
 
 
 def _in_folder(folder: Path) -> Iterator[Path]:
@@ -199,17 +213,25 @@ def _is_metadata(name: str, names: set[str]) -> bool:
 
 
 def _matches(pattern: str) -> Iterator[Path]:
-    paths = [Path(match) for match in _glob(pattern)]
-    _tell_unread(pattern, [path.name for path in paths])
-    files = {path for path in paths if path.name.lower().endswith(SUFFIXES) and kind_of(path) == "file"}
-    # `**` matches a folder and what is in it: files count before their folder, an outer folder before inner ones.
-    inner = {parent for path in files for parent in path.parents}
-    folders = {path for path in paths if path not in files and kind_of(path) == "folder" and path not in inner}
-    for path in sorted(files | folders, key=lambda path: natural_key(path.as_posix())):
-        if path in files:
-            yield path
-        elif not folders.intersection(path.parents):
-            yield from _in_folder(path)
+    found = [os.path.abspath(match) for match in _glob(pattern)]  # noqa: PTH100 (as canonical_uri)
+    _tell_unread(pattern, found)
+    files = {path for path in found if path.lower().endswith(SUFFIXES) and kind_of(path) == "file"}
+    folders = {path for path in found if kind_of(path) == "folder"}
+    for path in _outermost(files, folders):
+        yield from [Path(path)] if path in files else _in_folder(Path(path))
+
+
+def _outermost(files: set[str], folders: set[str]) -> list[str]:
+    """What matches, in order, without folders that hold a file that does, or lie in a folder that does.
+
+    `**` matches a folder and what is in it: files count before their folder, an outer folder before inner ones.
+    """
+    folders = folders.difference(*map(_parents, files))
+    return [name for name in sorted(files | folders, key=natural_key) if not folders.intersection(_parents(name))]
+
+
+def _parents(name: str) -> list[str]:
+    return [name[: slash.start()] for slash in re.finditer("/", name)]
 
 
 def _glob(pattern: str) -> Iterable[str]:
@@ -243,6 +265,16 @@ def _walk(given: Iterable[str]) -> list[str]:
     return list(folders.values())
 
 
-def _at_home(path: str) -> Path:
-    """The path; `~` is a home folder, if there is such a one."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises where there is none)
+def _in(folder: str, name: str) -> str:
+    """A URL as it is; a path relative to the folder. `~` is a home folder, if there is such a one."""
+    # Path.expanduser raises where there is none, and a Path has no slash at its end.
+    return name if is_url(name) else os.path.join(folder, os.path.expanduser(name))  # noqa: PTH111, PTH118
+
+
+def _is_there(name: str) -> bool:
+    """Whether there is a file or a folder of this very name, on a disk or in a bucket."""
+    if not is_url(name):
+        return bool(kind_of(name))
+    with suppress(SourceError):
+        return is_bucket(name) and file_size(name) >= 0
+    return False

@@ -66,18 +66,19 @@ def file_size(uri: str | Path) -> int:
 
 
 def list_files(uri: str, *, pattern: bool = False) -> list[str]:
-    """URLs of all files at or below a URL, sorted; of those that it matches, if it is a pattern. None if there is none.
+    """URLs of all files at or below a URL, sorted; of what it matches, if it is a pattern, prefixes with `/`.
 
     Raises:
         SourceError: If it cannot be listed.
     """
     with _translated(uri) as (files, path):
         try:
-            found = files.glob(path) if pattern else files.find(path)
+            found = files.glob(path, detail=True) if pattern else files.find(path, detail=True)
         except FileNotFoundError:
-            found = []
+            found = {}
         prefix = uri.partition("://")[0] + "://"
-        return sorted(name if is_url(name) else prefix + name.lstrip("/") for name in found)
+        names = [name.rstrip("/") + "/" * (info.get("type") == "directory") for name, info in found.items()]
+        return sorted(name if is_url(name) else prefix + name.lstrip("/") for name in names)
 
 
 def kind_of(path: str | Path) -> Literal["file", "folder", "other", ""]:

@@ -138,6 +138,16 @@ def test_a_list_of_inputs(tree: Path) -> None:
         expand_inputs(["clip2.mp4", f"@{tree / 'missing.txt'}"])
 
 
+def test_a_list_in_a_folder_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "Show [1-2] {a,b}"
+    folder.mkdir()
+    for name in ("clip1.mp4", "clip2.mp4", "{x,y}.mp4"):
+        (folder / name).write_bytes(b"")
+    (folder / "list.txt").write_text("clip*.mp4\nclip{2..3}.mp4\n{x,y}.mp4\n**\n[x].mp4\n")
+    names = ("clip1.mp4", "clip2.mp4", "clip3.mp4", "{x,y}.mp4", "[x].mp4")
+    assert list(expand_inputs([f"@{folder / 'list.txt'}"])) == [str(folder / name) for name in names]
+
+
 def test_shards_in_folders_and_patterns(tree: Path) -> None:
     for name in ("00000.tar", "00000.parquet", "00001.tar.gz", "labels.parquet", "00000_stats.json"):
         (tree / "deep" / name).write_bytes(b"")

@@ -105,6 +105,37 @@ def test_prefixes_and_patterns(remote: str) -> None:
     assert expand(f"{remote}/rows") == ["rows/0.tar", "rows/1.tar", "rows/2.parquet"]  # without img2dataset's metadata
 
 
+def test_a_pattern_matches_prefixes_as_it_does_folders(s3, tmp_path: Path) -> None:
+    files = fsspec.filesystem("s3")
+    names = ("a/1.png", "a/b/2.png", "b/clip.mp4", "b/notes.txt", "c/notes.txt", ".d/1.png", "top.mp4", "top.json")
+    for name in names:
+        files.pipe_file(f"{s3.url}/scenes/{name}", b"")
+        (tmp_path / "scenes" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "scenes" / name).write_bytes(b"")
+    for pattern in ("*", "*/", "?", "**", "a/*", "[ab]/", "**/*.png", "*.json"):
+        here = [path.removeprefix(str(tmp_path)) for path in expand_inputs([f"{tmp_path}/scenes/{pattern}"])]
+        there = [url.removeprefix(s3.url).rstrip("/") for url in expand_inputs([f"{s3.url}/scenes/{pattern}"])]
+        assert there == [path.rstrip("/") for path in here], pattern
+
+
+def test_keys_that_look_like_patterns(s3) -> None:
+    def expand(given: str) -> list[str]:
+        return [url.removeprefix(f"{s3.url}/") for url in expand_inputs([f"{s3.url}/{given}"])]
+
+    def write(*names: str) -> None:
+        for name in names:
+            fsspec.filesystem("s3").pipe_file(f"{s3.url}/{name}", b"")
+
+    write("photo1.png", "Show 2/e1.mp4")
+    assert expand("photo[1].png") == ["photo1.png"]
+    assert expand("{a,b}.mp4") == ["a.mp4", "b.mp4"]
+    assert expand("Show [2]/") == ["Show 2/e1.mp4"]
+    write("photo[1].png", "{a,b}.mp4", "Show [2]/still.png", "Show [2]/e1.mp4")
+    assert expand("photo[1].png") == ["photo[1].png"]
+    assert expand("{a,b}.mp4") == ["{a,b}.mp4"]
+    assert expand("Show [2]/") == ["Show [2]/", "Show [2]/e1.mp4"]
+
+
 def test_prefixes_with_dots_and_hidden_names(s3, tmp_path: Path) -> None:
     clip, files = make.write_video(tmp_path / "clip.mp4", frames=3).read_bytes(), fsspec.filesystem("s3")
     for folder in ("v1.0", "my.photos", "mis.tar"):
