@@ -13,10 +13,29 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from depthmill.pipeline.errors import CheckpointError
 from depthmill.pipeline.model.checkpoint import Checkpoint, read_json
 
+# What a VAE's configuration has where its latents are more than scaled: Stable Diffusion 3's and later ones'.
+_MOVES_LATENTS = ("shift_factor", "latents_mean", "latents_std")
+
 
 def load_vae(checkpoint: Checkpoint) -> AutoencoderKL:
-    """The autoencoder, float32, on the CPU, frozen."""
-    return load_part(checkpoint, AutoencoderKL, "vae", low_cpu_mem_usage=False)
+    """The autoencoder, float32, on the CPU, frozen.
+
+    Raises:
+        CheckpointError: Also if it is not of colours, or its latents are more than scaled.
+    """
+    vae = load_part(checkpoint, AutoencoderKL, "vae", low_cpu_mem_usage=False)
+    channels = vae.config.in_channels, vae.config.out_channels
+    if channels != (3, 3):
+        raise CheckpointError(
+            f"{checkpoint.name}: the VAE takes {channels[0]} channels and answers {channels[1]}; expected 3 and 3 "
+            "(red, green, blue): it was made for another task"
+        )
+    if moved := [f"{key} {vae.config[key]}" for key in _MOVES_LATENTS if vae.config.get(key)]:
+        raise CheckpointError(
+            f"{checkpoint.name}: the VAE has {', '.join(moved)}; expected Stable Diffusion 1's or 2's kind, of which "
+            "latents are scaled alone: use a checkpoint that was fine-tuned from one of those"
+        )
+    return vae
 
 
 def load_unet(checkpoint: Checkpoint) -> UNet2DConditionModel:
@@ -39,7 +58,8 @@ def load_scheduler(checkpoint: Checkpoint) -> DDIMScheduler:
     """The noise schedule.
 
     Raises:
-        CheckpointError: If it is no DDIM-type schedule, or its prediction type is unknown or gives no x0.
+        CheckpointError: If it is no DDIM-type schedule, or its prediction type is unknown or gives no x0, or DDIM does
+            not take its values.
     """
     config = read_json(checkpoint.directory / "scheduler" / "scheduler_config.json")
     kind, prediction = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
@@ -67,7 +87,10 @@ def load_scheduler(checkpoint: Checkpoint) -> DDIMScheduler:
         config.setdefault("clip_sample", False)
     # Fields of other schedulers (PNDM's `skip_prk_steps`) are no concern of ours and would only be warned about.
     fields = set(DDIMScheduler().config) - {"_class_name", "_diffusers_version"}
-    scheduler = DDIMScheduler.from_config({key: config[key] for key in config if key in fields})
+    try:
+        scheduler = DDIMScheduler.from_config({key: config[key] for key in config if key in fields})
+    except Exception as error:
+        raise _unloadable(checkpoint, "scheduler", error) from error
     if prediction == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
         raise CheckpointError(
             f"{checkpoint.name}: its scheduler predicts epsilon and ends at pure noise (rescale_betas_zero_snr), of "

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from depthmill.pipeline.errors import CheckpointError, ConfigError
@@ -123,6 +123,13 @@ def test_a_scheduler_that_has_no_single_step(depth, change, message):
         load_scheduler(open_checkpoint(str(depth), "depth"))
 
 
+@pytest.mark.parametrize("change", [{"beta_schedule": "sigmoid"}, {"num_train_timesteps": "1000"}])
+def test_a_scheduler_with_values_that_ddim_does_not_take(depth, change):
+    edit_json(depth / "scheduler" / "scheduler_config.json", _class_name="DDPMScheduler", **change)
+    with pytest.raises(CheckpointError, match="scheduler/ cannot be loaded"):
+        load_scheduler(open_checkpoint(str(depth), "depth"))
+
+
 def test_x0_is_not_clipped_where_pndm_would_not(depth):
     PNDMScheduler(prediction_type="v_prediction").save_pretrained(depth / "scheduler")
     assert not load_scheduler(open_checkpoint(str(depth), "depth")).config.clip_sample
@@ -135,6 +142,22 @@ def test_a_unet_for_another_task(depth):
     edit_json(depth / "unet" / "config.json", in_channels=9)
     with pytest.raises(CheckpointError, match="takes 9 channels"):
         load_unet(open_checkpoint(str(depth), "depth"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"in_channels": 6}, "takes 6 channels and answers 3"),
+        ({"out_channels": 1}, "takes 3 channels and answers 1"),
+        ({"shift_factor": 0.1}, r"shift_factor 0\.1.*scaled alone"),
+        ({"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}, r"latents_mean \[.*latents_std \["),
+    ],
+)
+def test_a_vae_for_other_pictures_or_of_another_kind(depth, change, message):
+    config = AutoencoderKL.load_config(depth / "vae")
+    AutoencoderKL.from_config(config, **change).save_pretrained(depth / "vae")
+    with pytest.raises(CheckpointError, match=message):
+        load_vae(open_checkpoint(str(depth), "depth"))
 
 
 @pytest.mark.parametrize(
