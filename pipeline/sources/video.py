@@ -141,6 +141,10 @@ class VideoSource:
         if not height or not width:
             raise SourceError(f"{self._uri}: no size in its header and no frame that decodes: leave it out")
         frames = len(table.order)
+        if table.lost:
+            there = len(table.size) - 1
+            why = f"the file is cut off: of {there + table.lost} packets in its index {there} are there"
+            self._verdicts[frames - 1] = _Verdict(there, there, there, why)
         duration_s = float(table.time_s[-1])
         source = Source(
             id=source_id(self._uri),

@@ -101,6 +101,19 @@ def demux(container: av.container.InputContainer, stream: av.video.stream.VideoS
             errors += 1
 
 
+def lacking(container: av.container.InputContainer, stream: av.video.stream.VideoStream, packets: int) -> int:
+    """How many more packets than have come an MP4's or MOV's index lists; 0 for other formats, which have no such one.
+
+    Args:
+        container: Read to its end.
+        stream: The stream that was read.
+        packets: How many came.
+    """
+    if "mp4" not in container.format.name.split(",") or len(stream.index_entries) <= packets:
+        return 0
+    return max(0, sum(entry.size > 0 for entry in stream.index_entries) - packets)
+
+
 def decoder_limits(max_pixels: int) -> dict[str, str]:
     """Options by which a decoder makes no picture of far more pixels: a video's size may change midway."""
     return {"max_pixels": str(max_pixels + (1 << 20))}  # it counts whole blocks

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.limits import check_frames
 from depthmill.pipeline.sources.opening import file_size, open_binary, unanswered
-from depthmill.pipeline.sources.video_container import decoder_limits, demux, open_container
+from depthmill.pipeline.sources.video_container import decoder_limits, demux, lacking, open_container
 from depthmill.pipeline.sources.video_fields import field_finder
 
 Int = npt.NDArray[np.int64]
@@ -69,6 +69,8 @@ class PacketTable:
         order: (F,) int32 packet of each frame.
         time_s: (F,) float64 seconds since the first frame.
         fields: Whether there are packets that hold one field alone; a picture is then that of the first of two.
+        lost: Packets that the file's index lists and that are behind its end, as it is cut off. The last packet, of
+            size 0, and the last frame, a group of its own, stand for them.
         group_start: (G,) int64 first frame of each group.
         group_first: (G,) int64 packet from which each group is decoded.
         group_seek: (G,) int64 timestamp by which the demuxer finds that packet: when it is decoded, or, where the file
@@ -83,6 +85,7 @@ class PacketTable:
     order: Int32
     time_s: npt.NDArray[np.float64]
     fields: bool
+    lost: int
     group_start: Int
     group_first: Int
     group_seek: Int
@@ -144,6 +147,7 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
         blocks = []
         while len(block := np.fromiter(islice(rows, _BLOCK), _PACKET)):
             blocks.append(block)
+        lost = lacking(container, stream, sum(map(len, blocks)))
         # AVI has no presentation timestamps: where pictures are reordered, libav's are the order of the file.
         reorders = context.has_b_frames
         invented = reorders and "avi" in container.format.name.split(",")
@@ -154,6 +158,9 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
         rate = float(stream.guessed_rate or stream.average_rate or 25)
     if not blocks:
         raise SourceError(f"{uri}: its video stream holds no packets; expected at least one frame: leave it out")
+    if lost:  # one more frame stands for them
+        end = max(block["pts"].max() for block in blocks) + max(1, round(1 / (rate * time_base)))
+        blocks.append(np.array([(end, NO_VALUE, NO_VALUE, 0, _KEY | _CORRUPT)], _PACKET))
     pts, dts, pos, size, flags = (np.concatenate([block[name] for block in blocks]) for name in _COLUMNS)
     del blocks
     check_frames(uri, len(pts), max_frames)
@@ -171,6 +178,8 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
         rank = _decoded_order(uri, hidden, max_pixels)
     else:
         rank = np.argsort(np.argsort(clock, kind="stable"), kind="stable")
+    if lost:
+        rank[-1] = rank.max() + 1
     ordinals = np.flatnonzero((rank >= 0) & ~hidden)
     order = ordinals[np.argsort(rank[ordinals], kind="stable")]
     if not len(order):
@@ -188,6 +197,7 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
         order=order.astype(np.int32),
         time_s=_times(_sorted(clock[order]) if invented else clock[order], time_base, rate),
         fields=fields,
+        lost=lost,
         group_start=group_start,
         group_first=group_first,
         group_seek=np.where(timestamp == NO_VALUE, pts[group_first], timestamp),

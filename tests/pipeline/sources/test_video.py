@@ -211,6 +211,30 @@ def test_damage_is_found_and_the_rest_is_good(name: str, clips: Callable[[str], 
     assert good == sorted(good)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_video_that_is_cut_off_says_so(inside: bool, suffix: str, tmp_path: Path) -> None:
+    path = make.write_video(tmp_path / f"clip{suffix}", bframes=0, pictures=noisy())
+    with av.open(str(path)) as container:
+        packet = next(packet for packet in container.demux(video=0) if packet.dts == packet.duration * 25)
+    assert packet.pos is not None
+    path.write_bytes(path.read_bytes()[: packet.pos + packet.size // 2 * inside])
+    frames = read_all(path)
+    assert [frame.image is None for frame in frames] == [False] * 25 + [True] * (1 + inside)
+    there = 25 + inside
+    assert frames[-1].error == f"cannot be decoded: the file is cut off: of 40 packets in its index {there} are there"
+    assert (np.diff(open_source(path).probe().time_s) > 0).all()
+
+
+def test_samples_without_bytes_do_not_make_a_video_cut_off(tmp_path: Path) -> None:
+    path = make.write_video(tmp_path / "clip.mp4", bframes=0)
+    data = bytearray(path.read_bytes())
+    sizes = data.index(b"stsz") + 16
+    data[sizes + 4 * (FRAMES - 1) : sizes + 4 * FRAMES] = bytes(4)
+    path.write_bytes(data)
+    assert indices(path) == list(range(FRAMES - 1))
+
+
 def test_a_damaged_video_that_is_another_by_now_is_to_be_started_again(
     clips: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
