@@ -264,12 +264,15 @@ def load_config(model: type[Model], path: str | Path | None, overrides: Mapping[
     Args:
         model: The pydantic model that says what is allowed.
         path: A YAML file; or the bare name of one that ships with depthmill (`video`); or None for the defaults.
-        overrides: Values that win over the file: the command line's.
+        overrides: Values that win over the file: the command line's. With a `checkpoint` among them, the file's
+            `normals_checkpoint`, which goes with the file's own, does not count.
 
     Raises:
         ConfigError: If the file cannot be read, or a key or value is not allowed; names each of them.
     """
     values = {} if path is None else load_yaml(path)
+    if overrides.get("checkpoint") is not None:
+        values.pop("normals_checkpoint", None)
     values |= {key: value for key, value in overrides.items() if value is not None}
     return validated(model, values, where="the options" if path is None else f"{path} with the command line's options")
 

@@ -22,6 +22,14 @@ def test_options_win_over_the_file(tmp_path):
     assert (config.batch_size, config.workers, config.labels) == (4, 5, ("depth",))
 
 
+@pytest.mark.parametrize("name", ["video", "images"])
+def test_another_checkpoint_does_not_go_with_the_file_s_own_normals(name):
+    assert load_config(LabelConfig, name, {"batch_size": 4}).normals_checkpoint == "GonzaloMG/marigold-e2e-ft-normals"
+    assert load_config(LabelConfig, name, {"checkpoint": "a/b"}).normals_checkpoint is None
+    both = {"checkpoint": "a/b", "normals_checkpoint": "c/d"}
+    assert load_config(LabelConfig, name, both).checkpoints == {"depth": "a/b", "normals": "c/d"}
+
+
 def test_labels_come_in_one_order_however_they_are_given():
     assert LabelConfig(labels=("normals", "depth")) == LabelConfig(labels=("depth", "normals"))
 
