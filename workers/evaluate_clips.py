@@ -85,7 +85,7 @@ def evaluate_clips(
         # A clip is a video, however its pictures lie: a long one is not to be squeezed as a corpus's are.
         what = what if what.round_aspect is not None else what.model_copy(update={"round_aspect": False})
         config = what
-        checksums = [(frame.sample.name, zlib.crc32(frame.picture.read_bytes())) for frame in frames]
+        checksums = [(frame.sample.name, zlib.crc32(_read(frame.picture))) for frame in frames]
         claim(name, wanted.colours, checksums, out, overwrite=overwrite)
         clips = tuple(map(_numbered, clips))
         store = _label(wanted, clips, out, what, overwrite, console)
@@ -102,6 +102,15 @@ def evaluate_clips(
         console.print(line, style="yellow", soft_wrap=True)
     console.print(f"written: {out / 'metrics.json'}, {out / 'per_clip.csv'}", soft_wrap=True)
     return scores
+
+
+def _read(picture: Path) -> bytes:
+    try:
+        return picture.read_bytes()
+    except OSError as error:
+        raise EvaluationError(
+            f"{picture} cannot be read ({error.strerror}); expected it whole: get the data anew"
+        ) from error
 
 
 def _numbered(clip: TrueClip) -> TrueClip:
@@ -126,7 +135,7 @@ def _label(
     for frame in (frame for clip in clips for frame in clip.frames):
         path = pictures / frame.sample.picture
         if not path.is_file() and not path.with_suffix(".png").is_file():
-            write_picture(frame.picture.read_bytes(), path, colours=wanted.colours)
+            write_picture(_read(frame.picture), path, colours=wanted.colours)
     inputs = [str(pictures / clip.name) for clip in clips]
     label(inputs, store, config, overwrite=overwrite, retry_failed=True, console=console)
     options = SmoothConfig(**config.model_dump(include=set(SmoothConfig.model_fields)))

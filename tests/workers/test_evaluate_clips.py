@@ -1,9 +1,12 @@
 """`depthmill evaluate --video`, whole: in this process."""
 
 import csv
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,6 +108,20 @@ def test_clips_that_share_pictures_are_labelled_and_scored_each(rendered, tmp_pa
     assert one["pixels"] == other["pixels"]
     assert float(one["abs_rel"]) == pytest.approx(float(other["abs_rel"]), abs=1e-6)
     assert sorted(path.name for path in (tmp_path / "out/pictures").iterdir()) == ["backwards", "whole"]
+
+
+def test_a_picture_that_cannot_be_read_is_named(rendered, tmp_path, monkeypatch):
+    read = Path.read_bytes
+
+    def fail(path):
+        if path.match("pan_3/rgb/000001.png"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    code, output = evaluate(rendered, "--checkpoint", "demo", "--workers", 0, "--out", tmp_path / "out")
+    assert code == 2
+    assert "pan_3/rgb/000001.png cannot be read (Input/output error); expected it whole" in output
 
 
 def test_exact_predictions_are_exact_and_missing_ones_named(rendered, tmp_path):
