@@ -53,6 +53,10 @@ class StoreFullError(StoreError):
     """No space is left for a store; what is committed in it stays."""
 
 
+class StoreForbiddenError(StoreError):
+    """A store in which this user may not write, or nobody; what is committed in it stays."""
+
+
 class VoidError(DepthmillError):
     """A model whose answers for all pictures of a segment are no numbers: hardly the fault of each."""
 

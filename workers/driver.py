@@ -71,7 +71,7 @@ class Driver:
         self._options = options
         self._calls = calls
         self.standing = Standing()
-        self.inputs = Inputs(uris, options.attempts)
+        self.inputs = Inputs(uris, options.attempts, self._say_once)
         self._backlog = Backlog()
         self._searches = Searches(options.attempts)
         self._open = 0  # segments that are planned and not committed

@@ -7,7 +7,7 @@ it cannot be, inputs are away, or the store is: probing rests, and those that fa
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from depthmill.pipeline.errors import (
     DepthmillError,
@@ -16,6 +16,7 @@ from depthmill.pipeline.errors import (
     SourceError,
     StoreDamagedError,
     StoreError,
+    StoreForbiddenError,
     StoreFullError,
     StoreMismatchError,
 )
@@ -39,14 +40,15 @@ class Inputs:
         mismatch: The first of those that changed since they were added to the store, or are damaged there.
     """
 
-    def __init__(self, uris: Iterable[str], attempts: int) -> None:
+    def __init__(self, uris: Iterable[str], attempts: int, say: Callable[[str], None]) -> None:
         """Nothing is read yet.
 
         Args:
             uris: Read as far ahead as probers need them.
             attempts: How often one is tried.
+            say: Told what is waited for.
         """
-        self._uris, self._attempts = iter(uris), attempts
+        self._uris, self._attempts, self._say = iter(uris), attempts, say
         self._waiting: deque[Probe] = deque()
         self._suspects: list[tuple[str, str]] = []  # that failed since one was opened, and why
         self._good: tuple[float, str] | None = None  # what was opened quickest: how long that took, and what it is
@@ -112,8 +114,8 @@ class Inputs:
             DepthmillError: If it is not the input's fault.
         """
         cause = cause_of(event.error)
-        away = isinstance(cause, SourceError | StoreError) and not isinstance(cause, StoreFullError)
-        if isinstance(cause, DepthmillError) and not away:
+        for_good = isinstance(cause, StoreFullError | StoreForbiddenError)
+        if isinstance(cause, DepthmillError) and (for_good or not isinstance(cause, SourceError | StoreError)):
             raise cause
         if probe is self._check:
             self._check = None
@@ -145,11 +147,15 @@ class Inputs:
         """Wait for what is away: longer each time, but once for all that failed together."""
         if now_s < self._rests_until_s:
             return
+        cause = cause_of(event.error)
+        away = "the store can no longer be used" if isinstance(cause, StoreError) else "inputs can no longer be opened"
         if self._rests >= HOPELESS_AFTER:
             raise RunStoppedError(
-                f"inputs can no longer be opened ({cause_of(event.error)}); expected inputs, store and credentials to "
-                "be as they were: see to them, and run the same command again; what is committed stays"
+                f"{away} ({cause}); expected inputs, store and credentials to be as they were: see to them, and run "
+                "the same command again; what is committed stays"
             ) from event.error
+        if not self._rests:
+            self._say(f"{away} ({cause}): waiting until that works again")
         self._rests_until_s = now_s + rest_s(self._rests)
         self._rests += 1
 

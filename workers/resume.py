@@ -21,6 +21,7 @@ from depthmill.pipeline.errors import (
     SourceError,
     StoreDamagedError,
     StoreError,
+    StoreForbiddenError,
     StoreFullError,
     StoreMismatchError,
 )
@@ -201,7 +202,8 @@ def patiently(do: Callable[[], T]) -> T:
         try:
             return do()
         except StoreError as error:
-            if rests >= HOPELESS_AFTER or isinstance(error, StoreFullError | StoreDamagedError):
+            for_good = isinstance(error, StoreFullError | StoreForbiddenError | StoreDamagedError)
+            if rests >= HOPELESS_AFTER or for_good:
                 raise RunStoppedError(
                     f"{error}\nAll frames are committed and stay, but what follows is not done: see to the store, then "
                     "run the same command again"

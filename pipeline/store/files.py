@@ -16,10 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from depthmill.pipeline.errors import StoreError, StoreFullError
+from depthmill.pipeline.errors import StoreError, StoreForbiddenError, StoreFullError
 
 _PARTIAL = "partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _RACED = (errno.ENOENT, errno.EEXIST, errno.ESTALE)  # another writer of the same file removed the folder
 _TRIES = 100
 
@@ -42,6 +43,7 @@ class Directory(Protocol):
 
         Raises:
             StoreFullError: If there is no space left.
+            StoreForbiddenError: If this user may not write there, or nobody, as on a disk that is mounted read-only.
             StoreError: If this directory is not there, or folders would have to be made in it and it is empty: that is
                 what a mount that is away leaves.
         """
@@ -139,7 +141,8 @@ class LocalDirectory:
                     f"{path} cannot be written: {error.strerror}; it takes {len(data):,} bytes and {_free(path):,} are "
                     "free there: make space, and run the same command again; what is committed stays"
                 ) from error
-            raise StoreError(
+            kind = StoreForbiddenError if error.errno in _FORBIDDEN else StoreError
+            raise kind(
                 f"{path} cannot be written: {error.strerror}; check the disk and its permissions, then run the same "
                 "command again"
             ) from error

@@ -1,8 +1,17 @@
 """Inputs on their way into the store, by simulated workers."""
 
+import re
+
 import pytest
 
-from depthmill.pipeline.errors import MissingError, RunStoppedError, SourceError, StoreError, StoreFullError
+from depthmill.pipeline.errors import (
+    MissingError,
+    RunStoppedError,
+    SourceError,
+    StoreError,
+    StoreForbiddenError,
+    StoreFullError,
+)
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
 
 
@@ -48,19 +57,26 @@ def test_inputs_that_are_away_while_they_are_probed_are_probed_later(error, unti
         return seconds + 0.1 * (method == "probe"), answer
 
     pool = SimulatedPool(lambda: 4, away)
+    words = "the store can no longer be used" if isinstance(error, StoreError) else "inputs can no longer be opened"
     if stops:
-        with pytest.raises(RunStoppedError, match="can no longer be opened"):
+        with pytest.raises(RunStoppedError, match=words):
             drive(pool, ledger)
         return
     driver = drive(pool, ledger)
+    (said,) = [line for line in ledger.said if not line.startswith("waiting for:")]
+    assert re.match(rf"{words} \({error}\): waiting", said)
     assert not driver.inputs.failures
     assert len(ledger.labelled) == 500 * 64
 
 
-def test_a_disk_that_is_full_when_inputs_are_added_ends_the_run_at_once():
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [(StoreFullError("no space left"), "make room"), (StoreForbiddenError("denied"), "see to the store")],
+)
+def test_a_store_that_takes_nothing_more_when_inputs_are_added_ends_the_run_at_once(error, remedy):
     ledger = Ledger({"a": (8, 8), "b": (8, 8)})
-    pool = SimulatedPool(lambda: 2, labels(ledger, bad={"b": StoreFullError("labels.zarr: no space left")}))
-    with pytest.raises(RunStoppedError, match=r"no space left[\s\S]*make room"):
+    pool = SimulatedPool(lambda: 2, labels(ledger, bad={"b": error}))
+    with pytest.raises(RunStoppedError, match=rf"{error}[\s\S]*{remedy}"):
         drive(pool, ledger)
     assert pool.clock_s < 5
 

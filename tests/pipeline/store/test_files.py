@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.errors import StoreError, StoreForbiddenError
 from depthmill.pipeline.store.files import LocalDirectory, write_atomically
 
 """Files on a local disk: whole or absent, however many write them."""
@@ -42,3 +42,14 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_none(tmp_path, monkeypatch,
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(StoreError, match=r"zarr\.json cannot be read"):
         LocalDirectory(tmp_path).read("zarr.json")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_that_may_not_be_written_is_told_from_one_that_is_away(tmp_path, monkeypatch, code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StoreForbiddenError, match=rf"zarr\.json cannot be written: {os.strerror(code)}; check"):
+        LocalDirectory(tmp_path).write("zarr.json", b"{}")
+    assert not list(tmp_path.iterdir())
