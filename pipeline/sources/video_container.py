@@ -116,7 +116,7 @@ def lacking(container: av.container.InputContainer, stream: av.video.stream.Vide
 
 def decoder_limits(max_pixels: int) -> dict[str, str]:
     """Options by which a decoder makes no picture of far more pixels: a video's size may change midway."""
-    return {"max_pixels": str(max_pixels + (1 << 20))}  # it counts whole blocks
+    return {"max_pixels": str(min(max_pixels + (1 << 20), (1 << 31) - 1))}  # it counts whole blocks, in a C int
 
 
 def reason(error: BaseException) -> str:

@@ -461,6 +461,13 @@ def test_too_many_pixels(tmp_path: Path) -> None:
         open_source(path, max_pixels=48 * 64 - 1).probe()
 
 
+@pytest.mark.parametrize("max_pixels", [2**31, 10**12])
+def test_as_many_pixels_as_one_likes(max_pixels: int, tmp_path: Path) -> None:
+    path = make.write_video(tmp_path / "clip.mp4", frames=3)
+    with closing(open_source(path, max_pixels=max_pixels)) as source:
+        assert [make.read_index(frame.image) for frame in source.read(0, 3)] == [0, 1, 2]
+
+
 def test_broken_video_is_quiet(clips: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "clip.ts"
     path.write_bytes(clips("open_gop.ts").read_bytes())
