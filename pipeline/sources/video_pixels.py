@@ -3,7 +3,7 @@
 What the frame's tags say is used. Where they say nothing, the matrix is BT.709 from 1280 columns or 577 rows on and
 BT.601 below (what players do), and the range is limited, but full for the formats that are full by definition (RGB,
 yuvj) and for grey outside the broadcast codecs. BT.2020 is converted by its matrix; high dynamic range is not tone
-mapped.
+mapped. Frames whose matrix swscale lacks are refused.
 """
 
 from __future__ import annotations
@@ -40,6 +40,17 @@ _MATRICES = {
     7: Colorspace.SMPTE240M,
     9: Colorspace.BT2020,
     10: Colorspace.BT2020,
+}
+# Those that swscale lacks. What is left is unspecified or reserved.
+_UNKNOWN_MATRICES = {
+    8: "YCgCo",
+    11: "YDzDx",
+    12: "chroma-derived",
+    13: "chroma-derived, of constant luminance",
+    14: "ICtCp",
+    15: "IPT-C2",
+    16: "YCgCo-Re",
+    17: "YCgCo-Ro",
 }
 
 _GREY_IS_LIMITED = ("h264", "hevc", "av1", "libdav1d", "vp9", "libvpx-vp9")
@@ -81,6 +92,9 @@ def to_rgb(
         height: Rows of the video, upright.
         width: Columns of the video, upright.
         threads: Threads that swscale may use.
+
+    Raises:
+        ValueError: If its matrix is none that swscale knows.
     """
     a, b, c, d = display_matrix(frame)
     turned = a == 0
@@ -129,6 +143,12 @@ def _matrices_of(frame: av.video.frame.VideoFrame) -> list[list[float]]:
 def _matrix(frame: av.video.frame.VideoFrame) -> Colorspace | None:
     if frame.format.is_rgb:
         return None
+    unknown = _UNKNOWN_MATRICES.get(frame.colorspace)
+    if unknown and not _is_grey(frame):
+        raise ValueError(
+            f"its matrix is {unknown} ({frame.colorspace}); expected BT.601, BT.709, BT.2020, FCC or SMPTE 240M: "
+            "convert it with ffmpeg -vf zscale=matrix=709"
+        )
     return _MATRICES.get(
         frame.colorspace, Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
     )

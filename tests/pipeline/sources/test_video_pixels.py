@@ -121,6 +121,18 @@ def test_colours_by_matrix(tags: dict[str, int], height: int, width: int, tmp_pa
         assert abs(frame.image.astype(int) - colour).max() <= 3
 
 
+def test_a_matrix_that_is_not_known_is_not_guessed(tmp_path: Path) -> None:
+    path = make.write_video(tmp_path / "clip.mkv", frames=2, tags={"colorspace": 8})
+    for frame in read_all(path):
+        assert frame.image is None
+        assert frame.error.startswith("yuv420p cannot be converted: its matrix is YCgCo (8); expected BT.601")
+    for colorspace in (0, 2, 3, 18):  # unspecified and reserved
+        raw = av.VideoFrame.from_ndarray(make.paint(5), format="rgb24").reformat(format="yuv420p")
+        raw.colorspace = colorspace
+        picture = to_rgb(raw, VideoReformatter(), codec="h264", height=make.HEIGHT, width=make.WIDTH)
+        assert make.read_index(picture) == 5
+
+
 def test_untagged_high_definition_is_bt709(tmp_path: Path) -> None:
     frame = av.VideoFrame(1280, 720, "yuv444p")
     for plane, value in zip(frame.planes, (63, 102, 240), strict=True):  # BT.709's pure red, limited range
