@@ -199,8 +199,14 @@ class Labeler:
             unit, x right, y up, z towards the viewer; uncertainty (B, H, W) float32 of ensembles' depth.
 
         Raises:
-            ValueError: If the frames have another shape or dtype.
+            TypeError: If the frames are no NumPy array.
+            ValueError: If they have another shape or dtype.
         """
+        if not isinstance(frames, np.ndarray):
+            raise TypeError(
+                f"frames is of {type(frames)}; expected a NumPy array, uint8 (B, H, W, 3): np.asarray(picture)[None] "
+                "makes one of a picture, np.stack(pictures) of several of one size"
+            )
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
             raise ValueError(
                 f"frames is {frames.dtype} of shape {frames.shape}; expected uint8 (B, H, W, 3): "

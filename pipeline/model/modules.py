@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from depthmill.pipeline.errors import CheckpointError
 from depthmill.pipeline.model.checkpoint import Checkpoint, read_json
@@ -160,13 +163,14 @@ def load_part(checkpoint: Checkpoint, kind: type[Any], part: str, **options: Any
         CheckpointError: If it cannot be loaded, or a weight is missing, left over or of another shape.
     """
     try:
-        module, info = kind.from_pretrained(
-            checkpoint.directory / part,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
+        with _without_bars():
+            module, info = kind.from_pretrained(
+                checkpoint.directory / part,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
         missing, unexpected = _misplaced(checkpoint.directory / part)
     except Exception as error:
         raise _unloadable(checkpoint, part, error) from error
@@ -174,6 +178,16 @@ def load_part(checkpoint: Checkpoint, kind: type[Any], part: str, **options: Any
         info[what] = {*info[what], *keys}
     _check_strict(checkpoint, part, info)
     return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from showing a bar for each part that it loads; its user's own loading shows them as before."""
+    before = transformers_logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **{**options, "disable": True}))
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
 
 
 def _misplaced(folder: Path) -> tuple[set[str], set[str]]:

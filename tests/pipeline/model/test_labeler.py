@@ -3,7 +3,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
+from transformers.utils import logging as transformers_logging
 
 import depthmill
 from depthmill.pipeline.config import LabelConfig
@@ -118,6 +121,20 @@ def test_odd_sizes(labeler, shape):
 def test_other_arrays_are_refused(labeler, frames):
     with pytest.raises(ValueError, match=r"expected uint8 \(B, H, W, 3\)"):
         labeler(frames)
+
+
+@pytest.mark.parametrize("frames", [[noise(8, 8, 3)], Image.fromarray(noise(8, 8, 3)), torch.zeros(1, 8, 8, 3)])
+def test_what_is_no_array_is_refused_by_name(labeler, frames):
+    with pytest.raises(TypeError, match=rf"frames is of {type(frames)}; expected a NumPy array, uint8"):
+        labeler(frames)
+
+
+def test_loading_shows_no_bars_and_leaves_those_of_others(checkpoints, capfd):
+    transformers_logging.enable_progress_bar()  # an earlier test may have run a command in this process
+    Labeler.from_pretrained(checkpoints / "depth", device="cpu")
+    assert capfd.readouterr().err == ""
+    CLIPTextModel.from_pretrained(checkpoints / "depth" / "text_encoder")
+    assert "Loading weights" in capfd.readouterr().err
 
 
 def test_normals_come_out_in_the_stored_axes_whatever_the_checkpoint_answers(checkpoints, labeler):
