@@ -301,7 +301,8 @@ def _smooth(store: str, settings: SmoothConfig, sources: list[str]) -> bool:
 def preview(
     store: Annotated[str, typer.Argument(metavar="STORE", help="A labelled store.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the pictures; by default where the store is, if it is a directory.")
+        Path | None,
+        typer.Option(help="Folder for pictures; default: labels-preview for labels.zarr, beside it; of a URL, here."),
     ] = None,
     source: Annotated[str | None, typer.Option(help="Id of one source; by default all.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames on the contact sheet.")] = 6,
@@ -313,11 +314,12 @@ def preview(
     """Draw a contact sheet (PNG) and a side-by-side video (MP4) of frames, depth and normals."""
     from depthmill.pipeline.preview import preview as draw
 
-    folder = out or (Path() if "://" in store else Path(store).resolve().parent)
-    for path in draw(
+    path = Path(Path(store).name if "://" in store else store).resolve()
+    folder = out or path.parent / f"{path.name.removesuffix('.zarr')}-preview"
+    for drawn in draw(
         store, folder, source_id=source, frames=frames, smooth=smooth, video=video, start_s=start, stop_s=stop
     ):
-        typer.echo(path)
+        typer.echo(drawn)
 
 
 @app.command()

@@ -267,12 +267,14 @@ def test_flags_win_over_the_file(label, clip, tmp_path):
     assert (used["labels"], used["batch_size"], used["attempts"]) == (["depth"], 2, 5)
 
 
-def test_preview_names_what_it_drew(cli, label, clip, tmp_path):
+def test_preview_names_what_it_drew_in_a_folder_of_its_own(cli, label, clip, tmp_path):
     store = tmp_path / "out.zarr"
     label([clip], store)
-    done = cli("preview", store, "--out", tmp_path / "pictures")
+    done = cli("preview", store)
     assert done.returncode == 0, done.stderr
-    assert sorted(line.rsplit(".", 1)[1] for line in done.stdout.splitlines()) == ["mp4", "png"]
+    drawn = [Path(line) for line in done.stdout.splitlines()]
+    assert sorted(path.suffix for path in drawn) == [".mp4", ".png"]
+    assert {path.parent for path in drawn} == {tmp_path / "out-preview"}  # not beside the store: inputs may lie there
 
 
 def test_previews_are_kept_out_of_the_pictures(cli, label, tmp_path):
