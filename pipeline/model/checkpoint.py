@@ -145,6 +145,12 @@ def open_checkpoint(
             f"checkpoint {name} answers {description.modality}, and was given for {modality}; "
             f"expected a {modality} checkpoint: swap --checkpoint (depth) and --normals-checkpoint, or leave one out"
         )
+    if description.modality is None and (declared := index.get("prediction_type")) not in (None, "depth", "normals"):
+        raise CheckpointError(
+            f"checkpoint {name} answers {declared!r} (prediction_type in its model_index.json), and was given for "
+            f"{modality}; expected depth or normals (disparity is not depth): use another checkpoint; if it answers "
+            f'{modality} after all, say so in {DESCRIPTION_FILE} beside model_index.json: {{"modality": "{modality}"}}'
+        )
     if normals_axes is not None:
         description = replace(description, normals_axes=normals_axes)
     elif modality == "normals" and _may_be_e2e(directory, index) and not _is_described(name, directory):

@@ -121,11 +121,11 @@ def load_heads(checkpoints: Sequence[Checkpoint]) -> list[Head]:
 def _load(checkpoint: Checkpoint) -> Head:
     scheduler = load_scheduler(checkpoint)
     vae, unet, prompt = load_vae(checkpoint), load_unet(checkpoint), empty_prompt(checkpoint)
-    pipeline = read_json(checkpoint.directory / "model_index.json").get("_class_name")
-    in_and_out = unet.config.in_channels, unet.config.out_channels
-    if pipeline == "StableDiffusionPipeline" and len(set(in_and_out)) == 1 and checkpoint.description.modality is None:
+    kind, channels = read_json(checkpoint.directory / "model_index.json").get("_class_name"), unet.config.in_channels
+    unsaid = checkpoint.description.modality is None and "Marigold" not in str(kind)  # a custom one's is a list
+    if unsaid and channels == unet.config.out_channels:
         raise CheckpointError(
-            f"{checkpoint.name} is a text-to-image model (model_index.json: {pipeline}, a UNet of {in_and_out[0]} "
+            f"{checkpoint.name} is a text-to-image model by its files (model_index.json: {kind}, a UNet of {channels} "
             f"channels); expected one fine-tuned to answer {checkpoint.modality}: `depthmill train` does that; "
             f"if it was done, say so in {DESCRIPTION_FILE} beside model_index.json: "
             f'{{"modality": "{checkpoint.modality}"}}'

@@ -186,6 +186,14 @@ def test_swapped_checkpoints_are_noticed(checkpoints):
         open_checkpoint(str(checkpoints / "normals"), "depth")
 
 
+def test_a_checkpoint_that_answers_disparity_is_refused_unless_it_says_otherwise(depth):
+    edit_json(depth / "model_index.json", prediction_type="disparity")  # as diffusers' Marigold may have it
+    with pytest.raises(CheckpointError, match=r"answers 'disparity'.*given for depth.*another checkpoint"):
+        open_checkpoint(str(depth), "depth")
+    (depth / "depthmill.json").write_text('{"modality": "depth"}')
+    assert open_checkpoint(str(depth), "depth").description.modality == "depth"
+
+
 @pytest.mark.parametrize("name", ["no/such/place", "nowhere", "owner/not-on-the-hub"])
 def test_a_checkpoint_that_is_not_there(name):
     with pytest.raises(CheckpointError, match="no directory"):
@@ -329,7 +337,12 @@ def test_bit_equal_vaes_are_kept_once(checkpoints, tmp_path):
 def test_a_text_to_image_model_is_refused_unless_it_says_that_it_answers(tmp_path):
     parts = scratch.build(scratch.Architecture(), seed=0, in_channels=4)
     scratch.save(parts, tmp_path / "sd", None, processing_resolution=48)
-    with pytest.raises(CheckpointError, match=r"text-to-image.*depthmill train"):
-        Labeler.from_pretrained(str(tmp_path / "sd"))
+    for kind in ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", ["my_pipeline", "MyPipeline"], None):
+        edit_json(tmp_path / "sd" / "model_index.json", _class_name=kind)
+        with pytest.raises(CheckpointError, match=r"text-to-image.*depthmill train"):
+            load_heads([open_checkpoint(str(tmp_path / "sd"), "depth")])
+    edit_json(tmp_path / "sd" / "model_index.json", _class_name=["my_pipeline", "MarigoldDepthPipeline"])
+    assert load_heads([open_checkpoint(str(tmp_path / "sd"), "depth")])
+    edit_json(tmp_path / "sd" / "model_index.json", _class_name="StableDiffusionPipeline")
     (tmp_path / "sd" / "depthmill.json").write_text('{"modality": "depth"}')
     assert Labeler.from_pretrained(str(tmp_path / "sd"))
