@@ -129,8 +129,8 @@ def test_a_gap_in_an_avi_stays(bframes: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".mkv", ".ts"])
 @pytest.mark.parametrize(
     "frames",
-    [(), range(1, 76), range(0, 76, 2), range(70), [index for index in range(76) if index % 12]],
-    ids=["none", "all but the first", "half", "the first 70", "all but each twelfth"],
+    [(), range(0, 76, 2), range(70), [index for index in range(76) if index % 12]],
+    ids=["none", "half", "the first 70", "all but each twelfth"],
 )
 def test_two_packets_that_are_fields_are_one_frame(frames: Sequence[int], suffix: str, tmp_path: Path) -> None:
     path = make.write_fields(tmp_path / f"fields{suffix}", pictures=76, frames=frames)
@@ -147,7 +147,7 @@ def test_interlaced_pictures_in_one_packet_are_counted_without_decoding(
     assert indices(path) == list(range(12))
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".flv", ".ts"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
 def test_times_of_decoding_do_not_say_the_order(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"clip{suffix}"
     with (
@@ -211,10 +211,9 @@ def test_damage_is_found_and_the_rest_is_good(name: str, clips: Callable[[str], 
     assert good == sorted(good)
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_video_that_is_cut_off_says_so(inside: bool, suffix: str, tmp_path: Path) -> None:
-    path = make.write_video(tmp_path / f"clip{suffix}", bframes=0, pictures=noisy())
+def test_a_video_that_is_cut_off_says_so(inside: bool, tmp_path: Path) -> None:
+    path = make.write_video(tmp_path / "clip.mp4", bframes=0, pictures=noisy())
     with av.open(str(path)) as container:
         packet = next(packet for packet in container.demux(video=0) if packet.dts == packet.duration * 25)
     assert packet.pos is not None
