@@ -183,11 +183,13 @@ def load_part(checkpoint: Checkpoint, kind: type[Any], part: str, **options: Any
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Keep transformers from showing a bar for each part that it loads; its user's own loading shows them as before."""
-    before = transformers_logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **{**options, "disable": True}))
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_tqdm_hook(before)
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _misplaced(folder: Path) -> tuple[set[str], set[str]]:
