@@ -37,7 +37,6 @@ class Inputs:
         more: Whether there may be some that are not known yet.
         unprobed: Those that are known, and not probed.
         failures: Those that are left out.
-        mismatch: The first of those that changed since they were added to the store, or are damaged there.
     """
 
     def __init__(self, uris: Iterable[str], attempts: int, say: Callable[[str], None]) -> None:
@@ -58,7 +57,6 @@ class Inputs:
         self.more = True
         self.unprobed = 0
         self.failures: list[Failure] = []
-        self.mismatch: StoreMismatchError | StoreDamagedError | None = None
 
     @property
     def left(self) -> bool:
@@ -124,7 +122,6 @@ class Inputs:
             else:
                 self._rest(event, now_s)
         elif isinstance(cause, StoreMismatchError | StoreDamagedError):
-            self.mismatch = self.mismatch or cause
             self.unprobed -= 1
             self.leave_out(probe.uri, str(cause))
         elif isinstance(cause, StoreError):

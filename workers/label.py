@@ -35,7 +35,7 @@ from depthmill.pipeline.types import Failure
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.driver import Driver
 from depthmill.workers.pool import InProcess, Pool
-from depthmill.workers.progress import Rate, RunConsole, open_display
+from depthmill.workers.progress import Rate, RunConsole, count, open_display
 from depthmill.workers.resume import Summary, identity, layout, list_failures, patiently, planned_here
 from depthmill.workers.standing import Standing
 from depthmill.workers.stopping import stoppable
@@ -144,9 +144,7 @@ def label(
     standing = driver.standing
     if not standing.sources:
         store.remove_if_empty()
-        raise driver.inputs.mismatch or SourceError(
-            f"none of the {len(driver.inputs.failures)} inputs can be opened: nothing to label"
-        )
+        raise SourceError(_nothing(len(driver.inputs.failures)))  # the reasons have been said
 
     def account() -> tuple[tuple[Failure, ...], int]:
         store.publish(store.sources())  # of two runs that published at once, one may have undone what the other did
@@ -203,7 +201,11 @@ def _if_one_is_there(uris: Iterable[str]) -> Iterator[str]:
         with suppress(SourceError):
             open_source(uri).close()
             return chain(known, remaining)
-    raise SourceError(f"none of the {len(known)} inputs can be opened: nothing to label; the store was left as it was")
+    raise SourceError(f"{_nothing(len(known))}; the store was left as it was")
+
+
+def _nothing(inputs: int) -> str:
+    return f"{count(inputs, 'input')} given, and none can be used: nothing to label"
 
 
 def _resolve(config: LabelConfig, gpus: int | None, say: Callable[[str], None]) -> LabelConfig:

@@ -103,7 +103,7 @@ def _lines(console: Console, rate: Rate) -> Iterator[Show]:
     try:
         yield show
     finally:
-        if last is not None:
+        if last is not None and last[0].total:  # else there was nothing to do, which is an error's to say
             write(*last)
 
 
@@ -134,7 +134,7 @@ def _live(console: Console, rate: Rate, doing: str) -> Iterator[Show]:
             table = Table.grid(padding=(0, 2))
             for name, state in workers.items():
                 table.add_row(f"  {name}", _words(state))
-            live.update(Group(bar, table))
+            live.update(Group(bar, table) if counts.total else table)
 
         yield show
 

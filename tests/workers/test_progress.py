@@ -4,6 +4,7 @@ import pty
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -53,6 +54,14 @@ def test_the_live_display_shows_the_same(steady_clock):
     shown = out.file.getvalue()
     for part in ("54/100", "3.4 frames/s", "2 failed", "worker 0", "clip[50:60] 4/10", "worker 1"):
         assert part in shown
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_where_there_is_nothing_to_label_no_rate_is_shown(terminal):
+    out = console(terminal)
+    with open_display(out, Rate()) as show:
+        show(replace(COUNTS, total=0, before=0, done=0, failed=0), {})
+    assert "0/0" not in out.file.getvalue()
 
 
 def test_the_rate_starts_with_the_first_worker(steady_clock):
