@@ -45,6 +45,7 @@ _SHOW_EVERY_S = 0.2
 _WATCH_S = 60.0  # of nothing happening, until the run says what it waits for
 _SHOWN_WORKERS = 16
 _LABELERS_A_PROBER = 8
+_FEW_SINGLE = 8  # inputs of one frame each
 _AHEAD = 4  # inputs that are known, for each prober
 
 
@@ -87,6 +88,7 @@ class Driver:
         self._probe_s: dict[str, float] = {}  # source -> what probing it took
         self._backends: set[str] = set()  # how workers use their devices, by their own account
         self._loading = Loading(self._crew, self._say_once, lambda: options.attempts * self._most_labelers)
+        self._single = 0  # sources of one frame, to be labelled
         self._dropped: set[str] = set()  # sources that changed, or are damaged in the store
         self._shown_s = self._looked_s = float("-inf")
         self._happened_s = self._crew.now_s
@@ -310,6 +312,12 @@ class Driver:
         self._open += source.segments
         self.standing.planned(source)
         self._publisher.add(source.id)
+        self._single += source.frames == 1 and source.segments > 0
+        if self._single > _FEW_SINGLE:
+            self._say_once(
+                f"more than {_FEW_SINGLE} inputs have one frame each, which is a batch of its own: give the folder of "
+                "such pictures as one input, and it is labelled in full batches, several times as fast"
+            )
 
     def _labelled(self, task: Task, running: Running, event: Event) -> None:
         others = self._leave(task, event.worker)

@@ -362,6 +362,13 @@ def test_what_workers_warn_of_is_said_once():
     assert ledger.said == ["not compiled"]
 
 
+@pytest.mark.parametrize(("single", "times"), [(8, 0), (20, 1)])
+def test_many_inputs_of_one_picture_are_said_once_to_be_slow(single, times):
+    ledger = Ledger({"a": (40, 10)} | {f"{i}.jpg": (1, 10) for i in range(single)})
+    drive(SimulatedPool(lambda: 2, labels(ledger)), ledger)
+    assert sum("give the folder of such pictures as one input" in line for line in ledger.said) == times
+
+
 def test_a_run_that_waits_says_for_what():
     ledger = Ledger({"a": (40, 10)})
     room = [0]
