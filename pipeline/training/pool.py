@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
+import random
 import time
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -91,6 +92,7 @@ def open_pool(
         paths[-1] = folder / f"{seeds[-1].start:07d}-{len(seeds[-1])}.npy"
     jobs = [(path, each, height, width, device) for path, each in zip(paths, seeds, strict=True)]
     missing = [job for job in jobs if not job[0].exists()]
+    random.Random().shuffle(missing)  # processes that fill one pool, as those of a run do, share the work so
     if missing:
         started = time.monotonic()
         # Spawned, since a forked child of a process that has used OpenMP may hang.
@@ -122,7 +124,10 @@ def _fill(path: Path, seeds: range, height: int, width: int, device: str = "cpu"
         return
     torch.set_num_threads(1)
     pixels = render(seeds, height, width, device)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        np.save(file, pixels)
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # other machines may have a process of this number
+    try:
+        with partial.open("wb") as file:
+            np.save(file, pixels)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
