@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, log2
 from typing import TYPE_CHECKING, TypeVar
 
+from depthmill.pipeline.errors import DepthmillError
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Segment
 from depthmill.workers.backlog import Probe
@@ -197,7 +198,9 @@ def cause_of(error: BaseException | None) -> BaseException | None:
 
 
 def reason(error: BaseException | None) -> str:
-    """An exception in one line."""
+    """An exception in one line; what depthmill raises on purpose needs no name of a class."""
     cause = cause_of(error)
     text = str(cause).strip().splitlines()
+    if text and isinstance(cause, DepthmillError):
+        return text[0]
     return f"{type(cause).__name__}: {text[0]}" if text else type(cause).__name__

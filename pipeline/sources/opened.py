@@ -37,8 +37,8 @@ class OpenSources:
             if source.probe().fingerprint != fingerprint:
                 source.close()
                 raise SourceChangedError(
-                    f"{shown(uri)} is not the file that the run was planned with; expected it unchanged, and the same "
-                    "on every machine: put it back, or label it into another store"
+                    f"{shown(uri)} changed since it was labelled, or was to be; expected it unchanged, and the same on "
+                    "every machine: put it back, or label it anew"
                 )
             self._sources[uri] = source
             return source

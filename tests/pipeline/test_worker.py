@@ -173,7 +173,9 @@ def test_what_goes_wrong_is_said_of_the_task_that_it_went_wrong_with(start):
     assert worker.label(tasks[1]).labelled == 8
     worker.try_task(tasks[2])
     fresh, _ = start("fresh")
-    with pytest.raises(SourceError, match="not the file that the run was planned with"):
+    with pytest.raises(
+        SourceError, match=r"changed since it was labelled, or was to be; .* put it back, or label it anew"
+    ):
         fresh.label(gone)
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from depthmill.pipeline.errors import SourceChangedError
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Segment
-from depthmill.workers.inquest import DIED, TOO_LONG, Searches, after
+from depthmill.workers.inquest import DIED, TOO_LONG, Searches, after, words_of
 from depthmill.workers.pool import Event
 
 TASK = Task("a.mp4", "f", Segment("a", 0, 8))
@@ -43,6 +44,11 @@ def test_a_frame_is_given_up_after_as_many_tries_of_its_own():
 )
 def test_what_tells_most_of_a_frame_is_kept_whenever_it_was_seen(alone, why):
     assert why in guilty(*alone)[5]
+
+
+def test_what_is_raised_on_purpose_is_told_without_the_name_of_its_class():
+    assert words_of(Event(0, error=SourceChangedError("a.mp4 changed: put it back"))) == "a.mp4 changed: put it back"
+    assert words_of(FAILS) == "RuntimeError: no luck"
 
 
 def test_lost_machines_are_nobodys_fault_the_first_ten_times():
