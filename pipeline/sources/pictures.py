@@ -350,12 +350,17 @@ def _to_8_bit(image: Image.Image) -> npt.NDArray[np.uint8]:
 
     White of floats is the least of the usual ones of which none is more than twice: a few are brighter than white. That
     of integers is the greatest that their bits can say, but of 32 bits at most the brightest.
+
+    Raises:
+        SourceError: If none of the floats is finite.
     """
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     bits, unsigned = tags.get(_BITS_PER_SAMPLE, (16,))[0], tags.get(_SAMPLE_FORMAT, (1,))[0] == 1
     if values.dtype == np.int32 and unsigned and bits == 32:
         values = values.view(np.uint32)
+    if values.dtype.kind == "f" and not np.isfinite(values).any():
+        raise SourceError("no pixel of it is a finite number; expected grey in floats: replace it or leave it out")
     numbers = np.nan_to_num(values.astype(np.float32), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
     top = float(numbers.max())
     if values.dtype.kind == "f":

@@ -109,6 +109,12 @@ def test_a_float_brighter_than_white_darkens_nothing(tmp_path: Path) -> None:
     np.testing.assert_array_equal(write(Image.fromarray(ramp), tmp_path / "float.tif")[..., 0], expected)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_floats_that_are_no_numbers_are_no_black_picture(value: float, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no pixel of it is a finite number"):
+        write(Image.fromarray(np.full((4, 4), value, np.float32)), tmp_path / "float.tif")
+
+
 def test_floats_in_colour_are_said_to_be_what_they_are() -> None:
     with pytest.raises(SourceError, match=r"a TIFF .* of a kind that is not read \(as RGB in floats\); expected"):
         decode_image(tiff(np.zeros((2, 6), int), 32, photometric=2, sample_format=3, samples=3), LIMIT)
