@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from depthmill.pipeline.errors import EvaluationError
 from depthmill.pipeline.training import scenes
-from depthmill.pipeline.training.clips import disturbed, export_clips, normalised, render_clip
+from depthmill.pipeline.training.clips import SEEDS, check_version, disturbed, export_clips, normalised, render_clip
+from depthmill.pipeline.training.from_scratch.train import HELD_OUT_SEED
 from depthmill.pipeline.training.raycast import render
 
 H, W = 96, 128
@@ -107,3 +109,23 @@ def test_clips_of_other_sizes_or_scenes_are_not_taken_for_those_asked_for(tmp_pa
     assert next(export_clips(tmp_path, seeds=(3,), frames=3, height=24, width=32)) == "static_3"
     assert not (tmp_path / "rendered_video.json").exists()  # before all of them are
     assert about.stat().st_mtime_ns > before
+
+
+def test_the_sets_scenes_are_held_out():
+    assert min(SEEDS) > HELD_OUT_SEED
+
+
+def test_clips_of_scenes_that_were_trained_on_are_rendered_anew(tmp_path):
+    """An earlier version exported such ones, and did not write down their seeds."""
+    assert next(export_clips(tmp_path, seeds=(3,), frames=2, height=24, width=32)) == "static_3"
+    check_version(tmp_path)
+    about = tmp_path / "static_3/clip.json"
+    there = json.loads(about.read_text())
+    del there["made"]["seed"]
+    about.write_text(json.dumps(there))
+    with pytest.raises(EvaluationError, match=r"scenes that models are trained on.*remove .*rendered_video\.json"):
+        check_version(tmp_path)
+    assert next(export_clips(tmp_path, seeds=(5,), frames=2, height=24, width=32)) == "static_5"
+    check_version(tmp_path)
+    assert next(export_clips(tmp_path, seeds=(3,), frames=2, height=24, width=32)) == "static_3"
+    assert json.loads(about.read_text())["made"]["seed"] == 3
