@@ -70,9 +70,27 @@ def _say(message: object) -> None:
     typer.echo(printable(f"depthmill: {message}"), err=True)
 
 
+def _show(text: object) -> None:
+    """Write to standard output; a reader that goes away, as `head` does, changes no exit status.
+
+    Raises:
+        DepthmillError: If it cannot be written for another reason.
+    """
+    try:
+        typer.echo(printable(text))
+    except OSError as error:
+        from depthmill.workers.progress import RunConsole
+
+        RunConsole().on_broken_pipe()
+        if not isinstance(error, BrokenPipeError):
+            raise DepthmillError(
+                f"standard output cannot be written ({error.strerror}); give it a place where it can, and run again"
+            ) from error
+
+
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        _show(__version__)
         raise typer.Exit
 
 
@@ -282,15 +300,15 @@ def _smooth(store: str, settings: SmoothConfig, sources: list[str]) -> bool:
     from depthmill.workers.smooth import smooth as run
 
     done = run(store, settings, sources=sources)
-    typer.echo(
+    _show(
         f"{count(len(done.smoothed), 'source')} smoothed in {done.store}; {count(done.frames, 'frame')} done in this "
         f"run, in {done.seconds:.1f} s"
     )
     for name, why in {**done.left_out, **done.unread}.items():
-        typer.echo(printable(f"  {name}: {why}"))
+        _show(f"  {name}: {why}")
     if done.unasked:
         shown = ", ".join(done.unasked[:3]) + (" …" if len(done.unasked) > 3 else "")
-        typer.echo(
+        _show(
             f"{len(done.unasked)} sources are no videos, and were left as they are: {shown}; name those that are the "
             "frames of one: depthmill smooth STORE --source ID"
         )
@@ -319,7 +337,7 @@ def preview(
     for drawn in draw(
         store, folder, source_id=source, frames=frames, smooth=smooth, video=video, start_s=start, stop_s=stop
     ):
-        typer.echo(drawn)
+        _show(drawn)
 
 
 @app.command()
@@ -342,16 +360,16 @@ def verify(
     found = check(open_store(store), repair=repair, workers=workers)
     for one in found.damage:
         done = "; repaired" if one.repaired else "; --repair cannot mend it" if repair else ""
-        typer.echo(f"{one.file} (frames {one.start} to {one.stop} of {one.source_id}) {one.reason}{done}")
-    typer.echo(
+        _show(f"{one.file} (frames {one.start} to {one.stop} of {one.source_id}) {one.reason}{done}")
+    _show(
         f"{found.segments:,} committed segments of {found.sources:,} sources, {found.files:,} files, {found.bytes:,} "
         f"bytes: {len(found.damage):,} damaged"
     )
     if found.unchecked:
-        typer.echo(f"{found.unchecked:,} segments have no checksums: that their files decode is all that is known")
+        _show(f"{found.unchecked:,} segments have no checksums: that their files decode is all that is known")
     if found.damage:
         if repair:
-            typer.echo("run the same `depthmill label`, or `depthmill smooth`, again to do what was un-committed")
+            _show("run the same `depthmill label`, or `depthmill smooth`, again to do what was un-committed")
         raise typer.Exit(SOME_FAILED)
 
 
@@ -370,9 +388,9 @@ def inspect(
         import json
         from dataclasses import asdict
 
-        typer.echo(json.dumps(asdict(found), indent=2))
+        _show(json.dumps(asdict(found), indent=2))
     else:
-        typer.echo(printable(as_text(found)))
+        _show(as_text(found))
 
 
 @app.command()
@@ -404,7 +422,7 @@ def train(
         from depthmill.pipeline.training.from_scratch.train import train as run_stages
 
         staged = load_config(StagedConfig, config, {})
-        typer.echo(run_stages(staged, folder, overwrite=overwrite, device=device))
+        _show(run_stages(staged, folder, overwrite=overwrite, device=device))
         return
     from depthmill.pipeline.training.config import TrainConfig
 
@@ -414,7 +432,7 @@ def train(
         raise ConfigError(
             f"training needs {error.name}, which is not installed: pip install 'depthmill[train]'"
         ) from error
-    typer.echo(run(load_config(TrainConfig, config, {}), folder, overwrite=overwrite, device=device))
+    _show(run(load_config(TrainConfig, config, {}), folder, overwrite=overwrite, device=device))
 
 
 @app.command(cls=_Command)
@@ -563,7 +581,7 @@ def bench(
     from depthmill.workers.progress import quiet_libraries
 
     quiet_libraries()
-    typer.echo(measure(settings, video, frames=frames, rounds=rounds, folder=folder, compiled=compiled))
+    _show(measure(settings, video, frames=frames, rounds=rounds, folder=folder, compiled=compiled))
 
 
 if __name__ == "__main__":

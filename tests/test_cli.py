@@ -1,5 +1,6 @@
 """The command line's own part: options, exit statuses, messages. What the commands do is tested where they live."""
 
+import errno
 import json
 import os
 import re
@@ -348,6 +349,26 @@ def test_a_run_that_is_stopped_waits_for_no_thread():
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (130, "depthmill: 10 of 20 frames are committed\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "message"),
+    [
+        (errno.EPIPE, 0, ""),
+        (errno.ENOSPC, 2, f"depthmill: standard output cannot be written ({os.strerror(errno.ENOSPC)}); "),
+    ],
+)
+def test_a_reader_that_goes_away_changes_no_status_and_a_full_disk_is_said(
+    cli, tmp_path, monkeypatch, code, status, message
+):
+    def fail(text):
+        raise OSError(code, os.strerror(code))
+
+    with (tmp_path / "stdout").open("w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(stdout, "write", fail, raising=False)
+        done = cli("--version")
+    assert (done.returncode, done.stderr[: len(message)], "Traceback" in done.stderr) == (status, message, False)
 
 
 @pytest.mark.parametrize("raised", [RunStoppedError, StoreFullError])
