@@ -106,9 +106,9 @@ class LabelConfig(BaseModel):
         round_aspect: Whether pictures (never videos) are resized for the model to aspect ratios rounded to few, from
             which their labels come back at their own: only frames of one processed shape share a batch. The shorter
             side becomes a twelfth of the longer, or several (thinner than 1:2, 24ths, and so on): no picture is
-            stretched by more than 8 %, most of a camera's (1:1, 4:3, 3:2, 2:1) not at all. Left out, it holds for
-            corpora. Without it, pictures are seen as Marigold sees them. What either does to labels and batches:
-            `benchmarks/batches.md`.
+            stretched by more than 1 in 12 and the rounding to the VAE's factor, most of a camera's (1:1, 4:3, 3:2, 2:1)
+            not at all. Left out, it holds for corpora. Without it, pictures are seen as Marigold sees them. What either
+            does to labels and batches: `benchmarks/batches.md`.
         workers: Ray workers; 0 labels in this process; left out, one for each GPU, or one on a machine without.
         threads: CPU threads of each worker's network; left out, the cores this process may use, at most 8. It does not
             depend on the number of workers, since rounding depends on it: that way any number writes the same bytes
