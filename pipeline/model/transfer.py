@@ -68,10 +68,13 @@ def to_device(frame: npt.NDArray[np.uint8], device: torch.device) -> torch.Tenso
 
 
 def mark(device: torch.device) -> torch.cuda.Event | None:
-    """An event that happens when CUDA has done all that it was asked for so far; None elsewhere."""
+    """An event that happens when CUDA has done all that it was asked for so far; None elsewhere.
+
+    Who waits for it sleeps: by itself CUDA would keep a core busy with asking.
+    """
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
 

@@ -1,8 +1,10 @@
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
 
-from depthmill.pipeline.model.transfer import pack_depth, pack_normals, stage, to_device
+from depthmill.pipeline.model.transfer import mark, pack_depth, pack_normals, stage, to_device
 from depthmill.pipeline.store import layout
 
 
@@ -45,6 +47,14 @@ def test_a_normal_of_which_the_network_answers_nan_is_invalid():
 def test_packed_on_cuda_as_on_the_cpu():
     depth = awkward(20_000)
     assert np.array_equal(pack_depth(torch.from_numpy(depth).cuda()).cpu().numpy(), layout.pack_depth(depth))
+
+
+def test_who_waits_for_cuda_keeps_no_core_busy(monkeypatch):
+    event = Mock()
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    mark(torch.device("cuda"))
+    event.assert_called_once_with(enable_timing=True, blocking=True)
 
 
 def test_a_frame_that_cannot_be_written_to():
