@@ -20,7 +20,7 @@ from depthmill.pipeline.bench.flops import label_flops, matmuls
 from depthmill.pipeline.bench.timing import Clock, Ratio, Spent, interleave, ratio, typical
 from depthmill.pipeline.bench.verdict import ADVICE, Verdict, judge
 from depthmill.pipeline.config import LabelConfig, make_folder
-from depthmill.pipeline.model.backend import cores, cpu_kind, default_threads, keep_freed_memory
+from depthmill.pipeline.model.backend import COMPILE_AFTER, cores, cpu_kind, default_threads, keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import Layout
@@ -78,18 +78,23 @@ class Report:
     Attributes:
         machine: Processor, cores, device and dtype, in words.
         batch: Pictures in a batch, and the height and width at which the network sees them, in pixels.
+        compiled: Whether it ran compiled.
         speed: Of the labeler.
         feed: Of the parts of a run, and what follows of them; None without an input.
     """
 
     machine: str
     batch: tuple[int, int, int]
+    compiled: bool
     speed: Speed
     feed: tuple[Feed, Verdict] | None
 
     def __str__(self) -> str:
         number, height, width = self.batch
-        return "\n".join([self.machine, f"batches of {number}, seen at {width}x{height}", "", *_lines(self)])
+        how = f"batches of {number}, seen at {width}x{height}"
+        if self.compiled:
+            how += f", compiled; with --compile auto a run's first {COMPILE_AFTER:,} of a new shape are not"
+        return "\n".join([self.machine, how, "", *_lines(self)])
 
 
 def bench(
@@ -156,7 +161,7 @@ def bench(
             )
             feed = measured, judge(measured, cores(), on_cpu=labeler.device.type == "cpu")
         shape = labeler.batch_shape(*pictures[0].shape[:2])
-        return Report(machine(labeler.device, labeler.dtype), (len(pictures), *shape), speed, feed)
+        return Report(machine(labeler.device, labeler.dtype), (len(pictures), *shape), labeler.compiled, speed, feed)
 
 
 def measure_speed(labeler: Labeler, pictures: peers.Pictures, rounds: int, *, compiled: bool = False) -> Speed:
@@ -190,11 +195,14 @@ def measure_speed(labeler: Labeler, pictures: peers.Pictures, rounds: int, *, co
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> str:
-    """The hardware in words."""
+    """The hardware and the dtype in words."""
+    kind = str(dtype).removeprefix("torch.")
+    if device.type == "cuda" and dtype == torch.float32:
+        kind += " without TF32, diffusers too"  # a labeler turns it off in the whole process
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return (
         f"{cores()} cores of {platform.processor() or platform.machine()} ({cpu_kind()}), {device} ({where}), "
-        f"{str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
+        f"{kind}, torch {torch.__version__}"
     )
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 from PIL import Image
 
 from depthmill.pipeline.bench import feed, peers
-from depthmill.pipeline.bench.bench import BATCHED, DOCUMENTED, MATMUL, OURS, bench
+from depthmill.pipeline.bench.bench import BATCHED, DOCUMENTED, MATMUL, OURS, bench, machine
 from depthmill.pipeline.bench.flops import label_flops, network_flops
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import SourceError
@@ -44,8 +45,6 @@ def config(checkpoints):
 
 def test_operations_of_stable_diffusion_2_are_those_that_were_counted_by_hand():
     parts = load("speed").STABLE_DIFFUSION_2
-    import torch
-
     from depthmill.pipeline.model import scratch
 
     with torch.device("meta"):
@@ -112,13 +111,22 @@ def test_without_an_input_there_is_no_feed(config):
     assert report.feed is None
     assert "give --video" in str(report)
     assert "what helps: a faster device" in str(report)
+    assert "compiled" not in str(report)
 
 
-def test_diffusers_at_its_best_is_compiled(config, monkeypatch):
+def test_float32_on_cuda_says_what_it_is_of_all_alternatives(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "H100")
+    assert "cuda (H100), float32 without TF32, diffusers too, torch" in machine(torch.device("cuda"), torch.float32)
+    assert "cuda (H100), bfloat16, torch" in machine(torch.device("cuda"), torch.bfloat16)
+
+
+def test_diffusers_at_its_best_is_compiled_and_who_runs_so_is_told(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # where it notes what was compiled
     modules = []
     monkeypatch.setattr("torch.compile", lambda module, **options: modules.append(module) or module)
-    report = bench(config.model_copy(update={"labels": ("depth",)}), rounds=1, compiled=True)
-    assert len(modules) == 3, "UNet, encoder, decoder"
+    report = bench(config.model_copy(update={"labels": ("depth",), "compile": "on"}), rounds=1, compiled=True)
+    assert len(modules) == 4, "the labeler's network; UNet, encoder, decoder"
+    assert "seen at 48x36, compiled; with --compile auto a run's first 5,000" in str(report)
     assert "called in batches, compiled" in str(report)
 
 
