@@ -391,6 +391,7 @@ def _read_frame(encoded: Encoded, max_pixels: int) -> Frame:
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno in _AWAY_ERRORS and encoded.away():
             raise unanswered(picture, cause) from error
-        return Frame(encoded.index, None, str(error))
+        # Once it is mended, its source has another fingerprint, and is no longer the one that was labelled.
+        return Frame(encoded.index, None, f"{error}, and label its input anew")
     except OSError as error:
         raise unanswered(picture, error) from error

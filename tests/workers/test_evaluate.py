@@ -164,13 +164,13 @@ def test_what_failed_is_tried_again(checkpoints, tmp_path, monkeypatch):
 
     def fail(picture, max_pixels):
         if picture.name == "rgb_0002.png":
-            raise SourceError("out of memory")
+            raise SourceError("cut off: replace it")
         return read(picture, max_pixels)
 
     with monkeypatch.context() as patch:
         patch.setattr(pictures, "decode_image", fail)
         scores = evaluate(wanted, data, tmp_path / "out", what, split=split, console=console())
-    assert scores.skipped[0].reason == "it has no labels: out of memory"
+    assert scores.skipped[0].reason == "it has no labels: cut off: replace it, and label its input anew"
     scores = evaluate(wanted, data, tmp_path / "out", what, split=split, console=console())
     assert (len(scores.rows), len(scores.skipped)) == (2, 0)
 

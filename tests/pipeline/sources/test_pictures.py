@@ -226,6 +226,14 @@ def test_a_tall_and_a_wide_picture_do_not_spoil_the_others(kind: str, tmp_path: 
     assert open_source(path).probe().width == 3000, "by default there is room for both"
 
 
+def test_a_reason_says_that_a_mended_picture_makes_another_input(tmp_path: Path) -> None:
+    source = open_source(folder(tmp_path / "a", {"a.png": b""}))
+    (frame,) = source.read(0, 1)
+    assert frame.error.endswith(": replace it or leave it out, and label its input anew")
+    Image.new("RGB", (1, 1)).save(tmp_path / "a" / "a.png")
+    assert open_source(tmp_path / "a").probe().fingerprint != source.probe().fingerprint
+
+
 def test_sides_are_limited() -> None:
     file = io.BytesIO()
     Image.new("1", (70_000, 1)).save(file, "PNG")
