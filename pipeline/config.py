@@ -6,15 +6,17 @@ Reference of every key, and the defaults: `LabelConfig`. Command-line flags carr
 from __future__ import annotations
 
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
 
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS, Domain, Modality, NormalsDtype
@@ -25,6 +27,9 @@ Compile = Literal["auto", "on", "off"]
 Noise = Literal["zeros", "gaussian", "pyramid"]
 TimestepSpacing = Literal["trailing", "leading"]
 Preset = Literal["ultrafast", "fast", "medium"]
+Whole = Annotated[int, Strict()]  # what YAML reads as true is no 1
+
+_OPTIONS_ALONE = ("overwrite", "retry_failed", "smooth")  # of depthmill label; a file has no such keys
 
 
 @dataclass(frozen=True)
@@ -136,33 +141,50 @@ class LabelConfig(BaseModel):
     labels: tuple[Modality, ...] = ("depth", "normals")
     normals_axes: str | None = None
     domain: Domain | None = None
-    processing_resolution: int | None = Field(default=None, ge=16)
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    processing_resolution: Whole | None = Field(default=None, ge=16)
+    batch_size: int | Literal["auto"] = "auto"
     compile: Compile = "auto"
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|(cuda|xpu|mps)(:\d+)?)$")
+    device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     normals_dtype: NormalsDtype = "int8"
-    shard_frames: int = Field(default=16, ge=1)
-    segment_frames: int | None = Field(default=None, ge=1)
+    shard_frames: Whole = Field(default=16, ge=1)
+    segment_frames: Whole | None = Field(default=None, ge=1)
     round_aspect: bool | None = None
-    workers: int | None = Field(default=None, ge=0)
-    threads: int | None = Field(default=None, ge=1)
+    workers: Whole | None = Field(default=None, ge=0)
+    threads: Whole | None = Field(default=None, ge=1)
     address: str | None = Field(default_factory=lambda: os.environ.get("RAY_ADDRESS"))
-    attempts: int = Field(default=3, ge=1)
+    attempts: Whole = Field(default=3, ge=1)
     frame_limit_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
-    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
-    max_frames: int = Field(default=MAX_FRAMES, ge=1)
-    steps: int = Field(default=1, ge=1)
-    ensemble: int = Field(default=1, ge=1)
+    max_pixels: Whole = Field(default=MAX_PIXELS, ge=1)
+    max_frames: Whole = Field(default=MAX_FRAMES, ge=1)
+    steps: Whole = Field(default=1, ge=1)
+    ensemble: Whole = Field(default=1, ge=1)
     noise: Noise = "zeros"
     timestep_spacing: TimestepSpacing = "trailing"
-    seed: int = 0
+    seed: Whole = 0
 
     @field_validator("compile", mode="before")
     @classmethod
     def _words(cls, value: Any) -> Any:
         """YAML 1.1 reads on and off without quotes as booleans."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _frames_or_auto(cls, value: Any) -> Any:
+        """On the command line, numbers are text."""
+        if isinstance(value, str) and value.isdecimal():
+            value = int(value)
+        if value == "auto" or (type(value) is int and value >= 1):
+            return value
+        raise ValueError("expected auto, or a number of frames, 1 or more")
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if re.fullmatch(r"auto|cpu|(cuda|xpu|mps)(:\d+)?", device):
+            return device
+        raise ValueError("expected auto, cpu, cuda, xpu or mps, or with workers 0 also one of several, as cuda:1")
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -236,16 +258,16 @@ class SmoothConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_edge: int = Field(default=32, ge=1, le=32)
+    max_edge: Whole = Field(default=32, ge=1, le=32)
     flow: Preset = "fast"
     leak: float = Field(default=0.1, ge=0, le=3.14, allow_inf_nan=False)
     filter: bool = False
-    workers: int | None = Field(default=None, ge=0)
+    workers: Whole | None = Field(default=None, ge=0)
     address: str | None = Field(default_factory=lambda: os.environ.get("RAY_ADDRESS"))
-    attempts: int = Field(default=3, ge=1)
+    attempts: Whole = Field(default=3, ge=1)
     frame_limit_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
-    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
-    max_frames: int = Field(default=MAX_FRAMES, ge=1)
+    max_pixels: Whole = Field(default=MAX_PIXELS, ge=1)
+    max_frames: Whole = Field(default=MAX_FRAMES, ge=1)
 
     @field_validator("leak")
     @classmethod
@@ -263,34 +285,48 @@ def load_config(model: type[Model], path: str | Path | None, overrides: Mapping[
 
     Args:
         model: The pydantic model that says what is allowed.
-        path: A YAML file; or the bare name of one that ships with depthmill (`video`); or None for the defaults.
+        path: A YAML file; or the bare name of one that ships for this model (`video`); or None for the defaults.
         overrides: Values that win over the file: the command line's. With a `checkpoint` among them, the file's
             `normals_checkpoint`, which goes with the file's own, does not count.
 
     Raises:
         ConfigError: If the file cannot be read, or a key or value is not allowed; names each of them.
     """
-    values = {} if path is None else load_yaml(path)
+    values = {} if path is None else load_yaml(path, model)
     if overrides.get("checkpoint") is not None:
         values.pop("normals_checkpoint", None)
     values |= {key: value for key, value in overrides.items() if value is not None}
     return validated(model, values, where="the options" if path is None else f"{path} with the command line's options")
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file, or the one of that name that ships with depthmill, without looking at what it says.
+def load_yaml(path: str | Path, model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Read a YAML file, or one that ships for `model` (None: a training run's), without looking at what it says.
 
     Raises:
-        ConfigError: If it cannot be read, or holds something else than keys and values.
+        ConfigError: If it cannot be read, has a key twice, or holds something else than keys and values.
     """
-    text = _read(Path(path))
+    text = _read(Path(path), model)
     try:
-        loaded = yaml.safe_load(text) or {}
+        loaded = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} holds a {type(loaded).__name__}; expected `key: value` lines")
-    return loaded
+        raise ConfigError(f"{path} is no YAML that can be used: {error}") from error
+    if not isinstance(loaded, dict | None):
+        raise ConfigError(f"{path} holds data of type {type(loaded).__name__}; expected `key: value` lines")
+    return loaded or {}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is there twice; leave out one", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def validated(model: type[Model], values: Mapping[str, Any], *, where: str) -> Model:
@@ -302,28 +338,51 @@ def validated(model: type[Model], values: Mapping[str, Any], *, where: str) -> M
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
-            message = item["msg"].removeprefix("Value error, ")
-            problems.append(f"  {key}: {message} (got {item['input']!r})" if key else f"  {message}")
-        raise ConfigError(f"{where} cannot be used:\n" + "\n".join(problems)) from error
+        raise ConfigError("\n  ".join([f"{where} cannot be used:", *_problems(model, error)])) from error
 
 
-def _read(path: Path) -> str:
-    shipped = resources.files("depthmill.configs")
-    if not path.is_file() and path.name == str(path):
-        packaged = shipped / (path.name if path.suffix else f"{path.name}.yaml")
-        if packaged.is_file():
-            return packaged.read_text(encoding="utf-8")
+def _problems(model: type[BaseModel], error: ValidationError) -> list[str]:
+    """A line for each key or value that is not allowed, and one with the model's keys if one is like none of them."""
+    problems, unknown = [], False
+    items = error.errors(include_url=False)
+    for item in items:
+        loc, key = item["loc"], ".".join(map(str, item["loc"]))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden" and key in _OPTIONS_ALONE and model is LabelConfig:
+            message = f"no key, only an option of depthmill label: --{key.replace('_', '-')}"
+        elif item["type"] == "extra_forbidden":
+            close = get_close_matches(key, model.model_fields, 1) if len(loc) == 1 else []
+            message = f"no such key; did you mean {close[0]}?" if close else "no such key"
+            unknown = unknown or (len(loc) == 1 and not close)
+        elif item["type"] == "too_short" and any(other["loc"][: len(loc)] == loc != other["loc"] for other in items):
+            continue  # its parts are there, but not as they should be
+        elif item["type"] != "missing" and key:
+            message += f" (got {item['input']!r})"
+        problems.append(f"{key}: {message}" if key else message)
+    return [*problems, f"expected some of: {', '.join(model.model_fields)}"] if unknown else problems
+
+
+def _read(path: Path, model: type[BaseModel] | None) -> str:
+    folder = resources.files("depthmill.configs")
+    every = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = [
+        name for name in every if name.startswith("train-") != (model is LabelConfig) and model is not SmoothConfig
+    ]
+    name = path.name.removesuffix(".yaml")
+    is_name = not path.is_file() and path.name == str(path)
+    if is_name and name in names:
+        return (folder / f"{name}.yaml").read_text(encoding="utf-8")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
-        names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
+        if is_name and name in every:
+            reason = "what ships under that name is for another command"
+        ships = f", or one of the names that ship: {', '.join(names)}" if names else ""
+        close = get_close_matches(name, names, 1)
         raise ConfigError(
-            f"the configuration {path} cannot be read ({reason}); "
-            f"give the path of a YAML file, or one of the names that ship: {', '.join(names)}"
+            f"the configuration {path} cannot be read ({reason}); give the path of a YAML file{ships}"
+            + (f". Did you mean {close[0]}?" if close else "")
         ) from error
 
 

@@ -1,9 +1,10 @@
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, Field
 
 import depthmill
-from depthmill.pipeline.config import LabelConfig, SmoothConfig, load_config
+from depthmill.pipeline.config import LabelConfig, SmoothConfig, load_config, load_yaml, validated
 from depthmill.pipeline.errors import ConfigError
 
 CONFIGS = Path(depthmill.__file__).parent / "configs"
@@ -51,9 +52,19 @@ def test_segments_left_out_are_long_for_a_corpus_and_of_whole_shards(options, le
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("batchsize: 3", "batchsize"),
-        ("batch_size: many", "batch_size"),
+        ("batchsize: 3", r"\n  batchsize: no such key; did you mean batch_size\?$"),
+        ("flavour: 3", r"\n  flavour: no such key\n  expected some of: checkpoint, .*, seed$"),
+        ("retry_failed: true", r"\n  retry_failed: no key, only an option of depthmill label: --retry-failed$"),
+        ("batch_size: many", r":\n  batch_size: expected auto, or a number of frames, 1 or more \(got 'many'\)$"),
         ("batch_size: 0", "batch_size"),
+        ("batch_size: true", "batch_size.*got True"),
+        ("attempts: true", "attempts.*integer.*got True"),
+        ("threads: true", "threads.*integer.*got True"),
+        ("device: tpu", "device: expected auto, cpu, cuda, xpu or mps"),
+        ("seed: 1\nsteps: 2\nseed: 3", r"the key seed is there twice[\s\S]*line 3"),
+        ("[]", "type list; expected"),
+        ("false", "type bool; expected"),
+        ("0", "type int; expected"),
         ("labels: [depth, depth]", "each once"),
         ("labels: [flow]", "labels"),
         ("segment_frames: 30\nshard_frames: 16", "multiple of shard_frames"),
@@ -84,9 +95,41 @@ def test_on_and_off_need_no_quotes(tmp_path, word):
     assert load_config(LabelConfig, tmp_path / "a.yaml", {}).compile == word
 
 
-def test_a_missing_file_says_which_names_ship(tmp_path):
-    with pytest.raises(ConfigError, match="video"):
-        load_config(LabelConfig, tmp_path / "none.yaml", {})
+@pytest.mark.parametrize("text", ["", "# nothing", "---"])
+def test_an_empty_file_is_the_defaults(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    assert load_config(LabelConfig, tmp_path / "a.yaml", {}) == LabelConfig()
+
+
+def test_a_part_that_cannot_be_used_does_not_make_its_whole_too_short():
+    class Parts(BaseModel):
+        sizes: tuple[int, ...] = Field(min_length=1)
+
+    with pytest.raises(ConfigError, match=r":\n  sizes\.0: .*\(got 'x'\)$"):
+        validated(Parts, {"sizes": ["x"]}, where="the test")
+    with pytest.raises(ConfigError, match=r"sizes: .*at least 1"):
+        validated(Parts, {"sizes": []}, where="the test")
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "message"),
+    [
+        ("vidoe", LabelConfig, r"names that ship: demo, images, video\. Did you mean video\?$"),
+        ("vidoe", SmoothConfig, r"give the path of a YAML file$"),
+        ("video", SmoothConfig, r"for another command\); give the path of a YAML file$"),
+        ("train-demo", LabelConfig, r"for another command\); .*: demo, images, video"),
+        ("video", None, r"for another command\); .*: train-demo, train-marigold-depth, "),
+    ],
+)
+def test_the_names_that_ship_are_those_that_a_command_can_use(path, model, message):
+    with pytest.raises(ConfigError, match=message):
+        load_yaml(path, model)
+
+
+def test_a_file_may_have_the_name_of_one_that_ships_for_another_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("video").write_text("flow: medium")
+    assert load_config(SmoothConfig, "video", {}).flow == "medium"
 
 
 @pytest.mark.parametrize("model", [LabelConfig, SmoothConfig])
