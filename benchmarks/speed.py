@@ -56,7 +56,8 @@ PICTURES = {
 TITLE = """# Speed: against diffusers, against ensembles, against the machine
 
 Written by `benchmarks/speed.py`, a section a size and device. All alternatives of a row ran in turn in one process, A B
-C A B C …, after a round that is not counted; a ratio is the median over rounds, with the smallest and the largest.
+C A B C …, after a round that is not counted (three on CUDA, which record graphs); a ratio is the median over rounds,
+with the smallest and the largest.
 *Wall* is what a user waits for. *CPU* is the time of the process's own threads, which other work on the machine does
 not stretch as much; on a GPU it is the host's and says nothing of the network. A picture's time is from uint8 to labels
 of its own size, in all the modalities of the row. On CPUs the process keeps the memory that it frees, as workers do:
@@ -165,7 +166,9 @@ def row(labels: str, dtype: str, speed: Speed) -> str:
 
 
 def many_steps(names: dict[str, str], frames: peers.Pictures, device: torch.device, dtype: str, quick: bool) -> str:
-    """One step against 50 steps of an ensemble of 10, depth, one picture: all of them really done."""
+    """One step against 50 steps of an ensemble of 10, depth if it is asked for, one picture: all really done."""
+    if "depth" not in names:
+        return ""
     steps, members = (2, 3) if quick else (50, 10)
     one = load_labeler(names, "depth", 1, device, dtype)
     one.compile_at_once()

@@ -34,6 +34,7 @@ from depthmill.pipeline.bench.timing import Spent, interleave, ratio, typical
 from depthmill.pipeline.evaluation.metrics import angles_deg, depth_metrics, fit_affine
 from depthmill.pipeline.model.backend import pick_device, pick_dtype
 from depthmill.pipeline.model.labeler import Labeler
+from depthmill.pipeline.store import write_atomically
 from depthmill.pipeline.training import scenes
 from depthmill.pipeline.training.raycast import DEPTH_RANGE_M, Views
 
@@ -71,7 +72,7 @@ class Paper:
         record = json.dumps({"scenes": scenes.VERSION, **settings}, indent=1)
         if (out / "settings.json").exists() and (out / "settings.json").read_text() != record:
             sys.exit(f"{out} holds a run of other settings (settings.json there): give another --out, or remove it")
-        (out / "settings.json").write_text(record)
+        write_atomically(out / "settings.json", record.encode())
         self.clock = out / "seconds.json"  # of all calls before this one
         self.began = time.monotonic() - (json.loads(self.clock.read_text()) if self.clock.exists() else 0.0)
         self.environment = os.environ | {"OMP_NUM_THREADS": str(settings["threads"])}
@@ -121,7 +122,7 @@ class Paper:
             with (folder / "train.log").open("a") as log:
                 subprocess.run(command, check=True, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
         finally:
-            seconds.write_text(json.dumps(spent + time.monotonic() - started))
+            write_atomically(seconds, json.dumps(spent + time.monotonic() - started).encode())
         done.touch()
 
     def figures(self, way: Way, modality: str) -> Figures:
@@ -129,7 +130,7 @@ class Paper:
         path = self.out / "results" / f"{way.name}-{modality}.json"
         if not path.exists():
             print("labelling", path.stem, flush=True)
-            path.write_text(json.dumps(self._score(way, modality)))
+            write_atomically(path, json.dumps(self._score(way, modality)).encode())
         return {name: np.array(values) for name, values in json.loads(path.read_text()).items()}
 
     def times(self, ways: Sequence[Way], modality: str) -> dict[str, list[Spent]]:
@@ -149,7 +150,8 @@ class Paper:
 
             device = next(iter(labelers.values())).device
             spent = interleave({name: timed(labeler) for name, labeler in labelers.items()}, ROUNDS, device)
-            path.write_text(json.dumps({name: [asdict(one) for one in each] for name, each in spent.items()}))
+            found = {name: list(map(asdict, each)) for name, each in spent.items()}
+            write_atomically(path, json.dumps(found).encode())
         return {name: [Spent(**one) for one in each] for name, each in json.loads(path.read_text()).items()}
 
     def _labeler(self, way: Way, modality: str) -> Labeler:
@@ -299,7 +301,7 @@ def main() -> None:
         try:
             text = report(paper, paper.train())
         finally:
-            paper.clock.write_text(json.dumps(paper.seconds()))
+            write_atomically(paper.clock, json.dumps(paper.seconds()).encode())
     print(text)
     if arguments.settings.resolve() == HERE / "small.yaml" and not arguments.quick:
         (HERE / "RESULTS.md").write_text(text)

@@ -5,6 +5,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import diffusers
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from depthmill.pipeline.bench import feed, peers
 from depthmill.pipeline.bench.bench import BATCHED, DOCUMENTED, MATMUL, OURS, bench, machine
 from depthmill.pipeline.bench.flops import label_flops, network_flops
-from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.config import DEMO, LabelConfig
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.labeler import Labeler
@@ -172,6 +173,21 @@ def test_the_benchmark_writes_its_section_and_leaves_the_others(tmp_path):
     assert "as it was" in text
     assert "| depth | float32 |" in text
     assert "steps, 3 members, diffusers" in text
+
+
+def test_without_depth_no_ensembles_of_it_are_timed():
+    assert not load("speed").many_steps({"normals": DEMO}, [], torch.device("cpu"), "float32", True)
+
+
+def test_what_the_papers_benchmark_keeps_is_whole(tmp_path, monkeypatch):
+    """A run that is begun again takes it for done."""
+    module = load("paper/paper")
+    paper = module.Paper({"threads": 1}, tmp_path)
+    monkeypatch.setattr(paper, "_score", lambda *asked: {"angle": [1.0]})
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        paper.figures(module.Way("few", "few", {}), "normals")
+    assert not list((tmp_path / "results").iterdir())
 
 
 @pytest.mark.slow
