@@ -148,7 +148,7 @@ def _warn_of_demo(settings: LabelConfig) -> None:
         typer.secho(
             "depthmill: no --checkpoint is given, so the embedded demo model is used, a toy; for labels that you care "
             "about: --config video, --config images, or --checkpoint",
-            fg="yellow",
+            fg=None if os.environ.get("NO_COLOR") else "yellow",
             err=True,
         )
 
@@ -309,7 +309,7 @@ def _smooth(store: str, settings: SmoothConfig, sources: list[str]) -> bool:
     if done.unasked:
         shown = ", ".join(done.unasked[:3]) + (" …" if len(done.unasked) > 3 else "")
         _show(
-            f"{len(done.unasked)} sources are no videos, and were left as they are: {shown}; name those that are the "
+            f"no videos, and left as they are: {count(len(done.unasked), 'source')}, {shown}; name those that are the "
             "frames of one: depthmill smooth STORE --source ID"
         )
     return not done.left_out and not done.unread
@@ -362,11 +362,11 @@ def verify(
         done = "; repaired" if one.repaired else "; --repair cannot mend it" if repair else ""
         _show(f"{one.file} (frames {one.start} to {one.stop} of {one.source_id}) {one.reason}{done}")
     _show(
-        f"{found.segments:,} committed segments of {found.sources:,} sources, {found.files:,} files, {found.bytes:,} "
-        f"bytes: {len(found.damage):,} damaged"
+        f"committed segments: {found.segments:,}, sources: {found.sources:,}, files: {found.files:,}, bytes: "
+        f"{found.bytes:,}; damaged: {len(found.damage):,}"
     )
     if found.unchecked:
-        _show(f"{found.unchecked:,} segments have no checksums: that their files decode is all that is known")
+        _show(f"segments without checksums: {found.unchecked:,}; that their files decode is all that is known")
     if found.damage:
         if repair:
             _show("run the same `depthmill label`, or `depthmill smooth`, again to do what was un-committed")

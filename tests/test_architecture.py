@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [ROOT / "cli.py", ROOT / "__init__.py", *(ROOT / "pipeline").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]
+SOURCES = [*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]
 
 
 def imports(path):

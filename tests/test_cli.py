@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 import depthmill
-from depthmill.cli import main
+from depthmill.cli import _warn_of_demo, main
 from depthmill.pipeline.errors import RunStoppedError, StoreFullError
 from depthmill.tests import media, runs
 from depthmill.tests.pipeline.store.samples import files
@@ -22,10 +22,8 @@ from depthmill.tests.pipeline.store.samples import files
 
 def depthmill_cli(*arguments):
     """The command line as a process of its own."""
-    code = "from depthmill.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-m", "depthmill", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -100,6 +98,17 @@ def test_labelling_with_the_embedded_model_unasked_is_said(cli, clip, tmp_path):
     assert not said("--checkpoint", "demo")
     assert not said("--config", config)
     assert not said("--labels", "normals", "--normals-checkpoint", "demo")
+
+
+@pytest.mark.parametrize(("no_color", "colour"), [("", "yellow"), ("1", None)])
+def test_no_color_is_heeded(monkeypatch, no_color, colour):
+    from depthmill.pipeline.config import LabelConfig
+
+    used = []
+    monkeypatch.setattr("typer.secho", lambda text, fg, err: used.append(fg))
+    monkeypatch.setenv("NO_COLOR", no_color)
+    _warn_of_demo(LabelConfig())
+    assert used == [colour]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +316,8 @@ def test_verify_and_inspect(cli, label, clip, tmp_path):
     shown = json.loads(cli("inspect", store, "--json").stdout)
     assert shown["labelled"] == shown["frames"] > 0
     assert shown["identity"]["checkpoints"]["depth"]["sha256"] in cli("inspect", store).stdout
-    assert cli("verify", store).returncode == 0
+    sound = cli("verify", store)
+    assert (sound.returncode, "sources: 1, " in sound.stdout, "damaged: 0" in sound.stdout) == (0, True, True)
     shard = next(store.glob("*/depth/c/0/0/0"))
     shard.write_bytes(shard.read_bytes()[:-1])
     done = cli("verify", store, "--repair")

@@ -24,7 +24,7 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     top = {name.split("/")[0] for name in names}
     assert top == {"depthmill", next(name for name in top if name.endswith(".dist-info"))}
-    shipped = ["cli.py", "__init__.py", "py.typed", "pipeline", "workers", "configs"]
+    shipped = ["cli.py", "__init__.py", "__main__.py", "py.typed", "pipeline", "workers", "configs"]
     tracked = subprocess.run(["git", "ls-files", "-z", *shipped], cwd=ROOT, check=True, capture_output=True, text=True)
     assert {f"depthmill/{name}" for name in tracked.stdout.split("\0") if name} <= names
     assert any("pipeline/model/demo/depth/unet" in name for name in names)

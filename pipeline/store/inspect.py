@@ -174,7 +174,10 @@ def _unopened(store: Store) -> list[str]:
 
 
 def as_text(found: Inspection, most: int = 20) -> str:
-    """An inspection as lines for people, with the first `most` sources and the `most` most frequent reasons."""
+    """An inspection as lines for people, with the first `most` sources and the `most` most frequent reasons.
+
+    The end of a line in a file's name is none of this text.
+    """
     run, layout, identity = found.run, found.layout, found.identity
     labels = [*layout["labels"], *(["uncertainty"] if layout.get("uncertainty") else [])]
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(found.kinds.items()))
@@ -196,8 +199,9 @@ def as_text(found: Inspection, most: int = 20) -> str:
     if smoothing:
         lines.append(f"smoothing    {', '.join(f'{count:,} {how}' for how, count in sorted(smoothing.items()))}")
     if run:
+        frames = run.get("committed", 0)
         lines.append(
-            f"last run     {run.get('started', '?')}: {run.get('committed', 0):,} frames in "
+            f"last run     {run.get('started', '?')}: {frames:,} {'frame' if frames == 1 else 'frames'} in "
             f"{run.get('seconds', 0):.1f} s, {run.get('frames_per_s', 0):.2f} frames/s "
             f"({run.get('device') or 'nothing to do'})"
         )
@@ -214,4 +218,4 @@ def as_text(found: Inspection, most: int = 20) -> str:
             for one in found.sources[:most]
         ]
         lines += [f"and {len(found.sources) - most:,} more: --json lists all"] if len(found.sources) > most else []
-    return "\n".join(lines)
+    return "\n".join(line.replace("\n", "\\x0a") for line in lines)

@@ -468,7 +468,7 @@ def test_sources_that_are_no_videos_are_named(tmp_path):
         Image.new("RGB", (32, 24), (80 * i, 0, 0)).save(folder / f"{i}.png")
     store, name = labelled(tmp_path / "a.zarr", folder)
     result = CliRunner().invoke(app, ["smooth", store.uri, "--workers", "0"])
-    assert f"1 sources are no videos, and were left as they are: {name}" in result.output
+    assert f"no videos, and left as they are: 1 source, {name};" in result.output
     result = CliRunner().invoke(app, ["smooth", store.uri, "--workers", "0", "--source", name, "--max-frames", "2"])
     assert (result.exit_code, "no videos" in result.output) == (1, False)
     assert "more than 2 frames" in result.output

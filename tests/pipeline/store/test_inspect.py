@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -21,7 +21,8 @@ def test_counts_sizes_and_reasons_are_those_of_the_files(store):
             writer.fail(index, "truncated" if index else "no picture")
     writer.commit()
     stores.write_failures(store, [*store.failures(), Failure("/in/none.mp4", None, None, "no such file")])
-    store.directory.write("run.json", json.dumps({"frames_per_s": 12.5, "seconds": 4, "device": "cpu"}).encode())
+    run = {"frames_per_s": 12.5, "seconds": 4, "device": "cpu", "committed": 1}
+    store.directory.write("run.json", json.dumps(run).encode())
     found = inspect(stores.open_store(store.uri))
     images, video = found.sources
     assert (video.labelled, video.failed, video.pending, video.frames) == (8, 0, 10, 18)
@@ -38,9 +39,16 @@ def test_counts_sizes_and_reasons_are_those_of_the_files(store):
     assert json.loads(json.dumps(asdict(found)))["sources"][1]["uri"] == VIDEO.uri
     text = as_text(found)
     assert "23: 9 labelled, 4 failed, 10 pending" in text
-    assert "12.50 frames/s (cpu)" in text
+    assert "1 frame in 4.0 s, 12.50 frames/s (cpu)" in text
     assert "3 x truncated" in text
     assert "and 1 more: --json" in as_text(found, most=1)
+
+
+def test_the_end_of_a_line_in_a_name_is_no_end_of_a_line(store):
+    found = inspect(store)
+    named = replace(found, sources=tuple(replace(source, uri="/in/two\nlines.mp4") for source in found.sources))
+    assert len(as_text(named).splitlines()) == len(as_text(found).splitlines())
+    assert "(/in/two\\x0alines.mp4)" in as_text(named)
 
 
 def test_sources_are_not_listed_one_by_one(store, monkeypatch):

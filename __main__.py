@@ -1,0 +1,5 @@
+"""`python -m depthmill`."""
+
+from depthmill.cli import main
+
+main()
