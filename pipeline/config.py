@@ -387,7 +387,7 @@ def _read(path: Path, model: type[BaseModel] | None) -> str:
 
 
 def make_folder(folder: Path, option: str = "--out") -> None:
-    """Make a folder for what a command is going to write, before it does anything else.
+    """Make a folder for what a command is going to write, before it does any work.
 
     Raises:
         ConfigError: If nothing can be written into it.
@@ -396,6 +396,5 @@ def make_folder(folder: Path, option: str = "--out") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be written ({error.strerror}): give a folder that can, {option} FOLDER"
-        ) from error
+        why = "it is a file" if folder.is_file() else error.strerror
+        raise ConfigError(f"{folder} cannot be written ({why}): give a folder that can, {option} FOLDER") from error

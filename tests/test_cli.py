@@ -209,7 +209,7 @@ def test_what_cannot_be_written_is_said_before_the_work(cli, label, clip, tmp_pa
     ):
         done = cli(*arguments)
         assert done.returncode == 2, arguments
-        assert f"{clip} cannot be written" in done.stderr, arguments
+        assert f"{clip} cannot be written (it is a file)" in done.stderr, arguments
 
 
 def test_exit_statuses_of_runs(label, clip, tmp_path):

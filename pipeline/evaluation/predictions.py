@@ -47,10 +47,12 @@ def from_folder(
         normals_axes: Where the x, y and z of normals point.
 
     Raises:
-        EvaluationError: If any is missing; names the first.
+        EvaluationError: If there is no such folder, or any is missing; names the first.
         ConfigError: If `normals_axes` names no axes.
     """
     signs = np.array(axes_signs(normals_axes), np.float32)
+    if not folder.is_dir():
+        raise EvaluationError(f"{folder}: no such folder; expected one of .npy files: check the path")
     files: dict[str, Path] = {}
     missing = []
     for sample in samples:

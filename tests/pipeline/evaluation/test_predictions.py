@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from depthmill.pipeline import store as stores
-from depthmill.pipeline.errors import StoreDamagedError, UnscorableError
+from depthmill.pipeline.errors import EvaluationError, StoreDamagedError, UnscorableError
 from depthmill.pipeline.evaluation.predictions import from_folder, from_store
 from depthmill.pipeline.evaluation.samples import Sample
 from depthmill.pipeline.sources import open_source
@@ -38,6 +38,13 @@ def test_damaged_labels_cost_their_pictures_and_say_what_mends_them(tmp_path):
     damage("key/c/0")
     with pytest.raises(StoreDamagedError, match=r"/key is damaged .*run `depthmill verify .*--repair`"):
         from_store(tmp_path / "s", SAMPLES, "depth")
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_none(tmp_path):
+    with pytest.raises(EvaluationError, match="nowhere: no such folder"):
+        from_folder(tmp_path / "nowhere", SAMPLES, "depth")
+    with pytest.raises(EvaluationError, match="has predictions of 0 of 4 pictures"):
+        from_folder(tmp_path, SAMPLES, "depth")
 
 
 def test_an_archive_of_arrays_is_no_prediction(tmp_path):
