@@ -82,15 +82,17 @@ def evaluate(
     console = console or RunConsole(highlight=False)
     archive, samples = open_samples(wanted, data, split)
     with closing(archive):
-        make_folder(out)
         config: LabelConfig | None = None
-        if isinstance(what, Folder):
-            predictions = from_folder(what.path, samples, wanted.modality, what.normals_axes)
-        elif isinstance(what, LabelledStore):
-            predictions = from_store(what.path, samples, wanted.modality)
-        else:
+        if isinstance(what, LabelConfig):
             config = _configure(wanted, what)
+            make_folder(out)
             predictions = _label(wanted, archive, samples, out, config, overwrite, console)
+        else:
+            if isinstance(what, Folder):
+                predictions = from_folder(what.path, samples, wanted.modality, what.normals_axes)
+            else:
+                predictions = from_store(what.path, samples, wanted.modality)
+            make_folder(out)
         with progress_on(console) as progress:
             task = progress.add_task("scoring", total=len(samples))
             scores = score(wanted, archive, samples, predictions, advance=lambda: progress.advance(task))

@@ -284,6 +284,18 @@ def test_the_command_on_a_folder_exits_with_1_where_pictures_are_skipped(tmp_pat
     assert "1 skipped: its prediction is of shape (2, 2, 3)" in result.output
 
 
+@pytest.mark.parametrize("option", ["--predictions", "--store", "--checkpoint"])
+def test_what_cannot_start_leaves_no_folder(option, tmp_path):
+    _, files, _ = layouts.ibims(np.random.default_rng(0))
+    data = layouts.write_folder(tmp_path / "ibims", files)
+    split, nowhere, out = tmp_path / "split.txt", tmp_path / "nowhere", tmp_path / "out"
+    split.write_text("ibims/corridor_01_img.png\n")
+    options = ["--split", split, option, nowhere, "--out", out]
+    with pytest.raises(DepthmillError, match="nowhere"):
+        app(["evaluate", "ibims", str(data), *map(str, options)], standalone_mode=False)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
