@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from glob import has_magic
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -55,7 +56,8 @@ def open_source(
             )
         uri = without_secrets(uri)
     elif kind_of(uri) not in ("file", "folder"):
-        what = "a pipe or a device" if kind_of(uri) else "no such file or folder"
+        what = "nothing that it matches" if has_magic(uri) else "no such file or folder"
+        what = "a pipe or a device" if kind_of(uri) else what
         raise SourceError(f"{uri}: {what}; expected a video, a picture or a folder: check the path")
     opens = ImageSource if is_folder else next(opens for accepts, opens in _KINDS if accepts(uri))
     return opens(uri, max_pixels, max_frames, threads)
