@@ -233,7 +233,8 @@ def label(
 
     Exit status: 0 all labelled, 1 some frames or inputs failed, 2 nothing could start, 130 stopped; a rerun resumes.
     """
-    from depthmill.pipeline.config import LabelConfig, load_config
+    from depthmill.pipeline.config import LabelConfig
+    from depthmill.pipeline.config_files import load_config
 
     settings = load_config(LabelConfig, config, _keys(LabelConfig, locals()))
     _warn_of_demo(settings)
@@ -288,7 +289,8 @@ def smooth_store(
 
     Exit status: 0 all smoothed, 1 some sources left out or segments unread, 2 nothing could start, 130 stopped.
     """
-    from depthmill.pipeline.config import SmoothConfig, load_config
+    from depthmill.pipeline.config import SmoothConfig
+    from depthmill.pipeline.config_files import load_config
 
     if not _smooth(store, load_config(SmoothConfig, config, _keys(SmoothConfig, locals())), source or []):
         raise typer.Exit(SOME_FAILED)
@@ -410,7 +412,7 @@ def train(
     """
     import logging
 
-    from depthmill.pipeline.config import load_config, load_yaml
+    from depthmill.pipeline.config_files import load_config, load_yaml
     from depthmill.workers.progress import quiet_libraries
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -492,7 +494,8 @@ def evaluate(
 
     Exit status: 0 all pictures scored, 1 some skipped, 2 nothing could start, 130 stopped; a rerun resumes.
     """
-    from depthmill.pipeline.config import LabelConfig, load_config
+    from depthmill.pipeline.config import LabelConfig
+    from depthmill.pipeline.config_files import load_config
     from depthmill.pipeline.evaluation.clips import CLIP_SETS
     from depthmill.pipeline.evaluation.datasets import SETS, find_set
     from depthmill.pipeline.geometry import STORED_AXES
@@ -573,7 +576,8 @@ def bench(
     Beside diffusers' pipelines on the same weights, beside the machine's own matrix products, and, with --video, beside
     reading and writing, and as a whole run.
     """
-    from depthmill.pipeline.config import LabelConfig, load_config
+    from depthmill.pipeline.config import LabelConfig
+    from depthmill.pipeline.config_files import load_config
 
     settings = load_config(LabelConfig, config, _keys(LabelConfig, locals()))
     _warn_of_demo(settings)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from depthmill.pipeline.bench.timing import interleave, ratio, typical
-from depthmill.pipeline.config import load_config
+from depthmill.pipeline.config_files import load_config
 from depthmill.pipeline.model.backend import cores, named, pick_device
 from depthmill.pipeline.model.blocks import ChannelsLastNorm, replace
 from depthmill.pipeline.training import scenes

@@ -17,7 +17,8 @@ import yaml
 from docker.utils.build import exclude_paths
 
 from depthmill.cli import app
-from depthmill.pipeline.config import LabelConfig, load_config
+from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.config_files import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 KIT = ROOT / "docker"

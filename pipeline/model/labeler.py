@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from depthmill.pipeline.config import DEMO, Compile, LabelConfig, Noise, Sampling, TimestepSpacing, validated
+from depthmill.pipeline.config import DEMO, Compile, LabelConfig, Noise, Sampling, TimestepSpacing
+from depthmill.pipeline.config_files import validated
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.geometry import padded_size, processed_size, rounded_size, to_network
 from depthmill.pipeline.model.backend import (

@@ -24,7 +24,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 
-from depthmill.pipeline.config import make_folder, validated
+from depthmill.pipeline.config import make_folder
+from depthmill.pipeline.config_files import validated
 from depthmill.pipeline.errors import ConfigError, TrainingError
 from depthmill.pipeline.model.backend import pick_device
 from depthmill.pipeline.training import start

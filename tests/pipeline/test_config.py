@@ -4,7 +4,8 @@ import pytest
 from pydantic import BaseModel, Field
 
 import depthmill
-from depthmill.pipeline.config import LabelConfig, SmoothConfig, load_config, load_yaml, validated
+from depthmill.pipeline.config import LabelConfig, SmoothConfig
+from depthmill.pipeline.config_files import load_config, load_yaml, validated
 from depthmill.pipeline.errors import ConfigError
 
 CONFIGS = Path(depthmill.__file__).parent / "configs"

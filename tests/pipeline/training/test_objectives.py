@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from depthmill.pipeline.config import validated
+from depthmill.pipeline.config_files import validated
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.checkpoint import Description
 from depthmill.pipeline.model.labeler import Labeler

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from pydantic import ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from depthmill.pipeline.config import load_config
+from depthmill.pipeline.config_files import load_config
 from depthmill.pipeline.errors import ConfigError, TrainingError
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.labeler import Labeler

@@ -4,7 +4,7 @@ import csv
 
 from safetensors.torch import load_file
 
-from depthmill.pipeline.config import validated
+from depthmill.pipeline.config_files import validated
 from depthmill.pipeline.training import train as train_module
 from depthmill.pipeline.training.config import TrainConfig
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from depthmill.pipeline.config import load_config
+from depthmill.pipeline.config_files import load_config
 from depthmill.pipeline.errors import CheckpointError, TrainingError
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.checkpoint import open_checkpoint
