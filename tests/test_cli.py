@@ -238,7 +238,7 @@ def test_names_that_are_no_utf_8_or_hold_line_separators(cli, label, clip, tmp_p
     assert "gar\\udce7on.mp4" in cli("inspect", store).stdout
     shown = json.loads(cli("inspect", store, "--json").stdout)
     assert sum(shown["unopened"].values()) == 2
-    assert cli("smooth", store).returncode == 0, "the source is found again by its name"
+    assert cli("smooth", store, "--workers", 0).returncode == 0, "the source is found again by its name"
 
 
 def test_an_error_that_was_not_foreseen_is_no_failed_frame(cli, tmp_path, monkeypatch):
