@@ -316,7 +316,7 @@ class Driver:
         if self._single > _FEW_SINGLE:
             self._say_once(
                 f"more than {_FEW_SINGLE} inputs have one frame each, which is a batch of its own: give the folder of "
-                "such pictures as one input, and it is labelled in full batches, several times as fast"
+                "such pictures as one input, and it is labelled in full batches"
             )
 
     def _labelled(self, task: Task, running: Running, event: Event) -> None:

@@ -83,16 +83,15 @@ def evaluate(
     archive, samples = open_samples(wanted, data, split)
     with closing(archive):
         config: LabelConfig | None = None
-        if isinstance(what, LabelConfig):
+        if isinstance(what, Folder):
+            predictions = from_folder(what.path, samples, wanted.modality, what.normals_axes)
+        elif isinstance(what, LabelledStore):
+            predictions = from_store(what.path, samples, wanted.modality)
+        else:
             config = _configure(wanted, what)
             make_folder(out)
             predictions = _label(wanted, archive, samples, out, config, overwrite, console)
-        else:
-            if isinstance(what, Folder):
-                predictions = from_folder(what.path, samples, wanted.modality, what.normals_axes)
-            else:
-                predictions = from_store(what.path, samples, wanted.modality)
-            make_folder(out)
+        make_folder(out)  # before the work of scoring
         with progress_on(console) as progress:
             task = progress.add_task("scoring", total=len(samples))
             scores = score(wanted, archive, samples, predictions, advance=lambda: progress.advance(task))

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from depthmill.pipeline.errors import EvaluationError, StoreError, UnscorableError
+from depthmill.pipeline.errors import EvaluationError, StoreDamagedError, UnscorableError
 from depthmill.pipeline.evaluation.decode import Floats
 from depthmill.pipeline.evaluation.samples import Sample, some
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
 from depthmill.pipeline.store import open_datasets, open_store
+from depthmill.pipeline.store.zarr_files import decoding
 from depthmill.pipeline.types import FAILED, PENDING, Modality
 
 
@@ -154,14 +155,10 @@ def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality, 
             raise UnscorableError(f"it has no labels: {reasons[source, row]}")
         H, W = (int(side) for side in sizes[source][row])
         try:
-            values: Floats = datasets[source][modality][row, :H, :W].values
-        except (StoreError, MemoryError):
-            raise
-        except Exception as error:  # whatever codecs raise of broken bytes
-            raise UnscorableError(
-                f"its labels, frame {row} of source {source}, are damaged ({type(error).__name__}: {error}): run "
-                f"`depthmill verify {path} --repair`, which mends them or says what does"
-            ) from error
+            with decoding(store.uri, f"{source}/{modality}", f"frame {row}: "):
+                values: Floats = datasets[source][modality][row, :H, :W].values
+        except StoreDamagedError as error:
+            raise UnscorableError(str(error)) from error
         return values
 
     checkpoint = store.identity.get("checkpoints", {}).get(modality, {}).get("name", "")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -140,12 +141,23 @@ def read_rows(array: zarr.Array[Any], uri: str, rows: slice) -> npt.NDArray[Any]
     Raises:
         StoreDamagedError: If a file of it cannot be decoded.
     """
-    try:
+    with decoding(uri, array.path):
         return np.asarray(array[rows])
+
+
+@contextmanager
+def decoding(uri: str, path: str, what: str = "") -> Iterator[None]:
+    """What is read within, of an array of the store at `uri`, is damaged if it cannot be decoded.
+
+    Raises:
+        StoreDamagedError: Then; `what`, such as a frame, is named.
+    """
+    try:
+        yield
     except (StoreError, MemoryError):
         raise
     except Exception as error:  # whatever codecs raise of broken bytes
-        raise damaged(uri, array.path, f"{type(error).__name__}: {error}") from error
+        raise damaged(uri, path, f"{what}{type(error).__name__}: {error}") from error
 
 
 def damaged(uri: str, path: str, why: str) -> StoreDamagedError:

@@ -12,10 +12,18 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from depthmill.pipeline.errors import SampleError, SourceChangedError, SourceError, StoreError, TrainingError
+from depthmill.pipeline.errors import (
+    SampleError,
+    SourceChangedError,
+    SourceError,
+    StoreDamagedError,
+    StoreError,
+    TrainingError,
+)
 from depthmill.pipeline.sources import MAX_FRAMES, MAX_PIXELS
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.store import open_datasets, open_store
+from depthmill.pipeline.store.zarr_files import decoding
 from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.training.sets.samples import SetOptions, sample
 from depthmill.pipeline.types import LABELLED, FrameSource, Modality
@@ -159,15 +167,11 @@ class _Opened:
         """A frame's, of its own size: (H, W) float32 depth, or (H, W, 3) normals."""
         dataset = self.datasets[source_id]
         try:
-            labels: npt.NDArray[Any] = dataset[modality][number].values
-            if "size" in dataset:
-                height, width = dataset["size"][number].values
-                labels = labels[:height, :width]
-        except (StoreError, MemoryError):
-            raise
-        except Exception as error:  # whatever codecs raise of broken bytes
-            raise SampleError(
-                f"{self._store}: labels of frame {number} of source {source_id} are damaged ({type(error).__name__}: "
-                f"{error}): run `depthmill verify {self._store} --repair`"
-            ) from error
+            with decoding(str(self._store), f"{source_id}/{modality}", f"frame {number}: "):
+                labels: npt.NDArray[Any] = dataset[modality][number].values
+                if "size" in dataset:
+                    height, width = dataset["size"][number].values
+                    labels = labels[:height, :width]
+        except StoreDamagedError as error:
+            raise SampleError(str(error)) from error
         return labels

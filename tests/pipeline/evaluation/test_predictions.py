@@ -30,9 +30,7 @@ def test_damaged_labels_cost_their_pictures_and_say_what_mends_them(tmp_path):
 
     damage("depth/c/0/0/0")
     taken = from_store(tmp_path / "s", SAMPLES, "depth")
-    with pytest.raises(
-        UnscorableError, match=r"frame 1 of source a-.* are damaged .*run `depthmill verify .*--repair`"
-    ):
+    with pytest.raises(UnscorableError, match=r"a-.* is damaged \(frame 1: .*run `depthmill verify .*--repair`"):
         taken.read(SAMPLES[1])
     assert taken.read(SAMPLES[3]).mean() == pytest.approx(0.75, abs=1e-4)
     damage("key/c/0")

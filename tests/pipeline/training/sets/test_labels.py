@@ -198,7 +198,7 @@ def test_a_damaged_file_of_labels_costs_its_samples(tmp_path: Path) -> None:
     pictures.read(0)
     shard = tmp_path / "s" / store.sources()[0] / "depth/c/0/0/0"
     shard.write_bytes(b"\xff" * shard.stat().st_size)
-    with pytest.raises(SampleError, match=r"frame 0 of source .* damaged .*run `depthmill verify .*s --repair`"):
+    with pytest.raises(SampleError, match=r"depth is damaged \(frame 0: .*run `depthmill verify .*s --repair`"):
         pictures.read(0)
     pictures.read(2)
 
