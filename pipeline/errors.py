@@ -49,12 +49,16 @@ class StoreDamagedError(StoreError):
     """A file of a source in a store that cannot be decoded; other sources can be read."""
 
 
-class StoreFullError(StoreError):
-    """No space is left for a store; what is committed in it stays."""
+class StoreClosedError(StoreError):
+    """A store that takes nothing more until somebody sees to it: waiting is in vain. What is committed in it stays."""
 
 
-class StoreForbiddenError(StoreError):
-    """A store in which this user may not write, or nobody; what is committed in it stays."""
+class StoreFullError(StoreClosedError):
+    """No space is left for a store."""
+
+
+class StoreForbiddenError(StoreClosedError):
+    """A store in which this user may not write, or nobody."""
 
 
 class VoidError(DepthmillError):

@@ -14,17 +14,16 @@ from depthmill.pipeline.errors import (
     MissingError,
     RunStoppedError,
     SourceError,
+    StoreClosedError,
     StoreDamagedError,
     StoreError,
-    StoreForbiddenError,
-    StoreFullError,
     StoreMismatchError,
 )
 from depthmill.pipeline.sources import shown
 from depthmill.pipeline.types import Failure
 from depthmill.workers.backlog import Probe
 from depthmill.workers.inquest import after, cause_of, words_of
-from depthmill.workers.pace import HOPELESS_AFTER, rest_s
+from depthmill.workers.pace import Rests
 from depthmill.workers.pool import Event
 
 _IN_A_ROW = 5
@@ -52,7 +51,7 @@ class Inputs:
         self._suspects: list[tuple[str, str]] = []  # that failed since one was opened, and why
         self._good: tuple[float, str] | None = None  # what was opened quickest: how long that took, and what it is
         self._check: Probe | None = None  # of that, under way
-        self._rests, self._rests_until_s = 0, float("-inf")
+        self._rests = Rests()
         self._news: list[str] = []
         self.more = True
         self.unprobed = 0
@@ -75,7 +74,7 @@ class Inputs:
 
     def take(self, now_s: float) -> Probe | None:
         """The next to be probed; None if none is at hand, or all rest."""
-        if self._check is not None or now_s < self._rests_until_s:
+        if self._check is not None or not self._rests.over(now_s):
             return None
         if self._good is not None and len(self._suspects) >= _IN_A_ROW:
             self._check = Probe(self._good[1])
@@ -97,13 +96,14 @@ class Inputs:
             self._good = min(self._good or (took_s, probe.uri), (took_s, probe.uri))
             if len(self._suspects) < _IN_A_ROW:
                 self._leave_out_suspects()
-        elif self._rests:  # what failed meanwhile did so for want of what is there again
+        elif self._rests.times:  # what failed meanwhile did so for want of what is there again
             self._waiting.extend(Probe(uri) for uri, _ in self._suspects)
             self._suspects = []
         else:
             self._leave_out_suspects()
         if probe is self._check or not self._suspects:
-            self._check, self._rests = None, 0
+            self._check = None
+            self._rests.answered()
 
     def failed(self, probe: Probe, event: Event, now_s: float) -> None:
         """One could not be.
@@ -112,8 +112,8 @@ class Inputs:
             DepthmillError: If it is not the input's fault.
         """
         cause = cause_of(event.error)
-        for_good = isinstance(cause, StoreFullError | StoreForbiddenError)
-        if isinstance(cause, DepthmillError) and (for_good or not isinstance(cause, SourceError | StoreError)):
+        closed = isinstance(cause, StoreClosedError)
+        if isinstance(cause, DepthmillError) and (closed or not isinstance(cause, SourceError | StoreError)):
             raise cause
         if probe is self._check:
             self._check = None
@@ -142,19 +142,17 @@ class Inputs:
 
     def _rest(self, event: Event, now_s: float) -> None:
         """Wait for what is away: longer each time, but once for all that failed together."""
-        if now_s < self._rests_until_s:
+        if not self._rests.over(now_s):
             return
         cause = cause_of(event.error)
         away = "the store can no longer be used" if isinstance(cause, StoreError) else "inputs can no longer be opened"
-        if self._rests >= HOPELESS_AFTER:
+        if not self._rests.begin(now_s):
             raise RunStoppedError(
                 f"{away} ({cause}); expected inputs, store and credentials to be as they were: see to them, and run "
                 "the same command again; what is committed stays"
             ) from event.error
-        if not self._rests:
+        if self._rests.times == 1:
             self._say(f"{away} ({cause}): waiting until that works again")
-        self._rests_until_s = now_s + rest_s(self._rests)
-        self._rests += 1
 
     def _leave_out_suspects(self) -> None:
         suspects, self._suspects = self._suspects, []

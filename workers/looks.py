@@ -48,13 +48,13 @@ class _Looking:
     Attributes:
         source_id: Which.
         phases: That may be left of it.
-        rested: Rests before it was.
+        rested_s: When the last rest before it ended.
         found: Why it cannot be smoothed, and its tasks.
     """
 
     source_id: str
     phases: Sequence[Phase]
-    rested: int
+    rested_s: float
     found: Future[tuple[str, list[SmoothTask]]]
 
 
@@ -82,11 +82,11 @@ class Looks:
         """Look at a source again, before others: a phase of it is done."""
         self._waiting.appendleft((source_id, PHASES[PHASES.index(done) + 1 :]))
 
-    def take(self, rested: int, *, wait: bool) -> Looked | None:
+    def take(self, rested_s: float, *, wait: bool) -> Looked | None:
         """The next that has been looked at; None if none has, or none is left.
 
         Args:
-            rested: How often the run has rested: what was met before the last time is no news.
+            rested_s: When the run's last rest ended: what was met before it is no news.
             wait: Whether to wait for it.
 
         Raises:
@@ -96,7 +96,7 @@ class Looks:
             while self._waiting and len(self._looking) < READERS:
                 source_id, phases = self._waiting.popleft()
                 look = self._readers.submit(self._look, source_id, phases)
-                self._looking.append(_Looking(source_id, phases, rested, look))
+                self._looking.append(_Looking(source_id, phases, rested_s, look))
             first = self._looking[0]
             if not (wait or first.found.done()):
                 return None
@@ -105,7 +105,7 @@ class Looks:
                 unfit, tasks = first.found.result()
             except BaseException:
                 self._waiting.append((first.source_id, first.phases))
-                if first.rested < rested:
+                if first.rested_s < rested_s:
                     continue
                 raise
             return Looked(first.source_id, first.phases != PHASES, unfit, tasks)

@@ -22,6 +22,35 @@ def rest_s(times: int) -> float:
     return 2.0 ** min(times, 5)
 
 
+class Rests:
+    """Rests, longer each time, while something does not answer.
+
+    Attributes:
+        times: How many there were since it last did.
+        until_s: When the last ends.
+    """
+
+    def __init__(self) -> None:
+        """All answers."""
+        self.times, self.until_s = 0, float("-inf")
+
+    def over(self, now_s: float) -> bool:
+        """Whether it is time to go on."""
+        return now_s >= self.until_s
+
+    def begin(self, now_s: float) -> bool:
+        """Rest once more; whether that makes sense, after so many."""
+        if self.times >= HOPELESS_AFTER:
+            return False
+        self.until_s = now_s + rest_s(self.times)
+        self.times += 1
+        return True
+
+    def answered(self) -> None:
+        """What was waited for is there again: the next rest is a short one."""
+        self.times = 0
+
+
 @dataclass(frozen=True)
 class Limits:
     """How long something may take.

@@ -19,10 +19,9 @@ from depthmill.pipeline.errors import (
     DepthmillError,
     RunStoppedError,
     SourceError,
+    StoreClosedError,
     StoreDamagedError,
     StoreError,
-    StoreForbiddenError,
-    StoreFullError,
     StoreMismatchError,
 )
 from depthmill.pipeline.model.checkpoint import Checkpoint, open_named
@@ -33,7 +32,7 @@ from depthmill.pipeline.store import Layout, Store, create, open_store, write_fa
 from depthmill.pipeline.store.store import READERS
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import Failure
-from depthmill.workers.pace import HOPELESS_AFTER, rest_s
+from depthmill.workers.pace import Rests
 
 _PROBED_HERE = 16
 
@@ -197,19 +196,17 @@ def patiently(do: Callable[[], T]) -> T:
     Raises:
         RunStoppedError: If it does not for long, or cannot.
     """
-    rests = 0
+    rests = Rests()
     while True:
         try:
             return do()
         except StoreError as error:
-            for_good = isinstance(error, StoreFullError | StoreForbiddenError | StoreDamagedError)
-            if rests >= HOPELESS_AFTER or for_good:
+            if isinstance(error, StoreClosedError | StoreDamagedError) or not rests.begin(now_s := time.monotonic()):
                 raise RunStoppedError(
                     f"{error}\nAll frames are committed and stay, but what follows is not done: see to the store, then "
                     "run the same command again"
                 ) from error
-        time.sleep(rest_s(rests))
-        rests += 1
+        time.sleep(rests.until_s - now_s)
 
 
 def layout(config: LabelConfig) -> Layout:

@@ -19,6 +19,7 @@ from depthmill.pipeline.errors import (
     RunStoppedError,
     SourceChangedError,
     SourceError,
+    StoreClosedError,
     StoreDamagedError,
     StoreError,
     StoreFullError,
@@ -35,7 +36,7 @@ from depthmill.workers.crew import Crew
 from depthmill.workers.inquest import after, cause_of, words_of
 from depthmill.workers.loading import Loading
 from depthmill.workers.looks import Looks
-from depthmill.workers.pace import HOPELESS_AFTER, Pace, rest_s
+from depthmill.workers.pace import Pace, Rests
 from depthmill.workers.pool import Event, InProcess, Pool
 from depthmill.workers.progress import Rate, RunConsole, open_display
 from depthmill.workers.standing import Counts
@@ -152,8 +153,7 @@ class _Run:
         self._good: SmoothTask | None = None  # opens a source that was opened in this run
         self._check: SmoothTask | None = None  # that, under way
         self._away = False  # whether it failed
-        self._rests, self._rests_until_s = 0, float("-inf")
-        self._rested = 0  # rests in all
+        self._rests = Rests()
 
     def plan(self, *, wait: bool = False) -> bool:
         """Queue the tasks of the sources that have been looked at; if so told, wait for some. Whether there are any.
@@ -163,8 +163,8 @@ class _Run:
         Raises:
             StoreError: If the store does not answer; what was asked is asked again the next time.
         """
-        while (found := self.looks.take(self._rested, wait=wait and not self.queue)) is not None:
-            self._rests = 0
+        while (found := self.looks.take(self._rests.until_s, wait=wait and not self.queue)) is not None:
+            self._rests.answered()
             if found.unfit:
                 self.left_out[found.source_id] = found.unfit
             if found.begun:
@@ -194,7 +194,7 @@ class _Run:
             if stopped():
                 raise KeyboardInterrupt
             room = crew.room() if self._config.workers is None else max(1, self._config.workers)
-            if crew.now_s >= self._rests_until_s:
+            if self._rests.over(crew.now_s):
                 self._assign(crew, 0 if loading.pauses else room)
             for event in crew.wait(_WAIT_S):
                 self._ended(crew, event, loading)
@@ -206,7 +206,7 @@ class _Run:
         """Give idle workers something to do, and ask for more if there is room for so many."""
         try:
             self.plan(wait=not crew.busy)
-        except StoreFullError:
+        except StoreClosedError:
             raise
         except StoreError as error:
             self._rest(error, crew.now_s)
@@ -229,16 +229,13 @@ class _Run:
 
     def _rest(self, error: BaseException, now_s: float) -> None:
         """Wait for what does not answer: longer each time, but once for all that met it together."""
-        if now_s < self._rests_until_s:
+        if not self._rests.over(now_s):
             return
-        if self._rests >= HOPELESS_AFTER:
+        if not self._rests.begin(now_s):
             raise RunStoppedError(
                 f"{error}\nThe run was stopped: what was smoothed so far stays; expected inputs, store and credentials "
                 "to be as they were: see to them, then run the same command again to go on from there"
             ) from error
-        self._rests_until_s = now_s + rest_s(self._rests)
-        self._rests += 1
-        self._rested += 1
 
     def _ended(self, crew: Crew, event: Event, loading: Loading) -> None:
         running, cause = crew.ended(event), cause_of(event.error)
@@ -261,7 +258,7 @@ class _Run:
             if checks:
                 self._checked(cause, crew.now_s)
             elif cause is None:
-                self._rests = 0
+                self._rests.answered()
                 if running.item.phase != "solve":
                     self._good = replace(running.item, phase="open", attempts=0, losses=0)
                 if event.answer:
@@ -269,7 +266,7 @@ class _Run:
                 self._finished(running.item)
             else:
                 self._failed(running.item, event)
-        except StoreFullError:
+        except StoreClosedError:
             raise
         except StoreError as error:
             if not checks:
@@ -323,7 +320,8 @@ class _Run:
             self._suspects.clear()
         while self._suspects:
             self._leave_out(*next(iter(self._suspects.items())))
-        self._held, self._away, self._rests = [], False, 0
+        self._held, self._away = [], False
+        self._rests.answered()
         self._good = None if changed else self._good
 
     def _leave_out(self, source_id: str, why: str) -> None:

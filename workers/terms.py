@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from depthmill.pipeline.errors import StoreError, StoreFullError
+from depthmill.pipeline.errors import StoreClosedError, StoreError
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Report
-from depthmill.workers.pace import HOPELESS_AFTER, rest_s
+from depthmill.workers.pace import Rests
 from depthmill.workers.standing import Standing
 
 
@@ -72,7 +72,7 @@ class Publisher:
         if len(self._waiting) >= self._due:
             try:
                 self.publish()
-            except StoreFullError:
+            except StoreClosedError:
                 raise
             except StoreError:
                 self._due = 2 * len(self._waiting)
@@ -93,7 +93,7 @@ class Failer:
         """None yet; `fail` is `Calls`'s."""
         self._fail = fail
         self._waiting: deque[tuple[Task, str]] = deque()
-        self._rests, self._rests_until_s = 0, float("-inf")
+        self._rests = Rests()
 
     def add(self, task: Task, why: str) -> None:
         """One more is to be."""
@@ -103,17 +103,15 @@ class Failer:
         """Commit them; if the store does not answer, the rest is for a later call.
 
         Raises:
-            StoreError: If it has not answered for long, or is full.
+            StoreError: If it has not answered for long, or takes nothing more.
         """
-        while self._waiting and now_s >= self._rests_until_s:
+        while self._waiting and self._rests.over(now_s):
             try:
                 report = self._fail(*self._waiting[0])
             except StoreError as error:
-                if isinstance(error, StoreFullError) or self._rests >= HOPELESS_AFTER:
+                if isinstance(error, StoreClosedError) or not self._rests.begin(now_s):
                     raise
-                self._rests_until_s = now_s + rest_s(self._rests)
-                self._rests += 1
                 return
             self._waiting.popleft()
-            self._rests = 0
+            self._rests.answered()
             yield report
