@@ -31,8 +31,36 @@ app = typer.Typer(
     add_completion=False,
 )
 
-_CHECKPOINT = "Depth checkpoint: a hub id, a directory in diffusers layout, or demo, the embedded toy model."
-_ADDRESS = "An existing Ray cluster: auto, or ray://host:10001; default: RAY_ADDRESS, else one for this run."
+# Options and arguments of several commands.
+_StoreToRead = Annotated[str, typer.Argument(metavar="STORE", help="A labelled store.")]
+_StoreToCheck = Annotated[str, typer.Argument(metavar="STORE", help="A store: a directory, s3:// or gs://.")]
+_OverYaml = Annotated[str | None, typer.Option(help="YAML file; the options below win over it.")]
+_Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="Depth checkpoint: a hub id, a directory in diffusers layout, or demo, the embedded toy model."),
+]
+_NormalsCheckpoint = Annotated[
+    str | None, typer.Option(help="The same for normals; default: CHECKPOINT, if it is demo or GeoWizard.")
+]
+_Labels = Annotated[str | None, typer.Option(help="depth, normals, or depth,normals.")]
+_Resolution = Annotated[
+    int | None, typer.Option(help="Longer side in pixels at which the model sees a frame; default: CHECKPOINT's.")
+]
+_Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, xpu or mps; with --workers 0 also cuda:1.")]
+_Dtype = Annotated[str | None, typer.Option(help="Of the network.")]
+_Workers = Annotated[
+    int | None, typer.Option(help="Ray workers; 0 labels in this process; default: one for each GPU, or one.")
+]
+_Threads = Annotated[
+    int | None, typer.Option(help="CPU threads of each worker; default: one for each core, at most 8.")
+]
+_Address = Annotated[
+    str | None,
+    typer.Option(
+        help="An existing Ray cluster: auto, or ray://host:10001; default: RAY_ADDRESS, else one for this run."
+    ),
+]
+_FrameLimit = Annotated[float | None, typer.Option(help="Seconds that a frame may take, at most.")]
 
 SOME_FAILED, NOT_STARTED, CRASHED, STOPPED = 1, 2, 70, 130
 
@@ -164,11 +192,9 @@ def label(
         str | None,
         typer.Option(help="YAML file, or one that is shipped: video, images, demo. The options below win over it."),
     ] = None,
-    checkpoint: Annotated[str | None, typer.Option(help=_CHECKPOINT)] = None,
-    normals_checkpoint: Annotated[
-        str | None, typer.Option(help="The same for normals; default: CHECKPOINT, if it is demo or GeoWizard.")
-    ] = None,
-    labels: Annotated[str | None, typer.Option(help="depth, normals, or depth,normals.")] = None,
+    checkpoint: _Checkpoint = None,
+    normals_checkpoint: _NormalsCheckpoint = None,
+    labels: _Labels = None,
     normals_axes: Annotated[
         str | None,
         typer.Option(help="Where the normals checkpoint's x, y, z point, as left-up-towards; default: as it says."),
@@ -176,19 +202,15 @@ def label(
     domain: Annotated[
         str | None, typer.Option(help="Scene that a GeoWizard checkpoint is told of; default: indoor.")
     ] = None,
-    processing_resolution: Annotated[
-        int | None, typer.Option(help="Longer side in pixels at which the model sees a frame; default: CHECKPOINT's.")
-    ] = None,
+    processing_resolution: _Resolution = None,
     batch_size: Annotated[
         str | None, typer.Option(help="Frames per forward pass; auto: as many as fit in memory.")
     ] = None,
     compile: Annotated[
         str | None, typer.Option(help="Whether full batches run compiled; auto: on CUDA, in long runs.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda, xpu or mps; with --workers 0 also cuda:1.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the network.")] = None,
+    device: _Device = None,
+    dtype: _Dtype = None,
     normals_dtype: Annotated[str | None, typer.Option(help="Of stored normals.")] = None,
     shard_frames: Annotated[int | None, typer.Option(help="Frames in a shard file.")] = None,
     segment_frames: Annotated[
@@ -201,15 +223,11 @@ def label(
             help="Round aspect ratios so that batches fill; default: only for corpora.",
         ),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Ray workers; 0 labels in this process; default: one for each GPU, or one.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads of each worker; default: one for each core, at most 8.")
-    ] = None,
-    address: Annotated[str | None, typer.Option(help=_ADDRESS)] = None,
+    workers: _Workers = None,
+    threads: _Threads = None,
+    address: _Address = None,
     attempts: Annotated[int | None, typer.Option(help="Attempts per segment, then per failing frame.")] = None,
-    frame_limit_s: Annotated[float | None, typer.Option(help="Seconds that a frame may take, at most.")] = None,
+    frame_limit_s: _FrameLimit = None,
     max_pixels: Annotated[
         int | None, typer.Option(help="Pixel limit: larger images fail, larger videos are skipped.")
     ] = None,
@@ -267,8 +285,8 @@ def label(
 
 @app.command("smooth", cls=_Command)
 def smooth_store(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="A labelled store.")],
-    config: Annotated[str | None, typer.Option(help="YAML file; the options below win over it.")] = None,
+    store: _StoreToRead,
+    config: _OverYaml = None,
     source: Annotated[
         list[str] | None, typer.Option(help="Source id; repeat for several; default: all videos.")
     ] = None,
@@ -279,9 +297,9 @@ def smooth_store(
     workers: Annotated[
         int | None, typer.Option(help="Ray workers; 0 smooths in this process; default: one for each core.")
     ] = None,
-    address: Annotated[str | None, typer.Option(help=_ADDRESS)] = None,
+    address: _Address = None,
     attempts: Annotated[int | None, typer.Option(help="Attempts per segment.")] = None,
-    frame_limit_s: Annotated[float | None, typer.Option(help="Seconds that a frame may take, at most.")] = None,
+    frame_limit_s: _FrameLimit = None,
     max_pixels: Annotated[int | None, typer.Option(help="As in depthmill label.")] = None,
     max_frames: Annotated[int | None, typer.Option(help="As in depthmill label.")] = None,
 ) -> None:
@@ -298,28 +316,17 @@ def smooth_store(
 
 def _smooth(store: str, settings: SmoothConfig, sources: list[str]) -> bool:
     """Smooth and say how it went; whether all is smoothed."""
-    from depthmill.workers.progress import count
+    from depthmill.workers.progress import print_smoothed
     from depthmill.workers.smooth import smooth as run
 
     done = run(store, settings, sources=sources)
-    _show(
-        f"{count(len(done.smoothed), 'source')} smoothed in {done.store}; {count(done.frames, 'frame')} done in this "
-        f"run, in {done.seconds:.1f} s"
-    )
-    for name, why in {**done.left_out, **done.unread}.items():
-        _show(f"  {name}: {why}")
-    if done.unasked:
-        shown = ", ".join(done.unasked[:3]) + (" …" if len(done.unasked) > 3 else "")
-        _show(
-            f"no videos, and left as they are: {count(len(done.unasked), 'source')}, {shown}; name those that are the "
-            "frames of one: depthmill smooth STORE --source ID"
-        )
+    print_smoothed(done)
     return not done.left_out and not done.unread
 
 
 @app.command()
 def preview(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="A labelled store.")],
+    store: _StoreToRead,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for pictures; default: labels-preview for labels.zarr, beside it; of a URL, here."),
@@ -344,7 +351,7 @@ def preview(
 
 @app.command()
 def verify(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="A store: a directory, s3:// or gs://.")],
+    store: _StoreToCheck,
     repair: Annotated[
         bool, typer.Option("--repair", help="Un-commit damaged segments, so that the next label run does them again.")
     ] = False,
@@ -357,27 +364,18 @@ def verify(
     Exit status: 0 all sound, 1 damage found, repaired or not, 2 not a store.
     """
     from depthmill.pipeline.store import open_store
+    from depthmill.pipeline.store.verify import as_text
     from depthmill.pipeline.store.verify import verify as check
 
     found = check(open_store(store), repair=repair, workers=workers)
-    for one in found.damage:
-        done = "; repaired" if one.repaired else "; --repair cannot mend it" if repair else ""
-        _show(f"{one.file} (frames {one.start} to {one.stop} of {one.source_id}) {one.reason}{done}")
-    _show(
-        f"committed segments: {found.segments:,}, sources: {found.sources:,}, files: {found.files:,}, bytes: "
-        f"{found.bytes:,}; damaged: {len(found.damage):,}"
-    )
-    if found.unchecked:
-        _show(f"segments without checksums: {found.unchecked:,}; that their files decode is all that is known")
+    _show(as_text(found, repair))
     if found.damage:
-        if repair:
-            _show("run the same `depthmill label`, or `depthmill smooth`, again to do what was un-committed")
         raise typer.Exit(SOME_FAILED)
 
 
 @app.command()
 def inspect(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="A store: a directory, s3:// or gs://.")],
+    store: _StoreToCheck,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, of every source, as JSON.")] = False,
 ) -> None:
     """Say what is in a store: sources, frames, sizes, checkpoint, rate, failures by reason."""
@@ -474,17 +472,11 @@ def evaluate(
         typer.Option(help="Longer side in pixels at which the model sees a picture; by default the paper's."),
     ] = None,
     batch_size: Annotated[str | None, typer.Option(help="Pictures per forward pass.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda, xpu or mps; with --workers 0 also cuda:1.")
-    ] = None,
+    device: _Device = None,
     dtype: Annotated[str | None, typer.Option(help="Of the network; by default float32, with --video auto.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Ray workers; 0 labels in this process; default: one for each GPU, or one.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads of each worker; default: one for each core, at most 8.")
-    ] = None,
-    address: Annotated[str | None, typer.Option(help=_ADDRESS)] = None,
+    workers: _Workers = None,
+    threads: _Threads = None,
+    address: _Address = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Label anew, whatever the folder holds.")] = False,
 ) -> None:
     """Measure a checkpoint, a labelled store or a folder of predictions on a public set.
@@ -555,18 +547,14 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Time diffusers' pipelines compiled, too, which takes minutes.")
     ] = False,
-    config: Annotated[str | None, typer.Option(help="YAML file; the options below win over it.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help=_CHECKPOINT)] = None,
-    normals_checkpoint: Annotated[
-        str | None, typer.Option(help="The same for normals; default: CHECKPOINT, if it is demo or GeoWizard.")
-    ] = None,
-    labels: Annotated[str | None, typer.Option(help="depth, normals, or depth,normals.")] = None,
-    processing_resolution: Annotated[
-        int | None, typer.Option(help="Longer side in pixels at which the model sees a frame; default: CHECKPOINT's.")
-    ] = None,
+    config: _OverYaml = None,
+    checkpoint: _Checkpoint = None,
+    normals_checkpoint: _NormalsCheckpoint = None,
+    labels: _Labels = None,
+    processing_resolution: _Resolution = None,
     batch_size: Annotated[str | None, typer.Option(help="Frames per forward pass.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, xpu or mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the network.")] = None,
+    dtype: _Dtype = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the network; default: one for each core, at most 8.")
     ] = None,

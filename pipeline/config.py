@@ -10,7 +10,7 @@ import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
@@ -26,6 +26,12 @@ Preset = Literal["ultrafast", "fast", "medium"]
 Whole = Annotated[int, Strict()]  # what YAML reads as true is no 1
 
 
+class StrictModel(BaseModel):
+    """Options that a file or a command line can hold: unknown ones are refused, and none changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How labels are drawn from a checkpoint (`pipeline/model/sampling.py`); the defaults are the paper's one step.
@@ -39,7 +45,7 @@ class Sampling:
         seed: Of the noise, together with each frame's own name.
 
     Raises:
-        ConfigError: If a value is not allowed, or an ensemble would be one member over and over.
+        ConfigError: If an ensemble would have no middle, or be one member over and over.
     """
 
     steps: int = 1
@@ -49,12 +55,6 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("noise", get_args(Noise)), ("timestep_spacing", get_args(TimestepSpacing))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
-        for name in ("steps", "ensemble"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if self.ensemble == 2:
             raise ConfigError(
                 "ensemble is 2; expected 1, or 3 and more: of two members neither is the middle one, nor nearer to "
@@ -77,7 +77,7 @@ class Sampling:
         return {key: value for key, value in asdict(self).items() if key != "seed" or self.noise != "zeros"}
 
 
-class LabelConfig(BaseModel):
+class LabelConfig(StrictModel):
     """Options of `depthmill label`.
 
     Attributes:
@@ -127,8 +127,6 @@ class LabelConfig(BaseModel):
         timestep_spacing: `trailing`, or `leading`, the flaw that the paper repairs.
         seed: Of the noise.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: str = DEMO
     normals_checkpoint: str | None = None
@@ -233,7 +231,7 @@ class LabelConfig(BaseModel):
         return asked and "checkpoint" not in self.model_fields_set
 
 
-class SmoothConfig(BaseModel):
+class SmoothConfig(StrictModel):
     """Options of `depthmill smooth`.
 
     Attributes:
@@ -249,8 +247,6 @@ class SmoothConfig(BaseModel):
         max_pixels: As in `LabelConfig`.
         max_frames: As in `LabelConfig`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_edge: Whole = Field(default=32, ge=1, le=32)
     flow: Preset = "fast"

@@ -112,12 +112,7 @@ def label_frames(
                 fail(frame.index, f"the model's answer is no number, in {labeler.dtype}: --dtype float32 may help")
                 continue
             done.labelled += 1
-            writer.put(
-                frame.index,
-                None if labels.depth is None else labels.depth[0],
-                None if labels.normals is None else labels.normals[0],
-                None if labels.uncertainty is None else labels.uncertainty[0],
-            )
+            writer.put(frame.index, *labels.frame(0))
         done.label_s += answer.seconds
         done.slots += labeler.batch_size
         on_frames(done.labelled + done.failed)

@@ -120,6 +120,10 @@ class Labels:
     normals: npt.NDArray[Any] | None
     uncertainty: npt.NDArray[Any] | None = None
 
+    def frame(self, i: int) -> tuple[npt.NDArray[Any] | None, ...]:
+        """Depth (H, W), normals (H, W, 3) and uncertainty (H, W) of the batch's `i`th."""
+        return tuple(None if one is None else one[i] for one in (self.depth, self.normals, self.uncertainty))
+
 
 @dataclass(frozen=True)
 class Failure:

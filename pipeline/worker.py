@@ -201,7 +201,7 @@ class Worker:
                     f"checkpoint {checkpoint.name} has sha256 {checkpoint.sha256[:12]}… here and {digest[:12]}… where "
                     "the run was started; expected the same files on every machine: copy them"
                 )
-        self._labeler = Labeler.from_config(self._config, checkpoints)
+        self._labeler = Labeler(checkpoints, self._config)
         self._store = open_store(self._store_uri, index=False)
         return self._labeler.backend
 

@@ -23,6 +23,7 @@ from depthmill.pipeline.errors import printable
 if TYPE_CHECKING:
     from depthmill.pipeline.types import WorkerState
     from depthmill.workers.resume import Summary
+    from depthmill.workers.smooth import SmoothSummary
     from depthmill.workers.standing import Counts
 
 _LINE_EVERY_S = 5.0
@@ -164,6 +165,23 @@ def print_summary(summary: Summary) -> None:
         console.print(
             f"{count(summary.other_failures, 'frame')} of other sources in the store failed earlier: "
             f"{summary.store}/failures.jsonl has them, too",
+        )
+
+
+def print_smoothed(done: SmoothSummary) -> None:
+    """Say how a smoothing run ended."""
+    console = RunConsole(highlight=False, soft_wrap=True)
+    console.print(
+        f"{count(len(done.smoothed), 'source')} smoothed in {done.store}; {count(done.frames, 'frame')} done in this "
+        f"run, in {done.seconds:.1f} s"
+    )
+    for name, why in {**done.left_out, **done.unread}.items():
+        console.print(f"  {name}: {why}")
+    if done.unasked:
+        shown = ", ".join(done.unasked[:3]) + (" …" if len(done.unasked) > 3 else "")
+        console.print(
+            f"no videos, and left as they are: {count(len(done.unasked), 'source')}, {shown}; name those that are the "
+            "frames of one: depthmill smooth STORE --source ID"
         )
 
 

@@ -126,7 +126,7 @@ def bench(
     checkpoints = open_checkpoints(config)
     with ExitStack() as stack:
         source = None
-        labeler = Labeler.from_config(config, checkpoints)
+        labeler = Labeler(checkpoints, config)
         if labeler.device.type == "cpu":
             keep_freed_memory()  # as workers do; before the thread starts that is to share it
         # One for all, as a worker's: CUDA graphs belong to the thread that recorded them.

@@ -138,13 +138,7 @@ def measure_feed(
         for segment in store.segments(part.id):
             writer = store.writer(segment)
             for index in range(segment.start, segment.stop):
-                row = next(rows)
-                writer.put(
-                    index,
-                    None if row.depth is None else row.depth[0],
-                    None if row.normals is None else row.normals[0],
-                    None if row.uncertainty is None else row.uncertainty[0],
-                )
+                writer.put(index, *next(rows).frame(0))
             written += writer.commit()
         return part.frames
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from depthmill.pipeline.config import DEMO, Compile, LabelConfig, Noise, Sampling, TimestepSpacing
+from depthmill.pipeline.config import DEMO, Compile, LabelConfig, Noise, TimestepSpacing
 from depthmill.pipeline.config_files import validated
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.geometry import padded_size, processed_size, rounded_size, to_network
@@ -50,41 +50,26 @@ class Labeler:
         sampling: How labels are drawn.
     """
 
-    def __init__(
-        self,
-        checkpoints: Sequence[Checkpoint],
-        *,
-        processing_resolution: int | None = None,
-        batch_size: int | Literal["auto"] = "auto",
-        compile: Compile = "off",
-        device: str = "auto",
-        dtype: str = "auto",
-        sampling: Sampling | None = None,
-        round_aspect: bool | None = None,
-    ):
+    def __init__(self, checkpoints: Sequence[Checkpoint], config: LabelConfig):
         """Load the network.
 
         Args:
             checkpoints: One or two, of different modalities; a joint one, opened for each, is loaded once.
-            processing_resolution: Overrides the checkpoints' own, of which the first one's holds.
-            batch_size: Most frames in one forward pass; `auto`: `LabelConfig.batch_size`.
-            compile: `auto`, `on` or `off`: `LabelConfig.compile`. It is for batch after batch of one shape.
-            device: `auto` (CUDA where there is one), or a torch device.
-            dtype: `auto`, `float32` (never TF32: `exact_float32`), `bfloat16` or `float16`.
-            sampling: How labels are drawn; left out, in the one deterministic step.
-            round_aspect: For `rounds`; frames given to the labeler itself are seen as `label` is told.
+            config: The options of a run. Of `processing_resolution`s, the first checkpoint's holds if none is given;
+                float32 is never TF32 (`exact_float32`); `round_aspect` is for `rounds`: frames given to the labeler
+                itself are seen as `label` is told.
 
         Raises:
             CheckpointError: If a checkpoint cannot be loaded, or not sampled so.
             ConfigError: If there is no such device, too many steps are asked for, or what cannot be compiled is to be.
         """
         self.checkpoints = tuple(checkpoints)
-        self.processing_resolution = processing_resolution or checkpoints[0].processing_resolution
-        self.device = pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device)
+        self.processing_resolution = config.processing_resolution or checkpoints[0].processing_resolution
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
         exact_float32(self.device, self.dtype)
-        self.sampling = sampling or Sampling()
-        self.round_aspect = round_aspect
+        self.sampling = config.sampling
+        self.round_aspect = config.round_aspect
         self._pixels_that_fit: int | None = None  # in one forward pass, padding included; None: any that were tried
         self._network: Specialized | SingleStep | GeoWizard
         self._sampler: Sampler | None = None
@@ -98,10 +83,10 @@ class Labeler:
                 self._network = SingleStep(heads, self.device, self.dtype)
                 if not self.sampling.is_single_step:
                     self._sampler = Sampler(self._network, self.sampling)
-        self.batch_size = self._fitting() if batch_size == "auto" else batch_size
+        self.batch_size = self._fitting() if config.batch_size == "auto" else config.batch_size
         if isinstance(self._network, Specialized):
-            compile_network(self._network, self.device, compile, self._key)
-        elif compile == "on":
+            compile_network(self._network, self.device, config.compile, self._key)
+        elif config.compile == "on":
             raise ConfigError(
                 "compile is on, and this network cannot be compiled; expected one of Stable Diffusion's blocks in its "
                 "single step (no GeoWizard, no diffusion in several steps): leave compile at auto (--compile auto)"
@@ -172,21 +157,7 @@ class Labeler:
             "seed": seed,
         }
         config = validated(LabelConfig, options, where="the labeler's options")
-        return cls.from_config(config, open_checkpoints(config))
-
-    @classmethod
-    def from_config(cls, config: LabelConfig, checkpoints: Sequence[Checkpoint]) -> Self:
-        """Load `checkpoints` with the options of a labelling run."""
-        return cls(
-            checkpoints,
-            processing_resolution=config.processing_resolution,
-            batch_size=config.batch_size,
-            compile=config.compile,
-            device=config.device,
-            dtype=config.dtype,
-            sampling=config.sampling,
-            round_aspect=config.round_aspect,
-        )
+        return cls(open_checkpoints(config), config)
 
     def __call__(self, frames: npt.NDArray[np.uint8], keys: Sequence[str] | None = None) -> Labels:
         """Label a batch of frames of one size.

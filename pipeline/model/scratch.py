@@ -22,10 +22,11 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from depthmill.pipeline.config import StrictModel
 from depthmill.pipeline.model.checkpoint import DESCRIPTION_FILE, Description
 from depthmill.pipeline.types import Modality
 
@@ -35,7 +36,7 @@ _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 _VOCABULARY = {_BOS: 0, _EOS: 1}
 
 
-class Architecture(BaseModel):
+class Architecture(StrictModel):
     """Sizes of a VAE and a UNet that fit together; the defaults make a network of a few hundred thousand weights.
 
     Attributes:
@@ -51,8 +52,6 @@ class Architecture(BaseModel):
         cross_attention_dim: Length of a prompt token's embedding.
         norm_groups: Groups of every group norm; must divide every number of channels.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     vae_channels: tuple[int, ...] = (16, 32, 32)
     vae_layers: int = 1

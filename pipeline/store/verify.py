@@ -130,6 +130,28 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
     )
 
 
+def as_text(found: Verified, repair: bool) -> str:
+    """What was found, a line for each damaged file, then what was checked.
+
+    Args:
+        found: By `verify`.
+        repair: Whether it was to repair.
+    """
+    lines = []
+    for one in found.damage:
+        done = "; repaired" if one.repaired else "; --repair cannot mend it" if repair else ""
+        lines.append(f"{one.file} (frames {one.start} to {one.stop} of {one.source_id}) {one.reason}{done}")
+    lines.append(
+        f"committed segments: {found.segments:,}, sources: {found.sources:,}, files: {found.files:,}, bytes: "
+        f"{found.bytes:,}; damaged: {len(found.damage):,}"
+    )
+    if found.unchecked:
+        lines.append(f"segments without checksums: {found.unchecked:,}; that their files decode is all that is known")
+    if found.damage and repair:
+        lines.append("run the same `depthmill label`, or `depthmill smooth`, again to do what was un-committed")
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class _Checked:
     segment: Segment

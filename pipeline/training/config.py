@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from depthmill.pipeline.config import Noise
+from depthmill.pipeline.config import Noise, StrictModel
 from depthmill.pipeline.model.scratch import Architecture
 from depthmill.pipeline.training.sets import SetConfig
 from depthmill.pipeline.types import Modality
@@ -14,11 +14,7 @@ from depthmill.pipeline.types import Modality
 Objective = Literal["autoencoder", "generative", "diffusion", "end_to_end"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Augment(_Strict):
+class Augment(StrictModel):
     """How a picture is changed before it is trained on.
 
     Attributes:
@@ -36,7 +32,7 @@ class Augment(_Strict):
     degrade: bool = False
 
 
-class TrainConfig(_Strict):
+class TrainConfig(StrictModel):
     """A training run; the defaults are those of the paper's fine-tuning (Martin Garcia et al., WACV 2025, section 5).
 
     Attributes:

@@ -46,7 +46,7 @@ def test_a_checkpoint_is_labelled_and_scored_as_its_own_predictions_are(name, ch
     assert not scores.skipped
     assert "Marigold + E2E FT" in shown.file.getvalue()
 
-    labeler = Labeler(open_checkpoints(what), device="cpu", dtype="float32")
+    labeler = Labeler(open_checkpoints(what), what)
     for one in written:
         labels = labeler((one.rgb if wanted.colours is None else wanted.colours(one.rgb))[None])
         path = tmp_path / "npy" / f"{one.name}.npy"

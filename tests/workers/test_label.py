@@ -204,7 +204,7 @@ def test_pictures_of_many_sizes_fill_their_batches(tmp_path, config, monkeypatch
     assert batches == [4] * 6
     source = only_source(tmp_path / "out.zarr")
     assert source.sizes["y"] == source.sizes["x"] == 80
-    labeler = Labeler(config_checkpoints(config), device="cpu", batch_size=4)
+    labeler = Labeler(config_checkpoints(config), config)
     for row in (0, 1, 2, 3, 23):
         height, width = source["size"].values[row]
         assert (height, width) == sizes[row % 4]

@@ -5,17 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from depthmill.pipeline.config import StrictModel
 from depthmill.pipeline.model.scratch import Architecture
 from depthmill.pipeline.training.pool import SHARD
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Data(_Strict):
+class Data(StrictModel):
     """Where training scenes come from.
 
     Attributes:
@@ -31,7 +28,7 @@ class Data(_Strict):
     render_processes: int = Field(default=2, ge=1)
 
 
-class Stage(_Strict):
+class Stage(StrictModel):
     """One part of a run, with its own objective, picture size and learning-rate schedule.
 
     Attributes:
@@ -70,7 +67,7 @@ class Stage(_Strict):
     relative: float = Field(default=0.0, ge=0)
 
 
-class StagedConfig(_Strict):
+class StagedConfig(StrictModel):
     """A training run.
 
     Attributes:

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from depthmill.pipeline.config import StrictModel
 from depthmill.pipeline.errors import SampleError, SourceError, TrainingError
 from depthmill.pipeline.sources import MAX_PIXELS
 from depthmill.pipeline.sources.pictures import decode_image
@@ -26,14 +27,12 @@ _OWN_ERRORS = (None, errno.EINVAL, errno.EISDIR, errno.ELOOP)
 _AWAY_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM)
 
 
-class SetOptions(BaseModel):
+class SetOptions(StrictModel):
     """What every training set is told.
 
     Attributes:
         ratio: Share of the batches that come from this set, relative to the others' ratios.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     ratio: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 

@@ -178,7 +178,7 @@ def test_a_labeler_has_all_options_of_a_run(checkpoints):
     names = {"checkpoint": str(checkpoints / "depth"), "labels": ("depth",), "device": "cpu", "dtype": "float32"}
     options = {"processing_resolution": 40, "batch_size": 3, "round_aspect": False, "noise": "gaussian", "seed": 5}
     config = LabelConfig(**names, **options)
-    labeler = Labeler.from_config(config, open_checkpoints(config))
+    labeler = Labeler(open_checkpoints(config), config)
     found = (labeler.processing_resolution, labeler.batch_size, labeler.round_aspect, labeler.sampling)
     assert found == (40, 3, False, config.sampling)
 
