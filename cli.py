@@ -355,7 +355,7 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Un-commit damaged segments, so that the next label run does them again.")
     ] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that read.")] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that read.")] = 8,
 ) -> None:
     """Check that every committed file of a store is there, decodes, and has the bytes that were written.
 
@@ -367,7 +367,7 @@ def verify(
     from depthmill.pipeline.store.verify import as_text
     from depthmill.pipeline.store.verify import verify as check
 
-    found = check(open_store(store), repair=repair, workers=workers)
+    found = check(open_store(store), repair=repair, workers=threads)
     _show(as_text(found, repair))
     if found.damage:
         raise typer.Exit(SOME_FAILED)
@@ -477,7 +477,7 @@ def evaluate(
     workers: _Workers = None,
     threads: _Threads = None,
     address: _Address = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Label anew, whatever the folder holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Label anew, even over another evaluation.")] = False,
 ) -> None:
     """Measure a checkpoint, a labelled store or a folder of predictions on a public set.
 
@@ -534,8 +534,9 @@ def evaluate(
 
 @app.command(cls=_Command)
 def bench(
-    video: Annotated[
-        str | None, typer.Option(help="Input to measure reading and writing with: a video, a folder, a shard.")
+    uri: Annotated[
+        str | None,
+        typer.Option("--input", help="Input to measure reading and writing with: a video, a folder, a shard."),
     ] = None,
     frames: Annotated[
         int, typer.Option(min=1, help="Frames of it that are read, and written, in a round, and labelled as in a run.")
@@ -561,7 +562,7 @@ def bench(
 ) -> None:
     """Measure how fast this machine labels, and say what to change.
 
-    Beside diffusers' pipelines on the same weights, beside the machine's own matrix products, and, with --video, beside
+    Beside diffusers' pipelines on the same weights, beside the machine's own matrix products, and, with --input, beside
     reading and writing, and as a whole run.
     """
     from depthmill.pipeline.config import LabelConfig
@@ -573,7 +574,7 @@ def bench(
     from depthmill.workers.progress import quiet_libraries
 
     quiet_libraries()
-    _show(measure(settings, video, frames=frames, rounds=rounds, folder=folder, compiled=compiled))
+    _show(measure(settings, uri, frames=frames, rounds=rounds, folder=folder, compiled=compiled))
 
 
 if __name__ == "__main__":

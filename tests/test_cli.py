@@ -204,7 +204,7 @@ def test_what_cannot_be_written_is_said_before_the_work(cli, label, clip, tmp_pa
     train.write_text("{start: demo, sets: [{kind: scenes, scenes: 100}]}")
     for arguments in (
         ("train", train, "--out", clip),
-        ("bench", "--video", clip, "--folder", clip),
+        ("bench", "--input", clip, "--folder", clip),
         ("preview", store, "--out", clip),
     ):
         done = cli(*arguments)
@@ -334,7 +334,7 @@ def test_verify_and_inspect(cli, label, clip, tmp_path):
 def test_bench_prints_what_to_change(cli, checkpoints, clip):
     names = ["--checkpoint", checkpoints / "depth", "--normals-checkpoint", checkpoints / "normals"]
     done = cli(
-        "bench", *names, "--video", clip, "--frames", "3", "--rounds", "1", "--batch-size", "2", "--device", "cpu"
+        "bench", *names, "--input", clip, "--frames", "3", "--rounds", "1", "--batch-size", "2", "--device", "cpu"
     )
     assert done.returncode == 0, done.stderr
     assert "-bound; what helps:" in done.stdout

@@ -67,6 +67,7 @@ def test_the_steps_of_the_image_give_a_command_line(context, tmp_path):
         ).stdout
 
     assert say(venv / "bin" / "depthmill", "--version").strip() == PROJECT["version"]
+    assert (site / "depthmill" / "__main__.py").is_file(), "for python -m depthmill, on clusters"
     assert "STORE" in say(venv / "bin" / "depthmill", "label", "--help")
     assert (site / f"depthmill-{PROJECT['version']}.dist-info" / "licenses" / "LICENSE").is_file()
     where = "import depthmill; from importlib.resources import files; print(files('depthmill.configs') / 'video.yaml')"
@@ -100,6 +101,7 @@ def test_versions_agree():
     mentioned = {found for text in texts for found in re.findall(r"depthmill[:-](\d+\.\d+\.\d+)", text)}
     assert mentioned == {version}
     assert f'image.version="{version}"' in DOCKERFILE
+    assert f'image.licenses="{PROJECT["license"]}"' in DOCKERFILE
     constraints = dict(re.findall(r"(?m)^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8")))
     assert RAYJOB["spec"]["rayClusterSpec"]["rayVersion"] == constraints["ray"]
 

@@ -226,7 +226,7 @@ def _lines(report: Report) -> list[str]:
     if report.feed is None:
         return [
             *lines,
-            "feed            not measured: give --video, on which reading and writing depend",
+            "feed            not measured: give --input, on which reading and writing depend",
             "",
             f"If those keep up, a run here is device-bound; what helps: {ADVICE['device']}.",
         ]
