@@ -311,7 +311,7 @@ class Driver:
         self._backlog.add(source)
         self._open += source.segments
         self.standing.planned(source)
-        self._publisher.add(source.id)
+        self._publisher.add(source.id, self._crew.now_s)
         self._single += source.frames == 1 and source.segments > 0
         if self._single > _FEW_SINGLE:
             self._say_once(
@@ -387,6 +387,7 @@ class Driver:
             self._judge(self._given_up.take(self.standing.succeeded))
         for report in self._failer.committed(now_s):
             self._committed(report)
+        self._publisher.look(now_s)
         for why in self.inputs.left_out():
             self.standing.count_reason(why, 1)
             self._calls.say(f"left out: {why}")

@@ -12,6 +12,9 @@ from depthmill.pipeline.types import Report
 from depthmill.workers.pace import Rests
 from depthmill.workers.standing import Standing
 
+_WAIT_S = 60.0
+_WAIT_S_A_NAMED = 0.01  # the root is rewritten whole: in a hundredth of this (benchmarks/store_sources.md)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -54,28 +57,40 @@ class Calls:
 
 
 class Publisher:
-    """Names sources in the store's root, seldom enough that its size does not matter."""
+    """Names sources in the store's root, seldom enough that its size does not matter.
+
+    They are named when there are half as many as were named before, or once one has waited for long: readers that go
+    by the root, such as xarray by itself, know no others.
+    """
 
     def __init__(self, publish: Callable[[list[str]], None]) -> None:
         """Nothing is to be named yet; `publish` is `Calls`'s."""
         self._publish = publish
         self._waiting: list[str] = []
+        self._since_s = 0.0  # when the first of them came, or the store did not answer
         self._named = 0
         self._due = 1  # how many are named at once
 
-    def add(self, source_id: str) -> None:
-        """One more source is in the store; they are named when there are half as many as were named before.
-
-        If the store does not answer, they are later: nothing needs the root, and `publish` ends with them.
-        """
+    def add(self, source_id: str, now_s: float) -> None:
+        """One more source is in the store; names those that wait, if it is time."""
+        if not self._waiting:
+            self._since_s = now_s
         self._waiting.append(source_id)
-        if len(self._waiting) >= self._due:
+        self.look(now_s)
+
+    def look(self, now_s: float) -> None:
+        """Name those that wait, if it is time.
+
+        If the store does not answer, they are named later: no worker needs the root, and `publish` ends with them.
+        """
+        waited = now_s - self._since_s >= max(_WAIT_S, self._named * _WAIT_S_A_NAMED)
+        if len(self._waiting) >= self._due or (self._waiting and waited):
             try:
                 self.publish()
             except StoreClosedError:
                 raise
             except StoreError:
-                self._due = 2 * len(self._waiting)
+                self._due, self._since_s = 2 * len(self._waiting), now_s
 
     def publish(self) -> None:
         """Name those that are not."""
