@@ -140,8 +140,8 @@ def against_truth(depth: Floats, clip: clips.Clip) -> dict[str, float]:
     # As `depthmill evaluate` does: TAE divides by depths, and what is put behind the camera would be all of it.
     metres = np.maximum(scale * depth + shift, np.nanmin(truth))
     views = [(one, clip.intrinsics, pose) for one, pose in zip(metres, clip.poses, strict=True)]
-    errors = [alignment_error(a, b, k, at, to) for (a, k, at), (b, _, to) in pairwise(views)]
-    errors += [alignment_error(b, a, k, to, at) for (a, _, at), (b, k, to) in pairwise(views)]
+    errors = [alignment_error(a, b, k, k, at, to) for (a, k, at), (b, _, to) in pairwise(views)]
+    errors += [alignment_error(b, a, k, k, to, at) for (a, _, at), (b, k, to) in pairwise(views)]
     return {
         "flicker": float(np.diff(logs).std()),
         "AbsRel": figures["abs_rel"],

@@ -146,14 +146,14 @@ def _compared(wanted: ClipSet, frame: ClipFrame, read: Callable[[Sample], Floats
     """What is scored of a prediction, resized bilinearly to what its picture shows, and of the truth: (H, W) each."""
     truth = read_true_depth(wanted, frame)
     try:
-        depth = read(frame.sample)
+        depth: Floats = read(frame.sample).astype(np.float64)  # what is aligned may overflow a file's float16
     except UnscorableError as error:
         raise UnscorableError(f"{frame.sample.name}: {error}") from error
     if depth.ndim != 2:
         raise UnscorableError(f"{frame.sample.name}: its prediction is of shape {depth.shape}; expected (H, W)")
     if depth.shape != truth.shape:
         size = (truth.shape[1], truth.shape[0])
-        depth = np.asarray(cv2.resize(depth.astype(np.float32), size, interpolation=cv2.INTER_LINEAR), np.float32)
+        depth = np.asarray(cv2.resize(depth, size, interpolation=cv2.INTER_LINEAR), np.float64)
     scored = (wanted.rows, wanted.columns) if frame.uncut else (slice(None), slice(None))
     return depth[scored], truth[scored]
 
@@ -163,7 +163,7 @@ def _both_ways(one: ClipFrame, depth: Floats, other: ClipFrame, other_depth: Flo
     if one.pose is None or other.pose is None or one.intrinsics is None or other.intrinsics is None:
         return []
     errors = [
-        alignment_error(depth, other_depth, one.intrinsics, one.pose, other.pose),
-        alignment_error(other_depth, depth, other.intrinsics, other.pose, one.pose),
+        alignment_error(depth, other_depth, one.intrinsics, other.intrinsics, one.pose, other.pose),
+        alignment_error(other_depth, depth, other.intrinsics, one.intrinsics, other.pose, one.pose),
     ]
     return [] if np.isnan(errors).any() else errors

@@ -39,7 +39,9 @@ def steadiness(frames: Sequence[Moments | None]) -> dict[str, float]:
     return figures
 
 
-def alignment_error(one: Floats, other: Floats, intrinsics: Doubles, pose: Doubles, other_pose: Doubles) -> float:
+def alignment_error(
+    one: Floats, other: Floats, intrinsics: Doubles, other_intrinsics: Doubles, pose: Doubles, other_pose: Doubles
+) -> float:
     """How far two frames' depths disagree where they show the same place: a term of the temporal alignment error.
 
     TAE (Video-Depth-Anything, CVPR 2025, section 4.1) is 100 times the mean of this over consecutive frames, both ways.
@@ -49,7 +51,8 @@ def alignment_error(one: Floats, other: Floats, intrinsics: Doubles, pose: Doubl
     Args:
         one: (H, W) depth along the optical axis, metres; NaN, infinite or not above 0 where there is none.
         other: (H, W), likewise.
-        intrinsics: (3, 3), pixels; the centre of the first pixel is at (0, 0).
+        intrinsics: (3, 3) of the one, pixels; the centre of the first pixel is at (0, 0).
+        other_intrinsics: (3, 3) of the other: a camera may zoom.
         pose: (4, 4) camera to world of the one, axes of OpenCV: x right, y down, z forward.
         other_pose: (4, 4) of the other.
 
@@ -61,7 +64,7 @@ def alignment_error(one: Floats, other: Floats, intrinsics: Doubles, pose: Doubl
     depth = one[rows, columns].astype(np.float64)
     points = np.stack([columns * depth, rows * depth, depth])
     motion = np.linalg.inv(other_pose) @ pose
-    x, y, z = intrinsics @ (motion[:3, :3] @ np.linalg.inv(intrinsics) @ points + motion[:3, 3:])
+    x, y, z = other_intrinsics @ (motion[:3, :3] @ np.linalg.inv(intrinsics) @ points + motion[:3, 3:])
     ahead = z > 1e-6
     x, y, z = (np.rint(x[ahead] / z[ahead]), np.rint(y[ahead] / z[ahead]), z[ahead])
     inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)

@@ -12,7 +12,7 @@ from rich.console import Console
 from depthmill.pipeline.errors import EvaluationError, UnscorableError
 from depthmill.pipeline.evaluation.clip_report import clip_table, write_clip_report
 from depthmill.pipeline.evaluation.clip_score import score_clips
-from depthmill.pipeline.evaluation.clips import CLIP_SETS, open_clips
+from depthmill.pipeline.evaluation.clips import CLIP_SETS, open_clips, read_true_depth
 from depthmill.pipeline.evaluation.predictions import Predictions
 
 # Height and width of a set's truth, its factor, where its pictures lie, and the part of the truth that they show.
@@ -124,7 +124,8 @@ def test_pictures_that_are_not_cut_are_cut_with_the_truth(tmp_path):
     assert row.metrics["tae"] == pytest.approx(0, abs=1e-6)
 
 
-def test_tae_is_the_mean_of_both_ways_in_per_cent(tmp_path):
+@pytest.mark.parametrize(("unit", "dtype"), [(1, np.float64), (2**-17, np.float16)])  # whose scale float16 has not
+def test_tae_is_the_mean_of_both_ways_in_per_cent(tmp_path, unit, dtype):
     k = [[50, 0, 39.5], [0, 50, 29.5], [0, 0, 1]]
     write(tmp_path, "rendered", sequences=("a",), K=k, pose=np.eye(4).tolist())
     for i, metres in enumerate((2, 4, 6)):
@@ -132,9 +133,27 @@ def test_tae_is_the_mean_of_both_ways_in_per_cent(tmp_path):
     # Predicted are 1, 3 and 2: of truths 2, 4 and 6 the fit makes 3, 5 and 4.
     said = dict(zip(("a/rgb/000000", "a/rgb/000001", "a/rgb/000002"), (1.0, 3.0, 2.0), strict=True))
     wanted = CLIP_SETS["rendered"]
-    (row,) = score_clips(wanted, open_clips(wanted, tmp_path), lambda s: np.full((60, 80), said[s.name])).rows
-    assert (row.scale, row.shift) == pytest.approx((1, 2))
+    clips = open_clips(wanted, tmp_path)
+    (row,) = score_clips(wanted, clips, lambda s: np.full((60, 80), unit * said[s.name], dtype)).rows
+    assert (row.scale, row.shift) == pytest.approx((1 / unit, 2))
     assert row.metrics["tae"] == pytest.approx(100 * np.mean([2 / 5, 2 / 3, 1 / 4, 1 / 5]))
+
+
+def test_a_camera_that_zooms_sees_the_same_wall(tmp_path):
+    write(tmp_path, "rendered", sequences=("a",), pose=np.eye(4).tolist())
+    index = tmp_path / "rendered_video.json"
+    document = json.loads(index.read_text())
+    for i, entry in enumerate(document["rendered"][0]["a"]):
+        entry["K"] = [[50 * 2**i, 0, 39.5], [0, 50 * 2**i, 29.5], [0, 0, 1]]
+        slanted = np.ones((60, 1)) * 4 / (1 + (np.arange(80) - 39.5) / (50 * 2**i))
+        Image.fromarray(np.rint(500 * slanted).astype(np.uint16)).save(tmp_path / f"a/depth/{i}.png")
+    index.write_text(json.dumps(document))
+    wanted = CLIP_SETS["rendered"]
+    clips = open_clips(wanted, tmp_path)
+    exact = {frame.sample.name: np.nan_to_num(read_true_depth(wanted, frame)) for frame in clips[0].frames}
+    (row,) = score_clips(wanted, clips, lambda sample: exact[sample.name]).rows
+    assert row.pairs == 2
+    assert row.metrics["tae"] < 0.5  # half a pixel; with the other's focal length 19
 
 
 def test_tae_is_not_that_of_pixels_put_behind_the_camera(tmp_path):

@@ -20,22 +20,22 @@ def pose(*position_m, turn_deg=0.0):
 
 def test_a_wall_that_comes_nearer_agrees_with_itself():
     far, near = np.full((H, W), 4.0), np.full((H, W), 3.5)
-    assert alignment_error(far, near, K, pose(), pose(0, 0, 0.5)) == pytest.approx(0, abs=1e-12)
-    assert alignment_error(near, far, K, pose(0, 0, 0.5), pose()) == pytest.approx(0, abs=1e-12)
+    assert alignment_error(far, near, K, K, pose(), pose(0, 0, 0.5)) == pytest.approx(0, abs=1e-12)
+    assert alignment_error(near, far, K, K, pose(0, 0, 0.5), pose()) == pytest.approx(0, abs=1e-12)
 
 
 def test_a_wrong_depth_counts_as_a_share_of_the_other():
     depth = np.full((H, W), 4.0)
-    assert alignment_error(depth, depth, K, pose(), pose(0, 0, 0.5)) == pytest.approx(0.5 / 4)
-    assert alignment_error(depth, 1.25 * depth, K, pose(), pose()) == pytest.approx(0.2)
+    assert alignment_error(depth, depth, K, K, pose(), pose(0, 0, 0.5)) == pytest.approx(0.5 / 4)
+    assert alignment_error(depth, 1.25 * depth, K, K, pose(), pose()) == pytest.approx(0.2)
 
 
 def test_sideways_only_what_both_see_counts():
     depth = np.full((H, W), 5.0)
     wrong = depth.copy()
     wrong[:, 30:] = 10.0  # what the one frame, a metre to the left, does not see of the other: its last 10 columns
-    assert alignment_error(depth, wrong, K, pose(), pose(1, 0, 0)) == pytest.approx(0, abs=1e-12)
-    assert alignment_error(depth, wrong, K, pose(1, 0, 0), pose()) == pytest.approx(0.5 * 10 / 30)
+    assert alignment_error(depth, wrong, K, K, pose(), pose(1, 0, 0)) == pytest.approx(0, abs=1e-12)
+    assert alignment_error(depth, wrong, K, K, pose(1, 0, 0), pose()) == pytest.approx(0.5 * 10 / 30)
 
 
 def test_the_nearest_of_several_is_seen():
@@ -45,7 +45,7 @@ def test_the_nearest_of_several_is_seen():
     k[1, 2] = 0
     other = np.full((1, 40), 10.0)
     other[0, 22] = 2.0
-    assert alignment_error(one, other, k, pose(), pose(-0.48, 0, 0)) == pytest.approx(0, abs=1e-12)
+    assert alignment_error(one, other, k, k, pose(), pose(-0.48, 0, 0)) == pytest.approx(0, abs=1e-12)
 
 
 def test_a_turning_camera_and_pixels_without_depth():
@@ -56,17 +56,17 @@ def test_a_turning_camera_and_pixels_without_depth():
         return 6.0 / (rays @ at[:3, :3].T)[..., 2]
 
     here, there = pose(), pose(turn_deg=5)
-    assert alignment_error(wall(here), wall(there), K, here, there) < 0.003  # half a pixel beside
+    assert alignment_error(wall(here), wall(there), K, K, here, there) < 0.003  # half a pixel beside
     holes = wall(here).copy()
     holes[::2] = np.nan
     holes[1::4] = 0
-    assert alignment_error(holes, wall(there), K, here, there) < 0.003
+    assert alignment_error(holes, wall(there), K, K, here, there) < 0.003
 
 
 def test_no_overlap_is_no_figure():
     depth = np.full((H, W), 4.0)
-    assert np.isnan(alignment_error(depth, depth, K, pose(), pose(turn_deg=180)))
-    assert np.isnan(alignment_error(depth, np.full((H, W), np.nan), K, pose(), pose()))
+    assert np.isnan(alignment_error(depth, depth, K, K, pose(), pose(turn_deg=180)))
+    assert np.isnan(alignment_error(depth, np.full((H, W), np.nan), K, K, pose(), pose()))
 
 
 def test_steadiness_is_of_the_maps_that_suit_each_frame():
