@@ -103,7 +103,7 @@ class Looks:
             self._looking.popleft()
             try:
                 unfit, tasks = first.found.result()
-            except BaseException:
+            except Exception:  # a signal, met while it is waited for, is no look's
                 self._waiting.append((first.source_id, first.phases))
                 if first.rested_s < rested_s:
                     continue

@@ -301,11 +301,11 @@ class _Run:
             self._leave_out(source_id, words_of(event))
             self._withdrawn(source_id)
         else:
-            self.unread[str(task)] = words_of(event)
             if task.phase == "edges":
                 write_empty_edges(task.segment, self._store, self._config)
             else:
                 write_unfiltered(task.segment, self._store)
+            self.unread[str(task)] = words_of(event)  # once that is written: else it is tried again
             self._finished(task)
 
     def _checked(self, cause: BaseException | None, now_s: float) -> None:

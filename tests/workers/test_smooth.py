@@ -4,10 +4,8 @@ import io
 import pickle
 import shutil
 import signal
-import threading
 from contextlib import suppress
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,14 +32,12 @@ from depthmill.pipeline.smoothing.stage import Smoother
 from depthmill.pipeline.sources import open_source, source_id
 from depthmill.pipeline.store import Layout, create, open_datasets, open_store
 from depthmill.pipeline.store.inspect import as_text, inspect
-from depthmill.pipeline.store.store import READERS
 from depthmill.pipeline.store.temporal import SCALED, Temporal
 from depthmill.pipeline.store.verify import verify
 from depthmill.tests import media
 from depthmill.tests.pipeline.store import samples
 from depthmill.tests.workers.flickering import labelled, written
 from depthmill.workers import pace
-from depthmill.workers.looks import Looks
 from depthmill.workers.pool import Event
 from depthmill.workers.resume import unsmoothed_videos
 from depthmill.workers.smooth import _Run, smooth
@@ -295,31 +291,6 @@ def test_a_signal_stops_it_and_what_was_smoothed_stays(tmp_path, video, monkeypa
     assert Temporal(store, name).pending("edges") == store.segments(name)[1:]
 
 
-def test_all_looks_that_met_one_outage_are_one_outage(monkeypatch):
-    """Sixteen are under way, and eight failures in a row would end the run."""
-    away = threading.Event()
-    looked = []
-
-    def look(self, source_id, phases):
-        looked.append(source_id)
-        if away.is_set():
-            raise StoreError("503")
-        return "", []
-
-    monkeypatch.setattr(Looks, "_look", look)
-    going = _Run(SimpleNamespace(), SmoothConfig(), [str(i) for i in range(100)])
-    away.set()
-    with pytest.raises(StoreError, match="503") as caught:
-        going.plan(wait=True)
-    going._rest(caught.value, 0.0)
-    going.looks._readers.submit(lambda: None).result()
-    away.clear()
-    assert not going.plan(wait=True)
-    assert set(looked) == {str(i) for i in range(100)}
-    assert going._rests.times == 0
-    going.looks.close()
-
-
 def test_workers_are_given_signed_urls_and_the_store_is_not(tmp_path, monkeypatch):
     store = create(tmp_path / "a.zarr", samples.LAYOUT, samples.IDENTITY)
     url, secret = "https://host/clip.mp4", "X-Amz-Signature=0123456789abcdef"
@@ -349,25 +320,6 @@ def test_a_source_that_had_to_be_left_out_hides_no_other(tmp_path, video):
     assert run(store).smoothed == tuple(sorted((name, other)))
     assert sorted(open_datasets(store.uri, smooth=True)) == sorted((name, other))
     assert "left_out" not in Temporal(store, other).attributes()
-
-
-def test_few_sources_are_looked_at_at_once(monkeypatch):
-    may, looked = threading.Event(), []
-
-    def look(self, source_id, phases):
-        looked.append(source_id)
-        assert may.wait(30)
-        return "", [SimpleNamespace(phase="solve")]
-
-    monkeypatch.setattr(Looks, "_look", look)
-    going = _Run(SimpleNamespace(), SmoothConfig(), [str(i) for i in range(100)])
-    assert not going.plan()
-    assert len(looked) <= READERS
-    may.set()
-    while len(going.queue) < 100:
-        assert going.plan(wait=True)
-    assert sorted(looked, key=int) == [str(i) for i in range(100)]
-    going.looks.close()
 
 
 @pytest.mark.parametrize("phase", ["edges", "filter"])

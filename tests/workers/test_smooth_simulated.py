@@ -134,3 +134,15 @@ def test_workers_that_all_die_while_they_load_end_the_run(smooth):
     pool._end_in = lambda seconds, worker, answer: place(seconds, worker, "die")
     with pytest.raises(RunStoppedError, match="while loading"):
         smooth(pool, IDS)
+
+
+def test_what_was_read_after_all_is_not_said_to_be_unread(smooth, monkeypatch):
+    """Its edges were to be left empty, when it had failed for the last time; but the store did not answer."""
+
+    def away(*_):
+        raise StoreError("503")
+
+    monkeypatch.setattr("depthmill.workers.smooth.write_empty_edges", away)
+    outcomes = iter([(0.1, "die"), (0.1, "die"), (0.5, "")])
+    run = smooth(SimulatedPool(lambda: 1, lambda *_: next(outcomes)), ["s0"])
+    assert (run.done, run.unread) == (8, {})
