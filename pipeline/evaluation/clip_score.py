@@ -11,7 +11,7 @@ import numpy as np
 from depthmill.pipeline.errors import EvaluationError, UnscorableError
 from depthmill.pipeline.evaluation.clips import ClipFrame, ClipSet, TrueClip, read_true_depth
 from depthmill.pipeline.evaluation.decode import Floats
-from depthmill.pipeline.evaluation.metrics import Moments, depth_metrics
+from depthmill.pipeline.evaluation.metrics import Moments, depth_metrics, unscorable
 from depthmill.pipeline.evaluation.samples import Sample
 from depthmill.pipeline.evaluation.score import Skip
 from depthmill.pipeline.evaluation.temporal import alignment_error, steadiness
@@ -137,8 +137,10 @@ def _score_clip(wanted: ClipSet, clip: TrueClip, read: Callable[[Sample], Floats
 def _moments(frame: ClipFrame, depth: Floats, truth: Floats) -> Moments | None:
     valid = np.isfinite(truth)
     p = depth[valid]
-    if bad := int((~np.isfinite(p)).sum()):
-        raise UnscorableError(f"prediction of {frame.sample.name} is NaN or infinite at {bad} of {len(p)} valid pixels")
+    if bad := int(unscorable(p).sum()):
+        raise UnscorableError(
+            f"prediction of {frame.sample.name} is NaN, infinite or above 3.4e38 at {bad} of {len(p)} valid pixels"
+        )
     return Moments.of(p, truth[valid]) if len(p) else None
 
 

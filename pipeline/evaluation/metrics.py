@@ -79,6 +79,12 @@ def fit_affine(prediction: Floats, truth: Floats) -> tuple[float, float]:
     return Moments.of(prediction, truth).affine
 
 
+def unscorable(prediction: Floats) -> npt.NDArray[np.bool_]:
+    """Where a prediction of any shape is NaN, infinite, or beyond float32: float64 cannot hold sums of such squares."""
+    beyond: npt.NDArray[np.bool_] = ~(np.abs(prediction) <= np.finfo(np.float32).max)
+    return beyond
+
+
 def thin_columns(width: int, wanted: int) -> npt.NDArray[np.intp]:
     """The columns that Marigold's `--alignment_max_res` leaves to the fit: all, or nearest-neighbour samples.
 

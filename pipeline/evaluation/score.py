@@ -22,6 +22,7 @@ from depthmill.pipeline.evaluation.metrics import (
     fit_affine,
     normals_metrics,
     thin_columns,
+    unscorable,
 )
 from depthmill.pipeline.evaluation.predictions import Predictions
 from depthmill.pipeline.evaluation.samples import Sample, Truth, read_truth
@@ -134,9 +135,8 @@ def _score_one(
             + (" (after the set's crop)" if wanted.crop else "")
         )
     p, t = prediction[truth.mask], truth.values[truth.mask]
-    bad = int((~np.isfinite(p)).reshape(len(p), -1).any(1).sum())
-    if bad:
-        raise UnscorableError(f"its prediction is NaN or infinite at {bad} of {len(p)} valid pixels")
+    if bad := int(unscorable(p).reshape(len(p), -1).any(1).sum()):
+        raise UnscorableError(f"its prediction is NaN, infinite or above 3.4e38 at {bad} of {len(p)} valid pixels")
     if wanted.modality == "normals":
         angles = angles_deg(p, t)
         return Row(sample.name, normals_metrics(angles), len(p), truth.nan_pixels), angles.astype(np.float32)

@@ -185,14 +185,15 @@ def test_a_smaller_prediction_is_resized(tmp_path):
     assert small.metrics["abs_rel"] < 5e-4  # the truth is rounded to 2 mm; the nearest pixel would be off by 3e-3
 
 
-def test_a_clip_that_cannot_be_scored_is_skipped_with_the_reason(tmp_path):
+@pytest.mark.parametrize("value", [np.nan, 1e200])
+def test_a_clip_that_cannot_be_scored_is_skipped_with_the_reason(tmp_path, value):
     _, found = write(tmp_path, "rendered")
     wanted = CLIP_SETS["rendered"]
     clips = open_clips(wanted, tmp_path)
-    bad = {**found, "a/rgb/000001": np.full((60, 80), np.nan)}
+    bad = {**found, "a/rgb/000001": np.full((60, 80), value)}
     scores = score_clips(wanted, clips, lambda sample: bad[sample.name])
     assert [row.name for row in scores.rows] == ["b"]
-    assert "a/rgb/000001 is NaN or infinite at" in scores.skipped[0].reason
+    assert "a/rgb/000001 is NaN, infinite or above 3.4e38 at" in scores.skipped[0].reason
 
     def none(sample):
         raise UnscorableError("it has no labels")

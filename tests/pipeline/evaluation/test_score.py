@@ -120,10 +120,11 @@ def test_missing_predictions_are_named(nyu):
         from_folder(folder, samples, "normals", "left")
 
 
-def test_what_cannot_be_scored_is_skipped_counted_and_reported(nyu, tmp_path):
+@pytest.mark.parametrize("value", [(np.nan, np.inf), 1e200, np.finfo(np.float64).max], ids=str)
+def test_what_cannot_be_scored_is_skipped_counted_and_reported(nyu, tmp_path, value):
     wanted, archive, samples, folder, predictions = nyu
-    bad = predictions[1].copy()
-    bad[100, 300:302] = (np.nan, np.inf)
+    bad = predictions[1].astype(np.float64)
+    bad[100, 300:302] = value
     np.save(folder / "test/kitchen_0004/rgb_0002.npy", bad)
     np.save(folder / "test/office_0005/rgb_0009.npy", bad[:-1])
     taken = from_folder(folder, samples, "depth")
@@ -132,7 +133,7 @@ def test_what_cannot_be_scored_is_skipped_counted_and_reported(nyu, tmp_path):
     assert len(advanced) == 3
     assert [row.name for row in scores.rows] == ["test/kitchen_0004/rgb_0001"]
     assert scores.metrics == scores.rows[0].metrics
-    assert "NaN or infinite at" in scores.skipped[0].reason
+    assert "NaN, infinite or above 3.4e38 at 2 of" in scores.skipped[0].reason
     assert "(479, 640)" in scores.skipped[1].reason
     assert len(reasons(scores)) == 2
 
