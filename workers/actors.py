@@ -17,7 +17,7 @@ from depthmill.pipeline.plan import Prober
 from depthmill.pipeline.store.files import located
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.inquest import reason
-from depthmill.workers.ray_pool import RayPool, remote
+from depthmill.workers.ray_pool import RayPool, remote, this_node
 
 _PATIENCE_S = 20.0  # before it is said what is waited for
 
@@ -27,7 +27,15 @@ class LabelWorker(Worker):
 
     def node(self) -> str:
         """Id of its machine."""
-        return str(ray.get_runtime_context().get_node_id())
+        return this_node()
+
+
+class ProbeWorker(Prober):
+    """A prober that can."""
+
+    def node(self) -> str:
+        """Id of its machine."""
+        return this_node()
 
 
 def labelers(config: LabelConfig, store: str, digests: tuple[str, ...], retry_failed: bool) -> RayPool:
@@ -42,7 +50,7 @@ def labelers(config: LabelConfig, store: str, digests: tuple[str, ...], retry_fa
     gpu = config.device.startswith("cuda")
     store, config = located(store), config.model_copy(update=_located_checkpoints(config))
     labeler = remote(LabelWorker, max_concurrency=2, **_room(gpu))
-    prober = remote(Prober, num_cpus=0, scheduling_strategy="SPREAD")
+    prober = remote(ProbeWorker, num_cpus=0, scheduling_strategy="SPREAD")
     limits = (config.max_pixels, config.max_frames, retry_failed)
     return RayPool(
         {

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError, UnserializableException
 
 from depthmill.pipeline.types import WorkerState
 from depthmill.workers.pool import Event, Kind
@@ -57,8 +57,7 @@ class RayPool:
         self._started += 1
         self._actors[worker] = self._make[kind]()
         self.call(worker, "load")
-        if kind == "labeler":
-            self._ask(worker, "node", self._nodes)
+        self._ask(worker, "node", self._nodes)
         return worker
 
     def call(self, worker: int, method: str, *arguments: Any) -> None:
@@ -103,10 +102,14 @@ class RayPool:
     def _event(self, worker: int, future: Future[Any]) -> Event:
         self._calls.pop(worker, None)
         error = future.exception()
-        # An actor that was killed for its memory answers each call with an error that is no RayActorError.
-        if not isinstance(error, RayError) or isinstance(error, RayTaskError):
+        # An actor that was killed for its memory answers each call with an error that is no RayActorError; what it
+        # raised and cannot be unpickled here, one of its own.
+        if not isinstance(error, RayError) or isinstance(error, RayTaskError | UnserializableException):
             return Event(worker, error=error) if error else Event(worker, future.result())
-        lost = worker in self._nodes and self._nodes[worker] not in {node["NodeID"] for node in _alive()}
+        # A machine that is killed is out of reach long before the cluster notices that it is gone.
+        lost = isinstance(error, ActorUnavailableError) or (
+            worker in self._nodes and self._nodes[worker] not in {node["NodeID"] for node in _alive()}
+        )
         self.stop(worker)  # one that is out of reach may be alive
         return Event(worker, error=error, died=True, lost=lost)
 
@@ -127,6 +130,11 @@ class RayPool:
 def remote(worker: type, **options: Any) -> Any:
     """An actor class; a second thread, where it has one, answers `state` while the first works."""
     return ray.remote(worker).options(max_restarts=0, max_task_retries=0, **options)
+
+
+def this_node() -> str:
+    """Id of the machine that this process is on."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _alive() -> list[dict[str, Any]]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ray
-
 from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.smoothing.stage import Smoother
 from depthmill.pipeline.store.files import located
-from depthmill.workers.ray_pool import RayPool, remote
+from depthmill.workers.ray_pool import RayPool, remote, this_node
 
 
 class SmoothWorker(Smoother):
@@ -15,7 +13,7 @@ class SmoothWorker(Smoother):
 
     def node(self) -> str:
         """Id of its machine."""
-        return str(ray.get_runtime_context().get_node_id())
+        return this_node()
 
 
 def smoothers(config: SmoothConfig, store: str) -> RayPool:

@@ -6,7 +6,13 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
-from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    OutOfMemoryError,
+    RayTaskError,
+    UnserializableException,
+)
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import ConfigError
@@ -24,23 +30,40 @@ def killed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "died"),
+    ("error", "died", "lost"),
     [
-        (RayTaskError("label", "Traceback", ValueError("no luck")), False),
-        (ValueError("no luck"), False),
-        (ActorDiedError(), True),
-        (OutOfMemoryError("the memory monitor killed it"), True),
+        (RayTaskError("label", "Traceback", ValueError("no luck")), False, False),
+        (ValueError("no luck"), False, False),
+        (UnserializableException("it needs two arguments"), False, False),
+        (ActorDiedError(), True, False),
+        (OutOfMemoryError("the memory monitor killed it"), True, False),
+        (ActorUnavailableError("its machine does not answer", None), True, True),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_actor_is_dead_whatever_ray_calls_it(killed, error, died):
+def test_an_actor_is_dead_whatever_ray_calls_it(killed, error, died, lost):
     pool = RayPool({}, per="GPU")
     pool._actors[0] = "the actor"
     future = Future()
     future.set_exception(error)
     event = pool._event(0, future)
-    assert (event.error, event.died, event.lost) == (error, died, False)
+    assert (event.error, event.died, event.lost) == (error, died, lost)
     assert killed == ["the actor"] * died
+
+
+@pytest.mark.parametrize("kind", ["labeler", "prober"])
+def test_workers_of_both_kinds_go_with_their_machine(monkeypatch, killed, kind):
+    def answers(value):
+        future = Future()
+        future.set_result(value)
+        return SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: future))
+
+    actor = SimpleNamespace(load=answers(""), node=answers("gone"))
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "gone", "Alive": False}, {"NodeID": "b", "Alive": True}])
+    pool = RayPool({kind: lambda: actor}, per="GPU")
+    died = Future()
+    died.set_exception(ActorDiedError())
+    assert pool._event(pool.start(kind), died).lost
 
 
 def test_a_head_without_cores_is_no_machine(monkeypatch):
