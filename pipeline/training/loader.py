@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from depthmill.pipeline.errors import DepthmillError
 from depthmill.pipeline.training.batch import Batch, TrainingSet, concatenate, cut, flip
 from depthmill.pipeline.training.config import Augment, TrainConfig
 from depthmill.pipeline.training.degrade import degrade
@@ -34,7 +35,7 @@ class Loaded:
         return Loaded(self.batch.pin_memory(), self.skipped)
 
 
-class MicroBatches(Dataset[Loaded]):
+class MicroBatches(Dataset[Loaded | DepthmillError]):
     """Item n is micro-batch number n, of however many are asked for, in whatever process."""
 
     def __init__(self, config: TrainConfig):
@@ -52,8 +53,14 @@ class MicroBatches(Dataset[Loaded]):
         self.config = config
         self._skipped: list[dict[int, str]] = [{} for _ in self.sets]
 
-    def __getitem__(self, number: int) -> Loaded:
-        """Read micro-batch `number`."""
+    def __getitem__(self, number: int) -> Loaded | DepthmillError:
+        """Micro-batch `number`, or why it cannot be read: of what a process raises, torch makes text with a traceback."""
+        try:
+            return self._read(number)
+        except DepthmillError as error:
+            return error
+
+    def _read(self, number: int) -> Loaded:
         config = self.config
         which, indices = plan([len(each) for each in self.sets], self.ratios, config.batch_size, config.seed, number)
         rng = np.random.default_rng((config.seed, number))
@@ -87,7 +94,7 @@ def _cut(picture: Batch, height: int, width: int, share: float, rng: np.random.G
     return cut(picture, height, width, min(1, max(height / H, width / W)), rng, (row, column))
 
 
-def load(batches: MicroBatches, numbers: Iterable[int], *, workers: int, pin: bool) -> Iterable[Loaded]:
+def load(batches: MicroBatches, numbers: Iterable[int], *, workers: int, pin: bool) -> Iterator[Loaded]:
     """Read the micro-batches with these numbers, in this order, ahead of whoever takes them.
 
     Args:
@@ -95,8 +102,11 @@ def load(batches: MicroBatches, numbers: Iterable[int], *, workers: int, pin: bo
         numbers: Which.
         workers: Processes that read; 0 reads in this one.
         pin: Put them into page-locked memory, for a GPU.
+
+    Raises:
+        TrainingError: If one of them cannot be read.
     """
-    return DataLoader(
+    loader = DataLoader(
         batches,
         batch_size=None,
         sampler=numbers,
@@ -106,6 +116,10 @@ def load(batches: MicroBatches, numbers: Iterable[int], *, workers: int, pin: bo
         pin_memory=pin,
         worker_init_fn=_one_thread if workers else None,
     )
+    for loaded in loader:
+        if isinstance(loaded, DepthmillError):
+            raise loaded
+        yield loaded
 
 
 def _one_thread(worker: int) -> None:
