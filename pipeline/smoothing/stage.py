@@ -16,8 +16,9 @@ from depthmill.pipeline.smoothing.filter import REACH, FilterFrame, filter_frame
 from depthmill.pipeline.smoothing.solve import solve
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.store import Store, open_store
+from depthmill.pipeline.store.checked import stored_rows
 from depthmill.pipeline.store.layout import DEPTH_INVALID, DEPTH_STEP
-from depthmill.pipeline.store.temporal import FILTERED, PARTLY, SCALED, UNREAD, Lost, Temporal, stored_rows
+from depthmill.pipeline.store.temporal import FILTERED, PARTLY, SCALED, UNREAD, Lost, Temporal
 from depthmill.pipeline.types import LABELLED, Frame, FrameSource, Segment, WorkerState
 
 Phase = Literal["open", "edges", "solve", "filter"]
@@ -192,6 +193,7 @@ class Smoother:
 
         Raises:
             SourceError: If the source is not, or is no longer, what was labelled.
+            StoreDamagedError: If labels are not as they were committed: nothing is computed of such.
             StoreError: If the store cannot be read or written.
         """
         done = steps = 0
@@ -307,7 +309,7 @@ def _why(frame: Frame) -> str:
 def _extents(store: Store, source_id: str, start: int, stop: int) -> npt.NDArray[Any]:
     """Height and width of each frame's labels: (frames, 2)."""
     if "size" in store.arrays(source_id):
-        return store.read(source_id, "size", start, stop)
+        return np.array(list(stored_rows(store, source_id, "size", start, stop)))
     return np.tile(store.attributes(source_id)["size"], (stop - start, 1))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -148,6 +148,11 @@ class Temporal:
         for name in _FILTER_ARRAYS:
             self._directory.remove(f"{self.source_id}/{name}")
         self._directory.remove(f"{self._root}/shot/c")
+
+    def uncommit_all(self) -> None:
+        """Have all of it made again by the next run, if there is any."""
+        self._directory.remove(f"{self._root}/edges/c")
+        self.uncommit_solution()
 
     def digest(self) -> str:
         """Of the labels: what it was computed from is known by this."""
@@ -298,13 +303,3 @@ def pack_smooth_depth(depth: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     steps = np.rint((depth - np.float32(SMOOTH_OFFSET)) * np.float32(1 / DEPTH_STEP))
     steps = np.clip(steps, 0, DEPTH_INVALID - 1)
     return np.where(np.isnan(steps), np.float32(DEPTH_INVALID), steps).astype(np.uint16)
-
-
-def stored_rows(store: Store, source_id: str, name: str, start: int, stop: int) -> Iterator[npt.NDArray[Any]]:
-    """The frames [start, stop) of an array as stored, one by one; a shard is read at a time."""
-    height, width = store.attributes(source_id)["size"]
-    shard = store.layout.frames_per_shard(height, width)
-    while start < stop:
-        end = min(start - start % shard + shard, stop)
-        yield from store.read(source_id, name, start, end)
-        start = end

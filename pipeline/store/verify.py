@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from zarr.core.buffer import cpu
-from zarr.storage import MemoryStore
 
 from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.store.checked import decoded, wrong
 from depthmill.pipeline.store.files import json_bytes
 from depthmill.pipeline.store.layout import (
     Document,
-    checksum,
     file_key,
     group_document,
     segment_files,
@@ -25,6 +23,7 @@ from depthmill.pipeline.store.layout import (
 )
 from depthmill.pipeline.store.root import METADATA, Root, read_root, source_members, write_root
 from depthmill.pipeline.store.store import Store
+from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.store.verify_smoothing import verify_smoothing
 from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
@@ -84,7 +83,8 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
 
     Args:
         store: The store.
-        repair: Un-commit segments with damage, so that the next run labels them again; write damaged metadata anew.
+        repair: Un-commit segments with damage, so that the next run labels them again, and all smoothing of their
+            sources; write damaged metadata anew.
         workers: Threads that read segments; as many look at sources.
     """
     ids = store.sources()
@@ -106,6 +106,8 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
             pending = set(store.pending(source_id))
             segments = [segment for segment in store.segments(source_id) if segment not in pending]
             checked = list(inner.map(_Check(store, source_id), segments))
+            if repair and any(one.damage for one in checked):
+                Temporal(store, source_id).uncommit_all()  # perhaps made of these, it would count as that of the mended
             for one in checked:
                 if one.damage and repair:
                     _uncommit(store, one.segment)
@@ -181,7 +183,7 @@ class _Check:
         def values(name: str, key: str, file: bytes | None, part: slice) -> npt.NDArray[Any] | None:
             """Decode rows of an array out of one file, or note that it cannot be."""
             try:
-                return _decoded(segment.source_id, name, self._arrays[name], key, file, part)
+                return decoded(f"{segment.source_id}/{name}", self._arrays[name], key, file, part)
             except Exception as error:  # whatever codecs raise of broken bytes
                 frames = rows if name == "checksum" else part
                 found.append((key, frames.start, frames.stop, f"cannot be decoded: {type(error).__name__}: {error}"))
@@ -209,13 +211,12 @@ class _Check:
                     (status[start - segment.start : stop - segment.start] == LABELLED).any()
                 )
                 # Without checksums: what holds labels, or says why there are none, cannot be all fill.
-                wrong = _compare(file, expected.get(key), needed=labelled and name != "reason")
-                if wrong:
-                    found.append((key, start, stop, wrong))
+                if why := wrong(file, expected.get(key), needed=labelled and name != "reason"):
+                    found.append((key, start, stop, why))
                     continue
-                decoded = values(name, key, file, slice(start, stop))
+                held = values(name, key, file, slice(start, stop))
                 if name == "reason":
-                    reasons = decoded
+                    reasons = held
         if status is not None and reasons is not None and ((status == FAILED) != (reasons != "")).any():
             found.append((status_key, segment.start, segment.stop, "does not agree with the reasons of failures"))
         return _Checked(
@@ -239,26 +240,6 @@ def _groups(keys: Iterable[str], checksums: Mapping[str, int]) -> Iterator[list[
         group.append(key)
         size += expected
     yield group
-
-
-def _compare(data: bytes | None, expected: int | None, *, needed: bool) -> str:
-    """What is wrong with a file, "" if nothing is; `expected` is its checksum, None if there is none."""
-    if data is None:
-        return "is missing" if expected or (expected is None and needed) else ""
-    if expected is None:
-        return ""
-    if not expected:
-        return "was not there when its segment was committed"
-    if len(data) != expected >> 32:
-        return f"has {len(data):,} bytes; {expected >> 32:,} were written"
-    return "" if checksum(data) == expected else "has other bytes than were written: its checksum differs"
-
-
-def _decoded(
-    source_id: str, name: str, document: Document, key: str, data: bytes | None, rows: slice
-) -> npt.NDArray[Any]:
-    files = {} if data is None else {key: cpu.Buffer.from_bytes(data)}
-    return np.asarray(open_array(MemoryStore(files), f"{source_id}/{name}", document)[rows])  # type: ignore[arg-type]
 
 
 def _verify_metadata(store: Store, source_id: str, repair: bool) -> Iterator[Damage]:

@@ -1,9 +1,11 @@
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from depthmill.pipeline.config import SmoothConfig
+from depthmill.pipeline.errors import StoreDamagedError
 from depthmill.pipeline.smoothing import edges, filter
 from depthmill.pipeline.smoothing.stage import (
     Smoother,
@@ -108,6 +110,23 @@ def test_edges_without_a_picture_are_made_again_and_all_that_follows_from_them(t
     smooth(store, name, video)
     assert not temporal.unread("edges")
     assert written(store) == written(whole)
+
+
+@pytest.mark.parametrize(("array", "change"), [("depth", "lost"), ("depth", "another's"), ("normals", "lost")])
+def test_nothing_is_computed_of_damaged_labels(tmp_path, array, change):
+    video = media.write_video(tmp_path / "clip.mp4", frames=14)
+    store, name = labelled(tmp_path / "a.zarr", video, 4)
+    other, shard = (Path(store.uri) / name / array / "c" / number for number in "12")
+    (file,) = (one for one in shard.rglob("*") if one.is_file())
+    if change == "lost":
+        file.unlink()
+    else:  # which decodes, as well as what was there
+        file.write_bytes((other / file.relative_to(shard)).read_bytes())
+    with pytest.raises(StoreDamagedError, match=f"{name}/{array}/c/2/.* is damaged"):
+        smooth(store, name, video)
+    temporal = Temporal(store, name)
+    what = {"depth": "edges", "normals": "filter"}[array]
+    assert {8} <= {one.start for one in temporal.pending(what)}
 
 
 @pytest.mark.parametrize(("workers", "threads"), [(None, 1), (0, 0)])

@@ -75,6 +75,23 @@ def test_a_file_that_was_lost_is_made_again(store, name):
     assert files(store.uri) == expected
 
 
+def test_what_was_made_of_labels_that_were_damaged_is_made_again(store):
+    """The mended labels are those that its attributes name."""
+    temporal = smoothed(store)
+    expected = files(store.uri)
+    (Path(store.uri) / "video/depth/c/1/0/0").unlink()
+    verify(store)
+    assert temporal.current()
+    verify(store, repair=True)
+    write(store, *store.pending("video"))
+    assert not temporal.current()
+    assert temporal.pending("edges") == store.segments("video")
+    with pytest.raises(StoreError, match="not smoothed, or not to the end"):
+        opened(store)
+    smoothed(store)
+    assert files(store.uri) == expected
+
+
 def opened(store):
     return open_datasets(store.uri, smooth=True)
 

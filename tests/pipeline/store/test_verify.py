@@ -10,7 +10,9 @@ import pytest
 import zarr
 
 from depthmill.pipeline import store as stores
+from depthmill.pipeline.errors import StoreDamagedError
 from depthmill.pipeline.store import verify as verifying
+from depthmill.pipeline.store.checked import stored_rows
 from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import Segment
@@ -193,6 +195,8 @@ def test_a_store_without_checksums_is_checked_as_far_as_can_be(store):
     write(old, Segment("more", 0, 5))
     report = verify(old)
     assert (report.segments, report.unchecked, report.damage) == (4, 3, ())
+    for source_id, name in (("video", "depth"), ("more", "size")):
+        np.testing.assert_array_equal(list(stored_rows(old, source_id, name, 3, 5)), old.read(source_id, name, 3, 5))
     (path / "video/depth/c/1/0/0").unlink()
     shard = path / "video/normals/c/2/0/0/0"
     shard.write_bytes(shard.read_bytes()[:-20])
@@ -200,6 +204,9 @@ def test_a_store_without_checksums_is_checked_as_far_as_can_be(store):
         ("video/depth/c/1/0/0", "is missing"),
         ("video/normals/c/2/0/0/0", "cannot be decoded"),
     ]
+    for name, frame in (("depth", 4), ("normals", 8)):
+        with pytest.raises(StoreDamagedError, match=f"video/{name}/c/"):
+            next(stored_rows(old, "video", name, frame, 18))
 
 
 def test_checksums_can_be_checked_without_us(done):

@@ -1,0 +1,68 @@
+"""Files of labels, compared with the checksums that their segments were committed with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from zarr.core.buffer import cpu
+from zarr.storage import MemoryStore
+
+from depthmill.pipeline.store.layout import Document, checksum, segment_files
+from depthmill.pipeline.store.store import Store
+from depthmill.pipeline.store.zarr_files import damaged, decoding, open_array
+from depthmill.pipeline.types import LABELLED, Segment
+
+
+def stored_rows(store: Store, source_id: str, name: str, start: int, stop: int) -> Iterator[npt.NDArray[Any]]:
+    """The frames [start, stop) of an array of labels, or their `size`, as stored, one by one; a file is read at a time.
+
+    Raises:
+        StoreDamagedError: If a file that holds labels is not there, or is not as it was committed.
+    """
+    arrays, frames = store.arrays(source_id), store.attributes(source_id)["frames"]
+    length = store.segment_frames(source_id)
+    for first in range(start - start % length, stop, length):
+        segment = Segment(source_id, first, min(first + length, frames))
+        files = segment_files(segment, arrays)
+        sums: dict[str, int] = {}
+        if "checksum" in arrays:
+            number = first // length
+            sums = dict(zip(files, map(int, store.read(source_id, "checksum", number, number + 1)[0]), strict=False))
+        for key, (of, begin, end) in files.items():
+            if of != name or end <= start or begin >= stop:
+                continue
+            data = store.directory.read(key)
+            labelled = not sums and bool((store.status(source_id, begin, end) == LABELLED).any())
+            if why := wrong(data, sums.get(key), needed=labelled):
+                raise damaged(store.uri, key, why)
+            with decoding(store.uri, key):
+                rows = decoded(f"{source_id}/{name}", arrays[name], key, data, slice(max(start, begin), min(stop, end)))
+            yield from rows
+
+
+def wrong(data: bytes | None, expected: int | None, *, needed: bool) -> str:
+    """What is wrong with a file, "" if nothing is.
+
+    Args:
+        data: What is in it; None if it is not there.
+        expected: Its checksum; None if it has none, in sources of an earlier version.
+        needed: Whether one without a checksum has to be there.
+    """
+    if data is None:
+        return "is missing" if expected or (expected is None and needed) else ""
+    if expected is None:
+        return ""
+    if not expected:
+        return "was not there when its segment was committed"
+    if len(data) != expected >> 32:
+        return f"has {len(data):,} bytes; {expected >> 32:,} were written"
+    return "" if checksum(data) == expected else "has other bytes than were written: its checksum differs"
+
+
+def decoded(path: str, document: Document, key: str, data: bytes | None, rows: slice) -> npt.NDArray[Any]:
+    """Rows of the array at `path`, as stored, out of the one file that holds them; whatever codecs raise of it."""
+    files = {} if data is None else {key: cpu.Buffer.from_bytes(data)}
+    return np.asarray(open_array(MemoryStore(files), path, document)[rows])  # type: ignore[arg-type]
