@@ -54,7 +54,7 @@ class MicroBatches(Dataset[Loaded | DepthmillError]):
         self._skipped: list[dict[int, str]] = [{} for _ in self.sets]
 
     def __getitem__(self, number: int) -> Loaded | DepthmillError:
-        """Micro-batch `number`, or why it cannot be read: what a process raises, torch turns into a traceback's text."""
+        """Micro-batch `number`, or why it cannot be read: what a process raises, torch makes a traceback's text."""
         try:
             return self._read(number)
         except DepthmillError as error:
