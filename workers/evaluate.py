@@ -69,7 +69,7 @@ def evaluate(
             there, and goes on with what an earlier run left.
         what: How to label, or what was labelled. Of a configuration the labels are the set's; a resolution that is left
             open is the paper's for this set, if the checkpoint is one for 768 pixels, else the checkpoint's own; a
-            dtype that is left to the device is float32, and a joint checkpoint's domain that is left open the set's,
+            dtype that is not given is float32, and a joint checkpoint's domain that is left open the set's,
             as in the paper's evaluation.
         split: A list of the pictures to use instead of all.
         overwrite: Label anew, whatever `out` holds.
@@ -122,7 +122,7 @@ def _configure(wanted: EvaluationSet, config: LabelConfig) -> LabelConfig:
         raise ConfigError(f"labels is {list(config.labels)}; {wanted.name} asks for {wanted.modality} alone")
     (checkpoint,) = open_checkpoints(config)
     changes: dict[str, Any] = {}
-    if config.dtype == "auto":
+    if "dtype" not in config.model_fields_set:
         changes["dtype"] = "float32"  # as the paper's figures are
     if config.round_aspect is None:
         changes["round_aspect"] = False  # the paper's pictures are not squeezed, however many there are

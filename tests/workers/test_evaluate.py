@@ -220,12 +220,13 @@ def test_a_checkpoint_for_768_pixels_sees_what_the_papers_models_saw(tmp_path, m
     for resolution, expected in ((768, 1216), (48, None)):
         path = tmp_path / str(resolution)
         scratch.create(path / "depth", architecture, "depth", seed=0, processing_resolution=resolution)
-        configured = _configure(wanted, config(wanted, path, dtype="auto"))
+        configured = _configure(wanted, LabelConfig(checkpoint=str(path / "depth"), labels=("depth",)))
         assert configured.processing_resolution == expected
         assert configured.dtype == "float32"
         assert configured.round_aspect is False  # sets of 1024 pictures and more, too
-        told = _configure(wanted, config(wanted, path, processing_resolution=64, dtype="bfloat16"))
-        assert (told.processing_resolution, told.dtype) == (64, "bfloat16")
+        for dtype in ("auto", "bfloat16"):
+            told = _configure(wanted, config(wanted, path, processing_resolution=64, dtype=dtype))
+            assert (told.processing_resolution, told.dtype) == (64, dtype)
 
 
 def evaluated(folder, *options):
