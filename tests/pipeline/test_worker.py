@@ -192,7 +192,9 @@ def test_what_is_warned_of_is_reported_once(start, monkeypatch):
 def test_a_worker_can_be_closed_in_the_middle(start):
     worker, tasks = start("some")
     worker.label(tasks[0], tasks[1])
+    begun = worker._next
     worker.close()
+    assert begun._dropped
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", ["keep", "load"]), ("cuda", ["load", "keep"])])
