@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,12 +75,19 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def exact_float32(device: torch.device, dtype: torch.dtype) -> None:
-    """Have a network in float32 convolve in float32 on CUDA, too, in all of this process.
+    """Have a network in float32 multiply in float32 on CUDA, too, in all of this process.
 
-    By itself cuDNN rounds what it multiplies to TF32, 10 bits of 23, while matrix products are exact.
+    By itself cuDNN convolves what it has rounded to TF32, 10 bits of 23; matrix products are exact unless the program
+    or its environment asked for less.
     """
     if device.type == "cuda" and dtype == torch.float32:
-        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        cudnn: Any = torch.backends.cudnn
+        cudnn.allow_tf32 = False
+        # From torch 2.9 that leaves it to flags of all operations, which may say TF32. Both of cuDNN's are set: where
+        # one contradicts the older flag, torch refuses to read that (`torch.backends.cudnn.flags` does).
+        if hasattr(cudnn, "conv"):
+            cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
 
 
 def named(device: torch.device) -> str:
