@@ -304,24 +304,20 @@ def _may_be_e2e(directory: Path, index: dict[str, Any]) -> bool:
 
 
 def _is_described(name: str, directory: Path) -> bool:
-    return (directory / DESCRIPTION_FILE).is_file() or _published(name, directory) is not None
+    """Whether it is known where its normals point."""
+    return "normals_axes" in _said(directory) or _published(name, directory) is not None
 
 
 def _describe(name: str, directory: Path, index: dict[str, Any]) -> Description:
-    full_z_range = bool(index.get("use_full_z_range", True))
-    if not (directory / DESCRIPTION_FILE).is_file() and (published := _published(name, directory)):
-        return replace(published, full_z_range=full_z_range)
+    """What a checkpoint says of itself, over what is known of it or of its kind."""
     declared = index.get("prediction_type")
-    other = Description(clip_normals=not _may_be_e2e(directory, index))
-    description = replace(
-        _JOINT if _parts(directory) == _JOINT_PARTS else other,
+    kind = replace(
+        _JOINT if _parts(directory) == _JOINT_PARTS else Description(clip_normals=not _may_be_e2e(directory, index)),
         modality=declared if declared in ("depth", "normals") else None,
-        full_z_range=full_z_range,
     )
-    if not (directory / DESCRIPTION_FILE).is_file():
-        return description
+    known = replace(_published(name, directory) or kind, full_z_range=bool(index.get("use_full_z_range", True)))
     try:
-        described = replace(description, **read_json(directory / DESCRIPTION_FILE))
+        described = replace(known, **_said(directory))
         axes_signs(described.normals_axes)
     except (ValidationError, ConfigError) as error:
         wrong = str(error)
@@ -334,6 +330,12 @@ def _describe(name: str, directory: Path, index: dict[str, Any]) -> Description:
     return described
 
 
+def _said(directory: Path) -> dict[str, Any]:
+    """The description beside a checkpoint, unchecked; empty where there is none."""
+    path = directory / DESCRIPTION_FILE
+    return read_json(path) if path.is_file() else {}
+
+
 def _published(name: str, directory: Path) -> Description | None:
     """Of a known checkpoint: asked for by its hub id, in the hub's cache, or, of E2E-FT's, in a directory of its name.
 
@@ -344,7 +346,7 @@ def _published(name: str, directory: Path) -> Description | None:
         if names & {known.casefold(), f"models--{known.replace('/', '--')}".casefold()}:
             return description
         if "e2e-ft" in known and directory.name.casefold() == known.split("/")[1].casefold():
-            if description.modality == "normals":
+            if description.modality == "normals" and "normals_axes" not in _said(directory):
                 _warn(
                     f"checkpoint {name} is taken for a copy of {known} by its directory's name: normals have axes "
                     f"{description.normals_axes}; --normals-axes or a {DESCRIPTION_FILE} in it says otherwise"

@@ -237,20 +237,26 @@ def test_axes_of_the_published_and_of_others(checkpoints):
         open_checkpoint(str(checkpoints / "normals"), "normals", normals_axes="sideways")
 
 
+@pytest.mark.parametrize("described", [None, '{"modality": "normals"}'])
 @pytest.mark.parametrize(
     "copy", ["marigold-e2e-ft-normals", "models--GonzaloMG--marigold-e2e-ft-normals/snapshots/0123abcd"]
 )
-def test_a_copy_of_a_published_checkpoint_has_its_axes(checkpoints, tmp_path, caplog, copy):
+def test_a_copy_of_a_published_checkpoint_has_its_axes(checkpoints, tmp_path, caplog, copy, described):
     directory = shutil.copytree(checkpoints / "normals", tmp_path / copy)
-    (directory / "depthmill.json").unlink(missing_ok=True)
+    (directory / "depthmill.json").write_text('{"normals_axes": "right-up-towards"}')  # its own word is better
+    description = open_checkpoint(str(directory), "normals").description
+    assert description.normals_axes == "right-up-towards"
+    assert not description.clip_normals, "what it does not say is still the published one's"
+    assert not caplog.records, "nothing is assumed of the axes"
+    (directory / "depthmill.json").unlink()
+    if described:
+        (directory / "depthmill.json").write_text(described)
     for _ in range(2):
         description = open_checkpoint(str(directory), "normals").description
     assert description.normals_axes == "left-up-towards"
     assert not description.clip_normals
     said = [record.levelname for record in caplog.records if "left-up-towards" in record.message]
     assert said == ([] if "snapshots" in copy else ["WARNING"]), "once what is assumed, and no more"
-    (directory / "depthmill.json").write_text('{"normals_axes": "right-up-towards"}')  # its own word is better
-    assert open_checkpoint(str(directory), "normals").description.normals_axes == "right-up-towards"
 
 
 def test_a_published_checkpoints_range_of_z_is_its_index(checkpoints, tmp_path):
@@ -262,7 +268,8 @@ def test_a_published_checkpoints_range_of_z_is_its_index(checkpoints, tmp_path):
     assert not open_checkpoint(str(directory), "normals").description.full_z_range
 
 
-def test_axes_of_what_the_papers_trainer_saved_are_asked_for(checkpoints, tmp_path, caplog):
+@pytest.mark.parametrize("left", [None, '{"modality": "normals"}'])
+def test_axes_of_what_the_papers_trainer_saved_are_asked_for(checkpoints, tmp_path, caplog, left):
     directory = shutil.copytree(checkpoints / "normals", tmp_path / "mine")
     edit_json(directory / "model_index.json", _class_name="StableDiffusionPipeline", prediction_type=None)
     (directory / "depthmill.json").write_text('{"normals_axes": "left-up-towards"}')
@@ -271,6 +278,8 @@ def test_axes_of_what_the_papers_trainer_saved_are_asked_for(checkpoints, tmp_pa
         assert not description.clip_normals, "its loss left their length free"
         assert not caplog.records
         (directory / "depthmill.json").unlink(missing_ok=True)
+    if left:
+        (directory / "depthmill.json").write_text(left)
     assert open_checkpoint(str(directory), "normals").description.normals_axes == "right-up-towards"
     assert "taken to be right-up-towards" in caplog.text
     assert "--normals-axes" in caplog.text
