@@ -29,7 +29,7 @@ from av.video.reformatter import VideoReformatter
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.naming import canonical_uri, source_id
 from depthmill.pipeline.sources.video_container import reason
-from depthmill.pipeline.sources.video_decode import DamageError, Decoder, LostPlaceError
+from depthmill.pipeline.sources.video_decode import DamageError, Decoder, LostPlaceError, starts_badly
 from depthmill.pipeline.sources.video_packets import Group, PacketTable, fingerprint, scan
 from depthmill.pipeline.sources.video_pixels import to_rgb, upright_size
 from depthmill.pipeline.types import Frame, Source
@@ -44,7 +44,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 # How many groups before its own a group may be decoded from, where its keyframe turns out to be none (streams with
-# periodic intra refresh call a picture a keyframe that is complete only some frames later).
+# periodic intra refresh call a picture a keyframe that is complete only some frames later; and some flags are false).
 _MAX_GROUPS_BACK = 2
 
 # A stream whose first packets cannot be decoded is described by the first of these that can.
@@ -267,7 +267,8 @@ class VideoSource:
         flawed: set[int] = set()
         with closing(Decoder(self._uri, table, 1, self._seeks, self._max_pixels, on_packet)) as decoder:
             for ordinal, frame in decoder.decode(first, group.last, errors):
-                (flawed if frame.is_corrupt else whole).add(ordinal)
+                bad = frame.is_corrupt or (first == group.first and starts_badly(group, ordinal, frame))
+                (flawed if bad else whole).add(ordinal)
         for before, ordinal in pairwise([packets[0], *packets]):
             if ordinal in errors:
                 return _Verdict(first, before, ordinal, f"the decoder rejects it ({errors[ordinal]})")

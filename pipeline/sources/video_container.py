@@ -8,7 +8,9 @@ from typing import Any
 
 import av
 import av.container
+import av.video.frame
 import av.video.stream
+from av.video.frame import PictureType
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_url
@@ -112,6 +114,13 @@ def lacking(container: av.container.InputContainer, stream: av.video.stream.Vide
     if "mp4" not in container.format.name.split(",") or len(stream.index_entries) <= packets:
         return 0
     return max(0, sum(entry.size > 0 for entry in stream.index_entries) - packets)
+
+
+def is_intra(frame: av.video.frame.VideoFrame) -> bool | None:
+    """Whether the decoder says that a picture is made of no others; None if it says nothing, as some codecs' do."""
+    if frame.key_frame or frame.pict_type == PictureType.I:
+        return True
+    return None if frame.pict_type == PictureType.NONE else False
 
 
 def decoder_limits(max_pixels: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ import av
 import av.video.frame
 import numpy as np
 
-from depthmill.pipeline.sources.video_container import decoder_limits, demux, open_container, reason
+from depthmill.pipeline.sources.video_container import decoder_limits, demux, is_intra, open_container, reason
 from depthmill.pipeline.sources.video_packets import NO_VALUE, Group, PacketTable
 
 # Codecs reorder by at most 16 frames: when more wait for one, that one is not coming.
@@ -23,6 +23,11 @@ class DamageError(Exception):
 
 class LostPlaceError(Exception):
     """After a seek, packets came that the table does not know."""
+
+
+def starts_badly(group: Group, ordinal: int, frame: av.video.frame.VideoFrame) -> bool:
+    """Whether this is the picture that a group is decoded from, and is made of others: it is falsely called a key."""
+    return group.start > 0 and ordinal == group.first and is_intra(frame) is False
 
 
 class Decoder:
@@ -71,7 +76,8 @@ class Decoder:
             LostPlaceError: If packets came that the table does not know.
             SourceError: If the disk or the network fails; the decoder is good for nothing then.
         """
-        if self.position != start:
+        afresh = self.position != start
+        if afresh:
             self._whole, self._waiting = set(), {}
             self._outputs = self.decode(group.first)
         self._whole = {ordinal for ordinal in self._whole if ordinal >= group.first}
@@ -85,7 +91,7 @@ class Decoder:
                 reached = done == len(packets) or packets[done] > self._table.order[index]
                 if reached and index in self._waiting:
                     break
-                self._take_output(group, index)
+                self._take_output(group, index, afresh)
             frame = self._waiting.pop(index)
             self.position = index + 1
             if self.position == group.stop and not self._went_well(group, packets):
@@ -95,14 +101,14 @@ class Decoder:
     def _went_well(self, group: Group, packets: list[int]) -> bool:
         return all(ordinal in self._whole for ordinal in packets if self._table.shown[ordinal] < group.stop)
 
-    def _take_output(self, group: Group, index: int) -> None:
+    def _take_output(self, group: Group, index: int, afresh: bool) -> None:
         ordinal, frame = next(self._outputs, (None, None))
         if ordinal is None or frame is None:
             raise DamageError
         shown = int(self._table.shown[ordinal])
         if shown < group.start or ordinal in self._whole:
             return  # cut off by an edit list; or shown before the keyframe that decoding started from
-        if frame.is_corrupt or self._table.corrupt[ordinal]:
+        if frame.is_corrupt or self._table.corrupt[ordinal] or (afresh and starts_badly(group, ordinal, frame)):
             raise DamageError
         self._whole.add(ordinal)
         if shown >= index:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.limits import check_frames
 from depthmill.pipeline.sources.opening import file_size, open_binary, unanswered
-from depthmill.pipeline.sources.video_container import decoder_limits, demux, lacking, open_container
+from depthmill.pipeline.sources.video_container import decoder_limits, demux, is_intra, lacking, open_container
 from depthmill.pipeline.sources.video_fields import field_finder
 
 Int = npt.NDArray[np.int64]
@@ -38,7 +38,7 @@ _BLOCK = 4096  # packets read at once: a column that grew as a whole would leave
 # MPEG-4's pictures that are not coded, which stand for the one before, take no more. Some decode to that one again.
 _MAX_UNCODED_BYTES = 16
 
-_LOOKED_AT = 64  # packets, to see if they are reordered
+_LOOKED_AT = 64  # packets, to see if they are reordered, or keyframes
 
 # Files in these formats may be joined by putting one behind the other, each with a clock of its own: where packets are
 # decoded by so much earlier, or later, than the one before, another clock begins.
@@ -130,10 +130,12 @@ class PacketTable:
 
 
 def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
-    """Read all packets of a video, decoding nothing unless their timestamps do not say in what order they are shown.
+    """Read all packets of a video, decoding nothing unless they do not say in what order they are shown.
 
     Where the codec's header announces reordered pictures and the timestamps have none, the first 64 packets are
     decoded: if they are reordered, the timestamps are those of decoding; if not, the rest is taken not to be, either.
+    So they are where most packets are called keyframes, as some demuxers call all whose file does not say: if one of
+    them is none, all packets are decoded, and the decoder says which are.
 
     Raises:
         SourceError: If the file is no video, or has no frames, or more packets than `max_frames`.
@@ -150,6 +152,7 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
         lost = lacking(container, stream, sum(map(len, blocks)))
         # AVI has no presentation timestamps: where pictures are reordered, libav's are the order of the file.
         reorders = context.has_b_frames
+        intra_only = context.codec.intra_only
         invented = reorders and "avi" in container.format.name.split(",")
         uncoded = context.name == "mpeg4"
         joinable = container.format.name in _JOINABLE
@@ -169,17 +172,22 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
     visible = clock[~hidden]
     uncoded = uncoded and bool((size <= _MAX_UNCODED_BYTES).any())
     told = not (invented or uncoded or (visible == NO_VALUE).any() or len(np.unique(visible)) < len(visible))
-    if told and reorders and (np.diff(visible) > 0).all():
+    doubted = not intra_only and len(key) > 1 and 2 * key.sum() > len(key)  # whether they are keyframes
+    in_order = told and reorders and (np.diff(visible) > 0).all()
+    if in_order or (told and doubted):
         # Not reordered although the codec says so: is it, and were decoding times written instead?
-        decoded = _decoded_order(uri, hidden[:_LOOKED_AT], max_pixels)
-        invented = bool((np.diff(decoded[decoded >= 0]) < 0).any())
+        decoded, is_key = _decoded_order(uri, hidden[:_LOOKED_AT], max_pixels)
+        invented = bool(in_order and (np.diff(decoded[decoded >= 0]) < 0).any())
+        doubted = doubted and not is_key.all()
     fields = bool((flags & _FIELD).any())
-    if not told or invented or fields:
-        rank = _decoded_order(uri, hidden, max_pixels)
-    else:
-        rank = np.argsort(np.argsort(clock, kind="stable"), kind="stable")
+    told = told and not invented and not fields
+    rank = np.argsort(np.argsort(clock, kind="stable"), kind="stable")
+    if doubted or not told:
+        decoded, is_key = _decoded_order(uri, hidden, max_pixels)
+        rank = rank if told else decoded
+        key = is_key if doubted else key
     if lost:
-        rank[-1] = rank.max() + 1
+        rank[-1], key[-1] = rank.max() + 1, True
     ordinals = np.flatnonzero((rank >= 0) & ~hidden)
     order = ordinals[np.argsort(rank[ordinals], kind="stable")]
     if not len(order):
@@ -270,14 +278,18 @@ def _sorted(pts: Int) -> Int:
     return pts
 
 
-def _decoded_order(uri: str, hidden: Bool, max_pixels: int) -> Int:
-    """Decode a video's first packets, or all, because its timestamps do not say in what order they are shown.
+def _decoded_order(uri: str, hidden: Bool, max_pixels: int) -> tuple[Int, Bool]:
+    """Decode a video's first packets, or all, because they do not say in what order they are shown, or which are keys.
 
     Returns:
         (len(hidden),) int64 rank of each packet as the decoder shows them; -1 where it holds no picture of its own. A
         packet that the decoder rejects is a frame that fails: it comes behind the packet before it.
+        (len(hidden),) bool, True for those that the decoder calls keyframes; for all if it says of every picture that
+        it depends on no other, or of none anything.
     """
     ranks = np.full(len(hidden), -1, dtype=np.int64)
+    keys = np.zeros(len(hidden), dtype=bool)
+    intra = set[bool | None]()
     rejected: list[int] = []
     container, stream = open_container(uri)
     with container:
@@ -298,13 +310,15 @@ def _decoded_order(uri: str, hidden: Bool, max_pixels: int) -> Int:
                 if frame.pts is not None and ranks[frame.pts] < 0:
                     ranks[frame.pts] = count
                     count += 1
+                    keys[frame.pts] = frame.key_frame
+                    intra.add(is_intra(frame))
     # Room between the ranks for the rejected packets, each behind the latest rank of any packet before it.
     spread = np.where(ranks >= 0, ranks * (len(ranks) + 1), -1)
     before = np.maximum.accumulate(spread)
     for number, ordinal in enumerate(rejected):
         if ranks[ordinal] < 0:
             spread[ordinal] = max(int(before[ordinal]), 0) + 1 + number
-    return spread
+    return spread, keys | (intra in ({True}, {None}))
 
 
 def _groups(rank: Int, key: Bool, order: Int) -> tuple[Int, Int]:
