@@ -9,12 +9,15 @@ from concurrent.futures import Future
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayError, RayTaskError, UnserializableException
+from ray import exceptions
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from depthmill.pipeline.types import WorkerState
 from depthmill.workers.pool import Event, Kind
 
 _ASK_CAPACITY_EVERY_S = 2.0
+# What stands for an exception that cannot be unpickled here; Ray 2.40 has none.
+_UNPICKLED: tuple[type[Exception], ...] = tuple(filter(None, [getattr(exceptions, "UnserializableException", None)]))
 
 
 class RayPool:
@@ -102,9 +105,10 @@ class RayPool:
     def _event(self, worker: int, future: Future[Any]) -> Event:
         self._calls.pop(worker, None)
         error = future.exception()
-        # An actor that was killed for its memory answers each call with an error that is no RayActorError; what it
-        # raised and cannot be unpickled here, one of its own.
-        if not isinstance(error, RayError) or isinstance(error, RayTaskError | UnserializableException):
+        if isinstance(error, _UNPICKLED):  # its last line is what was raised
+            error = RuntimeError(str(error).strip().splitlines()[-1])
+        # An actor that was killed for its memory answers each call with an error that is no RayActorError.
+        if not isinstance(error, RayError) or isinstance(error, RayTaskError):
             return Event(worker, error=error) if error else Event(worker, future.result())
         # A machine that is killed is out of reach long before the cluster notices that it is gone.
         lost = isinstance(error, ActorUnavailableError) or (

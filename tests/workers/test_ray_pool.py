@@ -6,17 +6,18 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
+from ray import exceptions
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
     OutOfMemoryError,
     RayTaskError,
-    UnserializableException,
 )
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import ConfigError
 from depthmill.workers import actors
+from depthmill.workers.inquest import words_of
 from depthmill.workers.label import _resolve
 from depthmill.workers.ray_pool import RayPool
 
@@ -34,7 +35,6 @@ def killed(monkeypatch):
     [
         (RayTaskError("label", "Traceback", ValueError("no luck")), False, False),
         (ValueError("no luck"), False, False),
-        (UnserializableException("it needs two arguments"), False, False),
         (ActorDiedError(), True, False),
         (OutOfMemoryError("the memory monitor killed it"), True, False),
         (ActorUnavailableError("its machine does not answer", None), True, True),
@@ -49,6 +49,17 @@ def test_an_actor_is_dead_whatever_ray_calls_it(killed, error, died, lost):
     event = pool._event(0, future)
     assert (event.error, event.died, event.lost) == (error, died, lost)
     assert killed == ["the actor"] * died
+
+
+def test_an_exception_that_cannot_be_unpickled_ends_no_worker_and_is_told(killed):
+    unserializable = getattr(exceptions, "UnserializableException", None)
+    if unserializable is None:
+        pytest.skip("Ray is too old")
+    pool, future = RayPool({}, per="GPU"), Future()
+    pool._actors[0] = "the actor"
+    future.set_exception(unserializable("Traceback (most recent call last):\n  …\ncuda.LostError: GPU 3\n"))
+    event = pool._event(0, future)
+    assert (words_of(event), event.died, killed) == ("RuntimeError: cuda.LostError: GPU 3", False, [])
 
 
 @pytest.mark.parametrize("kind", ["labeler", "prober"])
