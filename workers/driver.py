@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from depthmill.pipeline.errors import (
     CheckpointError,
@@ -21,6 +22,7 @@ from depthmill.pipeline.errors import (
     DepthmillError,
     RunStoppedError,
     SourceChangedError,
+    SourceError,
     StoreDamagedError,
     StoreError,
     StoreFullError,
@@ -81,7 +83,7 @@ class Driver:
         self._next: dict[int, Task] = {}  # worker -> what it has been told that it will be given next
         self._void: set[int] = set()  # workers whose answer no longer matters
         self._doubts = Doubts(self._crew, self._say_once, replace=options.workers != 0)
-        self._given_up = GivenUp()
+        self._given_up = GivenUp(self._say_once)
         self._said: set[str] = set()
         self._publisher, self._failer = Publisher(calls.publish), Failer(calls.fail)
         self._pace = Pace(options.frame_limit_s, options.least_limit_s)
@@ -162,6 +164,8 @@ class Driver:
         if not self.inputs.left:
             crew.dismiss_idle_probers()
         self._doubts.check(self._limits, self._pace.to_open())
+        if not self._given_up.rests.over(crew.now_s):
+            return
         alone = crew.ready - len(self._doubts.workers) == 1
         for worker in self._able:
             task = self._next.pop(worker, None)
@@ -346,16 +350,19 @@ class Driver:
             self.inputs.leave_out(task.uri, str(cause))
         else:
             search = not (task.searched or isinstance(cause, DepthmillError))  # it would find every frame guilty
-            suspect = Suspect(task, why, search)
-            if search and self.standing.succeeded:
+            labelled = self.standing.succeeded
+            suspect = Suspect(task, why, search, away=isinstance(cause, SourceError) and not labelled)
+            if search and labelled:
                 self._judge([suspect])
             else:
                 only = len(self.ids) == 1 and not self.inputs.left
-                self._judge(self._given_up.add(suspect, self._crew.ready, self.standing.succeeded, only))
+                self._judge(self._given_up.add(suspect, self._crew.ready, labelled, only, self._crew.now_s))
 
     def _judge(self, suspects: list[Suspect]) -> None:
         for suspect in suspects:
-            if suspect.search:
+            if suspect.away:
+                self._backlog.again(replace(suspect.task, attempts=0), None)
+            elif suspect.search:
                 self._found(self._searches.open(suspect.task, suspect.why))
             else:
                 times = "once" if self._options.attempts == 1 else f"{self._options.attempts} times"
@@ -384,7 +391,7 @@ class Driver:
             for event in self._crew.end_overdue():
                 self._take(event)
         if len(self._given_up) == self._open and not self.inputs.left:  # nothing is left that could succeed
-            self._judge(self._given_up.take(self.standing.succeeded))
+            self._judge(self._given_up.take(self.standing.succeeded, now_s))
         for report in self._failer.committed(now_s):
             self._committed(report)
         self._publisher.look(now_s)
