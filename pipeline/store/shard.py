@@ -7,7 +7,7 @@ each chunk its offset and its length, 64 bits each, then a CRC-32C of that index
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import google_crc32c
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numcodecs import Blosc
 
-from depthmill.pipeline.store.layout import Document
+from depthmill.pipeline.store.layout import Document, rows_per_file
 
 _EMPTY = 2**64 - 1  # offset and length of a chunk that is not there: nothing but fill
 
@@ -48,34 +48,35 @@ def encode_chunk(labels: npt.NDArray[Any], array: Document) -> bytes:
     return bytes(codec.encode(np.ascontiguousarray(chunk, dtype.newbyteorder("<"))))
 
 
-def assemble(chunks: Sequence[bytes], array: Document) -> bytes | None:
+def assemble(chunks: Mapping[int, bytes], array: Document) -> bytes | None:
     """The file of a shard; None if all of its chunks are empty, when there is no file.
 
     Args:
-        chunks: Of its frames, in order, each from `encode_chunk`; fewer than a shard's where the array ends.
+        chunks: Row in the shard -> from `encode_chunk`, in the order that they are to have in the file.
         array: The zarr.json of the array.
     """
-    if not any(chunks):
+    if not any(chunks.values()):
         return None
-    index = np.full((array["chunk_grid"]["configuration"]["chunk_shape"][0], 2), _EMPTY, "<u8")
+    index = np.full((rows_per_file(array), 2), _EMPTY, "<u8")
     offset = 0
-    for row, chunk in enumerate(chunks):
+    for row, chunk in chunks.items():
         if chunk:
             index[row] = offset, len(chunk)
             offset += len(chunk)
     listed = index.tobytes()
-    return b"".join((*chunks, listed, google_crc32c.value(listed).to_bytes(4, "little")))
+    return b"".join((*chunks.values(), listed, google_crc32c.value(listed).to_bytes(4, "little")))
 
 
-def split(data: bytes, array: Document) -> list[bytes]:
-    """The chunks of a shard's file, as `assemble` put them together, and b"" for each that it has no frame for.
+def split(data: bytes, array: Document) -> dict[int, bytes]:
+    """The chunks of a shard's file, in its order, as `assemble` put them together; of rows that have one.
 
     Raises:
         ValueError: If its index is broken; what is in its chunks is not looked at.
     """
-    rows = array["chunk_grid"]["configuration"]["chunk_shape"][0]
+    rows = rows_per_file(array)
     listed = data[-16 * rows - 4 : -4]
     if len(listed) < 16 * rows or google_crc32c.value(listed).to_bytes(4, "little") != data[-4:]:
         raise ValueError("the index of its chunks is broken")
     index = np.frombuffer(listed, "<u8").reshape(rows, 2).tolist()
-    return [b"" if offset == _EMPTY else data[offset : offset + length] for offset, length in index]
+    there = sorted((offset, length, row) for row, (offset, length) in enumerate(index) if offset != _EMPTY)
+    return {row: data[offset : offset + length] for offset, length, row in there}

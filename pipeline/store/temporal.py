@@ -219,7 +219,7 @@ class Temporal:
         arrays = source_arrays(attributes, self.store.layout)
         for start in range(segment.start, segment.stop, shard):
             stop = min(start + shard, segment.stop)
-            chunks = {name: [b""] * (stop - start) for name in self.store.layout.labels}
+            chunks: dict[str, dict[int, bytes]] = {name: {} for name in self.store.layout.labels}
             for row in range(stop - start):
                 given = next(rows)
                 if given is None:

@@ -263,36 +263,37 @@ class SegmentWriter:
         return chunks
 
     def _write_shard(self, rows: range, given: Mapping[int, Future[dict[str, bytes]]]) -> None:
-        """Write the shard of some rows; those that are neither given nor kept have failed, and are empty."""
+        """Write the shard of some rows; those that are neither given nor kept have failed, and are empty.
+
+        The chunks that are kept stay where they are in the file, before new ones: who has read its index, and reads
+        a chunk by it when the file is another by then, finds the labels of the same frame.
+        """
         done = {row: future.result() for row, future in given.items()}
         for name in self._layout.arrays:
             document = self._documents[name]
             key = file_key(self._segment.source_id, name, document, self._segment.start + rows.start)
-            chunks = [done[row][name] if row in done else b"" for row in rows]
-            if not self._kept.isdisjoint(rows):
-                kept = self._kept_chunks(rows, key, document)
-                chunks = [old or new for old, new in zip(kept, chunks, strict=True)]
-            data = assemble(chunks, document)
+            kept = {} if self._kept.isdisjoint(rows) else self._kept_chunks(rows, key, document)
+            data = assemble(kept | {row - rows.start: done[row][name] for row in done}, document)
             if data is None:
                 self._files.directory.delete(key)
             else:
                 self._files.directory.write(key, data)
             self._files.written[key] = _checksum(data)
 
-    def _kept_chunks(self, rows: range, key: str, document: Document) -> list[bytes]:
-        """The chunks of a shard's rows that are kept, b"" for the others.
+    def _kept_chunks(self, rows: range, key: str, document: Document) -> dict[int, bytes]:
+        """The chunks of a shard's rows that are kept, in the order of its file.
 
-        Killed half way, an earlier writer has left labels of those in the file: without them it is as it was committed.
+        Killed half way, an earlier writer has left labels of others in it: without them it is as it was committed.
 
         Raises:
             StoreDamagedError: If it is not, since what is written has a checksum that tells nothing of that any more.
         """
         data = self._files.directory.read(key)
         try:
-            chunks = [b""] * len(rows) if data is None else split(data, document)
+            chunks = {} if data is None else split(data, document)
         except ValueError as error:
             raise damaged(self._files.directory.uri, key, str(error)) from error
-        kept = [chunk if row in self._kept else b"" for row, chunk in zip(rows, chunks, strict=False)]
+        kept = {row: chunk for row, chunk in chunks.items() if rows.start + row in self._kept}
         sound = data is not None
         if "checksum" in self._documents:
             sums = _checksum(data), _checksum(assemble(kept, document))
