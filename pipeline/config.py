@@ -63,7 +63,7 @@ class Sampling:
         if self.ensemble > 1 and self.noise == "zeros":
             raise ConfigError(
                 f"ensemble is {self.ensemble} with noise zeros, from which every member comes out the same; "
-                "set noise to gaussian or pyramid (--noise gaussian), or leave the ensemble at 1"
+                "set noise to gaussian or pyramid (--noise gaussian of depthmill label), or leave the ensemble at 1"
             )
 
     @property

@@ -143,7 +143,8 @@ def open_checkpoint(
     if description.modality not in (None, modality):
         raise CheckpointError(
             f"checkpoint {name} answers {description.modality}, and was given for {modality}; "
-            f"expected a {modality} checkpoint: swap --checkpoint (depth) and --normals-checkpoint, or leave one out"
+            f"expected a {modality} checkpoint: give one, or swap checkpoint (depth's) and normals_checkpoint "
+            "(--normals-checkpoint of depthmill label)"
         )
     if description.modality is None and (declared := index.get("prediction_type")) not in (None, "depth", "normals"):
         raise CheckpointError(

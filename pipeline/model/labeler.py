@@ -365,7 +365,8 @@ def open_checkpoints(config: LabelConfig) -> list[Checkpoint]:
     if "normals" in config.labels and alone and not is_joint(config.checkpoint):
         raise ConfigError(
             f"normals are asked for, but only a depth checkpoint is given ({config.checkpoint}); "
-            "add normals_checkpoint (--normals-checkpoint), or set labels to depth (--labels depth)"
+            "add normals_checkpoint (--normals-checkpoint, or of depthmill evaluate --checkpoint), or set labels to "
+            "depth (--labels depth of depthmill label)"
         )
     if config.checkpoints.get("depth") == DEMO and config.checkpoints.get("normals", DEMO) != DEMO:
         raise ConfigError(

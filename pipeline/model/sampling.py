@@ -128,7 +128,7 @@ def schedule(scheduler: DDIMScheduler, sampling: Sampling) -> DDIMScheduler:
             return scheduler
     raise ConfigError(
         f"steps is {sampling.steps}, {sampling.timestep_spacing}, of a schedule whose last time step is {last}; "
-        f"expected at most {last}: ask for fewer (--steps)"
+        f"expected at most {last}: lower steps (--steps of depthmill label)"
     )
 
 

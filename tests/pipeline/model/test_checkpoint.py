@@ -182,7 +182,7 @@ def test_a_unet_that_wants_more_than_a_prompt_is_refused_before_any_picture(dept
 
 
 def test_swapped_checkpoints_are_noticed(checkpoints):
-    with pytest.raises(CheckpointError, match=r"answers normals.*swap"):
+    with pytest.raises(CheckpointError, match=r"answers normals.*give one, or swap .* of depthmill label"):
         open_checkpoint(str(checkpoints / "normals"), "depth")
 
 

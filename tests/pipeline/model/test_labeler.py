@@ -46,7 +46,7 @@ def test_it_is_what_the_package_offers(checkpoints):
 
 @pytest.mark.parametrize("labels", [("depth", "normals"), ("normals",)])
 def test_normals_want_a_checkpoint_of_their_own(checkpoints, labels):
-    with pytest.raises(ConfigError, match=r"only a depth checkpoint.*normals_checkpoint"):
+    with pytest.raises(ConfigError, match=r"only a depth checkpoint.*normals_checkpoint .*evaluate --checkpoint"):
         open_checkpoints(LabelConfig(checkpoint=str(checkpoints / "depth"), labels=labels))
 
 

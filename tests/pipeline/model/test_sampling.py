@@ -234,14 +234,14 @@ def test_a_unet_without_a_noisy_latent_cannot_be_sampled(tmp_path):
 
 @pytest.mark.parametrize(("steps", "spacing"), [(1001, "trailing"), (1000, "leading")])
 def test_more_steps_than_the_schedule_has(trained_for, steps, spacing):
-    with pytest.raises(ConfigError, match=rf"steps is {steps}.*at most 999"):
+    with pytest.raises(ConfigError, match=rf"steps is {steps}.*at most 999: lower steps .*of depthmill label"):
         labeler(trained_for("v_prediction"), "depth", steps=steps, timestep_spacing=spacing)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ensemble": 5}, "noise zeros.*--noise gaussian"),
+        ({"ensemble": 5}, "noise zeros.*set noise .*--noise gaussian of depthmill label"),
         ({"ensemble": 2, "noise": "gaussian"}, "expected 1, or 3 and more"),
     ],
 )
