@@ -489,7 +489,7 @@ def evaluate(
     from depthmill.pipeline.config import LabelConfig
     from depthmill.pipeline.config_files import load_config
     from depthmill.pipeline.evaluation.clips import CLIP_SETS
-    from depthmill.pipeline.evaluation.datasets import SETS, find_set
+    from depthmill.pipeline.evaluation.datasets import SETS, find
     from depthmill.pipeline.geometry import STORED_AXES
     from depthmill.workers.evaluate import Folder, LabelledStore, label_options
     from depthmill.workers.evaluate import evaluate as run
@@ -500,7 +500,7 @@ def evaluate(
         raise ConfigError("--split names pictures of a set; with --video give an index of the clips to use as DATA")
     if not video and name in CLIP_SETS and name not in SETS:
         raise ConfigError(f"{name} is a set of clips: add --video")
-    wanted = None if video else find_set(name)
+    wanted = None if video else find(SETS, name)
     given = {key: value for key, value in {**options, "config": config}.items() if value is not None}
     if overwrite:
         given["overwrite"] = True

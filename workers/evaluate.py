@@ -21,7 +21,7 @@ from depthmill.pipeline.evaluation.datasets import Colours, EvaluationSet
 from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, from_store
 from depthmill.pipeline.evaluation.report import reasons, table, write_report
 from depthmill.pipeline.evaluation.samples import Sample, open_samples, some, write_picture
-from depthmill.pipeline.evaluation.score import Scores, score
+from depthmill.pipeline.evaluation.score import Row, Scores, score
 from depthmill.pipeline.geometry import STORED_AXES
 from depthmill.pipeline.model.checkpoint import DEFAULT_RESOLUTION
 from depthmill.pipeline.model.labeler import open_checkpoints
@@ -59,7 +59,7 @@ def evaluate(
     split: Path | None = None,
     overwrite: bool = False,
     console: Console | None = None,
-) -> Scores:
+) -> Scores[Row]:
     """Evaluate on a set: label its pictures, unless they are labelled, score them, and write a report.
 
     Args:

@@ -14,10 +14,12 @@ from rich.console import Console
 from depthmill.pipeline.config import LabelConfig, SmoothConfig, make_folder
 from depthmill.pipeline.errors import ConfigError, EvaluationError, StoreError
 from depthmill.pipeline.evaluation.clip_report import clip_reasons, clip_table, write_clip_report
-from depthmill.pipeline.evaluation.clip_score import ClipScores, score_clips
-from depthmill.pipeline.evaluation.clips import ClipSet, TrueClip, find_clip_set, find_index, open_clips
+from depthmill.pipeline.evaluation.clip_score import ClipRow, score_clips
+from depthmill.pipeline.evaluation.clips import CLIP_SETS, ClipSet, TrueClip, find_index, open_clips
+from depthmill.pipeline.evaluation.datasets import find
 from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, from_store
 from depthmill.pipeline.evaluation.samples import Sample, write_picture
+from depthmill.pipeline.evaluation.score import Scores
 from depthmill.pipeline.store import open_store
 from depthmill.workers.evaluate import Folder, LabelledStore, claim, progress_on
 from depthmill.workers.label import label
@@ -32,7 +34,7 @@ def evaluate_clips(
     what: LabelConfig | LabelledStore | Folder,
     *,
     overwrite: bool = False,
-) -> dict[str, ClipScores]:
+) -> dict[str, Scores[ClipRow]]:
     """Evaluate on clips: label and smooth them, unless they are labelled, score them, and write a report.
 
     Args:
@@ -51,7 +53,7 @@ def evaluate_clips(
         DepthmillError: Also whatever labelling raises.
     """
     console = RunConsole(highlight=False)
-    wanted = find_clip_set(name)
+    wanted = find(CLIP_SETS, name, "set of clips")
     try:
         index = find_index(wanted, data)
     except EvaluationError:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +12,11 @@ from rich.text import Text
 
 import depthmill
 from depthmill.pipeline.errors import printable
-from depthmill.pipeline.evaluation.clip_score import CLIP_METRICS, ClipScores
+from depthmill.pipeline.evaluation.clip_score import CLIP_METRICS, ClipRow
 from depthmill.pipeline.evaluation.clips import ClipSet
 from depthmill.pipeline.evaluation.predictions import Predictions
-from depthmill.pipeline.store import write_atomically
+from depthmill.pipeline.evaluation.report import write_files
+from depthmill.pipeline.evaluation.score import Scores
 
 _LABELS = dict(
     zip(
@@ -41,7 +39,7 @@ _COUNTS = ("frames", "pixels", "scale", "shift", "empty", "pairs", "unpaired")
 def write_clip_report(
     out: Path,
     wanted: ClipSet,
-    scores: Mapping[str, ClipScores],
+    scores: Mapping[str, Scores[ClipRow]],
     predictions: Mapping[str, Predictions],
     config: dict[str, Any] | None,
 ) -> None:
@@ -68,22 +66,18 @@ def write_clip_report(
         "config": config,
         "depthmill": depthmill.__version__,
     }
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["name", "labels", *CLIP_METRICS, *_COUNTS, "skipped"])
+    lines: list[list[Any]] = [["name", "labels", *CLIP_METRICS, *_COUNTS, "skipped"]]
     for which, one in scores.items():
         for row in one.rows:
             known = _known(row.metrics)
             figures = ["" if known[name] is None else known[name] for name in CLIP_METRICS]
-            writer.writerow([row.name, which, *figures, *(getattr(row, name) for name in _COUNTS), ""])
+            lines.append([row.name, which, *figures, *(getattr(row, name) for name in _COUNTS), ""])
         for skip in one.skipped:
-            writer.writerow([skip.name, which, *[""] * (len(CLIP_METRICS) + len(_COUNTS)), skip.reason])
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    for name, content in (("metrics.json", text), ("per_clip.csv", buffer.getvalue())):
-        write_atomically(out / name, content.encode(errors="backslashreplace"))  # names may be no UTF-8
+            lines.append([skip.name, which, *[""] * (len(CLIP_METRICS) + len(_COUNTS)), skip.reason])
+    write_files(out, document, "per_clip.csv", lines)
 
 
-def clip_table(wanted: ClipSet, scores: Mapping[str, ClipScores], checkpoint: str) -> Table:
+def clip_table(wanted: ClipSet, scores: Mapping[str, Scores[ClipRow]], checkpoint: str) -> Table:
     """The set's figures, raw beside smoothed."""
     raw = scores["raw"]
     title = f"{wanted.title}: {len(raw.rows)} clips, {sum(row.frames for row in raw.rows)} frames"
@@ -97,7 +91,7 @@ def clip_table(wanted: ClipSet, scores: Mapping[str, ClipScores], checkpoint: st
     return shown
 
 
-def clip_reasons(scores: Mapping[str, ClipScores]) -> list[str]:
+def clip_reasons(scores: Mapping[str, Scores[ClipRow]]) -> list[str]:
     """What was left out, and why: lines for people."""
     lines = [f"{skip.name} skipped, {which}: {skip.reason}" for which, one in scores.items() for skip in one.skipped]
     rows = scores["raw"].rows

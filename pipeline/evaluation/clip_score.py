@@ -13,7 +13,7 @@ from depthmill.pipeline.evaluation.clips import ClipFrame, ClipSet, TrueClip, re
 from depthmill.pipeline.evaluation.decode import Floats
 from depthmill.pipeline.evaluation.metrics import Moments, depth_metrics, unscorable
 from depthmill.pipeline.evaluation.samples import Sample
-from depthmill.pipeline.evaluation.score import Skip
+from depthmill.pipeline.evaluation.score import Scores, Skip
 from depthmill.pipeline.evaluation.temporal import alignment_error, steadiness
 
 CLIP_METRICS = ("abs_rel", "delta1", "tae", "scale_spread", "scale_flicker", "shift_spread", "shift_flicker")
@@ -47,22 +47,13 @@ class ClipRow:
     unpaired: int
 
 
-@dataclass(frozen=True)
-class ClipScores:
-    """A set's figures, means over its clips; its clips; and those that could not be scored."""
-
-    metrics: dict[str, float]
-    rows: tuple[ClipRow, ...]
-    skipped: tuple[Skip, ...]
-
-
 def score_clips(
     wanted: ClipSet,
     clips: Sequence[TrueClip],
     read: Callable[[Sample], Floats],
     *,
     advance: Callable[[], object] = lambda: None,
-) -> ClipScores:
+) -> Scores[ClipRow]:
     """Score a set; a frame's depth and truth are in memory at a time, and its predecessor's.
 
     Args:
@@ -90,7 +81,7 @@ def score_clips(
     for name in CLIP_METRICS:
         values = [row.metrics[name] for row in rows if not np.isnan(row.metrics[name])]
         metrics[name] = float(np.mean(values)) if values else np.nan
-    return ClipScores(metrics, tuple(rows), tuple(skipped))
+    return Scores(metrics, tuple(rows), tuple(skipped))
 
 
 def _score_clip(wanted: ClipSet, clip: TrueClip, read: Callable[[Sample], Floats]) -> ClipRow:

@@ -99,17 +99,6 @@ class TrueClip:
     frames: tuple[ClipFrame, ...]
 
 
-def find_clip_set(name: str) -> ClipSet:
-    """The set of that name.
-
-    Raises:
-        EvaluationError: If there is none.
-    """
-    if name not in CLIP_SETS:
-        raise EvaluationError(f"there is no set of clips {name!r}; expected one of {', '.join(CLIP_SETS)}")
-    return CLIP_SETS[name]
-
-
 def find_index(wanted: ClipSet, data: Path) -> Path:
     """The index of a set: `data` itself, or in it, or in its folder of the set's name.
 

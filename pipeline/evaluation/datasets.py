@@ -11,9 +11,10 @@ ours pad the picture. At these resolutions that is so of Sintel's rows (436, the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from depthmill.pipeline.evaluation import decode
 from depthmill.pipeline.evaluation.decode import Floats
 from depthmill.pipeline.types import Domain, Modality
 
+Found = TypeVar("Found")
 Region = tuple[slice, slice]
 Crop = Callable[[int, int], Region]
 Colours = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
@@ -233,12 +235,12 @@ SETS: dict[str, EvaluationSet] = {
 }
 
 
-def find_set(name: str) -> EvaluationSet:
-    """The set of that name.
+def find(sets: Mapping[str, Found], name: str, what: str = "set") -> Found:
+    """The one of some sets (`SETS`, or `clips.CLIP_SETS`) of that name.
 
     Raises:
-        EvaluationError: If there is none.
+        EvaluationError: If there is none; `what` they are.
     """
-    if name not in SETS:
-        raise EvaluationError(f"there is no set {name!r}; expected one of {', '.join(SETS)}")
-    return SETS[name]
+    if name not in sets:
+        raise EvaluationError(f"there is no {what} {name!r}; expected one of {', '.join(sets)}")
+    return sets[name]

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from depthmill.pipeline.errors import printable
 from depthmill.pipeline.evaluation.datasets import EvaluationSet
 from depthmill.pipeline.evaluation.metrics import DEPTH_METRICS, NORMALS_METRICS
 from depthmill.pipeline.evaluation.predictions import Predictions
-from depthmill.pipeline.evaluation.score import Scores
+from depthmill.pipeline.evaluation.score import Row, Scores
 from depthmill.pipeline.store import write_atomically
 
 _LABELS = {
@@ -97,7 +97,7 @@ def paper_figures(wanted: EvaluationSet, predictions: Predictions) -> tuple[str,
 
 
 def write_report(
-    out: Path, wanted: EvaluationSet, scores: Scores, predictions: Predictions, config: Mapping[str, Any] | None
+    out: Path, wanted: EvaluationSet, scores: Scores[Row], predictions: Predictions, config: Mapping[str, Any] | None
 ) -> None:
     """Write `metrics.json` and `per_image.csv` into the folder `out`.
 
@@ -127,17 +127,21 @@ def write_report(
         "config": config,
         "depthmill": depthmill.__version__,
     }
+    write_files(out, document, "per_image.csv", _lines(wanted, scores))
+
+
+def write_files(out: Path, document: Mapping[str, Any], table: str, lines: Iterable[Sequence[Any]]) -> None:
+    """Write `metrics.json`, the document, and a CSV file called `table`, the lines, into the folder `out`."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    for name, content in (("metrics.json", text), ("per_image.csv", _csv(wanted, scores))):
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(lines)
+    for name, content in (("metrics.json", text), (table, buffer.getvalue())):
         write_atomically(out / name, content.encode(errors="backslashreplace"))  # names may be no UTF-8
 
 
-def _csv(wanted: EvaluationSet, scores: Scores) -> str:
+def _lines(wanted: EvaluationSet, scores: Scores[Row]) -> list[list[Any]]:
     names = DEPTH_METRICS if wanted.modality == "depth" else NORMALS_METRICS
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     fit = ("scale", "shift") if wanted.modality == "depth" else ()
-    writer.writerow(["name", *names, *fit, "pixels", "nan_pixels", "skipped"])
     lines = {
         row.name: [
             *(row.metrics[name] for name in names),
@@ -148,11 +152,11 @@ def _csv(wanted: EvaluationSet, scores: Scores) -> str:
         ]
         for row in scores.rows
     } | {skip.name: [*[""] * (len(names) + len(fit)), "", "", skip.reason] for skip in scores.skipped}
-    writer.writerows([name, *lines[name]] for name in sorted(lines))
-    return buffer.getvalue()
+    head = ["name", *names, *fit, "pixels", "nan_pixels", "skipped"]
+    return [head, *([name, *lines[name]] for name in sorted(lines))]
 
 
-def table(wanted: EvaluationSet, scores: Scores, predictions: Predictions) -> Table:
+def table(wanted: EvaluationSet, scores: Scores[Row], predictions: Predictions) -> Table:
     """The set's figures, the paper's beside them."""
     model, paper = paper_figures(wanted, predictions)
     shown = Table(title=f"{wanted.title}: {len(scores.rows)} pictures, {len(scores.skipped)} skipped")
@@ -166,7 +170,7 @@ def table(wanted: EvaluationSet, scores: Scores, predictions: Predictions) -> Ta
     return shown
 
 
-def reasons(scores: Scores) -> list[str]:
+def reasons(scores: Scores[Row]) -> list[str]:
     """Why pictures were skipped, the most frequent first, and what the ground truth has of NaN: lines for people."""
     counted = Counter(skip.reason for skip in scores.skipped).most_common()
     lines = [f"{count} skipped: {reason}" for reason, count in counted[:_REASONS_SHOWN]]

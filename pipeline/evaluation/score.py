@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,8 @@ from depthmill.pipeline.evaluation.metrics import (
 )
 from depthmill.pipeline.evaluation.predictions import Predictions
 from depthmill.pipeline.evaluation.samples import Sample, Truth, read_truth
+
+R = TypeVar("R")
 
 _THREADS = 4  # ETH3D takes about a gigabyte in each
 
@@ -53,24 +56,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Skip:
-    """One picture that could not be scored, and why."""
+    """One picture, or clip, that could not be scored, and why."""
 
     name: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(Generic[R]):
     """Outcome of an evaluation.
 
     Attributes:
-        metrics: The set's figures. Depth: means over pictures, as Marigold. Normals: pooled over pixels, as DSINE.
-        rows: Pictures that were scored, in the order of their names.
+        metrics: The set's figures. Depth: means over pictures, as Marigold. Normals: pooled over pixels, as DSINE. Of
+            clips: means over those that have a figure; NaN if none has.
+        rows: Pictures, or clips, that were scored, in the order of the set.
         skipped: Those that were not.
     """
 
     metrics: dict[str, float]
-    rows: tuple[Row, ...]
+    rows: tuple[R, ...]
     skipped: tuple[Skip, ...]
 
 
@@ -81,7 +85,7 @@ def score(
     predictions: Predictions,
     *,
     advance: Callable[[], object] = lambda: None,
-) -> Scores:
+) -> Scores[Row]:
     """Score a set.
 
     Args:

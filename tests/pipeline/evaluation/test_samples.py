@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from depthmill.pipeline.errors import EvaluationError, UnscorableError
-from depthmill.pipeline.evaluation.datasets import SETS, find_set
+from depthmill.pipeline.evaluation.datasets import SETS, find
 from depthmill.pipeline.evaluation.samples import open_samples, read_truth, write_picture
 from depthmill.tests.pipeline.evaluation import layouts
 
@@ -132,7 +132,7 @@ def test_another_set_is_not_taken_for_it(tmp_path, nyu):
     with pytest.raises(EvaluationError, match=r"no ground truth of diode.*indoors/.*_depth\.npy"):
         open_samples(SETS["diode"], layouts.write_tar(path, files))
     with pytest.raises(EvaluationError, match="nyuv2, kitti"):
-        find_set("nyu")
+        find(SETS, "nyu")
 
 
 def test_a_tar_that_cannot_be_read(tmp_path, nyu):
