@@ -340,11 +340,13 @@ def _groups(rank: Int, key: Bool, order: Int) -> tuple[Int, Int]:
 
 
 def _times(pts: Int, time_base: float, rate: float) -> npt.NDArray[np.float64]:
-    """(F,) float64 seconds since the first frame, from the timestamps as shown; gaps are filled in between."""
+    """(F,) float64 seconds since the first frame, from the timestamps as shown; gaps are filled, as are both ends."""
     known = np.flatnonzero(pts != NO_VALUE)
     if not len(known) or time_base == 0 or (np.diff(pts[known]) < 0).any():
         return np.arange(len(pts)) / rate
-    since = (pts[known] - pts[known[0]]).astype(np.float64)
-    if len(known) < len(pts):
-        since = np.interp(np.arange(len(pts)), known, since)
-    return np.asarray(since * time_base, dtype=np.float64)
+    index, first, last = np.arange(len(pts)), known[0], known[-1]
+    since = np.interp(index, known, pts[known] - pts[first])
+    # By the average: libav's guess at a rate goes by the few timestamps that there are.
+    apart = (pts[last] - pts[first]) / (last - first) if last > first else 1 / (rate * time_base)
+    since += (index - index.clip(first, last)) * apart
+    return np.asarray((since - since[0]) * time_base, dtype=np.float64)

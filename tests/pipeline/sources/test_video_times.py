@@ -1,0 +1,37 @@
+"""When the frames of a video are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from depthmill.pipeline.sources import open_source
+from depthmill.tests import media as make
+
+FRAMES = 40
+
+
+def strip_times(path: Path, kept: Sequence[int]) -> Path:
+    """Take the timestamps out of a transport stream, but for those of the packets `kept`."""
+    data, at, number = bytearray(path.read_bytes()), 0, 0
+    while (at := data.find(b"\0\0\1\xe0", at)) >= 0:
+        if number not in kept:
+            data[at + 7] &= 0x3F  # neither PTS nor DTS; in their place, stuffing
+            data[at + 9 : at + 9 + data[at + 8]] = b"\xff" * data[at + 8]
+        at, number = at + 9, number + 1
+    assert number == FRAMES
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("bframes", [0, 2])
+@pytest.mark.parametrize("kept", [range(FRAMES - 12), range(12, FRAMES), range(12, 28), range(0, FRAMES, 3), [0]])
+def test_frames_without_a_timestamp_come_at_the_rate_of_the_others(
+    kept: Sequence[int], bframes: int, tmp_path: Path
+) -> None:
+    path = make.write_video(tmp_path / "clip.ts", bframes=bframes)
+    times_s = open_source(strip_times(path, kept)).probe().time_s
+    np.testing.assert_allclose(times_s, np.arange(FRAMES) / 25, atol=6e-4)
