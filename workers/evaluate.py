@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from depthmill.pipeline.config import LabelConfig, make_folder
 from depthmill.pipeline.errors import ConfigError, EvaluationError
@@ -27,7 +26,7 @@ from depthmill.pipeline.model.checkpoint import DEFAULT_RESOLUTION
 from depthmill.pipeline.model.labeler import open_checkpoints
 from depthmill.pipeline.store import write_atomically
 from depthmill.workers.label import label
-from depthmill.workers.progress import RunConsole
+from depthmill.workers.progress import RunConsole, progress_on, warn
 
 
 @dataclass(frozen=True)
@@ -98,14 +97,9 @@ def evaluate(
     write_report(out, wanted, scores, predictions, None if config is None else config.model_dump(mode="json"))
     console.print(table(wanted, scores, predictions))
     for line in reasons(scores):
-        console.print(line, style="yellow", soft_wrap=True)
+        warn(console, line)
     console.print(f"written: {out / 'metrics.json'}, {out / 'per_image.csv'}", soft_wrap=True)
     return scores
-
-
-def progress_on(console: Console) -> Progress:
-    """A bar that is there while something lasts, on a terminal."""
-    return Progress(console=console, disable=not console.is_terminal, transient=True)
 
 
 def label_options(wanted: EvaluationSet, options: dict[str, Any]) -> dict[str, Any]:

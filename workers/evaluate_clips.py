@@ -21,9 +21,9 @@ from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, 
 from depthmill.pipeline.evaluation.samples import Sample, write_picture
 from depthmill.pipeline.evaluation.score import Scores
 from depthmill.pipeline.store import open_store
-from depthmill.workers.evaluate import Folder, LabelledStore, claim, progress_on
+from depthmill.workers.evaluate import Folder, LabelledStore, claim
 from depthmill.workers.label import label
-from depthmill.workers.progress import RunConsole
+from depthmill.workers.progress import RunConsole, progress_on, warn
 from depthmill.workers.smooth import smooth
 
 
@@ -101,7 +101,7 @@ def evaluate_clips(
     write_clip_report(out, wanted, scores, compared, None if config is None else config.model_dump(mode="json"))
     console.print(clip_table(wanted, scores, checkpoint))
     for line in clip_reasons(scores):
-        console.print(line, style="yellow", soft_wrap=True)
+        warn(console, line)
     console.print(f"written: {out / 'metrics.json'}, {out / 'per_clip.csv'}", soft_wrap=True)
     return scores
 
@@ -143,7 +143,7 @@ def _label(
     options = SmoothConfig(**config.model_dump(include=set(SmoothConfig.model_fields)))
     done = smooth(store, options, sources=open_store(store).sources(), console=console)
     for source_id, why in {**done.left_out, **done.unread}.items():
-        console.print(f"not smoothed: {source_id}: {why}", style="yellow", soft_wrap=True)
+        warn(console, f"not smoothed: {source_id}: {why}")
     return store
 
 
@@ -153,5 +153,5 @@ def _compared(store: str | Path, samples: Sequence[Sample], console: Console) ->
     try:
         found["smoothed"] = from_store(store, samples, "depth", smooth=True)
     except (EvaluationError, StoreError) as error:
-        console.print(f"smoothed labels are left out: {error}", style="yellow", soft_wrap=True)
+        warn(console, f"smoothed labels are left out: {error}")
     return found

@@ -27,7 +27,6 @@ from depthmill.pipeline.model.checkpoint import Checkpoint
 from depthmill.pipeline.model.labeler import open_checkpoints
 from depthmill.pipeline.plan import Prober
 from depthmill.pipeline.sources import expand_inputs, open_source
-from depthmill.pipeline.sources.naming import readable
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.stages import fail_task
 from depthmill.pipeline.store import Store, create
@@ -35,7 +34,7 @@ from depthmill.pipeline.types import Failure
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.driver import Driver
 from depthmill.workers.pool import InProcess, Pool
-from depthmill.workers.progress import Rate, RunConsole, count, open_display
+from depthmill.workers.progress import Rate, RunConsole, count, open_display, warn
 from depthmill.workers.resume import Summary, identity, layout, list_failures, patiently, planned_here
 from depthmill.workers.standing import Standing
 from depthmill.workers.stopping import stoppable
@@ -72,15 +71,12 @@ def label(
             the store stays away.
     """
     console = console or RunConsole(highlight=False)
-    started, rate = datetime.now(UTC), Rate()
+    started, rate, say = datetime.now(UTC), Rate(), partial(warn, console)
     if config.device.startswith("cuda:") and config.workers != 0:
         raise ConfigError(
             f"device is {config.device!r}, but Ray gives each worker a GPU of its own, which is cuda to it; expected "
             f"--workers 0 with it, or CUDA_VISIBLE_DEVICES={config.device.removeprefix('cuda:')} and --device cuda"
         )
-
-    def say(line: str) -> None:
-        console.print(readable(line), style="yellow", soft_wrap=True, markup=False)
 
     with ExitStack() as stack:
         stopped = stack.enter_context(stoppable())

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from depthmill.pipeline.errors import printable
+from depthmill.pipeline.sources.naming import readable
 
 if TYPE_CHECKING:
     from depthmill.pipeline.types import WorkerState
@@ -64,6 +65,16 @@ class RunConsole(Console):
         self.quiet = True
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), self.file.fileno())
+
+
+def warn(console: Console, line: str) -> None:
+    """Say a line that a person should heed; names of files in it may hold bytes that are no UTF-8, and markup."""
+    console.print(readable(line), style="yellow", soft_wrap=True, markup=False)
+
+
+def progress_on(console: Console) -> Progress:
+    """A bar that is there while something lasts, on a terminal."""
+    return Progress(console=console, disable=not console.is_terminal, transient=True)
 
 
 Show = Callable[["Counts", Mapping[str, "WorkerState"]], None]

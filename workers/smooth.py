@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from depthmill.workers.loading import Loading
 from depthmill.workers.looks import Looks
 from depthmill.workers.pace import Pace, Rests
 from depthmill.workers.pool import Event, InProcess, Pool
-from depthmill.workers.progress import Rate, RunConsole, open_display
+from depthmill.workers.progress import Rate, RunConsole, open_display, warn
 from depthmill.workers.standing import Counts
 from depthmill.workers.stopping import stoppable
 
@@ -89,10 +90,6 @@ def smooth(
             and when the disk is full.
     """
     console = console or RunConsole(highlight=False)
-
-    def say(line: str) -> None:
-        console.print(line, style="yellow", soft_wrap=True, markup=False)
-
     with ExitStack() as stack:
         stopped = stack.enter_context(stoppable())
         store = open_store(store_uri)
@@ -118,7 +115,7 @@ def smooth(
 
                     pool = smoothers(config, store.uri)
                 stack.callback(pool.close)
-                run.go(Crew(pool), stopped.is_set, say)
+                run.go(Crew(pool), stopped.is_set, partial(warn, console))
         except KeyboardInterrupt:
             raise RunStoppedError(
                 "stopped: what was smoothed so far stays; run the same command again to go on from there"

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from depthmill.pipeline.types import WorkerState
 from depthmill.workers import progress
-from depthmill.workers.progress import Rate, RunConsole, open_display
+from depthmill.workers.progress import Rate, RunConsole, open_display, warn
 from depthmill.workers.standing import Counts
 
 COUNTS = Counts(total=100, before=20, done=30, failed=2)
@@ -56,6 +56,12 @@ def test_the_live_display_shows_the_same(steady_clock):
         assert part in shown
 
 
+def test_a_warning_names_any_file_as_it_is_called():
+    out = console(False)
+    warn(out, "caf\udce9[/x].mp4 is left out")
+    assert out.file.getvalue() == "caf\\xe9[/x].mp4 is left out\n"
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_where_there_is_nothing_to_label_no_rate_is_shown(terminal):
     out = console(terminal)
@@ -83,7 +89,7 @@ def test_names_of_files_are_shown_as_they_are_but_for_what_a_terminal_obeys():
 @pytest.mark.parametrize("where", ["a full disk", "a closed terminal", "nobody reads"])
 def test_a_run_goes_on_when_its_output_cannot_be_written(where):
     code = """
-        from depthmill.workers.progress import Rate, RunConsole, open_display
+        from depthmill.workers.progress import Rate, RunConsole, open_display, warn
         from depthmill.workers.standing import Counts
         with open_display(RunConsole(), Rate()) as show:
             for done in range(2):
