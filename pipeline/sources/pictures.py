@@ -64,6 +64,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_PNG_EXIF = ("exif", "Raw profile type exif")  # its own chunk, or the text that was usual before there was one
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how one begins
 
@@ -324,12 +325,10 @@ def _open_image(picture: Path | BinaryIO) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8, from the header alone."""
-    if image.format == "TIFF":
+    if image.format == "TIFF" or (image.format == "PNG" and image.info.keys().isdisjoint(_PNG_EXIF)):
         return 1  # Pillow turns TIFFs itself
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1  # looking further would decode the picture
     try:
-        value = image.getexif().get(0x0112, 1)
+        value = Image.Image.getexif(image).get(0x0112, 1)  # a PNG's own would decode the picture to look behind it
     except Exception:  # EXIF is written by anything: a broken one is none
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -337,7 +336,10 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_8_bit(image)).convert("RGB")
+        grey = _to_8_bit(image)
+        if "transparency" in image.info:  # of a PNG: the one value that is
+            grey[np.asarray(image) == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         colours = image.convert("RGBA")
         paper = Image.new("RGBA", colours.size, "white")

@@ -16,7 +16,7 @@ from depthmill.tests import media as make
 LIMIT = 1 << 27
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".text.png", ".tif", ".webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation: int, suffix: str, tmp_path: Path) -> None:
     upright = Image.fromarray(make.paint(0b01001101))
@@ -33,7 +33,9 @@ def test_exif_orientation(orientation: int, suffix: str, tmp_path: Path) -> None
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"picture{suffix}"
-    stored.save(path, exif=exif)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n", zip=True)
+    stored.save(path, **({"pnginfo": text} if suffix == ".text.png" else {"exif": exif}))
     probed = open_source(path).probe()
     assert (probed.height, probed.width) == (48, 64)
     picture = decode_image(path, LIMIT)
@@ -130,6 +132,8 @@ def test_alpha_lies_over_white(tmp_path: Path) -> None:
     see_through.putpalette([9, 9, 9, 200, 0, 0])
     assert (write(see_through, tmp_path / "p.png", transparency=1) == 255).all()
     assert (write(see_through, tmp_path / "bytes.png", transparency=bytes([255, 0])) == 255).all()
+    deep = Image.fromarray(np.array([[40000, 10 * 257, 40001]], dtype=np.uint16))
+    assert write(deep, tmp_path / "deep.png", transparency=40000)[0, :, 0].tolist() == [255, 10, 156]
 
 
 def test_a_large_colour_profile_is_passed_over(tmp_path: Path) -> None:
