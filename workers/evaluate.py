@@ -81,20 +81,21 @@ def evaluate(
     console = console or RunConsole(highlight=False)
     archive, samples = open_samples(wanted, data, split)
     with closing(archive):
-        config: LabelConfig | None = None
-        if isinstance(what, Folder):
-            predictions = from_folder(what.path, samples, wanted.modality, what.normals_axes)
-        elif isinstance(what, LabelledStore):
-            predictions = from_store(what.path, samples, wanted.modality)
-        else:
-            config = _configure(wanted, what)
+        if isinstance(what, LabelConfig):
+            what = _configure(wanted, what)
             make_folder(out)
-            predictions = _label(wanted, archive, samples, out, config, overwrite, console)
-        make_folder(out)  # before the work of scoring
+            predictions = _label(wanted, archive, samples, out, what, overwrite, console)
+        else:
+            if isinstance(what, Folder):
+                predictions = from_folder(what.path, samples, wanted.modality, what.normals_axes)
+            else:
+                predictions = from_store(what.path, samples, wanted.modality)
+            make_folder(out)
         with progress_on(console) as progress:
             task = progress.add_task("scoring", total=len(samples))
             scores = score(wanted, archive, samples, predictions, advance=lambda: progress.advance(task))
-    write_report(out, wanted, scores, predictions, None if config is None else config.model_dump(mode="json"))
+    config = what.model_dump(mode="json") if isinstance(what, LabelConfig) else None
+    write_report(out, wanted, scores, predictions, config)
     console.print(table(wanted, scores, predictions))
     for line in reasons(scores):
         warn(console, line)

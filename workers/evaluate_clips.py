@@ -75,7 +75,6 @@ def evaluate_clips(
     make_folder(out)
     frames = [frame for clip in clips for frame in clip.frames]
     samples = [frame.sample for frame in frames]
-    config: LabelConfig | None = None
     if isinstance(what, Folder):
         folder = what.path / name if (what.path / name).is_dir() else what.path
         compared = {"raw": from_folder(folder, samples, "depth")}
@@ -86,7 +85,6 @@ def evaluate_clips(
             raise ConfigError(f"labels is {list(what.labels)}; clips are scored by depth alone")
         # A clip is a video, however its pictures lie: a long one is not to be squeezed as a corpus's are.
         what = what if what.round_aspect is not None else what.model_copy(update={"round_aspect": False})
-        config = what
         checksums = [(frame.sample.name, zlib.crc32(_read(frame.picture))) for frame in frames]
         claim(name, wanted.colours, checksums, out, overwrite=overwrite)
         clips = tuple(map(_numbered, clips))
@@ -97,9 +95,9 @@ def evaluate_clips(
         for which, predictions in compared.items():
             task = progress.add_task(f"scoring {which}", total=len(clips))
             scores[which] = score_clips(wanted, clips, predictions.read, advance=partial(progress.advance, task))
-    checkpoint = compared["raw"].checkpoint
-    write_clip_report(out, wanted, scores, compared, None if config is None else config.model_dump(mode="json"))
-    console.print(clip_table(wanted, scores, checkpoint))
+    config = what.model_dump(mode="json") if isinstance(what, LabelConfig) else None
+    write_clip_report(out, wanted, scores, compared, config)
+    console.print(clip_table(wanted, scores, compared["raw"].checkpoint))
     for line in clip_reasons(scores):
         warn(console, line)
     console.print(f"written: {out / 'metrics.json'}, {out / 'per_clip.csv'}", soft_wrap=True)
