@@ -1,4 +1,4 @@
-"""What a training run is told: one YAML file, checked before anything is rendered or trained."""
+"""What a run with `stages`, which makes the embedded checkpoint, is told; checked before anything is rendered."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Stage(StrictModel):
 
 
 class StagedConfig(StrictModel):
-    """A training run.
+    """A training run with `stages`.
 
     Attributes:
         seed: Of the initial weights and of everything drawn in training.

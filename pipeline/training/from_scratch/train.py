@@ -1,7 +1,7 @@
-"""The training loop: stages of steps, each step's batch and learning rate functions of its number alone.
+"""The loop of a run with `stages`, which makes the embedded checkpoint.
 
-So a run that was stopped goes on from its last saved state, by the same call, to the same losses as if it had never
-been stopped: weights and the optimizer's moments are all there is to remember.
+A run that was stopped goes on as those of `training/train.py` do: weights and the optimizer's moments are all there is
+to remember.
 """
 
 from __future__ import annotations
