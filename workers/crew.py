@@ -15,6 +15,10 @@ _STRAGGLES = 2.0  # times the time that a segment should take; then another work
 _LOOKS = 4  # times that a worker is asked how far it is, in the time that it may stand still
 
 
+class StoodStillError(TimeoutError):
+    """A worker was ended that was not seen to get on."""
+
+
 class Item(Protocol):
     """What a worker can be given to do."""
 
@@ -160,15 +164,16 @@ class Crew:
         """End the workers that have taken too long, or stand still, and say so of each."""
         for worker, running in list(self.running.items()):
             took_s, limits = self.now_s - running.since_s, running.limits
+            error: TimeoutError
             if took_s > limits.all_s:
-                why = f"no answer for {took_s:.0f} s, at most {limits.all_s:.0f} s were allowed"
+                error = TimeoutError(f"no answer for {took_s:.0f} s, at most {limits.all_s:.0f} s were allowed")
             elif limits.still_s is not None and took_s > limits.still_s and self._still(worker, running):
-                why = f"nothing was done for more than {limits.still_s:.0f} s"
+                error = StoodStillError(f"nothing was done for more than {limits.still_s:.0f} s")
             else:
                 continue
             self._pool.stop(worker)
             self._seen.pop(worker, None)
-            yield Event(worker, error=TimeoutError(why), died=True)
+            yield Event(worker, error=error, died=True)
 
     def _still(self, worker: int, running: Running) -> bool:
         """Whether a worker has not got on for too long. It is asked now and then, and only if it takes long at all."""

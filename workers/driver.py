@@ -31,13 +31,13 @@ from depthmill.pipeline.errors import (
 from depthmill.pipeline.plan import Planned, Task
 from depthmill.pipeline.types import Report, Segment
 from depthmill.workers.backlog import Backlog, Probe
-from depthmill.workers.crew import Crew, Running
+from depthmill.workers.crew import Crew, Running, StoodStillError
 from depthmill.workers.doubts import Check, Doubts
 from depthmill.workers.given_up import GivenUp, Suspect
 from depthmill.workers.inputs import Inputs
 from depthmill.workers.inquest import Searches, Trial, after, cause_of, words_of
 from depthmill.workers.loading import Loading
-from depthmill.workers.pace import Limits, Pace
+from depthmill.workers.pace import Limits, Pace, Rests
 from depthmill.workers.pool import Event, Pool
 from depthmill.workers.standing import Standing
 from depthmill.workers.terms import Calls, Failer, Options, Publisher
@@ -84,6 +84,7 @@ class Driver:
         self._void: set[int] = set()  # workers whose answer no longer matters
         self._doubts = Doubts(self._crew, self._say_once, replace=options.workers != 0)
         self._given_up = GivenUp(self._say_once)
+        self._stalls = Rests()  # of a store that does not get on
         self._said: set[str] = set()
         self._publisher, self._failer = Publisher(calls.publish), Failer(calls.fail)
         self._pace = Pace(options.frame_limit_s, options.least_limit_s)
@@ -334,6 +335,7 @@ class Driver:
         self._pace.add(event.answer.labelled, self._crew.now_s - running.since_s)
         self._doubts.committed(task, event.answer)
         self._committed(event.answer)
+        self._stalls.answered()
         if event.answer.labelled:
             self._judge(self._given_up.labelled())
 
@@ -342,6 +344,8 @@ class Driver:
         self.standing.retries += 1
         if task.segment.source_id in self._dropped:
             self._open -= 1
+        elif task.searched and not task.skip and _may_be_the_store(task, event):
+            self._stalled(task, event)
         elif tried.attempts < self._options.attempts:
             self._backlog.again(tried, event.worker)
         elif isinstance(cause, SourceChangedError | StoreDamagedError):
@@ -358,12 +362,22 @@ class Driver:
                 only = len(self.ids) == 1 and not self.inputs.left
                 self._judge(self._given_up.add(suspect, self._crew.ready, labelled, only, self._crew.now_s))
 
+    def _stalled(self, task: Task, event: Event) -> None:
+        """All of its frames could be labelled while nothing was written: it is the store that does not get on."""
+        now_s = self._crew.now_s
+        if self._stalls.over(now_s) and not self._stalls.begin(now_s):
+            raise StoreError(
+                f"the store does not get on: {task} could be labelled when nothing was written, and not otherwise "
+                f"({event.error}); expected it to take what is written"
+            )
+        self._backlog.again(task, event.worker)
+
     def _judge(self, suspects: list[Suspect]) -> None:
         for suspect in suspects:
             if suspect.away:
                 self._backlog.again(replace(suspect.task, attempts=0), None)
             elif suspect.search:
-                self._found(self._searches.open(suspect.task, suspect.why))
+                self._searches.open(suspect.task, suspect.why)
             else:
                 times = "once" if self._options.attempts == 1 else f"{self._options.attempts} times"
                 self._failer.add(suspect.task, f"the segment was tried {times}: {suspect.why}")
@@ -416,3 +430,8 @@ class Driver:
         standing.unprobed = self.inputs.unprobed
         standing.queued, standing.running = len(self._backlog), len(self._at)
         self._calls.show(standing)
+
+
+def _may_be_the_store(task: Task, event: Event) -> bool:
+    """Whether a task, of which all frames could be labelled, was ended in writing, and not since it is merely slow."""
+    return isinstance(event.error, StoodStillError if task.frames > 1 else TimeoutError) and event.died

@@ -113,12 +113,19 @@ class Searches:
         """Put back a trial that was not held."""
         self._trials.appendleft(trial)
 
-    def open(self, task: Task, why: str) -> Task | None:
-        """Begin the search in a segment that has failed as a whole; its verdict, if there is but one frame."""
+    def open(self, task: Task, why: str) -> None:
+        """Begin the search in a segment that has failed as a whole.
+
+        If it is a single frame, it is tried once more by itself: its worker may have died of what it had begun next, or
+        stood still when it wrote.
+        """
         frames = task.only or range(task.segment.start, task.segment.stop)
         inquest = Inquest(task, frames)
-        self._trials.extendleft(reversed(_split(Trial(inquest, 0, len(frames)), why)))
-        return inquest.verdict
+        if len(frames) == 1:
+            inquest.unheard = 1
+            self._trials.appendleft(Trial(inquest, 0, 1, attempts=self._attempts - 1, why=why))
+        else:
+            self._trials.extendleft(reversed(_split(Trial(inquest, 0, len(frames)), why)))
 
     def tried(self, trial: Trial, event: Event) -> Task | None:
         """Take the outcome of a trial; the verdict, if it was the last."""
