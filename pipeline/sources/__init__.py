@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from glob import has_magic
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import urlsplit
 
 from depthmill.pipeline.errors import SourceError
@@ -16,15 +17,23 @@ from depthmill.pipeline.sources.opening import is_prefix, kind_of
 from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES, ParquetSource
 from depthmill.pipeline.sources.prefetch import Prefetch, prefetch
 from depthmill.pipeline.sources.video import VideoSource
-from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES, WebDatasetSource
+from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES, UNREAD_TAR_SUFFIXES, WebDatasetSource
 from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS, FrameSource
 
 __all__ = ["MAX_FRAMES", "MAX_PIXELS", "Prefetch", "expand_inputs", "open_source", "prefetch", "shown", "source_id"]
+
+
+def _unread_tar(uri: str, *_: int) -> NoReturn:
+    raise SourceError(
+        f"{shown(uri)}: a tar archive that gzip has not packed, but something else; expected .tar or .tar.gz: repack it"
+    )
+
 
 # The first kind whose test says yes opens the input; whatever is no other kind is for FFmpeg to recognise.
 _KINDS: tuple[tuple[Callable[[str], bool], Callable[[str, int, int, int], FrameSource]], ...] = (
     (lambda uri: _suffix(uri) in IMAGE_SUFFIXES or _is_folder(uri), ImageSource),
     (lambda uri: _name(uri).endswith(TAR_SUFFIXES), WebDatasetSource),
+    (lambda uri: _name(uri).endswith(UNREAD_TAR_SUFFIXES), _unread_tar),
     (lambda uri: _suffix(uri) in PARQUET_SUFFIXES, ParquetSource),
     (lambda uri: True, VideoSource),
 )
@@ -43,7 +52,8 @@ def open_source(
         threads: Threads that one read decodes with; 0 for one a core (video) or four (pictures).
 
     Raises:
-        SourceError: If there is no such file or folder, or a URL has a password in it or cannot be looked up.
+        SourceError: If there is no such file or folder, it is a tar archive packed in a way that is not read, or a URL
+            has a password in it or cannot be looked up.
     """
     if isinstance(uri, Refused):
         raise SourceError(uri.why)

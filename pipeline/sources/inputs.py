@@ -20,13 +20,17 @@ from depthmill.pipeline.sources.naming import canonical_uri, natural_key
 from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files
 from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES
 from depthmill.pipeline.sources.video import VIDEO_SUFFIXES
-from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES
+from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES, UNREAD_TAR_SUFFIXES
 
 log = logging.getLogger(__name__)
 
 _FILE_SUFFIXES = (*VIDEO_SUFFIXES, *TAR_SUFFIXES, *PARQUET_SUFFIXES)  # of files that are a source each
 _PICTURE_SUFFIXES = tuple(IMAGE_SUFFIXES)
 SUFFIXES = (*_PICTURE_SUFFIXES, *_FILE_SUFFIXES)
+_UNREAD = (
+    ("pictures", tuple(UNREAD_SUFFIXES), "convert them to JPEG or PNG"),
+    ("archives", UNREAD_TAR_SUFFIXES, "pack them with gzip, or not at all"),
+)
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 
@@ -42,8 +46,8 @@ def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
     A folder that holds pictures, at any depth, is one source; each video and shard (tar, Parquet) in it is another.
     Linked subfolders are not looked into, unless they are named, or `**` matches them, which it does once for each
     folder, whatever leads there. What a folder or a glob gives comes in natural order, and of the files only those with
-    the suffix of a source; of pictures of other kinds a warning tells. An input that gives nothing stays as it is:
-    opening it says what is wrong with it. Lists are read at once, all else is looked for when it is its turn.
+    the suffix of a source; of pictures and archives of other kinds a warning tells. An input that gives nothing stays
+    as it is: opening it says what is wrong with it. Lists are read at once, all else is looked for when it is its turn.
 
     Args:
         inputs: What the user named, unless a file has that very name: `shard-{00000..00099}.tar` and `{a,b}.mp4` are
@@ -189,10 +193,12 @@ def _in_folder(folder: Path) -> Iterator[Path]:
 
 
 def _tell_unread(folder: object, names: Sequence[str]) -> None:
-    suffixes = Counter(Path(name).suffix.lower() for name in names if name.lower().endswith(tuple(UNREAD_SUFFIXES)))
-    if suffixes:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
-        _warn_once(f"{folder}: pictures of kinds that are not read are left out ({kinds}): convert them to JPEG or PNG")
+    for what, unread, remedy in _UNREAD:
+        left_out = [name.lower() for name in names if name.lower().endswith(unread)]
+        suffixes = Counter(suffix for name in left_out for suffix in unread if name.endswith(suffix))
+        if suffixes:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
+            _warn_once(f"{folder}: {what} of kinds that are not read are left out ({kinds}): {remedy}")
 
 
 @cache

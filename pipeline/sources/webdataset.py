@@ -39,6 +39,7 @@ from depthmill.pipeline.sources.tar_members import GZIP_DAMAGE, Member, open_arc
 from depthmill.pipeline.types import Frame, Source
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+UNREAD_TAR_SUFFIXES = (".tar.bz2", ".tar.xz", ".tar.zst", ".tbz2", ".txz", ".tzst")
 
 # Key and extension: from the first dot of the last part on; a leading slash is no part of the key.
 _NAME = re.compile(r"/*((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)

@@ -83,15 +83,27 @@ def test_what_stars_match(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert {Path(match) for match in _glob(pattern)} - {Path()} == expected, pattern
 
 
-def test_pictures_that_are_not_read_are_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("IMG_1.HEIC", "IMG_2.heic", "more/render.exr"):
+def test_what_is_not_read_is_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "more/render.exr", "a.tar.ZST", "b.tar.xz", "c.tar.xz"):
         (tree / "photos" / name).parent.mkdir(exist_ok=True)
         (tree / "photos" / name).write_bytes(b"")
     assert expand(tree, "photos", "photos") == ["photos"]
     said = "pictures of kinds that are not read are left out"
-    assert caplog.messages == [f"{tree}/photos: {said} (2 .heic, 1 .exr): convert them to JPEG or PNG"]
+    archives = f"{said.replace('pictures', 'archives')} (2 .tar.xz, 1 .tar.zst)"
+    assert caplog.messages == [
+        f"{tree}/photos: {said} (2 .heic, 1 .exr): convert them to JPEG or PNG",
+        f"{tree}/photos: {archives}: pack them with gzip, or not at all",
+    ]
     expand(tree, "photos/*")
-    assert f"photos/*: {said} (2 .heic)" in caplog.messages[1]
+    assert f"photos/*: {said} (2 .heic)" in caplog.messages[2]
+    assert f"photos/*: {archives}" in caplog.messages[3]
+
+
+def test_videos_are_told_by_their_suffix(tmp_path: Path) -> None:
+    names = sorted(f"clip{suffix}" for suffix in (".264", ".divx", ".INSV", ".m1v", ".mpe", ".obu", ".rm", ".webm"))
+    for name in (*names, "proxy.lrv"):  # a small copy, which cameras write beside the video
+        (tmp_path / name).write_bytes(b"")
+    assert sorted(expand(tmp_path, ".")) == names
 
 
 def test_duplicates_are_dropped(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,6 +319,9 @@ def test_what_is_no_archive_of_pictures(tmp_path: Path) -> None:
     ):
         with pytest.raises(SourceError, match=reason):
             open_source(tmp_path / name).probe()
+    (tmp_path / "shard.tar.XZ").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"shard\.tar\.XZ: a tar archive that gzip has not packed.*repack it"):
+        open_source(tmp_path / "shard.tar.XZ")
 
 
 def test_limits(tmp_path: Path) -> None:
