@@ -61,6 +61,10 @@ class StoreForbiddenError(StoreClosedError):
     """A store in which this user may not write, or nobody."""
 
 
+class StoreReplacedError(StoreClosedError):
+    """A store that another run has made anew since this one opened it."""
+
+
 class VoidError(DepthmillError):
     """A model whose answers for all pictures of a segment are no numbers: hardly the fault of each."""
 

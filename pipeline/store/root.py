@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from depthmill.pipeline.errors import StoreError
-from depthmill.pipeline.store.files import Directory
+from depthmill.pipeline.errors import StoreError, StoreReplacedError
+from depthmill.pipeline.store.files import Directory, store_away
 from depthmill.pipeline.store.layout import CONVENTIONS, Document, Layout, group_document, source_arrays
 
 METADATA, FAILURES, RUN = "zarr.json", "failures.jsonl", "run.json"
@@ -76,6 +76,24 @@ def read_header(directory: Directory) -> Root | None:
     if not end or not start.endswith(_START.encode()):
         return read_root(directory)
     return Root(json.loads(start + _END.encode())["attributes"], {})
+
+
+def refuse_another(directory: Directory, header: Document) -> None:
+    """Refuse to write into a store that a run of other options has made anew (`--overwrite`); one small read.
+
+    A run of the same options is not told apart: what it writes is the same.
+
+    Raises:
+        StoreReplacedError: If it has another header than it had.
+    """
+    root = read_header(directory)
+    if root is None:
+        raise store_away(directory.uri)
+    if found := differences(header, root.header):
+        raise StoreReplacedError(
+            f"{directory.uri} was made anew by another run while this one wrote into it:\n{found}\nIt is the other's "
+            "now: give this one another store."
+        )
 
 
 def write_root(directory: Directory, root: Root) -> None:

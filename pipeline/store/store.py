@@ -41,6 +41,7 @@ from depthmill.pipeline.store.root import (
     differences,
     is_source,
     read_root,
+    refuse_another,
     source_members,
     write_root,
 )
@@ -85,6 +86,7 @@ class Store:
         self.version: str = root.header["version"]
         self.layout = Layout.from_document(root.header["layout"])
         self.identity: dict[str, Any] = root.header["identity"]
+        self._header = root.header
         self.new = new
         self._indexed = indexed
         self._attributes: dict[str, Document] = {}
@@ -130,15 +132,18 @@ class Store:
                 )
             if self.has(source.id):
                 return
+        refuse_another(self.directory, self._header)
         arrays = source_arrays(attributes, self.layout)
         documents = {f"{source.id}/{name}/{METADATA}": json_bytes(arrays[name]) for name in arrays}
         group = f"{source.id}/{METADATA}"
         name = "key" if "key" in arrays else "time"
         values = np.array(source.keys, dtype=object) if name == "key" else np.asarray(source.time_s)
-        for key in (*documents, file_key(source.id, name, arrays[name], 0), group):
+        file, files = file_key(source.id, name, arrays[name], 0), WholeFiles(self.directory)
+        for key in (*documents, file, group):
             self.directory.clear_partial(key)
         self.directory.write_all(documents)
-        open_array(WholeFiles(self.directory), f"{source.id}/{name}", arrays[name])[:] = values
+        open_array(files, f"{source.id}/{name}", arrays[name])[:] = values
+        attributes[f"{name}_checksum"] = files.written[file]
         self.directory.write(group, json_bytes(group_document(attributes)))
         self._attributes[source.id] = attributes
 
@@ -152,6 +157,7 @@ class Store:
         root = read_root(self.directory)
         if root is None:
             raise store_away(self.uri)
+        refuse_another(self.directory, self._header)
         members = dict(root.members)
         for source_id in wanted:
             if source_id not in root.members:
@@ -173,7 +179,10 @@ class Store:
         return self.directory.read(f"{source_id}/{METADATA}", 0, 1) is not None
 
     def attributes(self, source_id: str) -> Document:
-        """Attributes of a source's group: uri, kind, frames, size, fingerprint and, for videos, fps."""
+        """Attributes of a source's group: uri, kind, frames, size, fingerprint and, for videos, fps.
+
+        Also `time_checksum` or `key_checksum`, of the file of its times or keys, unless an earlier version made it.
+        """
         attributes = self._find(source_id)
         if attributes is None:
             known = self.sources()
@@ -243,7 +252,7 @@ class Store:
         written = (*self.layout.arrays, "size", "reason", "checksum", "status")
         documents = {name: arrays[name] for name in written if name in arrays}
         height, width = attributes["size"]
-        return SegmentWriter(segment, (height, width), self.layout, self.directory, documents, redo)
+        return SegmentWriter(segment, (height, width), self.layout, self.directory, self._header, documents, redo)
 
     def failures(self) -> list[Failure]:
         """Failed frames of committed segments, by source and frame; a source that is damaged is one as a whole."""

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store.checked import decoded, wrong
 from depthmill.pipeline.store.files import json_bytes
 from depthmill.pipeline.store.layout import (
@@ -25,8 +24,7 @@ from depthmill.pipeline.store.root import METADATA, Root, read_root, source_memb
 from depthmill.pipeline.store.store import Store
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.store.verify_smoothing import verify_smoothing
-from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
-from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
+from depthmill.pipeline.types import FAILED, LABELLED, Segment
 
 _AT_ONCE_BYTES = 16 * 2**20  # of files that a worker has in memory: enough that requests go out many at a time
 _DECODES = {"scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned"}  # attributes by which xarray does
@@ -192,8 +190,8 @@ class _Check:
         data = self._store.directory.read_all([status_key, sums_key])
         files, size = len(data), sum(map(len, data.values()))
         status = values("status", status_key, data.get(status_key), rows)
-        if status is not None and (status == PENDING).any():
-            found.append((status_key, segment.start, segment.stop, "says of some frames that they are pending"))
+        if status is not None and not np.isin(status, (LABELLED, FAILED)).all():
+            found.append((status_key, segment.start, segment.stop, "says of some frames neither labelled nor failed"))
             status = None
         sums = None
         if sums_key in data:
@@ -257,17 +255,19 @@ def _verify_metadata(store: Store, source_id: str, repair: bool) -> Iterator[Dam
                 store.directory.write(key, json_bytes(document))
             yield Damage(source_id, 0, frames, key, reason, repaired=repair)
     name = "key" if "key" in arrays else "time"
-    try:
-        values = np.asarray(open_array(ZarrFiles(store.directory), f"{source_id}/{name}", arrays[name])[:])
-        # No two pictures share a key, and that of no picture in a folder or a tar is empty.
-        lost = np.isnan(values).any() if name == "time" else (values == "").sum() > (attributes["kind"] == "parquet")
-        reason = "lacks values" if lost else ""
-    except StoreError:
-        raise
-    except Exception as error:  # whatever codecs raise of broken bytes
-        reason = f"cannot be decoded: {type(error).__name__}: {error}"
+    key = file_key(source_id, name, arrays[name], 0)
+    data = store.directory.read(key)
+    reason = wrong(data, attributes.get(f"{name}_checksum"), needed=False)
+    if not reason:
+        try:
+            values = decoded(f"{source_id}/{name}", arrays[name], key, data, slice(None))
+            # No two pictures share a key, and that of no picture in a folder or a tar is empty.
+            lost = np.isnan(values) if name == "time" else values == ""
+            reason = "lacks values" if lost.sum() > (attributes["kind"] == "parquet") else ""
+        except Exception as error:  # whatever codecs raise of broken bytes
+            reason = f"cannot be decoded: {type(error).__name__}: {error}"
     if reason:
-        yield Damage(source_id, 0, frames, file_key(source_id, name, arrays[name], 0), reason)
+        yield Damage(source_id, 0, frames, key, reason)
 
 
 def _group_disagrees(store: Store, source_id: str) -> Damage | None:

@@ -23,8 +23,10 @@ from depthmill.pipeline.store.layout import (
     file_key,
     pack_depth,
     pack_normals,
+    rows_per_file,
     segment_files,
 )
+from depthmill.pipeline.store.root import refuse_another
 from depthmill.pipeline.store.shard import assemble, encode_chunk, split
 from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, damaged, open_array, read_rows
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
@@ -51,6 +53,7 @@ class SegmentWriter:
         size: tuple[int, int],
         layout: Layout,
         directory: Directory,
+        header: Document,
         documents: Mapping[str, Document],
         redo: Sequence[int] | None,
     ) -> None:
@@ -61,12 +64,14 @@ class SegmentWriter:
             size: Height and width of the source's canvas.
             layout: The store's.
             directory: The store's.
+            header: The store's, as it was opened.
             documents: The zarr.json of the arrays of the source's group, by name.
             redo: The frames of a committed segment that are given anew; None for a segment as a whole.
         """
         self._segment = segment
         self._height, self._width = size
         self._layout = layout
+        self._header = header
         self._documents = documents
         self._files = WholeFiles(directory)
         self._keys = list(segment_files(segment, documents))
@@ -75,7 +80,7 @@ class SegmentWriter:
         self._size = np.zeros((segment.frames, 2), np.int32)
         self._reasons = [""] * segment.frames
         self._checksums = np.zeros(documents["checksum"]["shape"][1] if "checksum" in documents else 0, np.uint64)
-        self._number = segment.start // documents["status"]["chunk_grid"]["configuration"]["chunk_shape"][0]
+        self._number = segment.start // rows_per_file(documents["status"])
         self._kept: frozenset[int] = frozenset()  # rows whose labels stay as they were committed
         if redo is not None:
             self._keep(redo)
@@ -151,6 +156,7 @@ class SegmentWriter:
 
         Raises:
             StoreFullError: If no space is left.
+            StoreReplacedError: If another run has made the store anew meanwhile.
             StoreDamagedError: If labels that stay are not as they were committed.
             StoreError: If frames were not given, or could not be written.
         """
@@ -160,6 +166,7 @@ class SegmentWriter:
         self._finish_writing()
         self._compressors.shutdown()
         self._writers.shutdown()
+        refuse_another(self._files.directory, self._header)
         arrays = self._open(self._files, [name for name in self._documents if name not in self._layout.arrays])
         rows = slice(self._segment.start, self._segment.stop)
         if "size" in arrays:
@@ -269,6 +276,7 @@ class SegmentWriter:
         a chunk by it when the file is another by then, finds the labels of the same frame.
         """
         done = {row: future.result() for row, future in given.items()}
+        refuse_another(self._files.directory, self._header)
         for name in self._layout.arrays:
             document = self._documents[name]
             key = file_key(self._segment.source_id, name, document, self._segment.start + rows.start)

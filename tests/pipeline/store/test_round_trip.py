@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import xarray
@@ -6,7 +8,7 @@ import depthmill
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import ConfigError, StoreError
 from depthmill.pipeline.store import Layout
-from depthmill.pipeline.store.layout import DEPTH_STEP
+from depthmill.pipeline.store.layout import DEPTH_STEP, checksum
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, VIDEO, angle_deg, labels, write
 
@@ -40,6 +42,7 @@ def test_xarray_finds_names_coordinates_and_conventions(store):
         "size": [24, 32],
         "fingerprint": "f1",
         "fps": 10.0,
+        "time_checksum": checksum((Path(store.uri) / "video/time/c/0").read_bytes()),
     }
     depth = dataset["depth"][:8].values
     assert depth.min() >= 0

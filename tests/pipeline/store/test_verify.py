@@ -100,14 +100,25 @@ def test_few_files_of_a_segment_are_in_memory_at_once(done, monkeypatch):
     assert max(map(len, together)) > 1
 
 
-def test_a_status_that_changed_its_mind_is_found(done):
+@pytest.mark.parametrize(("now", "why"), [(1, "does not agree"), (0, "neither labelled"), (129, "neither labelled")])
+def test_a_status_that_changed_its_mind_is_found(done, now, why):
     array = done.array("video", "status")
     status = array[:]
-    status[9] = 1
+    status[13 if now == 129 else 9] = now
     array[8:16] = status[8:16]
     (damage,) = verify(done).damage
     assert damage.file == "video/status/c/1"
-    assert "does not agree" in damage.reason
+    assert why in damage.reason
+
+
+@pytest.mark.parametrize("file", ["images/key/c/0", "video/time/c/0"])
+def test_times_and_keys_that_changed_are_found(done, file):
+    """They are too few to be compressed: any bit may change, and they decode."""
+    path = Path(done.uri) / file
+    path.write_bytes(flip(path.read_bytes()))
+    (damage,) = verify(done, repair=True).damage
+    assert (damage.file, damage.repaired) == (file, False)
+    assert "its checksum differs" in damage.reason
 
 
 def test_metadata_is_written_anew_and_lost_times_and_keys_are_told(done):
@@ -119,7 +130,7 @@ def test_metadata_is_written_anew_and_lost_times_and_keys_are_told(done):
     for name in ("images/key/c/0", "video/time/c/0"):
         (Path(done.uri) / name).unlink()
     found = [(damage.file, damage.reason, damage.repaired) for damage in verify(done, repair=True).damage]
-    assert found == [("images/key/c/0", "lacks values", False), ("video/time/c/0", "lacks values", False)]
+    assert found == [("images/key/c/0", "is missing", False), ("video/time/c/0", "is missing", False)]
 
 
 def change(path, **changes):
@@ -181,8 +192,10 @@ def test_a_store_without_checksums_is_checked_as_far_as_can_be(store):
     path = Path(store.uri)
     root = json.loads((path / "zarr.json").read_text())
     members = root["consolidated_metadata"]["metadata"]
-    for source_id in ("video", "images"):
+    for source_id, coordinate in (("video", "time"), ("images", "key")):
         del members[f"{source_id}/checksum"]
+        del members[source_id]["attributes"][f"{coordinate}_checksum"]
+        (path / source_id / "zarr.json").write_text(json.dumps(members[source_id]))
         (path / source_id / "checksum/zarr.json").unlink()
         (path / source_id / "checksum").rmdir()
     (path / "zarr.json").write_text(json.dumps(root, indent=1))
@@ -197,10 +210,12 @@ def test_a_store_without_checksums_is_checked_as_far_as_can_be(store):
     assert (report.segments, report.unchecked, report.damage) == (4, 3, ())
     for source_id, name in (("video", "depth"), ("more", "size")):
         np.testing.assert_array_equal(list(stored_rows(old, source_id, name, 3, 5)), old.read(source_id, name, 3, 5))
-    (path / "video/depth/c/1/0/0").unlink()
+    for key in ("video/time/c/0", "video/depth/c/1/0/0"):
+        (path / key).unlink()
     shard = path / "video/normals/c/2/0/0/0"
     shard.write_bytes(shard.read_bytes()[:-20])
     assert [(damage.file, damage.reason.split(":")[0]) for damage in verify(old).damage] == [
+        ("video/time/c/0", "lacks values"),
         ("video/depth/c/1/0/0", "is missing"),
         ("video/normals/c/2/0/0/0", "cannot be decoded"),
     ]
