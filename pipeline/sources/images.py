@@ -13,7 +13,7 @@ from pathlib import Path
 
 from depthmill.pipeline.errors import SourceChangedError, SourceError
 from depthmill.pipeline.objects import is_url, path_of
-from depthmill.pipeline.sources.limits import check_frames
+from depthmill.pipeline.sources.limits import check_frames, check_range
 from depthmill.pipeline.sources.naming import canonical_uri, natural_key, readable, unique_names
 from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files, unanswered
 from depthmill.pipeline.sources.pictures import (
@@ -87,8 +87,7 @@ class ImageSource:
                 own, or is larger than any was when they were probed.
         """
         source, files, headers = self._open()
-        if not 0 <= start <= stop <= source.frames:
-            raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
+        check_range(source, start, stop)
         pictures = _encoded(files, headers, start, stop, self._max_pixels)
         return _fitting(source, decode_ahead(pictures, self._max_pixels, self._threads))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.types import Source
 
 
 def check_frames(uri: str | Path, frames: int, max_frames: int) -> None:
@@ -18,6 +19,16 @@ def check_frames(uri: str | Path, frames: int, max_frames: int) -> None:
             f"{uri}: more than {max_frames} frames; expected at most that many in one source: split it, or raise "
             "max_frames"
         )
+
+
+def check_range(source: Source, start: int, stop: int) -> None:
+    """Refuse to read what is no half-open run of a source's frames.
+
+    Raises:
+        ValueError: If [start, stop) is none.
+    """
+    if not 0 <= start <= stop <= source.frames:
+        raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
 
 
 def too_large(size_bytes: int, max_pixels: int) -> str:

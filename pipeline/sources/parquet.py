@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources.limits import check_frames, too_large
+from depthmill.pipeline.sources.limits import check_frames, check_range, too_large
 from depthmill.pipeline.sources.naming import canonical_uri, unique_names
 from depthmill.pipeline.sources.opening import file_size, open_binary
+from depthmill.pipeline.sources.parked import Parked
 from depthmill.pipeline.sources.pictures import (
     NO_HEADER,
     Encoded,
@@ -69,8 +70,7 @@ class ParquetSource:
         self._threads = threads
         self._lock = threading.Lock()
         self._probed: tuple[Source, list[Header], dict[int, str]] | None = None
-        self._parked: _Rows | None = None  # where the last read stopped, for the next to go on from
-        self._closed = False
+        self._parked = Parked[_Rows]()
 
     def probe(self) -> Source:
         """Describe the file from its footer, its keys and the headers of its pictures.
@@ -90,17 +90,12 @@ class ParquetSource:
             SourceError: If the file cannot be read.
         """
         source, headers, errors = self._open()
-        if not 0 <= start <= stop <= source.frames:
-            raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
+        check_range(source, start, stop)
         return decode_ahead(self._encoded(headers, errors, start, stop, on_passed), self._max_pixels, self._threads)
 
     def close(self) -> None:
         """Release the file; reads that are still running release theirs when they end."""
-        with self._lock:
-            self._closed = True
-            parked, self._parked = self._parked, None
-        if parked is not None:
-            parked.close()
+        self._parked.close()
 
     def _open(self) -> tuple[Source, list[Header], dict[int, str]]:
         with self._lock:
@@ -142,8 +137,7 @@ class ParquetSource:
     def _encoded(
         self, headers: list[Header], errors: dict[int, str], start: int, stop: int, on_passed: Callable[[], None]
     ) -> Generator[Encoded, None, None]:
-        with self._lock:
-            rows, self._parked = self._parked, None
+        rows = self._parked.take()
         try:
             for row in range(start, stop):
                 if row in errors:
@@ -161,14 +155,7 @@ class ParquetSource:
                 yield Encoded(row, io.BytesIO(data), len(data) + 3 * headers[row].height * headers[row].width)
         finally:
             if rows is not None:
-                self._park(rows)
-
-    def _park(self, rows: _Rows) -> None:
-        with self._lock:
-            unused = rows if self._closed else self._parked
-            self._parked = None if self._closed else rows
-        if unused is not None:
-            unused.close()
+                self._parked.park(rows)
 
 
 class _DamageError(Exception):

@@ -27,7 +27,9 @@ import av.video.frame
 from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.sources.limits import check_range
 from depthmill.pipeline.sources.naming import canonical_uri, source_id
+from depthmill.pipeline.sources.parked import Parked
 from depthmill.pipeline.sources.video_container import reason
 from depthmill.pipeline.sources.video_decode import DamageError, Decoder, LostPlaceError, starts_badly
 from depthmill.pipeline.sources.video_packets import Group, PacketTable, fingerprint, scan
@@ -85,12 +87,11 @@ class VideoSource:
         self._max_pixels = max_pixels
         self._max_frames = max_frames
         self._threads = threads
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._probed: tuple[Source, PacketTable, str] | None = None
-        self._parked: Decoder | None = None  # where the last read stopped, for the next to go on from
+        self._parked = Parked[Decoder]()
         self._verdicts: dict[int, _Verdict] = {}
         self._seeks = True
-        self._closed = False
 
     def probe(self) -> Source:
         """Describe the video: its packets are read, one frame is decoded.
@@ -110,17 +111,12 @@ class VideoSource:
             SourceError: If the file cannot be probed or read, or is another one than when it was.
         """
         source, table, codec = self._open()
-        if not 0 <= start <= stop <= source.frames:
-            raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
+        check_range(source, start, stop)
         return self._read(source, table, codec, start, stop, on_passed)
 
     def close(self) -> None:
         """Release the file and its decoder; reads that are still running release theirs when they end."""
-        with self._lock:
-            self._closed = True
-            parked, self._parked = self._parked, None
-        if parked is not None:
-            parked.close()
+        self._parked.close()
 
     def _open(self) -> tuple[Source, PacketTable, str]:
         with self._lock:
@@ -171,7 +167,8 @@ class VideoSource:
         self, source: Source, table: PacketTable, codec: str, start: int, stop: int, on_passed: Callable[[], None]
     ) -> Iterator[Frame]:
         reformatter = VideoReformatter()
-        decoder, whole = self._take(table), True
+        decoder = self._parked.take() or Decoder(self._uri, table, self._threads, self._seeks, self._max_pixels)
+        whole = True
         decoder.on_packet = on_passed
         try:
             index = start
@@ -201,23 +198,10 @@ class VideoSource:
             raise
         finally:
             if whole:
-                self._park(decoder)
+                decoder.on_packet = lambda: None
+                self._parked.park(decoder)
             else:
                 decoder.close()
-
-    def _take(self, table: PacketTable) -> Decoder:
-        with self._lock:
-            parked, self._parked = self._parked, None
-        return parked or Decoder(self._uri, table, self._threads, self._seeks, self._max_pixels)
-
-    def _park(self, decoder: Decoder) -> None:
-        decoder.on_packet = lambda: None
-        with self._lock:
-            unused = self._parked if not self._closed else decoder
-            if not self._closed:
-                self._parked = decoder
-        if unused is not None:
-            unused.close()
 
     def _read_group(
         self, decoder: Decoder, table: PacketTable, group: Group, start: int, stop: int

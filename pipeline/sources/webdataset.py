@@ -23,9 +23,10 @@ from typing import Any, BinaryIO, cast
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES
-from depthmill.pipeline.sources.limits import check_frames, too_large
+from depthmill.pipeline.sources.limits import check_frames, check_range, too_large
 from depthmill.pipeline.sources.naming import canonical_uri, unique_names
 from depthmill.pipeline.sources.opening import file_size
+from depthmill.pipeline.sources.parked import Parked
 from depthmill.pipeline.sources.pictures import (
     NO_HEADER,
     Encoded,
@@ -80,8 +81,7 @@ class WebDatasetSource:
         self._threads = threads
         self._lock = threading.Lock()
         self._probed: tuple[Source, list[_Picture]] | None = None
-        self._parked: BinaryIO | None = None  # where the last read stopped, for the next to go on from
-        self._closed = False
+        self._parked = Parked[BinaryIO]()
 
     def probe(self) -> Source:
         """Describe the shard from the headers of its members and of their pictures.
@@ -100,17 +100,12 @@ class WebDatasetSource:
             SourceError: If the archive cannot be read.
         """
         source, pictures = self._open()
-        if not 0 <= start <= stop <= source.frames:
-            raise ValueError(f"{source.uri}: frames [{start}, {stop}) asked for; it has [0, {source.frames})")
+        check_range(source, start, stop)
         return decode_ahead(self._encoded(pictures, start, stop, on_passed), self._max_pixels, self._threads)
 
     def close(self) -> None:
         """Release the archive; reads that are still running release theirs when they end."""
-        with self._lock:
-            self._closed = True
-            parked, self._parked = self._parked, None
-        if parked is not None:
-            parked.close()
+        self._parked.close()
 
     def _open(self) -> tuple[Source, list[_Picture]]:
         with self._lock:
@@ -148,8 +143,7 @@ class WebDatasetSource:
     def _encoded(
         self, pictures: list[_Picture], start: int, stop: int, on_passed: Callable[[], None]
     ) -> Generator[Encoded, None, None]:
-        with self._lock:
-            file, self._parked = self._parked, None
+        file = self._parked.take()
         try:
             for index in range(start, stop):
                 picture = pictures[index]
@@ -167,14 +161,7 @@ class WebDatasetSource:
             raise _unreadable(self._uri, error) from error
         finally:
             if file is not None:
-                self._park(file)
-
-    def _park(self, file: BinaryIO) -> None:
-        with self._lock:
-            unused = file if self._closed else self._parked
-            self._parked = None if self._closed else file
-        if unused is not None:
-            unused.close()
+                self._parked.park(file)
 
 
 def _pictures(file: BinaryIO, size: int | None, max_pixels: int) -> Iterator[_Picture]:
