@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -29,7 +28,7 @@ from depthmill.pipeline.plan import Prober
 from depthmill.pipeline.sources import expand_inputs, open_source
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.stages import fail_task
-from depthmill.pipeline.store import Store, create
+from depthmill.pipeline.store import Store, create, records
 from depthmill.pipeline.types import Failure
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.driver import Driver
@@ -236,7 +235,7 @@ def _write_run(
     started: datetime,
 ) -> None:
     """Write `run.json`, unless this run did nothing and an earlier one wrote it."""
-    if not summary.committed and store.directory.read("run.json") is not None:
+    if not summary.committed and records.has_run(store.directory):
         return
     values = asdict(summary) | {
         "failures": len(summary.failures),
@@ -247,4 +246,4 @@ def _write_run(
         "machine": {"host": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count()},
         "versions": {name: version(name) for name in ("depthmill", "torch", "diffusers", "ray", "av", "zarr")},
     }
-    store.directory.write("run.json", (json.dumps(values, indent=2) + "\n").encode())
+    records.write_run(store.directory, values)

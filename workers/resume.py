@@ -28,7 +28,7 @@ from depthmill.pipeline.model.checkpoint import Checkpoint, open_named
 from depthmill.pipeline.objects import without_secrets
 from depthmill.pipeline.plan import Planned, Prober
 from depthmill.pipeline.sources import expand_inputs, source_id
-from depthmill.pipeline.store import Layout, Store, create, open_store, write_failures
+from depthmill.pipeline.store import Layout, Store, create, open_store, records
 from depthmill.pipeline.store.store import READERS
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import Failure
@@ -94,7 +94,7 @@ def finished(
     started_s = time.perf_counter()
     try:
         store = open_store(store_uri)
-        if store.directory.read("run.json") is None:  # the earlier run did not come to its end
+        if not records.has_run(store.directory):  # the earlier run did not come to its end
             return None
         checkpoints = open_named(config)
         if config.dtype == "auto":
@@ -185,7 +185,7 @@ def list_failures(
     unopened = tuple(unopened)
     told = {failure.uri for failure in unopened}
     found = [failure for failure in store.failures() if failure.frame is not None or failure.uri not in told]
-    write_failures(store, (*unopened, *found))
+    records.write_failures(store.directory, (*unopened, *found))
     own = [failure for failure in found if failure.source_id in source_ids]
     return (*unopened, *own), len(found) - len(own)
 

@@ -3,7 +3,7 @@
 from depthmill.pipeline.store.files import write_atomically
 from depthmill.pipeline.store.layout import Layout
 from depthmill.pipeline.store.opening import create, open_datasets, open_store
-from depthmill.pipeline.store.store import Progress, Store, write_failures
+from depthmill.pipeline.store.store import Progress, Store
 from depthmill.pipeline.store.writer import SegmentWriter
 
 __all__ = [
@@ -15,5 +15,4 @@ __all__ = [
     "open_datasets",
     "open_store",
     "write_atomically",
-    "write_failures",
 ]

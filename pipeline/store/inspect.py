@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from depthmill.pipeline.errors import StoreDamagedError
-from depthmill.pipeline.store.root import FAILURES, METADATA
+from depthmill.pipeline.store.records import read_run, unopened
+from depthmill.pipeline.store.root import METADATA
 from depthmill.pipeline.store.store import READERS, Store
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import FAILED, LABELLED
@@ -150,8 +150,8 @@ def inspect(store: Store) -> Inspection:
         bytes=sizes.total(),
         bytes_per_frame=sum(source.bytes for source in sources) / done if done else 0.0,
         failures=dict(reasons.most_common()),
-        unopened=dict(Counter(_unopened(store)).most_common()),
-        run=store.last_run(),
+        unopened=dict(Counter(unopened(store.directory)).most_common()),
+        run=read_run(store.directory),
         sources=sources,
     )
 
@@ -166,11 +166,6 @@ def _smoothing(store: Store, source_id: str) -> str:
     if not temporal.solved():
         return "unfinished"
     return "filtered" if temporal.filtered() else "smoothed"
-
-
-def _unopened(store: Store) -> list[str]:
-    lines = (store.directory.read(FAILURES) or b"").splitlines()  # of bytes: text would be split at U+2028, too
-    return [failure["reason"] for failure in map(json.loads, lines) if failure["source_id"] is None]
 
 
 def as_text(found: Inspection, most: int = 20) -> str:

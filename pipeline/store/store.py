@@ -32,6 +32,7 @@ from depthmill.pipeline.store.layout import (
     source_arrays,
     source_attributes,
 )
+from depthmill.pipeline.store.records import read_run
 from depthmill.pipeline.store.root import (
     FAILURES,
     METADATA,
@@ -291,22 +292,6 @@ class Store:
                 f"{self.uri}/{key} is damaged ({error!r}): run `depthmill verify {self.uri} --repair`"
             ) from error
 
-    def last_run(self) -> Document:
-        """What `run.json` tells of the last run that labelled something; empty if none has ended.
-
-        Raises:
-            StoreError: If it is damaged.
-        """
-        try:
-            found = json.loads(self.directory.read(RUN) or b"{}")
-            if not isinstance(found, dict):
-                raise ValueError(f"it holds {found!r:.80}, not an object")
-        except ValueError as error:
-            raise StoreError(
-                f"{self.uri}/{RUN} is damaged ({error}): remove it; no label depends on what it tells of the last run"
-            ) from error
-        return found
-
     def remove_if_empty(self) -> None:
         """Remove the store if it is new and has no source, so that a run that could open nothing leaves nothing behind.
 
@@ -323,7 +308,7 @@ class Store:
 
     def _last_limit(self) -> str:
         """`--max-pixels` of the last run that labelled something, in words; "" if none has ended."""
-        limit = self.last_run().get("config", {}).get("max_pixels")
+        limit = read_run(self.directory).get("config", {}).get("max_pixels")
         return "" if limit is None else f" (in the last run that labelled something, {limit})"
 
     def _open(self, source_id: str, name: str, document: Document) -> zarr.Array[Any]:
@@ -400,27 +385,3 @@ class Store:
         self._attributes = groups | self._attributes
         # Sources of an earlier version, whose segments were committed without checksums, and still are.
         self._unchecked |= {source_id for source_id in groups if f"{source_id}/checksum" not in root.members}
-
-
-def write_failures(store: Store, failures: Iterable[Failure]) -> str:
-    """Write `failures.jsonl` into the store, if it changes: one line for each frame or source without labels, and why.
-
-    Args:
-        store: The store.
-        failures: Its own (`Store.failures`), and those that it cannot know: inputs that could not be opened.
-
-    Returns:
-        The file's path or URL.
-    """
-    lines = [
-        json.dumps(
-            {"uri": f.uri, "source_id": f.source_id, "frame": f.frame}
-            | ({} if f.key is None else {"key": f.key})
-            | {"reason": f.reason}
-        )
-        for f in sorted(failures, key=lambda f: (f.uri, f.source_id or "", f.frame or 0, f.reason))
-    ]
-    data = "".join(f"{line}\n" for line in lines).encode()
-    if store.directory.read(FAILURES) != data:  # a finished store may be where nothing can be written
-        store.directory.write(FAILURES, data)
-    return f"{store.uri}/{FAILURES}"

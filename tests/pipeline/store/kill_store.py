@@ -18,6 +18,7 @@ import numpy as np
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.store import files
+from depthmill.pipeline.store.records import write_failures
 from depthmill.pipeline.types import Failure, Source
 
 LAYOUT = stores.Layout(shard_frames=2, segment_frames=4)
@@ -42,7 +43,7 @@ def run(path: Path, overwrite: bool = False) -> None:
                 normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
                 writer.put(index, rng.random((height, 12), dtype=np.float32), normals)
             writer.commit()
-    stores.write_failures(store, [*store.failures(), Failure("/in/none.mp4", None, None, "no such file")])
+    write_failures(store.directory, [*store.failures(), Failure("/in/none.mp4", None, None, "no such file")])
 
 
 def in_child(work: Callable[[], None], kill_after_s: float | None = None) -> bool:

@@ -9,6 +9,7 @@ import zarr
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import StoreError, StoreMismatchError
 from depthmill.pipeline.store import Layout, layout
+from depthmill.pipeline.store.records import write_failures
 from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, write
@@ -120,7 +121,7 @@ def test_the_order_in_which_labels_were_named_does_not_matter(tmp_path):
 
 def test_overwrite_starts_anew(store, tmp_path):
     write(store, Segment("video", 0, 8))
-    stores.write_failures(store, store.failures())
+    write_failures(store.directory, store.failures())
     (Path(store.uri) / "notes.txt").write_text("mine")
     new = stores.create(store.uri, Layout(), {"other": 1}, overwrite=True)
     assert new.sources() == []

@@ -7,6 +7,7 @@ from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.inspect import as_text, inspect
+from depthmill.pipeline.store.records import write_failures
 from depthmill.pipeline.types import Failure, Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, VIDEO, files, labels, write
 
@@ -20,7 +21,7 @@ def test_counts_sizes_and_reasons_are_those_of_the_files(store):
         else:
             writer.fail(index, "truncated" if index else "no picture")
     writer.commit()
-    stores.write_failures(store, [*store.failures(), Failure("/in/none.mp4", None, None, "no such file")])
+    write_failures(store.directory, [*store.failures(), Failure("/in/none.mp4", None, None, "no such file")])
     run = {"frames_per_s": 12.5, "seconds": 4, "device": "cpu", "committed": 1}
     store.directory.write("run.json", json.dumps(run).encode())
     found = inspect(stores.open_store(store.uri))
@@ -65,15 +66,21 @@ def test_a_store_in_which_nothing_has_been_done(tmp_path):
     assert "frames       0" in as_text(found)
 
 
-@pytest.mark.parametrize("content", [b'{"config": ', b"[]", b"null"])
-def test_a_damaged_record_of_the_last_run_is_an_error_with_its_remedy(store, content):
-    store.directory.write("run.json", content)
-    with pytest.raises(StoreError, match=r"run\.json is damaged .* remove it"):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("run.json", content) for content in (b'{"config": ', b"[]", b"null")),
+        *(("failures.jsonl", content) for content in (b'{"uri": ', b"[]", b'{"reason": ""}', b"\xff")),
+    ],
+)
+def test_a_damaged_record_of_the_last_run_is_an_error_with_its_remedy(store, name, content):
+    store.directory.write(name, content)
+    with pytest.raises(StoreError, match=rf"{name} is damaged .* remove it"):
         inspect(store)
 
 
 def test_lines_of_text_in_a_reason_do_not_break_the_list_of_failures(store):
-    stores.write_failures(store, [Failure("/in/\udce9\u2028.mp4", None, None, "odd\u2028name\x85")])
+    write_failures(store.directory, [Failure("/in/\udce9\u2028.mp4", None, None, "odd\u2028name\x85")])
     assert inspect(store).unopened == {"odd\u2028name\x85": 1}
     listed = '{"uri":"/in/two","source_id":null,"frame":null,"reason":"of an\u2028earlier version"}\n'
     store.directory.write("failures.jsonl", listed.encode())

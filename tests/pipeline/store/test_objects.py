@@ -17,6 +17,7 @@ from depthmill.pipeline.store import Layout
 from depthmill.pipeline.store.files import open_directory
 from depthmill.pipeline.store.inspect import inspect
 from depthmill.pipeline.store.objects import ObjectDirectory
+from depthmill.pipeline.store.records import write_failures
 from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import Segment
 from depthmill.tests import media, runs
@@ -34,7 +35,7 @@ def fill(store):
     for segment in (*store.segments("video")[1:], *store.segments("images")):
         write(store, segment)
     store.directory.write("run.json", b"{}")
-    stores.write_failures(store, store.failures())
+    write_failures(store.directory, store.failures())
     return store
 
 

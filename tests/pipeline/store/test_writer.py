@@ -11,6 +11,7 @@ import depthmill
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store import layout
+from depthmill.pipeline.store.records import write_failures
 from depthmill.pipeline.store.shard import encode_chunk
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Failure, Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels, write
@@ -94,7 +95,7 @@ def test_failed_frames_keep_their_reason(store):
     dataset = depthmill.open(store.uri)["images"]
     assert np.isnan(dataset["depth"][1].values).all()
     assert dataset["reason"].values.tolist() == ["", "picture 1 is öken", "", "picture 3 is öken", ""]
-    path = Path(stores.write_failures(store, [*store.failures(), Failure("/in/a.mp4", None, None, "no such file")]))
+    path = Path(write_failures(store.directory, [*store.failures(), Failure("/in/a.mp4", None, None, "no such file")]))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["uri"], line["frame"], line.get("key")) for line in lines] == [
         ("/in/a.mp4", None, None),
