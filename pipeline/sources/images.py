@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from depthmill.pipeline.errors import SourceChangedError, SourceError
 from depthmill.pipeline.objects import is_url, path_of
 from depthmill.pipeline.sources.limits import check_frames, check_range
 from depthmill.pipeline.sources.naming import canonical_uri, natural_key, readable, unique_names
-from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files, unanswered
+from depthmill.pipeline.sources.opening import file_size, files_below, holds_files, kind_of, list_files, unanswered
 from depthmill.pipeline.sources.pictures import (
     Encoded,
     Header,
@@ -201,20 +200,12 @@ def _is_away(files: Sequence[Picture], headers: Sequence[Header], index: int, ma
     whose headers could be read, none can be any more.
     """
     file = files[index]
-    if isinstance(file, Path) and not _holds_files(file.parent):
+    if isinstance(file, Path) and not holds_files(file.parent):
         return True
     step = -(-len(files) // _OTHERS)
     parts = (range(start, min(start + step, len(files))) for start in range(0, len(files), step))
     others = {next((i for i in part if headers[i].height and i != index), index) for part in parts} - {index}
     return bool(others) and not any(_can_be_read(files[i], max_pixels) for i in others)
-
-
-def _holds_files(folder: Path) -> bool:
-    try:
-        with os.scandir(folder) as entries:
-            return any(entries)
-    except OSError:
-        return False
 
 
 def _can_be_read(file: Picture, max_pixels: int) -> bool:

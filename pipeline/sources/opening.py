@@ -14,6 +14,9 @@ from typing import Any, BinaryIO, Literal, cast
 from depthmill.pipeline.errors import MissingError, SourceError
 from depthmill.pipeline.objects import is_url, locate, said
 
+# Of errors in reading a file, those that all others have too if it is their folder that cannot be reached.
+AWAY_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM)
+
 _BLOCK_BYTES = 1 << 20  # fetched at once; a few are kept: indices are read here and there, pictures one after another
 _BLOCKS = 8
 _GLIMPSE_BYTES = 1 << 14  # likewise, of what is only glimpsed at: a header of a picture, seldom more than one block
@@ -102,6 +105,15 @@ def files_below(folder: Path) -> tuple[list[Path], OSError | None]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         files += [Path(parent, name) for name in names if not name.startswith(".")]
     return files, errors[0] if errors else None
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether there is anything in a folder, and it can be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(entries)
+    except OSError:
+        return False
 
 
 def unanswered(name: object, error: OSError) -> SourceError:

@@ -26,7 +26,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from depthmill.pipeline.errors import MissingError, SourceError
 from depthmill.pipeline.sources.naming import source_id
-from depthmill.pipeline.sources.opening import open_binary, read_whole, unanswered
+from depthmill.pipeline.sources.opening import AWAY_ERRORS, open_binary, read_whole, unanswered
 from depthmill.pipeline.types import Frame, Source, SourceKind
 
 Picture = Path | str | BinaryIO  # a file, a URL, or an open one
@@ -51,8 +51,7 @@ _MAX_CANVAS = 2  # times the pixels that a picture may have; a tall one and a wi
 
 # Of errors in reading, those that a picture is to blame for: what Pillow says (without a number), files that are not
 # there or not to be read, links in a circle, and places asked for that no file has.
-_OWN_ERRORS = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EINVAL)
-_AWAY_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM)  # of these, what all others have too if it is their folder's
+_OWN_ERRORS = (None, *AWAY_ERRORS, errno.ELOOP, errno.EINVAL)
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -391,7 +390,7 @@ def _read_frame(encoded: Encoded, max_pixels: int) -> Frame:
         return Frame(encoded.index, decode_image(picture, max_pixels))
     except SourceError as error:
         cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno in _AWAY_ERRORS and encoded.away():
+        if isinstance(cause, OSError) and cause.errno in AWAY_ERRORS and encoded.away():
             raise unanswered(picture, cause) from error
         # Once it is mended, its source has another fingerprint, and is no longer the one that was labelled.
         return Frame(encoded.index, None, f"{error}, and label its input anew")

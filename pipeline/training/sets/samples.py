@@ -17,14 +17,14 @@ from pydantic import Field
 from depthmill.pipeline.config import StrictModel
 from depthmill.pipeline.errors import SampleError, SourceError, TrainingError
 from depthmill.pipeline.sources import MAX_PIXELS
+from depthmill.pipeline.sources.opening import AWAY_ERRORS, holds_files
 from depthmill.pipeline.sources.pictures import decode_image
 from depthmill.pipeline.training.batch import Batch
 
 logger = logging.getLogger(__name__)
 
-# Errors in reading that are a file's own (decoders' have no number), and those that are, unless its folder is away.
+# Errors in reading that are a file's own, and not its folder's (decoders' have no number).
 _OWN_ERRORS = (None, errno.EINVAL, errno.EISDIR, errno.ELOOP)
-_AWAY_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM)
 
 
 class SetOptions(StrictModel):
@@ -156,15 +156,8 @@ def _check_own(path: Path, error: Exception) -> None:
     cause = error if isinstance(error, OSError) else error.__cause__
     if not isinstance(cause, OSError) or cause.errno in _OWN_ERRORS:
         return
-    if cause.errno not in _AWAY_ERRORS or not _holds_files(path.parent):
+    if cause.errno not in AWAY_ERRORS or not holds_files(path.parent):
         raise cause
-
-
-def _holds_files(folder: Path) -> bool:
-    try:
-        return any(folder.iterdir())
-    except OSError:
-        return False
 
 
 def _resized(
