@@ -27,6 +27,7 @@ from depthmill.pipeline.errors import (
     StoreError,
     StoreFullError,
     StoreMismatchError,
+    StoreReplacedError,
 )
 from depthmill.pipeline.plan import Planned, Task
 from depthmill.pipeline.types import Report, Segment
@@ -42,6 +43,7 @@ from depthmill.workers.pool import Event, Pool
 from depthmill.workers.standing import Standing
 from depthmill.workers.terms import Calls, Failer, Options, Publisher
 
+_FOR_ALL = (StoreFullError, StoreReplacedError, ConfigError, CheckpointError)  # they would meet every other worker
 _POLL_S = 0.5
 _SHOW_EVERY_S = 0.2
 _WATCH_S = 60.0  # of nothing happening, until the run says what it waits for
@@ -121,7 +123,7 @@ class Driver:
         except BaseException as error:
             with suppress(Exception):  # what stopped the run matters more
                 self._publisher.publish()
-            if not isinstance(error, StoreError) or isinstance(error, StoreMismatchError):
+            if not isinstance(error, StoreError) or isinstance(error, StoreMismatchError | StoreReplacedError):
                 raise
             remedy = "make room" if isinstance(error, StoreFullError) else "see to the store"
             raise RunStoppedError(
@@ -244,7 +246,7 @@ class Driver:
                 self._checked(check, event)
             case None:
                 self._loaded(event, prober)
-            case _ if isinstance(cause, StoreFullError | ConfigError | CheckpointError):  # so would every other worker
+            case _ if isinstance(cause, _FOR_ALL):
                 raise cause
             case _ if isinstance(cause, StoreError) and not isinstance(cause, StoreDamagedError):
                 self._put_back(running, event)

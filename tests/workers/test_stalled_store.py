@@ -1,8 +1,8 @@
-"""A store that does not answer at all, as one on a hard mount: workers that stand still in a commit are ended."""
+"""A store that does not answer at all, as one on a hard mount, or that has become another run's."""
 
 import pytest
 
-from depthmill.pipeline.errors import RunStoppedError
+from depthmill.pipeline.errors import RunStoppedError, StoreReplacedError
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, all_frames, drive, labels
 
 
@@ -40,3 +40,19 @@ def test_what_is_committed_while_the_next_picture_kills_its_worker_is_labelled(a
     drive(SimulatedPool(lambda: workers, labels(ledger, bad={("10.jpg", 0): "die"})), ledger, attempts=attempts)
     assert set(ledger.failed) == {("10.jpg", 0)}
     assert set(ledger.labelled) == all_frames(ledger) - set(ledger.failed)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_store_that_another_run_has_made_anew_ends_the_run_at_once(workers):
+    ledger = Ledger({"a": (640, 64)})
+    behave = labels(ledger)
+
+    def refuse(pool, worker, method, argument):
+        made_anew = method == "label" and pool.clock_s > 10
+        return (0.1, StoreReplacedError("made anew")) if made_anew else behave(pool, worker, method, argument)
+
+    pool = SimulatedPool(lambda: workers, refuse)
+    with pytest.raises(StoreReplacedError, match="made anew"):
+        drive(pool, ledger)
+    assert pool.clock_s < 30
+    assert not ledger.failed
