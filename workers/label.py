@@ -21,6 +21,7 @@ from rich.console import Console
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError
+from depthmill.pipeline.job import identity, layout
 from depthmill.pipeline.model.backend import default_threads, pick_device, pick_dtype
 from depthmill.pipeline.model.checkpoint import Checkpoint
 from depthmill.pipeline.model.labeler import open_checkpoints
@@ -34,7 +35,7 @@ from depthmill.pipeline.worker import Worker
 from depthmill.workers.driver import Driver
 from depthmill.workers.pool import InProcess, Pool
 from depthmill.workers.progress import Rate, RunConsole, count, open_display, warn
-from depthmill.workers.resume import Summary, identity, layout, list_failures, patiently, planned_here
+from depthmill.workers.resume import Summary, list_failures, patiently, planned_here
 from depthmill.workers.standing import Standing
 from depthmill.workers.stopping import stoppable
 from depthmill.workers.terms import Calls, Options

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import (
@@ -24,11 +24,12 @@ from depthmill.pipeline.errors import (
     StoreError,
     StoreMismatchError,
 )
-from depthmill.pipeline.model.checkpoint import Checkpoint, open_named
+from depthmill.pipeline.job import identity, layout
+from depthmill.pipeline.model.checkpoint import open_named
 from depthmill.pipeline.objects import without_secrets
 from depthmill.pipeline.plan import Planned, Prober
 from depthmill.pipeline.sources import expand_inputs, source_id
-from depthmill.pipeline.store import Layout, Store, create, open_store, records
+from depthmill.pipeline.store import Store, create, open_store, records
 from depthmill.pipeline.store.store import READERS
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import Failure
@@ -207,31 +208,3 @@ def patiently(do: Callable[[], T]) -> T:
                     "run the same command again"
                 ) from error
         time.sleep(rests.until_s - now_s)
-
-
-def layout(config: LabelConfig) -> Layout:
-    """How a run's labels are laid out on disk."""
-    usual, corpus = config.segment_lengths
-    return Layout(
-        labels=config.labels,
-        shard_frames=config.shard_frames,
-        segment_frames=usual,
-        corpus_segment_frames=corpus,
-        normals_dtype=config.normals_dtype,
-        uncertainty=config.ensemble > 1 and "depth" in config.labels,
-    )
-
-
-def identity(config: LabelConfig, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-    """What decides the labels: a run with another identity is not mixed into a store.
-
-    Batch size, threads and the kind of device are not in it: they change float rounding alone.
-    """
-    sampling = config.sampling
-    return {
-        "checkpoints": {checkpoint.modality: checkpoint.identity for checkpoint in checkpoints},
-        "processing_resolution": config.processing_resolution or checkpoints[0].processing_resolution,
-        "dtype": config.dtype,
-        **({} if sampling.is_single_step else {"sampling": sampling.identity}),
-        **({} if config.round_aspect is None else {"round_aspect": config.round_aspect}),
-    }

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from depthmill.pipeline import job
 from depthmill.pipeline.bench import peers
 from depthmill.pipeline.bench.feed import Feed, first_frames, measure_feed
 from depthmill.pipeline.bench.flops import label_flops, matmuls
@@ -23,7 +24,6 @@ from depthmill.pipeline.config import LabelConfig, make_folder
 from depthmill.pipeline.model.backend import COMPILE_AFTER, cores, cpu_kind, default_threads, keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.sources import open_source
-from depthmill.pipeline.store import Layout
 from depthmill.pipeline.types import Frame, is_corpus
 
 _SIZE = (576, 768)  # of the pictures where no input is given
@@ -145,17 +145,11 @@ def bench(
         speed = thread.submit(measure_speed, labeler, pictures, rounds, compiled=compiled).result()
         feed = None
         if source is not None:
-            probed, (segment_frames, of_corpus) = source.probe(), config.segment_lengths
-            if of_corpus is not None and is_corpus(probed.kind, probed.frames):
-                segment_frames = of_corpus
+            probed, layout = source.probe(), job.layout(config)
+            of_corpus = layout.corpus_segment_frames
+            if of_corpus is not None and is_corpus(probed.kind, probed.frames):  # the few frames measured may be none
+                layout = replace(layout, segment_frames=of_corpus)
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="depthmill-bench-", dir=folder)))
-            layout = Layout(
-                labels=config.labels,
-                shard_frames=config.shard_frames,
-                segment_frames=segment_frames,
-                normals_dtype=config.normals_dtype,
-                uncertainty=config.ensemble > 1 and "depth" in config.labels,
-            )
             measured = measure_feed(
                 source, kept, config, labeler, thread, layout, scratch, frames=frames, rounds=rounds
             )

@@ -110,7 +110,7 @@ def test_what_is_measured_is_what_a_run_does(config, tmp_path, monkeypatch):
 def test_without_an_input_there_is_no_feed(config):
     report = bench(config.model_copy(update={"labels": ("depth",)}), rounds=1)
     assert report.feed is None
-    assert "give --video" in str(report)
+    assert "give --input" in str(report)
     assert "what helps: a faster device" in str(report)
     assert "compiled" not in str(report)
 
