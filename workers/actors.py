@@ -16,7 +16,7 @@ from depthmill.pipeline.model.backend import pick_dtype
 from depthmill.pipeline.plan import Prober
 from depthmill.pipeline.store.files import located
 from depthmill.pipeline.worker import Worker
-from depthmill.workers.inquest import reason
+from depthmill.workers.causes import reason
 from depthmill.workers.ray_pool import RayPool, remote, this_node
 
 _PATIENCE_S = 20.0  # before it is said what is waited for

@@ -13,7 +13,7 @@ import ray
 
 from depthmill.pipeline.config import LabelConfig, SmoothConfig
 from depthmill.pipeline.errors import ConfigError
-from depthmill.workers.inquest import reason
+from depthmill.workers.causes import reason
 
 _REACHABLE_S = 10.0
 _STARTS = 3  # of a cluster on this machine: Ray grants its processes 30 s, which is little where cores are starved

@@ -19,8 +19,8 @@ from depthmill.pipeline.errors import (
 )
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Report
+from depthmill.workers.causes import cause_of, words_of
 from depthmill.workers.crew import Crew, Running
-from depthmill.workers.inquest import cause_of, words_of
 from depthmill.workers.pace import HOPELESS_AFTER, PATIENCE_S, Limits, rest_s
 from depthmill.workers.pool import Event
 

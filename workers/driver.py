@@ -32,11 +32,12 @@ from depthmill.pipeline.errors import (
 from depthmill.pipeline.plan import Planned, Task
 from depthmill.pipeline.types import Report, Segment
 from depthmill.workers.backlog import Backlog, Probe
+from depthmill.workers.causes import after, cause_of, words_of
 from depthmill.workers.crew import Crew, Running, StoodStillError
 from depthmill.workers.doubts import Check, Doubts
 from depthmill.workers.given_up import GivenUp, Suspect
 from depthmill.workers.inputs import Inputs
-from depthmill.workers.inquest import Searches, Trial, after, cause_of, words_of
+from depthmill.workers.inquest import Searches, Trial
 from depthmill.workers.loading import Loading
 from depthmill.workers.pace import Limits, Pace, Rests
 from depthmill.workers.pool import Event, Pool

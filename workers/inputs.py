@@ -22,7 +22,7 @@ from depthmill.pipeline.errors import (
 from depthmill.pipeline.sources import shown
 from depthmill.pipeline.types import Failure
 from depthmill.workers.backlog import Probe
-from depthmill.workers.inquest import after, cause_of, words_of
+from depthmill.workers.causes import after, cause_of, words_of
 from depthmill.workers.pace import Rests
 from depthmill.workers.pool import Event
 

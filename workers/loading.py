@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from depthmill.pipeline.errors import RunStoppedError
+from depthmill.workers.causes import cause_of, reason
 from depthmill.workers.crew import Crew
-from depthmill.workers.inquest import cause_of, reason
 from depthmill.workers.pace import PATIENCE_S, rest_s
 from depthmill.workers.pool import Event
 

@@ -33,8 +33,8 @@ from depthmill.pipeline.smoothing.stage import (
 )
 from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.store.temporal import Temporal
+from depthmill.workers.causes import after, cause_of, words_of
 from depthmill.workers.crew import Crew
-from depthmill.workers.inquest import after, cause_of, words_of
 from depthmill.workers.loading import Loading
 from depthmill.workers.looks import Looks
 from depthmill.workers.pace import Pace, Rests

@@ -2,10 +2,10 @@
 
 import pytest
 
-from depthmill.pipeline.errors import SourceChangedError
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Segment
-from depthmill.workers.inquest import DIED, TOO_LONG, Searches, after, words_of
+from depthmill.workers.causes import DIED, TOO_LONG
+from depthmill.workers.inquest import Searches
 from depthmill.workers.pool import Event
 
 TASK = Task("a.mp4", "f", Segment("a", 0, 8))
@@ -18,7 +18,8 @@ LOST = Event(0, error=RuntimeError("the actor died"), died=True, lost=True)
 def guilty(*alone):
     """What a search in which frame 5 kills its worker finds; tried alone, that frame ends so, and then well."""
     searches, outcomes = Searches(attempts=3), iter(alone)
-    verdict = searches.open(TASK, DIED)
+    searches.open(TASK, DIED)
+    verdict = None
     while verdict is None:
         trial = searches.take()
         event = Event(0, trial.frames)
@@ -46,15 +47,16 @@ def test_what_tells_most_of_a_frame_is_kept_whenever_it_was_seen(alone, why):
     assert why in guilty(*alone)[5]
 
 
-def test_what_is_raised_on_purpose_is_told_without_the_name_of_its_class():
-    assert words_of(Event(0, error=SourceChangedError("a.mp4 changed: put it back"))) == "a.mp4 changed: put it back"
-    assert words_of(FAILS) == "RuntimeError: no luck"
-
-
 def test_lost_machines_are_nobodys_fault_the_first_ten_times():
     assert guilty(*[LOST] * 12) == {}
     assert guilty(*[LOST] * 13) == {5: DIED}
-    task = TASK
-    for _ in range(12):
-        task = after(task, LOST)
-    assert (task.losses, task.attempts) == (10, 2)
+
+
+@pytest.mark.parametrize(("alone", "skip"), [(Event(0, 1), ()), (DIES, ((8, DIED),))], ids=["labelled", "dies"])
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_a_segment_of_one_frame_is_tried_once_more_by_itself(attempts, alone, skip):
+    """Nothing is begun in a trial that its worker could die of, and nothing is written."""
+    searches = Searches(attempts)
+    searches.open(Task("a.mp4", "f", Segment("a", 8, 9)), DIED)
+    verdict = searches.tried(searches.take(), alone)
+    assert (verdict.skip, verdict.searched, len(searches)) == (skip, True, 0)

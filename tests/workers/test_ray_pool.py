@@ -17,7 +17,7 @@ from ray.exceptions import (
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import ConfigError
 from depthmill.workers import actors
-from depthmill.workers.inquest import words_of
+from depthmill.workers.causes import words_of
 from depthmill.workers.label import _resolve
 from depthmill.workers.ray_pool import RayPool
 
