@@ -20,7 +20,7 @@ from depthmill.pipeline.sources.video import VideoSource
 from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES, UNREAD_TAR_SUFFIXES, WebDatasetSource
 from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS, FrameSource
 
-__all__ = ["MAX_FRAMES", "MAX_PIXELS", "Prefetch", "expand_inputs", "open_source", "prefetch", "shown", "source_id"]
+__all__ = ["Prefetch", "expand_inputs", "open_source", "prefetch", "shown", "source_id"]
 
 
 def _unread_tar(uri: str, *_: int) -> NoReturn:

@@ -52,7 +52,7 @@ class ImageSource:
     without hidden files.
     """
 
-    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int = 0) -> None:
+    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int) -> None:
         """Name a folder or a picture, without opening it.
 
         Args:

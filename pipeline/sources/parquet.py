@@ -55,7 +55,7 @@ _KEY_BATCH_ROWS = 1 << 16
 class ParquetSource:
     """A Parquet file with a column of encoded pictures."""
 
-    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int = 0) -> None:
+    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int) -> None:
         """Name a file, without opening it.
 
         Args:

@@ -73,7 +73,7 @@ class _Verdict:
 class VideoSource:
     """A video file, read by PyAV. Several reads may run at once, each with a decoder of its own."""
 
-    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int = 0) -> None:
+    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int) -> None:
         """Name a video, without opening it.
 
         Args:

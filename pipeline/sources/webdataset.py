@@ -66,7 +66,7 @@ class _Picture:
 class WebDatasetSource:
     """A WebDataset shard: `.tar`, or `.tar.gz`."""
 
-    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int = 0) -> None:
+    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int) -> None:
         """Name a shard, without opening it.
 
         Args:

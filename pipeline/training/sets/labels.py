@@ -20,13 +20,12 @@ from depthmill.pipeline.errors import (
     StoreError,
     TrainingError,
 )
-from depthmill.pipeline.sources import MAX_FRAMES, MAX_PIXELS
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.store import open_datasets, open_store
 from depthmill.pipeline.store.zarr_files import decoding
 from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.training.sets.samples import SetOptions, sample
-from depthmill.pipeline.types import LABELLED, FrameSource, Modality
+from depthmill.pipeline.types import LABELLED, MAX_FRAMES, MAX_PIXELS, FrameSource, Modality
 
 if TYPE_CHECKING:
     import xarray
