@@ -14,6 +14,13 @@ from depthmill.tests import media as make
 FRAMES = 40
 
 
+@pytest.mark.parametrize(("codec", "name"), [("libx264", "raw.h264"), ("libx265", "raw.hevc")])
+def test_a_raw_stream_has_the_rate_that_its_header_says(codec: str, name: str, tmp_path: Path) -> None:
+    source = open_source(make.write_video(tmp_path / name, frames=12, codec=codec, fps=60)).probe()
+    assert source.fps == pytest.approx(60)
+    np.testing.assert_allclose(source.time_s, np.arange(12) / 60, atol=1e-6)
+
+
 def strip_times(path: Path, kept: Sequence[int]) -> Path:
     """Take the timestamps out of a transport stream, but for those of the packets `kept`."""
     data, at, number = bytearray(path.read_bytes()), 0, 0
