@@ -34,6 +34,7 @@ from depthmill.pipeline.types import Report, Segment
 from depthmill.workers.backlog import Backlog, Probe
 from depthmill.workers.causes import after, cause_of, words_of
 from depthmill.workers.crew import Crew, Running, StoodStillError
+from depthmill.workers.deferred import Failer, Publisher
 from depthmill.workers.doubts import Check, Doubts
 from depthmill.workers.given_up import GivenUp, Suspect
 from depthmill.workers.inputs import Inputs
@@ -42,7 +43,7 @@ from depthmill.workers.loading import Loading
 from depthmill.workers.pace import Limits, Pace, Rests
 from depthmill.workers.pool import Event, Pool
 from depthmill.workers.standing import Standing
-from depthmill.workers.terms import Calls, Failer, Options, Publisher
+from depthmill.workers.terms import Calls, Options
 
 _FOR_ALL = (StoreFullError, StoreReplacedError, ConfigError, CheckpointError)  # they would meet every other worker
 _POLL_S = 0.5

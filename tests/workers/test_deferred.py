@@ -1,5 +1,5 @@
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
-from depthmill.workers.terms import Publisher
+from depthmill.workers.deferred import Publisher
 
 
 def test_sources_are_named_once_one_has_waited_for_long_and_longer_in_a_large_root():
