@@ -1,10 +1,15 @@
-"""Stores whose depth flickers, for smoothing; and what smoothing wrote."""
+"""Stores whose depth flickers, for smoothing; smoothing in this process, and what it wrote."""
+
+import io
 
 import numpy as np
+from rich.console import Console
 
+from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import Layout, create
 from depthmill.tests.pipeline.store import samples
+from depthmill.workers.smooth import smooth
 
 
 def labelled(path, video, segment_frames=8, upto=None, labels=("depth", "normals")):
@@ -31,3 +36,8 @@ def written(store, source_id=""):
     """Path -> bytes of every file that smoothing wrote, or of those of one source."""
     found = samples.files(store.uri)
     return {k: v for k, v in found.items() if k.startswith(source_id) and ("/temporal/" in k or "_smooth/" in k)}
+
+
+def run(store, **options):
+    console = Console(file=io.StringIO())
+    return smooth(store.uri, SmoothConfig(**{"workers": 0, "max_edge": 4, **options}), console=console)

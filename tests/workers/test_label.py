@@ -4,8 +4,6 @@ import io
 import itertools
 import json
 import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,41 +17,11 @@ from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError,
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store import open_datasets, open_store
-from depthmill.pipeline.store.inspect import inspect
-from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.worker import Worker
 from depthmill.tests import media, runs
+from depthmill.tests.workers.labelling import only_source, run
 from depthmill.workers.label import _options, label
 from depthmill.workers.pool import InProcess
-
-
-@pytest.fixture
-def config(checkpoints):
-    return LabelConfig(
-        checkpoint=str(checkpoints / "depth"),
-        normals_checkpoint=str(checkpoints / "normals"),
-        device="cpu",
-        batch_size=4,
-        shard_frames=4,
-        segment_frames=8,
-        workers=0,
-        threads=1,
-    )
-
-
-@pytest.fixture
-def video(tmp_path):
-    return media.write_video(tmp_path / "clip.mp4", frames=19)
-
-
-def run(inputs, store, config, **options):
-    console = Console(file=io.StringIO(), highlight=False, width=200)
-    return label([str(path) for path in inputs], store, config, console=console, **options)
-
-
-def only_source(store):
-    (group,) = [path.name for path in store.iterdir() if path.is_dir()]
-    return xarray.open_zarr(store, group=group)
 
 
 def test_a_video_is_labelled_as_the_labeler_labels_it(video, tmp_path, config, checkpoints):
@@ -222,42 +190,6 @@ def config_checkpoints(config):
     return open_checkpoints(config)
 
 
-def test_bad_inputs_stop_nothing_and_are_all_listed(tmp_path, config):
-    inputs = tmp_path / "inputs"
-    good = media.write_video(inputs / "good.mp4", frames=9)
-    noisy = [np.random.default_rng(i).integers(0, 256, (48, 64, 3), dtype=np.uint8) for i in range(40)]
-    broken = media.break_middle(media.write_video(inputs / "broken.mp4", pictures=noisy), 0.6, 3000)
-    cut = media.truncate(media.write_video(inputs / "cut.mp4", pictures=noisy), 0.6)
-    text = inputs / "text.mp4"
-    text.write_text("this is no video")
-    (inputs / "empty").mkdir()
-    photos = inputs / "photos"
-    media.write_image_folder(photos, count=3)
-    (photos / "000-zero.png").touch()
-    (photos / "000-text.jpg").write_text("this is no picture")
-    Image.new("RGB", (1, 1)).save(photos / "tiny.png")
-    missing = inputs / "missing.mp4"
-    summary = run([good, broken, cut, text, inputs / "empty", photos, missing], tmp_path / "out.zarr", config)
-
-    failures = [json.loads(line) for line in (tmp_path / "out.zarr" / "failures.jsonl").read_text().splitlines()]
-    assert len(failures) == len(summary.failures)
-    assert all(failure["reason"] for failure in failures)
-    unopened = {failure["uri"] for failure in failures if failure["frame"] is None}
-    assert unopened == {str(text), str(inputs / "empty"), str(missing)}
-    by_input = {str(path): 0 for path in (good, broken, cut, photos)}
-    for failure in failures:
-        if failure["frame"] is not None:
-            by_input[failure["uri"]] += 1
-    assert by_input[str(good)] == 0
-    assert by_input[str(photos)] == 2
-    assert 0 < by_input[str(broken)] < 40
-    assert by_input[str(cut)] >= 1
-    assert summary.labelled == summary.frames - sum(by_input.values())
-    again = run([good, broken, cut, text, inputs / "empty", photos, missing], tmp_path / "out.zarr", config)
-    assert again.committed == 0
-    assert again.failures == summary.failures
-
-
 @pytest.mark.slow
 def test_a_50_megapixel_picture_among_small_ones(tmp_path, config):
     Image.new("RGB", (8192, 6144), (90, 120, 150)).save(tmp_path / "photos-large.png", compress_level=1)
@@ -270,106 +202,6 @@ def test_a_50_megapixel_picture_among_small_ones(tmp_path, config):
     summary = run([photos], tmp_path / "limited.zarr", over)
     assert summary.labelled == 2
     assert "10" in summary.failures[0].reason
-
-
-def test_nothing_that_can_be_opened_is_an_error_and_makes_no_store(tmp_path, config):
-    with pytest.raises(SourceError, match="1 input given, and none"):
-        run([tmp_path / "missing.mp4"], tmp_path / "out.zarr", config)
-    assert not (tmp_path / "out.zarr").exists()
-
-
-def test_a_frame_that_the_model_fails_at_is_found_and_the_rest_is_labelled(video, tmp_path, config, monkeypatch):
-    original = Worker.label, Worker.try_task
-
-    def fails(method):
-        def call(self, task):
-            if task.segment.start <= 10 < task.segment.stop and 10 not in dict(task.skip):
-                raise RuntimeError("no luck")
-            return method(self, task)
-
-        return call
-
-    monkeypatch.setattr(Worker, "label", fails(original[0]))
-    monkeypatch.setattr(Worker, "try_task", fails(original[1]))
-    summary = run([video], tmp_path / "out.zarr", config.model_copy(update={"attempts": 2}))
-    assert summary.labelled == 18
-    (failure,) = summary.failures
-    assert (failure.frame, failure.reason) == (10, "RuntimeError: no luck")
-    assert np.isnan(only_source(tmp_path / "out.zarr").depth.values[10]).all()
-    assert not np.isnan(only_source(tmp_path / "out.zarr").depth.values[11]).any()
-    monkeypatch.undo()
-
-    again = run([video], tmp_path / "out.zarr", config)
-    assert (again.committed, len(again.failures)) == (0, 1)
-    mended = run([video], tmp_path / "out.zarr", config, retry_failed=True)
-    assert (mended.committed, mended.labelled, mended.failures) == (1, 19, ())
-    run([video], tmp_path / "whole.zarr", config)
-    for name in ("depth", "normals", "status"):
-        np.testing.assert_allclose(
-            only_source(tmp_path / "out.zarr")[name], only_source(tmp_path / "whole.zarr")[name], atol=1e-2
-        )
-
-
-def test_one_changed_input_among_others_is_left_out(video, tmp_path, config):
-    other = media.write_video(tmp_path / "other.mp4", frames=3)
-    run([video, other], tmp_path / "out.zarr", config)
-    media.write_video(video, frames=18)
-    more = media.write_video(tmp_path / "more.mp4", frames=3)
-    summary = run([video, other, more], tmp_path / "out.zarr", config)
-    assert (summary.sources, summary.committed) == (2, 3)
-    assert "changed since" in summary.failures[0].reason
-    group = re.search(r"remove (\S+) and", summary.failures[0].reason)[1]
-    assert open_store(tmp_path / "out.zarr").attributes(Path(group).name)["uri"] == str(video)
-    shutil.rmtree(group)
-    summary = run([video, other, more], tmp_path / "out.zarr", config)
-    assert (summary.sources, summary.committed, summary.failures) == (3, 18, ())
-    assert verify(open_store(tmp_path / "out.zarr")).damage == ()
-    assert {len(source.time) for source in open_datasets(tmp_path / "out.zarr").values()} == {3, 18}
-
-
-@pytest.mark.parametrize("array", ["status", "reason"])
-def test_one_source_that_is_damaged_in_the_store_is_left_out(video, tmp_path, config, array):
-    broken = media.write_image_folder(tmp_path / "photos", count=3)[0].parent
-    (broken / "001.png").write_bytes(b"no picture")
-    whole = run([video, broken], tmp_path / "out.zarr", config)
-    (damaged,) = (tmp_path / "out.zarr").glob(f"photos*/{array}/c/0")
-    damaged.write_bytes(b"\xffnonsense")
-    store = open_store(tmp_path / "out.zarr")
-    assert inspect(store).failed == (3 if array == "status" else 1)
-    more = media.write_video(tmp_path / "more.mp4", frames=3)
-    assert run([video, more], tmp_path / "out.zarr", config).labelled == 22, "another's damage is no matter of theirs"
-    summary = run([video, more, broken], tmp_path / "out.zarr", config)
-    assert summary.labelled == 22 + (0 if array == "status" else 2)
-    (failure,) = summary.failures
-    assert (failure.uri, failure.frame) == (str(broken), None)
-    assert re.search(rf"/{array} is damaged .*: run `depthmill verify .* --repair`, which mends it", failure.reason)
-    assert str(failure.reason) in (tmp_path / "out.zarr" / "failures.jsonl").read_text().replace("\\", "")
-    verify(store, repair=True)
-    summary = run([video, more, broken], tmp_path / "out.zarr", config)
-    assert (summary.labelled, [failure.frame for failure in summary.failures]) == (24, [1])
-    assert [failure.frame for failure in whole.failures] == [1]
-
-
-def test_a_wrong_path_does_not_cost_the_store_that_was_to_be_overwritten(video, tmp_path, config):
-    run([video], tmp_path / "out.zarr", config)
-    with pytest.raises(SourceError, match="left as it was"):
-        run([tmp_path / "missing.mp4"], tmp_path / "out.zarr", config, overwrite=True)
-    assert only_source(tmp_path / "out.zarr").sizes["frame"] == 19
-
-
-def test_an_attempt_that_fails_once_leaves_no_trace(video, tmp_path, config, monkeypatch):
-    run([video], tmp_path / "whole.zarr", config)
-    original, tries = Labeler.label, []
-
-    def fail_once(self, frames, *arguments, **options):
-        tries.append(frames)
-        if len(tries) == 2:
-            raise RuntimeError("once")
-        return original(self, frames, *arguments, **options)
-
-    monkeypatch.setattr(Labeler, "label", fail_once)
-    assert run([video], tmp_path / "out.zarr", config).labelled == 19
-    assert runs.contents(tmp_path / "out.zarr") == runs.contents(tmp_path / "whole.zarr")
 
 
 SAMPLED = {"steps": 2, "noise": "gaussian", "ensemble": 3}
