@@ -28,6 +28,12 @@ def test_fit_equals_numpys_least_squares() -> None:
         np.testing.assert_allclose([scale[b], shift[b]], expected, rtol=1e-4)
 
 
+def test_what_hardly_varies_against_its_mean_gets_no_scale() -> None:
+    target = grid(1, 16, 16)
+    scale, _ = losses.fit_affine(1000 + 0.01 * target, target, everywhere(target))
+    assert 0 < scale < 0.01  # by least squares alone, 100
+
+
 def test_depth_loss_ignores_scale_shift_and_whatever_is_masked() -> None:
     depth = 2 + 30 * grid(2, 16, 16)
     mask = grid(2, 16, 16, seed=1) > 0.2
@@ -94,7 +100,7 @@ def test_degenerate_pictures_give_finite_losses_and_gradients(case: str) -> None
     if case == "nothing valid":
         mask[0], depth[0] = False, torch.nan
     elif case == "flat depth":
-        depth[0] = 3
+        depth[0] = torch.linspace(2, 2.0005, 64).view(8, 8)  # but for the rounding of a file
     elif case == "constant prediction":
         prediction[0] = 0.5
     else:

@@ -243,10 +243,16 @@ def scaled(monkeypatch):
     return scaled
 
 
-def test_steps_left_out_for_an_overflow_are_counted(scene_pool, tmp_path, scaled):
-    scaled(init_scale=3e38, backoff_factor=1e-4)
-    train(config(scene_pool, mixed_precision="fp16", save_steps=1), tmp_path)
-    assert [row["overflowed"] for row in table(tmp_path)] == ["1", "0", "0", "0"]
+@pytest.mark.parametrize(
+    ("growth", "overflowed"),
+    [({}, "1000"), ({"growth_factor": 1e4, "growth_interval": 1}, "1010")],
+    ids=["once", "twice"],
+)
+def test_steps_left_out_for_an_overflow_are_counted(scene_pool, tmp_path, scaled, monkeypatch, growth, overflowed):
+    scaled(init_scale=3e38, backoff_factor=1e-4, **growth)
+    monkeypatch.setattr(train_module, "_OVERFLOWS", 2)  # in a row, which none are here
+    train(config(scene_pool, mixed_precision="fp16"), tmp_path)
+    assert "".join(row["overflowed"] for row in table(tmp_path)) == overflowed
 
 
 def test_a_run_whose_every_step_overflows_ends(scene_pool, tmp_path, scaled, monkeypatch):
