@@ -13,19 +13,31 @@ from depthmill.tests import media
 SAMPLES = [Sample(f"a/{i:03d}", f"a/{i:03d}.png", "", None) for i in range(4)]
 
 
+def label(path, *inputs):
+    """A store of pictures whose depth is a quarter of their row in their source; the ids of the sources."""
+    store = stores.create(path, stores.Layout(labels=("depth",), shard_frames=2, segment_frames=4), {})
+    sources = [open_source(one).probe() for one in inputs]
+    store.add(*sources)
+    for source in sources:
+        writer = store.writer(store.segments(source.id)[0])
+        for i in range(source.frames):
+            writer.put(i, np.full((source.height, source.width), 0.25 * i, np.float32), None)
+        writer.commit()
+    return [source.id for source in sources]
+
+
+def test_a_source_that_is_one_picture_is_found_by_the_path_of_its_file(tmp_path):
+    label(tmp_path / "s", *(media.write_image(tmp_path / f"{one.name}.png") for one in SAMPLES[:2]))
+    taken = from_store(tmp_path / "s", SAMPLES[:2], "depth")
+    assert taken.read(SAMPLES[1]).shape == (media.HEIGHT, media.WIDTH)
+
+
 def test_damaged_labels_cost_their_pictures_and_say_what_mends_them(tmp_path):
     media.write_image_folder(tmp_path / "a", count=4)
-    layout = stores.Layout(labels=("depth",), shard_frames=2, segment_frames=4)
-    store = stores.create(tmp_path / "s", layout, {})
-    source = open_source(tmp_path / "a").probe()
-    store.add(source)
-    writer = store.writer(store.segments(source.id)[0])
-    for i in range(4):
-        writer.put(i, np.full((source.height, source.width), 0.25 * i, np.float32), None)
-    writer.commit()
+    (source,) = label(tmp_path / "s", tmp_path / "a")
 
     def damage(file):
-        path = tmp_path / "s" / source.id / file
+        path = tmp_path / "s" / source / file
         path.write_bytes(b"\xff" * path.stat().st_size)
 
     damage("depth/c/0/0/0")

@@ -168,6 +168,20 @@ def test_normals_of_another_shape_are_skipped(tmp_path):
     assert "expected (H, W, 3)" in scores.skipped[0].reason
 
 
+def test_truth_beside_the_columns_of_the_fit_alone_is_skipped(tmp_path):
+    rng = np.random.default_rng(0)
+    wanted, files, written = layouts.eth3d(rng)
+    truth = np.full_like(written[0].truth, np.inf)
+    truth[:, 1] = 2  # the fit has about every other column, from 0 on
+    files[next(name for name in files if "ground_truth" in name)] = truth.tobytes()
+    archive, samples = open_samples(wanted, layouts.write_folder(tmp_path / "data", files))
+    guesses = layouts.guesses(written, wanted, rng)
+    folder = layouts.write_predictions(tmp_path / "npy", [one.name for one in written], guesses)
+    scores = score(wanted, archive, samples, from_folder(folder, samples, "depth"))
+    assert "none of its 42 valid pixels is in the columns" in scores.skipped[0].reason
+    assert np.isfinite(list(scores.metrics.values())).all()
+
+
 ENSEMBLE = {"steps": 50, "ensemble": 10}
 
 
