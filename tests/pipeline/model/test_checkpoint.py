@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,12 +35,22 @@ def test_a_checkpoint_describes_itself(checkpoints):
     assert depth.sha256 == open_checkpoint(str(checkpoints / "depth"), "depth").sha256
 
 
-def test_the_sha256_sees_one_changed_weight(depth):
+def test_the_sha256_sees_one_changed_weight_and_one_changed_name(depth):
     before = open_checkpoint(str(depth), "depth").sha256
+    renamed = (depth / "tokenizer" / "vocab.json").rename(depth / "tokenizer" / "vocab2.json")
+    assert open_checkpoint(str(depth), "depth").sha256 != before
+    renamed.rename(depth / "tokenizer" / "vocab.json")
+    assert open_checkpoint(str(depth), "depth").sha256 == before
     weights = load_file(depth / WEIGHTS)
     next(iter(weights.values())).view(-1)[0] += 1
     save_file(weights, depth / WEIGHTS)
     assert open_checkpoint(str(depth), "depth").sha256 != before
+
+
+def test_the_sha256_is_the_same_in_whatever_order_files_are_listed(checkpoints, monkeypatch):
+    before, listed = open_checkpoint(str(checkpoints / "depth"), "depth").sha256, Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda folder: reversed(list(listed(folder))))
+    assert open_checkpoint(str(checkpoints / "depth"), "depth").sha256 == before
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])

@@ -274,6 +274,8 @@ def test_a_frame_too_large_for_the_gpu_is_an_error(checkpoints, monkeypatch):
     with pytest.raises(torch.cuda.OutOfMemoryError):
         labeler(noise(2, 16, 24, 3))
     assert labeler._most(16 * 24) == before == 2  # the next ones need not suffer for it
+    labeler._pixels_that_fit = 16 * 12
+    assert labeler._most(16 * 24) == 1, "one is tried, whatever fitted before"
 
 
 def test_a_device_that_is_not_there(checkpoints):

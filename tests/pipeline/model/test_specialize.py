@@ -152,6 +152,7 @@ def test_two_modalities_of_one_unet_but_for_its_last_convolution(x0_clip):
     assert max(errors([depth, normals], pictures())) < 1e-4
     assert unets(depth, replace(normals, prompt=normals.prompt + 1)) == 2
     assert unets(depth, replace(normals, timestep=0)) == 2
+    assert unets(depth, replace(normals, x0_clip=0.1)) == 2
     assert unets(depth, replace(normals, vae=deepcopy(depth.vae))) == 2
     other.conv_norm_out.bias.data[0] += 1
     assert unets(depth, normals) == 2
@@ -174,9 +175,20 @@ def test_it_has_less_to_compute():
     assert not [name for name in names if "time" in name or "to_k" in name or "quant" in name]
 
 
-def test_other_networks_are_left_alone():
-    for options in ({"only_cross_attention": True}, {"dual_cross_attention": True}):
-        assert not can_specialize(head(unet_options=options)), options
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"only_cross_attention": True},
+        {"dual_cross_attention": True},
+        {"center_input_sample": True},
+        {"cross_attention_norm": "layer_norm"},
+        {"mid_block_type": "UNetMidBlock2D"},
+        {"down_block_types": (CROSS_DOWN, "AttnDownBlock2D")},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_networks_are_left_alone(options):
+    assert not can_specialize(head(unet_options=options))
 
 
 def test_torch_s_generator_is_left_alone():
