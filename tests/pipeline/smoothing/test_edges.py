@@ -58,6 +58,13 @@ def test_flat_depth_tells_a_shift_and_no_scale(clip):
     assert edge["earlier"] - edge["later"] == pytest.approx(-0.1, abs=1e-3)
 
 
+def test_the_further_apart_two_frames_are_the_less_their_edge_is_believed(clip):
+    images, depth = clip
+    edges, _ = segment_edges(views(images[[0] * 5], depth[[0] * 5]), 0, max_edge=4)
+    errors = edges[4, :, FIELDS.index("scale_weight")] ** -0.5
+    np.testing.assert_allclose(errors, 0.002 * np.array([1, 2, 4]), rtol=0.01)
+
+
 def test_clipped_depth_and_depth_edges_are_left_out(clip):
     images, depth = clip
     step = depth[0].copy()

@@ -1,3 +1,4 @@
+import weakref
 from itertools import pairwise
 
 import cv2
@@ -54,7 +55,9 @@ def noisy(frames: int = 9, px: int = 3, seed: int = 0) -> list[FilterFrame]:
 def run(frames: list[FilterFrame | None], start: int = 0, stop: int | None = None) -> list[Filtered | None]:
     stop = len(frames) if stop is None else stop
     before, after = min(REACH, start), min(REACH, len(frames) - stop)
-    return list(filter_frames(iter(frames[start - before : stop + after]), before, after))
+    filtered = list(filter_frames(iter(frames[start - before : stop + after]), before, after))
+    assert len(filtered) == stop - start
+    return filtered
 
 
 def same(a: Filtered, b: Filtered) -> bool:
@@ -100,6 +103,13 @@ def test_a_moving_depth_edge_stays_sharp(px):
         assert np.abs(got.depth - truth).max() < 0.06  # four sigmas of the noise are 0.04
         assert np.abs(got.depth - truth).mean() < 0.0062  # 0.008 before
         assert got.normals is None
+
+
+def test_nearer_frames_count_for_more():
+    image = texture(0)
+    depths = [0.5, 0.5, 0.5, 0.501, 0.502]  # so near to each other that they agree
+    got = run([FilterFrame(image, np.full((H, W), depth, np.float32), None, 0) for depth in depths])
+    assert got[2].depth == pytest.approx(0.5 + (0.9 * 0.001 + 0.6 * 0.002) / (1 + 2 * 0.9 + 2 * 0.6), abs=5e-6)
 
 
 def test_labels_that_say_another_thing_have_no_say():
@@ -192,16 +202,16 @@ def test_invalid_pixels_stay_invalid_and_spread_nowhere():
 
 
 def test_at_most_five_frames_are_held():
-    asked = 0
+    frames, given = noisy(9), []
 
     def coming():
-        nonlocal asked
-        for frame in noisy(9):
-            asked += 1
-            yield frame
+        while frames:
+            given.append(weakref.ref(frames[0]))
+            yield frames.pop(0)
 
     for done, _ in enumerate(filter_frames(coming(), 0, 0)):
-        assert asked <= done + REACH + 1
+        assert len(given) <= done + REACH + 1
+        assert sum(one() is not None for one in given) <= 2 * REACH + 1
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 9), (20, 400), (33, 47)])

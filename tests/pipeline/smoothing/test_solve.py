@@ -23,13 +23,16 @@ def figures(depth, metres):
     return depth_metrics(depth.ravel(), metres.ravel(), *fit_affine(depth.ravel(), metres.ravel()), (1e-3, 1e3))
 
 
-def left(scale):
-    """What smoothing leaves of the log-scales of a video whose edges are off by 0.001, and what it takes off."""
+def left(scale, error=0.002):
+    """What smoothing leaves of the log-scales of a video whose edges are off by 0.001, and what it takes off.
+
+    The edges say that they are off by `error` for each frame between theirs.
+    """
     frames, rng = len(scale), np.random.default_rng(0)
     edges = np.full((frames, len(GAPS), 6), np.nan, np.float32)
     for row, gap in enumerate(GAPS):
         ratio = np.log(scale[:-gap] / scale[gap:])
-        middle, weight = np.full(len(ratio), 0.5), np.full(len(ratio), 1 / (0.002 * gap) ** 2)
+        middle, weight = np.full(len(ratio), 0.5), np.full(len(ratio), 1 / (error * gap) ** 2)
         noise = rng.normal(0, (0.001, 0.0001), (len(ratio), 2)).T * (ratio != 0)
         fields = ratio + noise[0], middle, middle + noise[1], weight, 25 * weight, np.full(len(ratio), 0.9)
         edges[gap:, row] = np.stack(fields, -1)
@@ -84,6 +87,11 @@ def test_a_frozen_picture_is_no_measure_of_flicker():
     scale = np.exp(np.random.default_rng(0).normal(0, 0.08, 40))
     log_scale, _ = left(np.append(scale, np.full(200, scale[-1])))
     assert np.diff(log_scale[:40]).std() < 0.05 * np.diff(np.log(scale)).std()
+
+
+def test_scales_that_flat_depth_cannot_tell_are_not_followed():
+    _, said = left(np.exp(np.random.default_rng(0).normal(0, 0.08, 40)), error=0.2)
+    assert not said.any()
 
 
 def test_joined_clips_give_what_each_gives():

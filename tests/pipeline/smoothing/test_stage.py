@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from depthmill.pipeline.config import SmoothConfig
-from depthmill.pipeline.errors import StoreDamagedError
+from depthmill.pipeline.errors import SourceError, StoreDamagedError
 from depthmill.pipeline.smoothing import edges, filter
 from depthmill.pipeline.smoothing.stage import (
     Smoother,
@@ -130,7 +130,9 @@ def test_nothing_is_computed_of_damaged_labels(tmp_path, array, change):
 
 
 @pytest.mark.parametrize(("workers", "threads"), [(None, 1), (0, 0)])
-def test_a_worker_reads_no_index_and_decodes_on_the_cores_it_has(tmp_path, monkeypatch, workers, threads):
+def test_a_worker_reads_no_index_opens_anew_when_asked_and_decodes_on_its_cores(
+    tmp_path, monkeypatch, workers, threads
+):
     video = media.write_video(tmp_path / "clip.mp4", frames=5)
     store, name = labelled(tmp_path / "a.zarr", video)
     monkeypatch.setattr(opening, "read_root", lambda directory: pytest.fail("4 kB a source, of which it needs none"))
@@ -143,6 +145,9 @@ def test_a_worker_reads_no_index_and_decodes_on_the_cores_it_has(tmp_path, monke
     uri, fingerprint = (store.attributes(name)[key] for key in ("uri", "fingerprint"))
     for phase in ("open", "edges", "solve"):
         worker.smooth(SmoothTask(phase, uri, fingerprint, store.segments(name)[0]))
+    video.unlink()
+    with pytest.raises(SourceError, match="no such file"):  # though it is still open
+        worker.smooth(SmoothTask("open", uri, fingerprint, store.segments(name)[0]))
     worker.close()
     assert {one["threads"] for one in given} == {threads}
     assert Temporal(store, name).solved()
