@@ -198,8 +198,15 @@ def test_rows_that_are_passed_over_are_told_of(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    before = open_source(make.write_parquet(path, {"image": encoded(3), "key": ["a", "b", "c"]})).probe().fingerprint
-    again = open_source(make.write_parquet(path, {"image": encoded(3), "key": ["a", "b", "c"]})).probe().fingerprint
-    renamed = open_source(make.write_parquet(path, {"image": encoded(3), "key": ["a", "b", "d"]})).probe().fingerprint
-    assert before == again != renamed
+    def fingerprint(picture: int, key: str) -> str:
+        path = tmp_path / "a.parquet"
+        columns = {"image": [make.encode(index, ".bmp") for index in (0, 1, picture)], "key": ["a", "b", key]}
+        probed = open_source(make.write_parquet(path, columns)).probe()
+        sizes.add(path.stat().st_size)
+        return probed.fingerprint
+
+    sizes: set[int] = set()
+    before = fingerprint(2, "c")
+    assert fingerprint(2, "c") == before
+    assert len({before, fingerprint(4, "c"), fingerprint(2, "d")}) == 3
+    assert len(sizes) == 1, "it is not by the file's size alone"

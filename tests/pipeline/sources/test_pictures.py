@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources import open_source
-from depthmill.pipeline.sources.pictures import decode_image, read_header
+from depthmill.pipeline.sources import open_source, pictures
+from depthmill.pipeline.sources.pictures import Encoded, decode_ahead, decode_image, read_header
 from depthmill.tests import media as make
 
 LIMIT = 1 << 27
@@ -236,6 +236,19 @@ def test_a_reason_says_that_a_mended_picture_makes_another_input(tmp_path: Path)
     assert frame.error.endswith(": replace it or leave it out, and label its input anew")
     Image.new("RGB", (1, 1)).save(tmp_path / "a" / "a.png")
     assert open_source(tmp_path / "a").probe().fingerprint != source.probe().fingerprint
+
+
+def test_a_digest_is_of_the_size_and_both_ends() -> None:
+    data = make.encode(1, ".bmp", height=100, width=100)
+    others = (data[:99] + b"x" + data[100:], data[:-1] + b"x", data[:9000] + b"x" + data[9000:])
+    assert len({read_header(io.BytesIO(one), LIMIT).digest for one in (data, *others)}) == 4
+
+
+def test_large_pictures_are_fewer_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "_MAX_BYTES_AHEAD", 100)
+    made: list[int] = []
+    waiting = (made.append(index) or Encoded(index, None, size_bytes=60) for index in range(5))
+    assert [len(made) for _ in decode_ahead(waiting, LIMIT, threads=4)] == [2, 3, 4, 5, 5]
 
 
 def test_sides_are_limited() -> None:
