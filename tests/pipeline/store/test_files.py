@@ -33,6 +33,13 @@ def test_many_may_write_one_file(tmp_path):
     assert list(path.parent.iterdir()) == [path], "no unfinished write is left, nor a folder for them"
 
 
+def test_a_file_is_on_the_disk_whole_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "zarr.json", []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number).st_size, path.exists())))
+    write_atomically(path, b"0123456789")
+    assert synced == [(10, False)]
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
 def test_a_file_that_cannot_be_read_is_not_taken_for_none(tmp_path, monkeypatch, code):
     def fail(self, *_):

@@ -110,6 +110,13 @@ def test_damage_of_what_is_kept_is_told_and_stays_to_be_found(store, file, chang
     assert file in [damage.file for damage in verify(store).damage]
 
 
+def test_a_size_larger_than_that_of_its_source_is_damage(store):
+    write(store, IMAGES_SEGMENT, failed={1})
+    store.array("images", "size")[0] = 25, 32
+    with pytest.raises(StoreDamagedError, match="pictures with labels have no size"):
+        write(store, IMAGES_SEGMENT, redo=[1])
+
+
 def test_only_frames_of_a_committed_segment_can_be_done_again(store):
     with pytest.raises(StoreError, match=r"frames \[1\] cannot be redone: expected some of video\[0:8\], committed"):
         store.writer(VIDEO_SEGMENT, [1])

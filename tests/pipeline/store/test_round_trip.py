@@ -81,12 +81,14 @@ def test_extremes_are_kept_and_what_is_invalid_stays_so(store):
     depth[0, :5] = [0, 1, np.nan, -0.5, 1.5]
     normals[1, 0] = 0
     normals[1, 1] = [np.nan, 0, 1]
+    normals[1, 2] = [1.01, 0, -1.01]  # rounded in bfloat16, say
     for index in range(8):
         writer.put(index, depth, normals)
     writer.commit()
     dataset = depthmill.open(store.uri)["video"]
     np.testing.assert_array_equal(dataset["depth"][3, 0, :5], [0, 1, np.nan, 0, 1])
     assert (dataset["normals"][3, 1, :2].values == 0).all()
+    np.testing.assert_array_equal(dataset["normals"][3, 1, 2], [1, 0, -1])
     assert (np.linalg.norm(dataset["normals"][3, 2:].values, axis=-1) > 0.98).all()
 
 

@@ -121,6 +121,12 @@ def test_times_and_keys_that_changed_are_found(done, file):
     assert "its checksum differs" in damage.reason
 
 
+def test_one_row_of_a_table_may_have_an_empty_key(store):
+    keys = ("", "a", "b", "c", "d")
+    store.add(*(dataclasses.replace(IMAGES, id=kind, kind=kind, keys=keys) for kind in ("parquet", "webdataset")))
+    assert [damage.file for damage in verify(store).damage] == ["webdataset/key/c/0"]
+
+
 def test_metadata_is_written_anew_and_lost_times_and_keys_are_told(done):
     before = files(done.uri)
     (Path(done.uri) / "video/depth/zarr.json").unlink()

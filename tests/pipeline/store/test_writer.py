@@ -11,8 +11,9 @@ import depthmill
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store import layout
+from depthmill.pipeline.store import writer as writing
+from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.records import write_failures
-from depthmill.pipeline.store.shard import encode_chunk
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Failure, Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels, write
 
@@ -46,19 +47,25 @@ def test_a_shard_is_written_as_soon_as_it_is_full_and_then_let_go(store):
     assert store.status("video").max() == PENDING, "not committed yet"
 
 
-def test_rows_wait_to_be_compressed_up_to_a_shard_of_them(store, monkeypatch):
-    free = threading.Event()
+@pytest.mark.parametrize(
+    ("where", "step", "most"),
+    [(writing, "encode_chunk", 4), (LocalDirectory, "write", 7)],
+    ids=["to be compressed", "to be written"],
+)
+def test_rows_wait_up_to_a_shard_of_them(store, monkeypatch, where, step, most):
+    free, original = threading.Event(), getattr(where, step)
 
-    def encode(label, document):
-        free.wait()
-        return encode_chunk(label, document)
+    def held(*args):
+        free.wait(10)
+        return original(*args)
 
-    monkeypatch.setattr("depthmill.pipeline.store.writer.encode_chunk", encode)
+    monkeypatch.setattr(where, step, held)
+    monkeypatch.setattr(writing, "_SHARDS_WRITTEN_AT_ONCE", 1)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     writer = store.writer(Segment("video", 0, 8))
-    for index in range(4):
+    for index in range(most):
         writer.put(index, *labels(index))  # a batch comes at once: who gives it does not wait
-    more = threading.Thread(target=writer.put, args=(4, *labels(4)))
+    more = threading.Thread(target=writer.put, args=(most, *labels(most)))
     more.start()
     more.join(0.2)
     assert more.is_alive(), "memory is bounded"
@@ -108,6 +115,15 @@ def test_failed_frames_keep_their_reason(store):
     assert dict(zarr.open_group(store.uri, mode="r").groups()).keys() == {"images", "video"}
 
 
+def test_failures_that_are_told_are_not_written_again(store):
+    """A finished store may be where nothing can be written."""
+    write(store, Segment("images", 0, 5), failed={2})
+    path = Path(write_failures(store.directory, store.failures()))
+    before = path.stat().st_ino
+    write_failures(store.directory, store.failures())
+    assert path.stat().st_ino == before
+
+
 def test_a_shard_that_could_not_be_written_is_not_committed(store, monkeypatch):
     def full(path, data, root):
         raise OSError(28, "No space left on device")
@@ -154,7 +170,10 @@ def test_misuse_is_refused(store):
     writer.put(8, depth, normals)
     with pytest.raises(StoreError, match=r"frame 8 of .* was given twice"):
         writer.fail(8, "again")
-    with pytest.raises(StoreError, match=r"frames \[9, 10, 11, 12, 13, 14, 15\] were never given"):
+    writer.fail(9, "broken")
+    with pytest.raises(StoreError, match=r"frame 9 of .* was given twice"):
+        writer.put(9, depth, normals)
+    with pytest.raises(StoreError, match=r"frames \[10, 11, 12, 13, 14, 15\] were never given"):
         writer.commit()
     images = store.writer(Segment("images", 0, 5))
     with pytest.raises(StoreError, match=r"not at most \(24, 32\)"):
@@ -168,6 +187,11 @@ def test_misuse_is_refused(store):
         store.segments("nobody")
 
 
-def test_a_reason_may_name_a_file_whose_name_is_no_utf_8(store):
-    write(store, Segment("images", 0, 5), range(5), "caf\udce9: no picture")
-    assert {failure.reason for failure in store.failures()} == {"caf\\udce9: no picture"}
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("caf\udce9: no picture", "caf\\udce9: no picture"), ("", "no reason was given")],
+    ids=["a file whose name is no UTF-8", "nothing"],
+)
+def test_whatever_the_reason_says_it_is_kept(store, given, kept):
+    write(store, Segment("images", 0, 5), range(5), given)
+    assert {failure.reason for failure in store.failures()} == {kept}
