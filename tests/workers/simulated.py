@@ -11,6 +11,7 @@ from depthmill.workers.driver import Driver
 from depthmill.workers.pool import Event
 from depthmill.workers.terms import Calls, Options
 
+_ENDLESS_S = 2e5  # of simulated time: more than any run here takes
 NOISE = Task("noise", "f", Segment("noise", 0, 1))  # what `try_noise` is shown as
 
 
@@ -184,7 +185,12 @@ def check(ledger, bad):
 
 def drive(pool, ledger, *, workers=None, attempts=3, frame_limit_s=10.0, probers=2, race=True):
     """Run the driver to its end; the driver."""
-    calls = Calls(ledger.publish, ledger.fail, lambda standing: None, ledger.said.append)
+
+    def stopped():
+        assert pool.clock_s < _ENDLESS_S, "the run does not end"
+        return False
+
+    calls = Calls(ledger.publish, ledger.fail, lambda standing: None, ledger.said.append, stopped)
     options = Options(attempts, frame_limit_s, workers, probers, race=race)
     driver = Driver(pool, options, calls, iter(ledger.sources), ())
     driver.run()

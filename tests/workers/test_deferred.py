@@ -1,5 +1,38 @@
+import itertools
+
+import pytest
+
+from depthmill.pipeline.errors import StoreError, StoreFullError
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
-from depthmill.workers.deferred import Publisher
+from depthmill.workers.deferred import Failer, Publisher
+from depthmill.workers.pace import HOPELESS_AFTER
+
+
+def test_a_store_that_takes_nothing_more_is_told_of_at_once():
+    def full(*_):
+        raise StoreFullError("no space left")
+
+    failer = Failer(full)
+    failer.add(None, "broken")
+    with pytest.raises(StoreFullError):
+        list(failer.committed(0.0))
+    with pytest.raises(StoreFullError):
+        Publisher(full).add("a", 0.0)
+
+
+def test_a_store_that_often_does_not_answer_but_does_a_moment_later_ends_no_run():
+    calls = itertools.count()
+
+    def fail(task, why):
+        if next(calls) % 2 == 0:
+            raise StoreError("503")
+        return why
+
+    failer = Failer(fail)
+    for turn in range(HOPELESS_AFTER + 1):
+        failer.add(None, "broken")
+        assert list(failer.committed(100.0 * turn)) == []
+        assert list(failer.committed(100.0 * turn + 50)) == ["broken"]
 
 
 def test_sources_are_named_once_one_has_waited_for_long_and_longer_in_a_large_root():

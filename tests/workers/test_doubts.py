@@ -90,18 +90,22 @@ def test_bad_machines_among_many_cost_no_frame(since_s, error):
     assert len(labelers(pool)) <= 16 + 2  # a bad machine's first worker is replaced, if it did well; no other is
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_a_worker_whose_process_is_spoilt_is_replaced(workers):
+@pytest.mark.parametrize(
+    ("workers", "error", "race"),
+    [(1, POISONED, True), (4, POISONED, True), (4, POISONED, False), (4, StoreError("denied to this one"), False)],
+)
+def test_a_worker_whose_process_is_spoilt_is_replaced(workers, error, race):
+    """What it had been told that it would be given next is for others, also where none may take what another is at."""
     ledger = Ledger({"a": (3200, 64)})
     spoilt = set()
 
     def fails(pool, worker, task):
         if task.segment.start == 64 and not spoilt:
             spoilt.add(worker)
-        return POISONED if worker in spoilt else None
+        return error if worker in spoilt else None
 
     pool = SimulatedPool(lambda: workers, failing(ledger, fails))
-    drive(pool, ledger)
+    drive(pool, ledger, race=race)
     assert not ledger.failed
     assert set(ledger.labelled) == all_frames(ledger)
     assert len(labelers(pool)) == workers + 1

@@ -11,6 +11,7 @@ from depthmill.pipeline.errors import (
     StoreError,
     StoreForbiddenError,
     StoreFullError,
+    StoreMismatchError,
 )
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
 
@@ -79,6 +80,25 @@ def test_a_store_that_takes_nothing_more_when_inputs_are_added_ends_the_run_at_o
     with pytest.raises(RunStoppedError, match=rf"{error}[\s\S]*{remedy}"):
         drive(pool, ledger)
     assert pool.clock_s < 5
+
+
+def test_an_input_that_tells_nothing_any_more_is_not_opened_again():
+    """It was opened, and is another one by now: what fails after it is left out as if none had been opened."""
+    missing = {f"s{i}": MissingError(f"s{i}") for i in range(20)}
+    ledger = Ledger({"good": (10, 10)} | dict.fromkeys(missing, (10, 10)))
+    behave, opened = labels(ledger, bad=missing), []
+
+    def act(pool, worker, method, argument):
+        if (method, argument) == ("probe", "good"):
+            opened.append(argument)
+            assert len(opened) < 3, "it is opened again and again"
+            if len(opened) == 2:
+                return 0.01, StoreMismatchError("another file")
+        return behave(pool, worker, method, argument)
+
+    driver = drive(SimulatedPool(lambda: 2, act), ledger)
+    assert {failure.uri for failure in driver.inputs.failures} == set(missing)
+    assert len(opened) == 2
 
 
 def test_a_list_of_which_half_is_missing_is_gone_through():

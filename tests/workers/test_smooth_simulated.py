@@ -8,7 +8,7 @@ from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.errors import MissingError, RunStoppedError, SourceChangedError, SourceError, StoreError
 from depthmill.pipeline.smoothing.stage import SmoothTask
 from depthmill.pipeline.store.temporal import Temporal
-from depthmill.pipeline.types import Segment
+from depthmill.pipeline.types import Segment, WorkerState
 from depthmill.tests.workers.simulated import SimulatedPool
 from depthmill.workers.crew import Crew
 from depthmill.workers.looks import PHASES, Looks
@@ -134,6 +134,16 @@ def test_workers_that_all_die_while_they_load_end_the_run(smooth):
     pool._end_in = lambda seconds, worker, answer: place(seconds, worker, "die")
     with pytest.raises(RunStoppedError, match="while loading"):
         smooth(pool, IDS)
+
+
+@pytest.mark.parametrize("phase", ["open", "solve"])
+def test_what_shows_no_steps_may_stand_still(smooth, monkeypatch, phase):
+    task = SmoothTask(phase, "s0", "f", Segment("s0", 0, 8))
+    monkeypatch.setattr(Looks, "_look", lambda self, source_id, phases: ("", [task] if phases == PHASES else []))
+    pool = SimulatedPool(lambda: 1, lambda *_: (75 * SmoothConfig().frame_limit_s, ""))
+    pool.state = lambda worker: WorkerState("busy", steps=1)
+    smooth(pool, ["s0"])
+    assert len(pool.kinds) == 1, "none was replaced"
 
 
 def test_what_was_read_after_all_is_not_said_to_be_unread(smooth, monkeypatch):
