@@ -12,14 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from depthmill.pipeline.config import Compile
 from depthmill.pipeline.errors import ConfigError
-from depthmill.pipeline.model.specialize import Specialized
 from depthmill.pipeline.store import write_atomically
+
+if TYPE_CHECKING:
+    from depthmill.pipeline.model.specialize import Specialized
 
 log = logging.getLogger(__name__)
 

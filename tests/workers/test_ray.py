@@ -30,6 +30,7 @@ def undisturbed(tmp_path_factory, checkpoints):
     return inputs, runs.contents(root / "labels.zarr")
 
 
+@pytest.mark.slow  # the run that goes on after a stop, below, is one
 def test_two_workers_write_the_bytes_of_none(undisturbed, tmp_path, checkpoints):
     inputs, expected = undisturbed
     done = runs.run(inputs, tmp_path / "labels.zarr", checkpoints, "--workers", "2")
@@ -111,9 +112,11 @@ def test_a_stop_keeps_what_is_committed_and_says_how_to_go_on(undisturbed, tmp_p
     assert "run the same command again" in said
     assert "Traceback" not in said
     assert runs.commits(store) >= 3
-    done = runs.run(inputs, store, checkpoints, "--workers", "0")
+    done = runs.run(inputs, store, checkpoints, "--workers", "2")
     assert done.returncode == 1, done.stderr
     assert runs.contents(store) == expected
+    assert f"{FRAMES - 1} of {FRAMES} frames" in done.stdout
+    assert "failures.jsonl" in done.stdout
 
 
 def test_a_signal_that_comes_before_both_are_handled_stops_as_any(monkeypatch):

@@ -130,8 +130,8 @@ def test_pictures_are_scored_as_many_at_once_as_are_trained_on(scene_pool, tmp_p
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_pictures_that_the_vae_would_cut_are_refused_before_anything_is_trained(scene_pool, tmp_path):
-    odd = {"kind": "scenes", "path": scene_pool, "scenes": 100, "height": 25, "width": 34}
+def test_pictures_that_the_vae_would_cut_are_refused_before_anything_is_trained(scene_pool, odd_pool, tmp_path):
+    odd = {"kind": "scenes", "path": odd_pool, "scenes": 100, "height": 25, "width": 34}
     settings = config(scene_pool, held_out=odd)
     with pytest.raises(TrainingError, match=r"34x25; expected multiples of 2, .* height 24 and width 34"):
         train(settings, tmp_path / "run")

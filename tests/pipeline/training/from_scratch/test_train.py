@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -44,16 +45,22 @@ def losses(run: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
+@pytest.fixture(scope="module")
+def trained(scene_pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of `config(scene_pool)`; who goes on in it copies it."""
+    run = tmp_path_factory.mktemp("trained")
+    train(config(scene_pool), run)
+    return run
+
+
 class KilledError(Exception):
     """Stands in for the death of the process."""
 
 
 @pytest.mark.parametrize("killed_after", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_losses_of_an_unbroken_one(
-    scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
+    scene_pool: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
 ) -> None:
-    train(config(scene_pool), tmp_path / "unbroken")
-
     step, calls = train_module._step, 0
 
     def dying(*args: object) -> dict[str, float]:
@@ -69,15 +76,16 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(
             train(config(scene_pool), tmp_path / "broken")
     train(config(scene_pool), tmp_path / "broken")
 
-    assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
+    assert losses(tmp_path / "broken") == losses(trained)
     assert len(losses(tmp_path / "broken")) == 1 + 2 + 4
     name = "checkpoint/depth/unet/diffusion_pytorch_model.safetensors"
-    weights = [load_file(tmp_path / run / name) for run in ("broken", "unbroken")]
+    weights = [load_file(run / name) for run in (tmp_path / "broken", trained)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_what_a_run_leaves_behind(scene_pool: Path, tmp_path: Path) -> None:
-    checkpoints = train(config(scene_pool), tmp_path)
+def test_what_a_run_leaves_behind(scene_pool: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    checkpoints = tmp_path / "checkpoint"
     vae, other = (
         load_file(checkpoints / m / "vae" / "diffusion_pytorch_model.safetensors") for m in ("depth", "normals")
     )
@@ -247,15 +255,15 @@ def test_a_torch_without_muon_is_refused(scene_pool: Path, tmp_path: Path, monke
         train(config(scene_pool), tmp_path)
 
 
-def test_a_run_of_another_optimizer_does_not_go_on(scene_pool: Path, tmp_path: Path) -> None:
-    train(config(scene_pool, small_steps=4), tmp_path)
+def test_a_run_of_another_optimizer_does_not_go_on(scene_pool: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     state = torch.load(tmp_path / "state.pt")
     parameters = [torch.nn.Parameter(torch.zeros(1))]
     torch.save(
         {**state, "stage": 1, "step": 2, "optimizer": torch.optim.AdamW(parameters).state_dict()}, tmp_path / "state.pt"
     )
     with pytest.raises(TrainingError, match="an earlier version began"):
-        train(config(scene_pool, small_steps=4), tmp_path)
+        train(config(scene_pool), tmp_path)
 
 
 def test_training_lowers_the_loss(scene_pool: Path, tmp_path: Path) -> None:
@@ -264,10 +272,9 @@ def test_training_lowers_the_loss(scene_pool: Path, tmp_path: Path) -> None:
     assert sum(rows[-8:]) < 0.9 * sum(rows[:8])
 
 
-def test_a_run_goes_on_from_what_another_left(scene_pool: Path, tmp_path: Path) -> None:
-    first = config(scene_pool)
-    checkpoints = train(first, tmp_path / "first")
-    state = torch.load(tmp_path / "first" / "state.pt")["modules"]
+def test_a_run_goes_on_from_what_another_left(scene_pool: Path, trained: Path, tmp_path: Path) -> None:
+    first, checkpoints = config(scene_pool), trained / "checkpoint"
+    state = torch.load(trained / "state.pt")["modules"]
     net = network.build(first.architecture, 7, torch.device("cpu"))
     net.load(str(checkpoints))
     prompt = network.build(first.architecture, first.seed, torch.device("cpu")).prompt
@@ -280,11 +287,11 @@ def test_a_run_goes_on_from_what_another_left(scene_pool: Path, tmp_path: Path) 
     )
     train(second, tmp_path / "second")
     gone_on = float(losses(tmp_path / "second")[1][3])
-    assert gone_on < float(losses(tmp_path / "first")[3][3])  # less than that stage's first loss in the first run
+    assert gone_on < float(losses(trained)[3][3])  # less than that stage's first loss in the first run
 
 
-def test_a_start_that_does_not_fit_is_refused(scene_pool: Path, tmp_path: Path) -> None:
-    checkpoints = train(config(scene_pool), tmp_path / "first")
+def test_a_start_that_does_not_fit_is_refused(scene_pool: Path, trained: Path, tmp_path: Path) -> None:
+    checkpoints = shutil.copytree(trained / "checkpoint", tmp_path / "first")
     wider = config(scene_pool).model_dump()["architecture"] | {"unet_channels": (32, 32)}
     with pytest.raises(TrainingError, match=r"does not fit the run's architecture \(.{1,200}\); expected the same"):
         train(config(scene_pool, start=str(checkpoints), architecture=wider), tmp_path / "wider")
