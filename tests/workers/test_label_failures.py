@@ -18,8 +18,6 @@ from depthmill.pipeline.worker import Worker
 from depthmill.tests import media, runs
 from depthmill.tests.workers.labelling import only_source, run
 
-SAMPLED = {"steps": 2, "noise": "gaussian", "ensemble": 3}
-
 
 def test_bad_inputs_stop_nothing_and_are_all_listed(tmp_path, config):
     inputs = tmp_path / "inputs"
