@@ -53,17 +53,18 @@ def clip(tmp_path_factory):
     return media.write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=5)
 
 
-def test_version_and_help():
+def test_version_and_help(cli):
     assert depthmill_cli("--version").stdout.strip() == depthmill.__version__
-    for command in ("label", "preview", "train", "evaluate", "bench"):
-        assert command in depthmill_cli("--help").stdout
-        assert depthmill_cli(command, "--help").returncode == 0
+    shown = depthmill_cli("--help").stdout
+    for command in ("label", "smooth", "preview", "verify", "inspect", "train", "evaluate", "bench"):
+        assert command in shown
+        assert cli(command, "--help").returncode == 0
 
 
-def test_every_option_of_the_config_has_a_flag():
+def test_every_option_of_the_config_has_a_flag(cli):
     from depthmill.pipeline.config import LabelConfig
 
-    shown = depthmill_cli("label", "--help").stdout
+    shown = cli("label", "--help").stdout
     for name in LabelConfig.model_fields:
         assert f"--{name.replace('_', '-')}" in shown
 
