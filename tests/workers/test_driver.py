@@ -202,13 +202,13 @@ def test_a_worker_that_stands_still_in_a_long_segment_is_ended_long_before_the_s
 
 
 def test_a_slow_worker_that_gets_on_is_left_alone():
-    ledger = Ledger({"corpus": (2048, 2048)})
+    ledger = Ledger({"corpus": (512, 512)})
     pool = SimulatedPool(lambda: 1, lambda *_: None)
     behave = labels(ledger)
-    pool.behave = lambda *call: (2048 * 59.0 if call[2] == "label" else 0.1, behave(*call)[1])
+    pool.behave = lambda *call: (512 * 59.0 if call[2] == "label" else 0.1, behave(*call)[1])
     driver = drive(pool, ledger, frame_limit_s=60.0)
     assert driver.standing.deaths == 0
-    assert len(ledger.labelled) == 2048
+    assert len(ledger.labelled) == 512
 
 
 def test_a_worker_may_take_as_long_to_open_a_source_as_a_prober():

@@ -96,6 +96,7 @@ def test_labels_are_those_of_the_plain_network():
     assert max(errors([one], pictures(2, 20, 28))) < 1e-4
 
 
+@pytest.mark.slow
 def test_compiled_around():
     network = Specialized([head(vae_options=WIDE)], CPU, torch.float32).folded
     batch = pictures(1, 8, 12)
