@@ -94,7 +94,7 @@ def finished(
     """
     started_s = time.perf_counter()
     try:
-        store = open_store(store_uri)
+        store = open_store(store_uri, index=False)
         if not records.has_run(store.directory):  # the earlier run did not come to its end
             return None
         checkpoints = open_named(config)

@@ -65,12 +65,11 @@ def create(uri: str | Path, layout: Layout, identity: Mapping[str, Any], *, over
         )
     for name in (METADATA, FAILURES, RUN):
         directory.clear_partial(name)
-    if root is None:
-        directory.make_root()
-        write_root(directory, new_root(header))
-    else:
-        _forget_removed(directory, root)
-    return _open(directory, new=root is None)
+    if root is not None:
+        return _store(directory, _without_removed(directory, root))
+    directory.make_root()
+    write_root(directory, new_root(header))
+    return _store(directory, read_root(directory), new=True)
 
 
 def open_store(uri: str | Path, *, index: bool = True) -> Store:
@@ -83,11 +82,12 @@ def open_store(uri: str | Path, *, index: bool = True) -> Store:
     Raises:
         StoreError: If there is none, or one of another format.
     """
-    return _open(open_directory(uri), index=index)
+    directory = open_directory(uri)
+    return _store(directory, read_root(directory) if index else read_header(directory), indexed=index)
 
 
-def _open(directory: Directory, *, new: bool = False, index: bool = True) -> Store:
-    uri, root = directory.uri, read_root(directory) if index else read_header(directory)
+def _store(directory: Directory, root: Root | None, *, new: bool = False, indexed: bool = True) -> Store:
+    uri = directory.uri
     if root is None:
         raise StoreError(f"{uri} is no depthmill store: it has no {METADATA}; `depthmill label` makes one")
     if root.being_removed:
@@ -97,7 +97,7 @@ def _open(directory: Directory, *, new: bool = False, index: bool = True) -> Sto
             f"{uri} has store format {root.header.get('format')!r}, written by depthmill {root.header.get('version')};"
             f" this is depthmill {depthmill.__version__}, which reads format {FORMAT}"
         )
-    return Store(directory, root, new=new, indexed=index)
+    return Store(directory, root, new=new, indexed=indexed)
 
 
 def open_datasets(
@@ -169,12 +169,13 @@ def _decisive(header: Document) -> Document:
     }
 
 
-def _forget_removed(directory: Directory, root: Root) -> None:
+def _without_removed(directory: Directory, root: Root) -> Root:
     """Take sources out of the index whose directories were removed by hand: the run may label them again, changed."""
     there = {name.rstrip("/") for name in directory.children()}
-    members = {path: text for path, text in root.members.items() if path.partition("/")[0] in there}
-    if len(members) < len(root.members):
-        write_root(directory, Root(root.attributes, members))
+    left = Root(root.attributes, {path: text for path, text in root.members.items() if path.partition("/")[0] in there})
+    if len(left.members) < len(root.members):
+        write_root(directory, left)
+    return left
 
 
 def _refuse_foreign(directory: Directory) -> None:

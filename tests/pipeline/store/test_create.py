@@ -8,7 +8,7 @@ import zarr
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import StoreError, StoreMismatchError
-from depthmill.pipeline.store import Layout, layout
+from depthmill.pipeline.store import Layout, layout, opening
 from depthmill.pipeline.store.records import write_failures
 from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import Segment
@@ -24,6 +24,14 @@ def test_resume_goes_on_where_it_stopped(store):
     assert again.layout == LAYOUT
     assert again.identity == IDENTITY
     assert again.sources() == ["images", "video"]
+
+
+def test_the_index_of_a_store_that_is_gone_on_with_is_read_once(store, monkeypatch):
+    """It has some 4 kB a source."""
+    reads, read = [], opening.read_root
+    monkeypatch.setattr(opening, "read_root", lambda directory: reads.append(directory) or read(directory))
+    assert stores.create(store.uri, LAYOUT, IDENTITY).sources() == ["images", "video"]
+    assert len(reads) == 1
 
 
 def test_a_store_whose_labels_were_compressed_otherwise_is_gone_on_with(tmp_path, monkeypatch):
