@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ class Labelled:
 
     segment: Segment
     writer: SegmentWriter
+    storing: Callable[[], AbstractContextManager[None]]
     labelled: int = 0
     failed: int = 0
     slots: int = 0
@@ -47,7 +49,8 @@ class Labelled:
         """
         take_last, self.take_last = self.take_last, lambda: None  # else it holds a batch of pictures, and a cycle
         take_last()
-        written = self.writer.commit()
+        with self.storing():
+            written = self.writer.commit()
         return Report(
             segment=self.segment,
             labelled=self.labelled,
@@ -68,6 +71,7 @@ def label_frames(
     *,
     rounded: bool,
     only: Sequence[int] | None = None,
+    storing: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Labelled:
     """Label the frames of a segment and write them, up to its last batch and its commit.
 
@@ -85,14 +89,17 @@ def label_frames(
         on_frames: Told how many frames are done, after each that is read and each batch.
         rounded: Whether the labeler sees them at rounded aspect ratios.
         only: Frames of a committed segment to label again; its others stay as they are.
+        storing: Entered around all that may wait for the store.
     """
-    writer = store.writer(segment, redo=only)
-    done = Labelled(segment, writer)
+    with storing():
+        writer = store.writer(segment, redo=only)
+    done = Labelled(segment, writer, storing)
     packing = store.layout.normals_dtype
     voids = 0
 
     def fail(index: int, reason: str) -> None:
-        writer.fail(index, reason)
+        with storing():
+            writer.fail(index, reason)
         done.failed += 1
         done.reasons[reason] += 1
 
@@ -112,7 +119,8 @@ def label_frames(
                 fail(frame.index, f"the model's answer is no number, in {labeler.dtype}: --dtype float32 may help")
                 continue
             done.labelled += 1
-            writer.put(frame.index, *labels.frame(0))
+            with storing():
+                writer.put(frame.index, *labels.frame(0))
         done.label_s += answer.seconds
         done.slots += labeler.batch_size
         on_frames(done.labelled + done.failed)

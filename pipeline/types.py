@@ -196,9 +196,11 @@ class WorkerState:
         of: Frames of the segment.
         steps: Rises with each frame that is read or passed over, and each batch that is labelled; standing still, it
             hangs.
+        storing: Whether it waits for the store; hanging, it hangs for that.
     """
 
     doing: str
     frames: int = 0
     of: int = 0
     steps: int = 0
+    storing: bool = False

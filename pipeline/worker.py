@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -169,6 +170,7 @@ class Worker:
         logging.getLogger("depthmill").addHandler(self._warnings)
         self._current: _Job | None = None
         self._next: _Job | None = None
+        self._storing: set[int] = set()  # threads that wait for the store
         self._labeler: Labeler
         self._store: Store
 
@@ -257,7 +259,7 @@ class Worker:
 
     def state(self) -> WorkerState:
         """What it is doing now; may be called from another thread."""
-        return self._state
+        return replace(self._state, storing=bool(self._storing))
 
     def close(self) -> None:
         """Drop what is under way, and release the open sources."""
@@ -295,10 +297,19 @@ class Worker:
                 on_frames,
                 rounded=rounded,
                 only=task.only or None,
+                storing=self._in_store,
             )
         finally:
             job.end_reading()
             job.release()
+
+    @contextmanager
+    def _in_store(self) -> Iterator[None]:
+        self._storing.add(threading.get_ident())
+        try:
+            yield
+        finally:
+            self._storing.discard(threading.get_ident())
 
     def _on_frames(self, steps: _Steps, done: int) -> None:
         """So many frames are done; first, once the source is open, none."""

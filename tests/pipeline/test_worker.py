@@ -1,6 +1,7 @@
 import gc
 import logging
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.stages import Labelled
 from depthmill.pipeline.store import Layout
+from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.worker import Worker
 from depthmill.tests import media
 from depthmill.tests.pipeline.store.samples import files
@@ -49,6 +51,14 @@ def start(config, video, tmp_path):
     for worker in workers:
         worker.close()
     assert not [one.name for one in threading.enumerate() if one.name.startswith("depthmill-")]
+
+
+def _wait_until(true, most_s=30.0):
+    """Whether something is true in time."""
+    until = time.monotonic() + most_s
+    while not true() and time.monotonic() < until:
+        time.sleep(0.01)
+    return true()
 
 
 def test_what_is_loaded_is_kept_out_of_full_collections_until_the_end(start):
@@ -123,6 +133,50 @@ def test_a_source_that_is_open_is_a_step(start, monkeypatch):
         assert steps == sorted({0, *steps})
         assert len(steps) == 2 + 8 + 3  # closed, and open; each frame, and each batch
     assert opened == [0, 0]
+
+
+@pytest.mark.parametrize("at", ["read", "clear_partial", "write"])
+def test_a_worker_says_that_it_waits_for_the_store(start, video, monkeypatch, at):
+    """A hard mount does not answer: at the files of the source, at what was left of the segment, at a shard."""
+    worker, tasks = start("some")
+    hangs, goes_on, real = threading.Event(), threading.Event(), getattr(LocalDirectory, at)
+
+    def hang(*given):
+        hangs.set()
+        goes_on.wait()
+        return real(*given)
+
+    monkeypatch.setattr(LocalDirectory, at, hang)
+    call = threading.Thread(target=worker.label, args=(tasks[0], tasks[1]))
+    call.start()
+    hangs.wait()
+    stuck = _wait_until(lambda: worker.state().storing)
+    goes_on.set()
+    call.join()
+    assert stuck
+    assert not worker.state().storing
+
+
+@pytest.mark.parametrize("at", ["reading", "labelling"])
+def test_a_worker_that_hangs_elsewhere_does_not_say_that_it_waits_for_the_store(start, monkeypatch, at):
+    worker, tasks = start("some")
+    hangs, goes_on = threading.Event(), threading.Event()
+    where = (OpenSources, "open") if at == "reading" else (Labeler, "submit")
+    real = getattr(*where)
+
+    def hang(*given, **how):
+        hangs.set()
+        goes_on.wait()
+        return real(*given, **how)
+
+    monkeypatch.setattr(*where, hang)
+    call = threading.Thread(target=worker.label, args=(tasks[0],))
+    call.start()
+    hangs.wait()
+    said = _wait_until(lambda: worker.state().storing, 0.3)
+    goes_on.set()
+    call.join()
+    assert not said
 
 
 def test_frames_that_are_passed_over_are_steps(start, video, monkeypatch):
