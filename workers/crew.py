@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Segment, WorkerState
 from depthmill.workers.pace import Limits
@@ -13,10 +14,6 @@ from depthmill.workers.pool import Event, Kind, Pool
 
 _STRAGGLES = 2.0  # times the time that a segment should take; then another worker may race it
 _LOOKS = 4  # times that a worker is asked how far it is, in the time that it may stand still
-
-
-class StoodStillError(TimeoutError):
-    """A worker was ended that was not seen to get on."""
 
 
 class Item(Protocol):
@@ -161,33 +158,37 @@ class Crew:
         self._ready_s += self.now_s - self._ready_since.pop(worker, self.now_s)
 
     def end_overdue(self) -> Iterator[Event]:
-        """End the workers that have taken too long, or stand still, and say so of each."""
+        """End the workers that have taken too long, or stand still, and say so of each; why, if it is the store."""
         for worker, running in list(self.running.items()):
             took_s, limits = self.now_s - running.since_s, running.limits
-            error: TimeoutError
+            still = limits.still_s is not None and self._still(worker, running, limits.still_s)
             if took_s > limits.all_s:
-                error = TimeoutError(f"no answer for {took_s:.0f} s, at most {limits.all_s:.0f} s were allowed")
-            elif limits.still_s is not None and took_s > limits.still_s and self._still(worker, running):
-                error = StoodStillError(f"nothing was done for more than {limits.still_s:.0f} s")
+                why = f"no answer for {took_s:.0f} s, at most {limits.all_s:.0f} s were allowed"
+            elif still:
+                why = f"nothing was done for more than {limits.still_s:.0f} s"
             else:
                 continue
+            storing = limits.still_s is not None and self._pool.state(worker).storing
             self._pool.stop(worker)
             self._seen.pop(worker, None)
+            error = StoreError(f"the store does not take what is written ({why})") if storing else TimeoutError(why)
             yield Event(worker, error=error, died=True)
 
-    def _still(self, worker: int, running: Running) -> bool:
+    def _still(self, worker: int, running: Running, still_s: float) -> bool:
         """Whether a worker has not got on for too long. It is asked now and then, and only if it takes long at all."""
-        still_s = running.limits.still_s
-        assert still_s is not None
         seen = self._seen.get(worker)
-        if seen is not None and seen.running is running and self.now_s - seen.looked_s < still_s / _LOOKS:
+        if seen is None or seen.running is not running:
+            seen = _Seen(running, -1, running.since_s, running.since_s)
+        if seen.steps == 0:
+            still_s = max(still_s, running.limits.open_s)
+        # Also often enough before all of its time is over: what is known of it is the answer to an earlier question.
+        every_s = min(still_s, running.limits.all_s) / _LOOKS
+        if self.now_s - seen.looked_s < every_s and self.now_s - seen.moved_s <= still_s:
             return False
         steps = self._pool.state(worker).steps
-        if seen is None or seen.running is not running or seen.steps != steps:
-            self._seen[worker] = _Seen(running, steps, self.now_s, self.now_s)
-            return False
-        self._seen[worker] = replace(seen, looked_s=self.now_s)
-        return self.now_s - seen.moved_s > (still_s if steps else max(still_s, running.limits.open_s))
+        moved_s = seen.moved_s if steps == seen.steps else self.now_s
+        self._seen[worker] = _Seen(running, steps, moved_s, self.now_s)
+        return self.now_s - moved_s > still_s
 
     def straggler(self, frame_s: float, among: Container[Segment]) -> Task | None:
         """A segment that takes far longer than it should, at `frame_s` a frame, to be tried by a second worker too."""

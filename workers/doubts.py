@@ -21,7 +21,7 @@ from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Report
 from depthmill.workers.causes import cause_of, words_of
 from depthmill.workers.crew import Crew, Running
-from depthmill.workers.pace import HOPELESS_AFTER, PATIENCE_S, Limits, rest_s
+from depthmill.workers.pace import HOPELESS_AFTER, PATIENCE_S, Limits, Rests, rest_s
 from depthmill.workers.pool import Event
 
 _CHECK_FRAMES = 4
@@ -91,6 +91,7 @@ class Doubts:
         self._able: set[int] = set()  # those that have ever done something
         self._unproven = _UNPROVEN
         self._failing: dict[int, _Failing] = {}
+        self._stalls = Rests()  # of a store that does not take what is written, and does not say so
         self._did_s = self._came_s = float("-inf")  # when somebody did something last; when somebody came
 
     @property
@@ -100,6 +101,7 @@ class Doubts:
 
     def committed(self, task: Task, report: Report) -> None:
         """A segment was: the next worker in doubt tries its first frames, so many that some have labels for certain."""
+        self._stalls.answered()
         fit = report.failed <= _CHECK_FRAMES or self.sample is None
         if fit and report.labelled and not task.only and not task.skip:
             segment = task.segment
@@ -135,15 +137,34 @@ class Doubts:
             failing.in_doubt, failing.held = True, (running, event)
         return failing.in_doubt
 
+    @property
+    def stalls(self) -> int:
+        """How often workers were ended that waited for the store, since it last took something."""
+        return self._stalls.times
+
     def cannot_write(self, event: Event) -> None:
         """A worker could not write to the store: it rests, and goes on with whatever comes next.
 
         Raises:
+            StoreError: If workers wait for it, again and again, until they are ended.
             RunStoppedError: If no worker can do anything any more.
         """
+        if event.died:
+            self._stalled(event)
+            return
         failing = self._failing.setdefault(event.worker, _Failing(self._crew.now_s))
         failing.in_doubt = failing.writes = True
         self._in_vain(event.worker, f"a worker cannot write ({words_of(event)})", event, device=False)
+
+    def _stalled(self, event: Event) -> None:
+        now_s = self._crew.now_s
+        if not self._stalls.over(now_s):  # it met several at once
+            return
+        if not self._stalls.begin(now_s):
+            assert event.error is not None
+            raise event.error
+        if self._stalls.times == 1:
+            self._say(f"{event.error}: it is waited for, longer each time")
 
     def check(self, limits: Callable[[Task], Limits], to_open: Limits) -> None:
         """Have workers in doubt try the sample; noise, if there is none, and nobody is at work who could label one.

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from math import inf
 
 from depthmill.pipeline.errors import (
     CheckpointError,
@@ -33,14 +34,14 @@ from depthmill.pipeline.plan import Planned, Task
 from depthmill.pipeline.types import Report, Segment
 from depthmill.workers.backlog import Backlog, Probe
 from depthmill.workers.causes import after, cause_of, words_of
-from depthmill.workers.crew import Crew, Running, StoodStillError
+from depthmill.workers.crew import Crew, Running
 from depthmill.workers.deferred import Failer, Publisher
 from depthmill.workers.doubts import Check, Doubts
 from depthmill.workers.given_up import GivenUp, Suspect
 from depthmill.workers.inputs import Inputs
 from depthmill.workers.inquest import Searches, Trial
 from depthmill.workers.loading import Loading
-from depthmill.workers.pace import Limits, Pace, Rests
+from depthmill.workers.pace import Limits, Pace
 from depthmill.workers.pool import Event, Pool
 from depthmill.workers.standing import Standing
 from depthmill.workers.terms import Calls, Options
@@ -50,6 +51,7 @@ _POLL_S = 0.5
 _SHOW_EVERY_S = 0.2
 _WATCH_S = 60.0  # of nothing happening, until the run says what it waits for
 _SHOWN_WORKERS = 16
+_LEAVE = 1.5  # times the limits, each time that the store does not get on
 _LABELERS_A_PROBER = 8
 _FEW_SINGLE = 8  # inputs of one frame each
 _AHEAD = 4  # inputs that are known, for each prober
@@ -88,7 +90,6 @@ class Driver:
         self._void: set[int] = set()  # workers whose answer no longer matters
         self._doubts = Doubts(self._crew, self._say_once, replace=options.workers != 0)
         self._given_up = GivenUp(self._say_once)
-        self._stalls = Rests()  # of a store that does not get on
         self._said: set[str] = set()
         self._publisher, self._failer = Publisher(calls.publish), Failer(calls.fail)
         self._pace = Pace(options.frame_limit_s, options.least_limit_s)
@@ -302,7 +303,9 @@ class Driver:
             self._backlog.again(running.item, event.worker)
 
     def _limits(self, task: Task) -> Limits:
-        return self._pace.to_do(task.frames, self._probe_s.get(task.segment.source_id))
+        """How long it may take: more if a search has cleared its frames, or if the store does not get on."""
+        leave = inf if task.searched else _LEAVE**self._doubts.stalls
+        return self._pace.to_do(task.frames, self._probe_s.get(task.segment.source_id), leave)
 
     def _probed(self, probe: Probe, running: Running, event: Event) -> None:
         if event.error is None:
@@ -339,7 +342,6 @@ class Driver:
         self._pace.add(event.answer.labelled, self._crew.now_s - running.since_s)
         self._doubts.committed(task, event.answer)
         self._committed(event.answer)
-        self._stalls.answered()
         if event.answer.labelled:
             self._judge(self._given_up.labelled())
 
@@ -348,8 +350,6 @@ class Driver:
         self.standing.retries += 1
         if task.segment.source_id in self._dropped:
             self._open -= 1
-        elif task.searched and not task.skip and _may_be_the_store(task, event):
-            self._stalled(task, event)
         elif tried.attempts < self._options.attempts:
             self._backlog.again(tried, event.worker)
         elif isinstance(cause, SourceChangedError | StoreDamagedError):
@@ -365,16 +365,6 @@ class Driver:
             else:
                 only = len(self.ids) == 1 and not self.inputs.left
                 self._judge(self._given_up.add(suspect, self._crew.ready, labelled, only, self._crew.now_s))
-
-    def _stalled(self, task: Task, event: Event) -> None:
-        """All of its frames could be labelled while nothing was written: it is the store that does not get on."""
-        now_s = self._crew.now_s
-        if self._stalls.over(now_s) and not self._stalls.begin(now_s):
-            raise StoreError(
-                f"the store does not get on: {task} could be labelled when nothing was written, and not otherwise "
-                f"({event.error}); expected it to take what is written"
-            )
-        self._backlog.again(task, event.worker)
 
     def _judge(self, suspects: list[Suspect]) -> None:
         for suspect in suspects:
@@ -434,8 +424,3 @@ class Driver:
         standing.unprobed = self.inputs.unprobed
         standing.queued, standing.running = len(self._backlog), len(self._at)
         self._calls.show(standing)
-
-
-def _may_be_the_store(task: Task, event: Event) -> bool:
-    """Whether a task, of which all frames could be labelled, was ended in writing, and not since it is merely slow."""
-    return isinstance(event.error, StoodStillError if task.frames > 1 else TimeoutError) and event.died

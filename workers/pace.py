@@ -95,11 +95,17 @@ class Pace:
         """For opening a source."""
         return Limits(_OPEN_FRAMES * self._frame_limit_s)
 
-    def to_do(self, frames: int, probe_s: float | None = None) -> Limits:
-        """For so many frames, and for opening their source, which took `probe_s` before, or who knows how long."""
+    def to_do(self, frames: int, probe_s: float | None = None, leave: float = 1.0) -> Limits:
+        """For so many frames, and for opening their source.
+
+        Args:
+            frames: How many.
+            probe_s: What opening it took before; None if nobody knows.
+            leave: Times that it may take what the pace lets expect, up to what the configuration grants.
+        """
         frame_s, open_s = self._frame_limit_s, self.to_open().all_s
         if self._frames:
-            frame_s = min(frame_s, max(_PACES * self.frame_s, self._least_limit_s))
+            frame_s = min(frame_s, leave * max(_PACES * self.frame_s, self._least_limit_s))
         if probe_s is not None:
-            open_s = min(open_s, _PACES * probe_s)
+            open_s = min(open_s, leave * _PACES * probe_s)
         return Limits((frames + _START_FRAMES) * frame_s + open_s, _STEP_FRAMES * frame_s, open_s)

@@ -16,7 +16,7 @@ NOISE = Task("noise", "f", Segment("noise", 0, 1))  # what `try_noise` is shown 
 
 
 class SimulatedPool:
-    """Workers that take `seconds(worker, method, argument)` for a call, or die or hang in it.
+    """Workers that take `seconds(worker, method, argument)` for a call, or die or hang in it, or at the store.
 
     The clock jumps from one end of a call to the next. With `real_driver`, the processor's time that the driver itself
     takes is added to it, as measured.
@@ -24,7 +24,7 @@ class SimulatedPool:
 
     def __init__(self, room, behave, load_s=1.0, real_driver=False, call_s=0.0):
         self.room = room  # () -> labelers that there is room for
-        self.behave = behave  # (pool, worker, method, argument) -> (seconds, answer or an exception or "die" or "hang")
+        self.behave = behave  # (pool, worker, method, argument) -> (seconds, answer, exception, "die", "hang", "stall")
         self.load_s = load_s
         self.clock_s = 0.0
         self.kinds = {}
@@ -84,7 +84,7 @@ class SimulatedPool:
         for following in arguments[1:]:  # it is begun meanwhile, and the worker may die of it
             if self.behave(self, worker, "try_task", following)[1] == "die":
                 outcome = "die"
-        self._end_in(float("inf") if outcome == "hang" else seconds, worker, outcome)
+        self._end_in(float("inf") if outcome in ("hang", "stall") else seconds, worker, outcome)
 
     def lose(self, worker):
         """Its machine goes."""
@@ -124,8 +124,8 @@ class SimulatedPool:
 
     def state(self, worker):
         """It gets on as time passes, unless it hangs, at a frame of a source that it has opened."""
-        hangs = any(end == float("inf") and of == worker for end, _, of, _ in self.events)
-        return WorkerState("busy", steps=1 if hangs else int(self.clock_s * 1000))
+        outcomes = [outcome for end, _, of, outcome in self.events if end == float("inf") and of == worker]
+        return WorkerState("busy", steps=1 if outcomes else int(self.clock_s * 1000), storing=outcomes == ["stall"])
 
     def stop(self, worker):
         self.alive.discard(worker)

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from depthmill.pipeline.types import WorkerState
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, check, drive, labels
 
@@ -78,3 +80,25 @@ def test_the_search_among_frames_far_apart_has_the_time_of_all_that_it_reads():
     driver = drive(SimulatedPool(lambda: 1, behave), ledger, frame_limit_s=2.0)
     assert ledger.failed == {("a", 1800): "RuntimeError: no luck"}
     assert driver.standing.deaths == 0
+
+
+@pytest.mark.parametrize("slowly", [True, False], ids=["slow", "stands still"])
+@pytest.mark.parametrize("frames", [8, 64])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_segment_whose_frames_a_search_clears_has_all_the_time_that_is_granted(workers, frames, slowly):
+    """It takes far longer as a whole than its halves do: all is labelled in the end, or it alone is failed."""
+    ledger = Ledger({"a": (10 * frames, frames)})
+    behave = labels(ledger, frame_s=0.01)
+
+    def act(pool, worker, method, argument):
+        if method == "label" and argument.segment.start == 5 * frames:
+            return (20.0 * frames, ledger.commit(argument)) if slowly else (0.0, "hang")
+        return behave(pool, worker, method, argument)
+
+    pool = SimulatedPool(lambda: workers, act)
+    if slowly:
+        pool.state = lambda worker: WorkerState("busy", steps=1 + int(pool.clock_s / 100))
+    drive(pool, ledger, frame_limit_s=60.0, race=False)
+    bad = () if slowly else [("a", frame) for frame in range(5 * frames, 6 * frames)]
+    check(ledger, bad)
+    assert all("longer than its time limit (frame_limit_s)" in why for why in ledger.failed.values())
