@@ -18,13 +18,7 @@ from dataclasses import replace
 from math import inf
 
 from depthmill.pipeline.errors import (
-    CheckpointError,
-    ConfigError,
-    DepthmillError,
     RunStoppedError,
-    SourceChangedError,
-    SourceError,
-    StoreDamagedError,
     StoreError,
     StoreFullError,
     StoreMismatchError,
@@ -33,7 +27,7 @@ from depthmill.pipeline.errors import (
 from depthmill.pipeline.plan import Planned, Task
 from depthmill.pipeline.types import Report, Segment
 from depthmill.workers.backlog import Backlog, Probe
-from depthmill.workers.causes import after, cause_of, words_of
+from depthmill.workers.causes import after, cause_of, fault_of, words_of
 from depthmill.workers.crew import Crew, Running
 from depthmill.workers.deferred import Failer, Publisher
 from depthmill.workers.doubts import Check, Doubts
@@ -46,7 +40,6 @@ from depthmill.workers.pool import Event, Pool
 from depthmill.workers.standing import Standing
 from depthmill.workers.terms import Calls, Options
 
-_FOR_ALL = (StoreFullError, StoreReplacedError, ConfigError, CheckpointError)  # they would meet every other worker
 _POLL_S = 0.5
 _SHOW_EVERY_S = 0.2
 _WATCH_S = 60.0  # of nothing happening, until the run says what it waits for
@@ -241,7 +234,6 @@ class Driver:
             self._void.discard(worker)
             return
         self._happened_s = self._crew.now_s
-        cause = cause_of(event.error)
         match running.item:
             case Probe() as probe:
                 self._probed(probe, running, event)
@@ -249,21 +241,27 @@ class Driver:
                 self._checked(check, event)
             case None:
                 self._loaded(event, prober)
-            case _ if isinstance(cause, _FOR_ALL):
-                raise cause
-            case _ if isinstance(cause, StoreError) and not isinstance(cause, StoreDamagedError):
-                self._put_back(running, event)
-                self._release(worker)
-                self._doubts.cannot_write(event)
-            case item if event.error is None:
+            case _ if event.error is None:
                 self._doubts.did(worker)
                 self._outcome(running, event)
             case item:
-                alone = isinstance(item, Trial) or len(self._at[item.segment]) == 1
-                if not event.died and alone and self._doubts.failed(running, event, self._options.attempts):
-                    self._release(worker)
-                else:
-                    self._outcome(running, event)
+                self._went_wrong(item, running, event)
+
+    def _went_wrong(self, item: Task | Trial, running: Running, event: Event) -> None:
+        """What follows from a task, or a trial, that failed: first of all, whether its worker is at fault."""
+        task = item.task if isinstance(item, Trial) else item
+        alone = isinstance(item, Trial) or len(self._at[task.segment]) == 1
+        match fault_of(task, event, self.standing.succeeded):
+            case "run":
+                raise cause_of(event.error) or RunStoppedError(words_of(event))
+            case "store":
+                self._put_back(running, event)
+                self._release(event.worker)
+                self._doubts.cannot_write(event)
+            case _ if not event.died and alone and self._doubts.failed(running, event, self._options.attempts):
+                self._release(event.worker)
+            case _:
+                self._outcome(running, event)
 
     def _outcome(self, running: Running, event: Event) -> None:
         """What follows from a task's end, or a trial's."""
@@ -346,35 +344,31 @@ class Driver:
             self._judge(self._given_up.labelled())
 
     def _failed(self, task: Task, event: Event) -> None:
-        tried, why, cause = after(task, event), words_of(event), cause_of(event.error)
+        tried, fault = after(task, event), fault_of(task, event, self.standing.succeeded)
         self.standing.retries += 1
         if task.segment.source_id in self._dropped:
             self._open -= 1
         elif tried.attempts < self._options.attempts:
             self._backlog.again(tried, event.worker)
-        elif isinstance(cause, SourceChangedError | StoreDamagedError):
+        elif fault == "source":
             self._dropped.add(task.segment.source_id)  # what is committed of it stays
             self._open -= 1 + self._backlog.drop(task.segment.source_id)
-            self.inputs.leave_out(task.uri, str(cause))
+            self.inputs.leave_out(task.uri, str(cause_of(event.error)))
         else:
-            search = not (task.searched or isinstance(cause, DepthmillError))  # it would find every frame guilty
-            labelled = self.standing.succeeded
-            suspect = Suspect(task, why, search, away=isinstance(cause, SourceError) and not labelled)
-            if search and labelled:
-                self._judge([suspect])
-            else:
-                only = len(self.ids) == 1 and not self.inputs.left
-                self._judge(self._given_up.add(suspect, self._crew.ready, labelled, only, self._crew.now_s))
+            suspect, only = Suspect(task, words_of(event), fault), len(self.ids) == 1 and not self.inputs.left
+            labelled, now_s = self.standing.succeeded, self._crew.now_s
+            self._judge(self._given_up.add(suspect, self._crew.ready, labelled, only, now_s))
 
     def _judge(self, suspects: list[Suspect]) -> None:
         for suspect in suspects:
-            if suspect.away:
-                self._backlog.again(replace(suspect.task, attempts=0), None)
-            elif suspect.search:
-                self._searches.open(suspect.task, suspect.why)
-            else:
-                times = "once" if self._options.attempts == 1 else f"{self._options.attempts} times"
-                self._failer.add(suspect.task, f"the segment was tried {times}: {suspect.why}")
+            match suspect.fault:
+                case "inputs":
+                    self._backlog.again(replace(suspect.task, attempts=0), None)
+                case "frame":
+                    self._searches.open(suspect.task, suspect.why)
+                case _:
+                    times = "once" if self._options.attempts == 1 else f"{self._options.attempts} times"
+                    self._failer.add(suspect.task, f"the segment was tried {times}: {suspect.why}")
 
     def _tried(self, trial: Trial, running: Running, event: Event) -> None:
         if event.error is None:

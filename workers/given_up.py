@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from depthmill.pipeline.errors import RunStoppedError
 from depthmill.pipeline.plan import Task
+from depthmill.workers.causes import Fault
 from depthmill.workers.pace import Rests
 from depthmill.workers.progress import count
 
@@ -21,21 +22,20 @@ class Suspect:
     Attributes:
         task: Which.
         why: It failed.
-        search: Whether the frames that do it are to be looked for; else all are to be committed as failed.
-        away: Whether its source could not be opened before anything was labelled: it is to be tried again.
+        fault: Whose that is.
     """
 
     task: Task
     why: str
-    search: bool
-    away: bool = False
+    fault: Fault
 
 
 class GivenUp:
     """Segments that are given up, once several others were labelled for each.
 
-    If none are, it is hardly their fault: what a run has probed can nearly always be read. So those that could not be
-    opened before anything was labelled are tried again, when workers have rested; none is committed as failed.
+    If none are, it is hardly their fault: what a run has probed can nearly always be read. So where inputs may be away,
+    they are tried again when workers have rested, and none is committed as failed. A frame at fault is searched for at
+    once where anything was labelled.
 
     Attributes:
         rests: During which no segment is to be tried.
@@ -65,6 +65,8 @@ class GivenUp:
             RunStoppedError: If there are many, of different sources, or nothing was labelled of the only one; and none
                 could not be opened, or that was waited for.
         """
+        if suspect.fault == "frame" and labelled:
+            return [suspect]
         self._suspects.append(suspect)
         self._uris.add(suspect.task.uri)
         self._to_make_up += _MAKE_UP
@@ -85,19 +87,22 @@ class GivenUp:
         Raises:
             RunStoppedError: As above, however few could not be opened.
         """
-        if not labelled and (len(self) >= _FEWEST or any(one.away for one in self._suspects)):
+        if not labelled and (len(self) >= _FEWEST or self._of_inputs()):
             return self._away(labelled, now_s)
         return self._all()
 
     def _away(self, labelled: bool, now_s: float) -> list[Suspect]:
         """Those that could not be opened, to be tried after a rest."""
-        away = [] if labelled else [one for one in self._suspects if one.away]
+        away = [] if labelled else self._of_inputs()
         if not away or not self.rests.begin(now_s):
             raise self._stopped()
         if self.rests.times == 1:
             self._say(f"inputs can no longer be opened ({away[-1].why}): waiting until that works again")
-        self._keep([one for one in self._suspects if not one.away])
+        self._keep([one for one in self._suspects if one.fault != "inputs"])
         return away
+
+    def _of_inputs(self) -> list[Suspect]:
+        return [one for one in self._suspects if one.fault == "inputs"]
 
     def _all(self) -> list[Suspect]:
         suspects = self._suspects

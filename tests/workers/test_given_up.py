@@ -10,7 +10,7 @@ from depthmill.workers.given_up import GivenUp, Suspect
 
 
 def suspects(count, uris):
-    return [Suspect(Task(f"{i % uris}.mp4", "f", Segment("a", i, i + 1)), "no luck", False) for i in range(count)]
+    return [Suspect(Task(f"{i % uris}.mp4", "f", Segment("a", i, i + 1)), "no luck", "segment") for i in range(count)]
 
 
 def test_four_segments_labelled_make_up_for_one():
