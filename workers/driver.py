@@ -7,7 +7,8 @@ A segment that fails (an exception, a dead worker, one that takes too long) is t
 is one. After `attempts` it is bisected: halves of it are read and labelled, without being written, down to the frames
 that do it. Those are quarantined, each only after `attempts` failures of its own; then the whole segment is labelled
 around them, in the batches that an unreadable frame would leave too, so that its bytes tell nothing of the search.
-A worker that went with its machine counts against no segment, nor do failures that are a worker's own (`doubts.py`).
+A worker that went with its machine counts against no segment, nor do failures that are a worker's own (`doubts.py`) or
+the store's (`causes.py` has the table). A segment whose frames a search has cleared is granted more time than before.
 """
 
 from __future__ import annotations
@@ -25,20 +26,21 @@ from depthmill.pipeline.errors import (
     StoreReplacedError,
 )
 from depthmill.pipeline.plan import Planned, Task
-from depthmill.pipeline.types import Report, Segment
-from depthmill.workers.backlog import Backlog, Probe
+from depthmill.pipeline.types import Report
+from depthmill.workers.backlog import Probe
 from depthmill.workers.causes import after, cause_of, fault_of, words_of
 from depthmill.workers.crew import Crew, Running
 from depthmill.workers.deferred import Failer, Publisher
 from depthmill.workers.doubts import Check, Doubts
 from depthmill.workers.given_up import GivenUp, Suspect
 from depthmill.workers.inputs import Inputs
-from depthmill.workers.inquest import Searches, Trial
+from depthmill.workers.inquest import Trial
 from depthmill.workers.loading import Loading
 from depthmill.workers.pace import Limits, Pace
 from depthmill.workers.pool import Event, Pool
 from depthmill.workers.standing import Standing
 from depthmill.workers.terms import Calls, Options
+from depthmill.workers.work import Work
 
 _POLL_S = 0.5
 _SHOW_EVERY_S = 0.2
@@ -74,13 +76,8 @@ class Driver:
         self._calls = calls
         self.standing = Standing()
         self.inputs = Inputs(uris, options.attempts, self._say_once)
-        self._backlog = Backlog()
-        self._searches = Searches(options.attempts)
-        self._open = 0  # segments that are planned and not committed
+        self._work = Work(options.attempts)
         self.ids: set[str] = set()
-        self._at: dict[Segment, set[int]] = {}  # who labels a segment: two of them where one straggles
-        self._next: dict[int, Task] = {}  # worker -> what it has been told that it will be given next
-        self._void: set[int] = set()  # workers whose answer no longer matters
         self._doubts = Doubts(self._crew, self._say_once, replace=options.workers != 0)
         self._given_up = GivenUp(self._say_once)
         self._said: set[str] = set()
@@ -106,7 +103,7 @@ class Driver:
         """
         try:
             self.inputs.read(_AHEAD * self._probers)
-            while self._open or self.inputs.left:
+            while self._work.open or self.inputs.left:
                 if self._calls.stopped():
                     raise KeyboardInterrupt
                 self._hire()
@@ -134,7 +131,7 @@ class Driver:
         crew = self._crew
         for _ in range(min(self._probers, self.inputs.unprobed) - len(crew.probers)):
             crew.hire("prober")
-        work = len(self._backlog) + len(self._searches) - len(self._able) - len(crew.loading)
+        work = len(self._work) - len(self._able) - len(crew.loading)
         if work > 0 and not self._loading.pauses:
             wanted = work + self._loading.failures  # more, lest the only one comes to a bad machine again
             for _ in range(min(self._most_labelers - len(crew.labelers), wanted)):
@@ -167,44 +164,14 @@ class Driver:
             return
         alone = crew.ready - len(self._doubts.workers) == 1
         for worker in self._able:
-            task = self._next.pop(worker, None)
-            if task is None and (trial := self._searches.take()):
-                crew.call(worker, trial, self._limits(trial.task), "try_task", trial.task)
-                continue
-            if task is None:
-                task = self._backlog.take(worker, alone) if self._backlog else self._left_over()
-            if task is not None:
-                self._at.setdefault(task.segment, set()).add(worker)
-                crew.call(worker, task, self._limits(task), "label", task, *self._following(worker, task))
-            elif not self._backlog and not self._next:
+            item = self._work.take(worker, alone) or self._left_over()
+            if isinstance(item, Trial):
+                crew.call(worker, item, self._limits(item.task), "try_task", item.task)
+            elif item is not None:
+                following = self._work.begin(item, worker, crew.ready)
+                crew.call(worker, item, self._limits(item), "label", item, *following)
+            elif self._work.given_out:
                 break
-
-    def _leave(self, task: Task, worker: int) -> set[int]:
-        """A worker is no longer at a task; who else is."""
-        others = self._at.pop(task.segment, set()) - {worker}
-        if others:
-            self._at[task.segment] = others
-        return others
-
-    def _release(self, worker: int) -> None:
-        """What a worker would be given next is for others."""
-        self._backlog.leave(worker)
-        if worker in self._next:  # it may be what the worker died of: to be tried by itself
-            self._backlog.again(self._next.pop(worker), None)
-
-    def _following(self, worker: int, task: Task) -> tuple[Task, ...]:
-        """What a worker may begin while it is at a task, lest its device waits for a commit.
-
-        Only between tasks that nobody has failed at, so that a worker that dies again and again dies of one alone; and
-        not near the end, when others would wait for it.
-        """
-        if task.attempts or task.searched or len(self._backlog) <= self._crew.ready:
-            return ()
-        following = self._backlog.reserve(worker)
-        if following is None:
-            return ()
-        self._next[worker] = following
-        return (following,)
 
     def _left_over(self) -> Task | None:
         """What somebody is to do next, or a segment that takes too long.
@@ -213,25 +180,23 @@ class Driver:
         write the same bytes. They do not where workers round differently: by what each has compiled so far, or by the
         size of their batches.
         """
-        if not self._options.race or len(self._backends) > 1:
+        if self._work.queued or not self._options.race or len(self._backends) > 1:
             return None
-        if self._next:
-            return self._next.pop(next(iter(self._next)))
+        if (begun := self._work.take_from_another()) is not None:
+            return begun
         if self.inputs.left or not self._pace.frame_s:
             return None
-        alone = {segment for segment, workers in self._at.items() if len(workers) == 1}
-        return self._crew.straggler(self._pace.frame_s, alone)
+        return self._crew.straggler(self._pace.frame_s, self._work.of_one())
 
     def _take(self, event: Event) -> None:
         """What follows from an event."""
         worker, prober = event.worker, event.worker in self._crew.probers
         running = self._crew.ended(event)
         if event.died:
-            self._release(worker)
+            self._work.release(worker)
             if (running is None or not isinstance(running.item, Check)) and (held := self._doubts.left(worker)):
                 self._put_back(*held)
-        if running is None or worker in self._void:
-            self._void.discard(worker)
+        if self._work.take_void(worker) or running is None:
             return
         self._happened_s = self._crew.now_s
         match running.item:
@@ -250,16 +215,16 @@ class Driver:
     def _went_wrong(self, item: Task | Trial, running: Running, event: Event) -> None:
         """What follows from a task, or a trial, that failed: first of all, whether its worker is at fault."""
         task = item.task if isinstance(item, Trial) else item
-        alone = isinstance(item, Trial) or len(self._at[task.segment]) == 1
+        alone = isinstance(item, Trial) or task.segment in self._work.of_one()
         match fault_of(task, event, self.standing.succeeded):
             case "run":
                 raise cause_of(event.error) or RunStoppedError(words_of(event))
             case "store":
-                self._put_back(running, event)
-                self._release(event.worker)
+                self._work.put_back(item, event.worker)
+                self._work.release(event.worker)
                 self._doubts.cannot_write(event)
             case _ if not event.died and alone and self._doubts.failed(running, event, self._options.attempts):
-                self._release(event.worker)
+                self._work.release(event.worker)
             case _:
                 self._outcome(running, event)
 
@@ -294,11 +259,7 @@ class Driver:
             self._loading.trusted()
 
     def _put_back(self, running: Running, event: Event) -> None:
-        """What a worker failed at that is at fault, or gone, is as it was before."""
-        if isinstance(running.item, Trial):
-            self._searches.again(running.item)
-        elif not self._leave(running.item, event.worker):
-            self._backlog.again(running.item, event.worker)
+        self._work.put_back(running.item, event.worker)
 
     def _limits(self, task: Task) -> Limits:
         """How long it may take: more if a search has cleared its frames, or if the store does not get on."""
@@ -318,8 +279,7 @@ class Driver:
         if source.id in self.ids:  # one input, named twice in two ways
             return
         self.ids.add(source.id)
-        self._backlog.add(source)
-        self._open += source.segments
+        self._work.add(source)
         self.standing.planned(source)
         self._publisher.add(source.id, self._crew.now_s)
         self._single += source.frames == 1 and source.segments > 0
@@ -330,13 +290,12 @@ class Driver:
             )
 
     def _labelled(self, task: Task, running: Running, event: Event) -> None:
-        others = self._leave(task, event.worker)
+        others = self._work.leave(task, event.worker)
         if event.error is not None:
             if not others:  # else another worker is still at it
                 self._failed(task, event)
             return
-        self._at.pop(task.segment, None)
-        self._void |= others  # what they write is the same: see `_left_over`
+        self._work.labelled(task)
         self._pace.add(event.answer.labelled, self._crew.now_s - running.since_s)
         self._doubts.committed(task, event.answer)
         self._committed(event.answer)
@@ -347,12 +306,13 @@ class Driver:
         tried, fault = after(task, event), fault_of(task, event, self.standing.succeeded)
         self.standing.retries += 1
         if task.segment.source_id in self._dropped:
-            self._open -= 1
+            self._work.open -= 1
         elif tried.attempts < self._options.attempts:
-            self._backlog.again(tried, event.worker)
+            self._work.again(tried, event.worker)
         elif fault == "source":
             self._dropped.add(task.segment.source_id)  # what is committed of it stays
-            self._open -= 1 + self._backlog.drop(task.segment.source_id)
+            self._work.open -= 1
+            self._work.drop(task.segment.source_id)
             self.inputs.leave_out(task.uri, str(cause_of(event.error)))
         else:
             suspect, only = Suspect(task, words_of(event), fault), len(self.ids) == 1 and not self.inputs.left
@@ -363,9 +323,9 @@ class Driver:
         for suspect in suspects:
             match suspect.fault:
                 case "inputs":
-                    self._backlog.again(replace(suspect.task, attempts=0), None)
+                    self._work.again(replace(suspect.task, attempts=0), None)
                 case "frame":
-                    self._searches.open(suspect.task, suspect.why)
+                    self._work.search(suspect.task, suspect.why)
                 case _:
                     times = "once" if self._options.attempts == 1 else f"{self._options.attempts} times"
                     self._failer.add(suspect.task, f"the segment was tried {times}: {suspect.why}")
@@ -373,14 +333,10 @@ class Driver:
     def _tried(self, trial: Trial, running: Running, event: Event) -> None:
         if event.error is None:
             self._pace.add(event.answer, self._crew.now_s - running.since_s)
-        self._found(self._searches.tried(trial, event))
-
-    def _found(self, verdict: Task | None) -> None:
-        if verdict is not None:
-            self._backlog.again(verdict, None)
+        self._work.tried(trial, event)
 
     def _committed(self, report: Report) -> None:
-        self._open -= 1
+        self._work.open -= 1
         self.standing.committed(report)
         for line in report.warnings:
             self._say_once(line)
@@ -392,7 +348,7 @@ class Driver:
             self._looked_s = now_s
             for event in self._crew.end_overdue():
                 self._take(event)
-        if len(self._given_up) == self._open and not self.inputs.left:  # nothing is left that could succeed
+        if len(self._given_up) == self._work.open and not self.inputs.left:  # nothing is left that could succeed
             self._judge(self._given_up.take(self.standing.succeeded, now_s))
         for report in self._failer.committed(now_s):
             self._committed(report)
@@ -416,5 +372,5 @@ class Driver:
         self._shown_s = self._crew.now_s
         standing.crewed(self._crew, _SHOWN_WORKERS)
         standing.unprobed = self.inputs.unprobed
-        standing.queued, standing.running = len(self._backlog), len(self._at)
+        standing.queued, standing.running = self._work.queued, self._work.running
         self._calls.show(standing)

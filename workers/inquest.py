@@ -105,8 +105,7 @@ class Searches:
     def open(self, task: Task, why: str) -> None:
         """Begin the search in a segment that has failed as a whole.
 
-        If it is a single frame, it is tried once more by itself: its worker may have died of what it had begun next, or
-        stood still when it wrote.
+        If it is a single frame, it is tried once more by itself: its worker may have died of what it had begun next.
         """
         frames = task.only or range(task.segment.start, task.segment.stop)
         inquest = Inquest(task, frames)
