@@ -5,8 +5,10 @@ Depth comes in the tars of Marigold's evaluation; ranges, crops and masks are th
 resolutions at which the model sees a picture, and at which ETH3D is aligned, are those of E2E-FT's `experiments/`;
 the colours of pictures with normals are those that its `DSINE/` shows the model.
 
-One thing differs: where a side is no multiple of 8, E2E-FT's networks drop the rest, and stretch their answer over it;
+Two things differ. Where a side is no multiple of 8, E2E-FT's networks drop the rest, and stretch their answer over it;
 ours pad the picture. At these resolutions that is so of Sintel's rows (436, there 432) and ETH3D's columns (756, 752).
+Its GeoWizard is shown pictures that were resized by PIL's bicubic filter, and normals come back by nearest neighbours;
+ours are resized as for all other networks.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ def ensemble_depth(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     The median lies in the frame of the alignment, whose own scale and shift mean nothing. diffusers' `ensemble_depth`
     then stretches each picture to [0, 1], and so would make videos flicker; here the median is brought back to where
     the members were: by the scale and shift, not negative, with which it is nearest, in least squares, to their mean.
-    Equal members come back unchanged, and up to that affine map the result is diffusers'.
+    Equal members come back unchanged. Up to that affine map the result is diffusers', but that `align` finds another
+    minimum.
 
     Args:
         members: (E, H, W) float32 in [0, 1], E of 3 or more.
@@ -41,8 +42,9 @@ def align(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Marigold's objective (Ke et al. 2024, §3.3; diffusers, `ensemble_depth`): the least sum, over all pairs, of the root
     mean square difference. There a weak pull towards [0, 1] keeps scales from shrinking to nothing, and a general
     solver is stopped after two steps; here the aligned members' standard deviations must have the mean 1, and the
-    minimum is found. The best shifts are known: they give all the same mean. What is left is convex in the
-    deviations u, and depends on the members through E² numbers, the mean square differences of the standardised ones:
+    minimum is found, where members that run against each other count as unrelated: so no scale is negative. The best
+    shifts are known: they give all the same mean. What is left is convex in the deviations u, and depends on the
+    members through E² numbers, the mean square differences of the standardised ones:
     ‖u_i z_i - u_j z_j‖² = (u_i - u_j)² + u_i u_j ‖z_i - z_j‖². It is solved by iteratively reweighted least squares:
     each pair's square is weighed by the inverse of its distance before.
 
@@ -51,7 +53,7 @@ def align(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         Scales and shifts, (E,) float32 each, scales not negative, such that `members * scale + shift` agree. All have
-        the mean 0 then. A flat member, or one that runs against the rest, is no exception: a scale of 0 or a small one.
+        the mean 0 then. A flat member is no exception; its scale is 0.
     """
     count = len(members)
     flat = members.flatten(1)
@@ -82,6 +84,8 @@ def align(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def ensemble_normals(members: torch.Tensor) -> torch.Tensor:
     """For each pixel, the member nearest in angle to the members' mean direction (diffusers, `ensemble_normals`).
+
+    E2E-FT's evaluation of Marigold's normals takes one whole member instead, that with the least angle to the mean.
 
     Args:
         members: (E, 3, H, W) float32 unit vectors, E of 3 or more.

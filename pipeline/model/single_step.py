@@ -69,7 +69,7 @@ def decode_normals(decoded: torch.Tensor, description: Description) -> torch.Ten
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:
-    """Divide (..., 3, H, W) vectors by their length; those shorter than 1e-6 keep it."""
+    """Divide (..., 3, H, W) vectors by their length, or by 1e-6 if that is more."""
     # torch's own norm over this axis is 10 times slower on a CPU: a fifth of a small model's whole time.
     return vectors / (vectors * vectors).sum(dim=-3, keepdim=True).sqrt().clamp(min=1e-6)
 

@@ -54,13 +54,14 @@ class TrainConfig(StrictModel):
         batch_size: Pictures in a micro-batch, on each process.
         accumulation: Micro-batches to an optimizer step, on each process.
         learning_rate: Peak; AdamW.
-        warmup_steps: Steps over which the learning rate rises from 0.
+        warmup_steps: Steps over which the learning rate rises to it.
         final_learning_rate: Share of the peak that it decays to, exponentially.
         weight_decay: AdamW's.
         gradient_clip: Largest norm of a step's gradient.
         gradient_checkpointing: Trade a third more time for a fraction of the memory.
         mixed_precision: Of the networks; weights, losses and the optimizer stay in float32.
-        ema: Decay of an exponential moving average of the weights, which is then what is saved; left out, none.
+        ema: Largest decay of an exponential moving average of the weights, which is then what is saved; left out, none.
+            At optimizer step n it is n / (n + 9), if that is less.
         augment: How pictures are changed before they are trained on.
         processing_resolution: What the checkpoint will say that it wants a picture's longer side to be.
         save_dtype: Of the saved weights.

@@ -126,7 +126,7 @@ class Objective(torch.nn.Module):
         """Mean squared error of the network's answer to noisy latents, at a random time for each.
 
         Ho et al. 2020, eq. 14, for epsilon; Salimans & Ho 2022, section 4, for v. Cells of the latent that see a pixel
-        without truth do not count, as in Marigold.
+        without truth do not count, as in Marigold's training for depth; for normals that counts all.
         """
         last = self.scheduler.config.num_train_timesteps
         times = torch.randint(last, (len(latent),), generator=rng)

@@ -23,8 +23,8 @@ _FOCAL = 886.81 / 1024
 
 _TABLE = "train/filename_meta_train.csv"
 _REMEDY = (
-    "make the processed layout with Marigold's script/dataset_preprocess/hypersim/preprocess_hypersim.py, and for "
-    "normals unpack every frame.*.normal_cam.png of Hypersim under `normals/`"
+    "make the processed layout with Marigold's script/depth/dataset_preprocess/hypersim/preprocess_hypersim.py, and "
+    "for normals unpack every frame.*.normal_cam.png of Hypersim under `normals/`"
 )
 
 
