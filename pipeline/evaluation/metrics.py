@@ -62,7 +62,8 @@ class Moments:
     @property
     def affine(self) -> tuple[float, float]:
         """Scale and shift that bring the predictions nearest to the truths; scale 0 where they are constant."""
-        scale = self.pt / self.pp if self.pp > 0 else 0.0
+        rounding = 4 * np.finfo(np.float64).eps * abs(self.p)  # what a mean may be off by
+        scale = self.pt / self.pp if self.pp > self.count * rounding**2 else 0.0
         return scale, self.t - scale * self.p
 
 

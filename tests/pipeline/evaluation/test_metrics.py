@@ -25,6 +25,7 @@ def test_the_fit_is_least_squares():
     expected = np.linalg.lstsq(np.stack([prediction, np.ones(500)], 1).astype(np.float64), truth, rcond=None)[0]
     assert fit_affine(prediction, truth) == pytest.approx(expected)
     assert fit_affine(np.full(500, 0.25, np.float32), truth) == pytest.approx((0, truth.mean()))
+    assert fit_affine(np.full(7, 0.1), np.linspace(1, 5, 7)) == pytest.approx((0, 3))  # its mean is off by rounding
     assert fit_affine(np.array([0.5]), np.array([3.0])) == (0, 3)
 
 
