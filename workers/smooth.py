@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +33,7 @@ from depthmill.pipeline.smoothing.stage import (
 )
 from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.store.temporal import Temporal
+from depthmill.pipeline.types import WorkerState
 from depthmill.workers.causes import after, cause_of, words_of
 from depthmill.workers.crew import Crew
 from depthmill.workers.loading import Loading
@@ -59,7 +60,7 @@ class SmoothSummary:
         left_out: Id -> why a source is not.
         unread: Segments that could not be read again, with the reason: they go without edges, or unfiltered, until a
             run of the same command reads them.
-        frames: Frames that this run worked on, once a phase.
+        frames: Frames that this run worked on, once for their scale and shift, and once more if it filtered them.
         seconds: Of this run.
         unasked: Ids of the sources that are no videos, where none were named.
     """
@@ -144,7 +145,8 @@ class _Run:
         self.rate = Rate()
         self._limits = Pace(config.frame_limit_s, config.frame_limit_s)  # phases differ too much in pace to learn it
         self.display: Any = None
-        self.done = self._total = 0
+        self.done = 0  # frames, once a phase
+        self._to_do: Counter[str] = Counter()  # the same that is left of a source, as far as is known
         self._suspects: dict[str, str] = {}  # source that could not be opened, though others could be -> why
         self._held: list[SmoothTask] = []  # theirs
         self._good: SmoothTask | None = None  # opens a source that was opened in this run
@@ -169,11 +171,17 @@ class _Run:
             else:
                 self.queue += found.tasks
             self._left[found.source_id] = len(found.tasks)
-            self._total += sum(0 if one.phase == "solve" else one.frames for one in found.tasks)
+            phases = {"solve": int(self._config.filter), "filter": 1}  # this one and those that follow it
+            self._to_do[found.source_id] = sum(
+                one.frames * phases.get(one.phase, 1 + self._config.filter) for one in found.tasks
+            )
         return bool(self.queue)
 
     def show_state(self, state: Any) -> None:
-        self.display(Counts(self._total, 0, self.done, 0), {"this process": state})
+        self._show({"this process": state})
+
+    def _show(self, states: Mapping[str, WorkerState]) -> None:
+        self.display(Counts(self.done + self._to_do.total(), 0, self.done, 0), states)
 
     def go(self, crew: Crew, stopped: Callable[[], bool], say: Callable[[str], None]) -> None:
         """Work until nothing is left.
@@ -197,7 +205,7 @@ class _Run:
                 self._ended(crew, event, loading)
             for event in list(crew.end_overdue()):
                 self._ended(crew, event, loading)
-            self.display(Counts(self._total, 0, self.done, 0), crew.states(_SHOWN))
+            self._show(crew.states(_SHOWN))
 
     def _assign(self, crew: Crew, room: int) -> None:
         """Give idle workers something to do, and ask for more if there is room for so many."""
@@ -274,10 +282,9 @@ class _Run:
         source_id = task.segment.source_id
         if source_id in self.left_out:
             return
-        if task.phase == "open":
-            self._total -= task.frames  # which its edges count again
-        elif task.phase != "solve":
+        if task.phase not in ("open", "solve"):
             self.done += task.frames
+            self._to_do[source_id] -= task.frames
         self._left[source_id] -= 1
         if not self._left[source_id]:
             self.looks.add(source_id, task.phase)
@@ -324,6 +331,7 @@ class _Run:
     def _leave_out(self, source_id: str, why: str) -> None:
         Temporal(self._store, source_id).leave_out(why)
         self.left_out[source_id] = why
+        self._to_do.pop(source_id, None)
         self._suspects.pop(source_id, None)
 
     def _withdrawn(self, source_id: str) -> list[SmoothTask]:

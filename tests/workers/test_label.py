@@ -22,6 +22,7 @@ from depthmill.tests import media, runs
 from depthmill.tests.workers.labelling import only_source, run
 from depthmill.workers.label import _options, label
 from depthmill.workers.pool import InProcess
+from depthmill.workers.progress import Rate
 
 
 def test_a_video_is_labelled_as_the_labeler_labels_it(video, tmp_path, config, checkpoints):
@@ -79,6 +80,21 @@ def test_run_json_says_what_was_done(video, tmp_path, config):
     assert re.match(r"cpu \(.+\), float32, batches of ", values["device"])
     assert len(values["checkpoints"]["depth"]["sha256"]) == 64
     assert (tmp_path / "out.zarr" / "failures.jsonl").read_text() == ""
+
+
+def test_the_rate_of_a_run_is_not_that_of_closing_its_workers(video, tmp_path, config, monkeypatch):
+    rates = []
+
+    def rate():
+        rates.append(Rate())
+        return rates[0]
+
+    def close_slowly(self):
+        rates[0].started_s -= 1e6
+
+    monkeypatch.setattr("depthmill.workers.label.Rate", rate)
+    monkeypatch.setattr(InProcess, "close", close_slowly)
+    assert run([video], tmp_path / "out.zarr", config).frames_per_s > 0.01
 
 
 def test_a_finished_run_is_not_done_again(video, tmp_path, config, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import pickle
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -101,6 +102,19 @@ def test_again_does_nothing_and_another_leak_solves_alone(tmp_path, video):
     assert Temporal(store, name).attributes()["leak"] == 0.5
     assert Temporal(store, name).solved()
     assert run(store, flow="medium").frames == FRAMES
+
+
+def test_progress_counts_scale_and_filter_from_the_beginning(tmp_path, video, monkeypatch):
+    store, _ = labelled(tmp_path / "a.zarr", video, 8)
+    seen = []
+
+    def display(*_):
+        return nullcontext(lambda counts, states: seen.append((counts.done, counts.total)))
+
+    monkeypatch.setattr("depthmill.workers.smooth.open_display", display)
+    assert run(store, filter=True).frames == 2 * FRAMES
+    assert {total for _, total in seen} == {2 * FRAMES}
+    assert seen[-1] == (2 * FRAMES, 2 * FRAMES)
 
 
 def test_other_options_cost_nothing_before_a_source_can_be_made_anew(tmp_path, video):
