@@ -103,7 +103,11 @@ def located(uri: str) -> str:
 
 
 class LocalDirectory:
-    """A directory of this machine or of a mounted file system."""
+    """A directory of this machine or of a mounted file system.
+
+    Names of files are put together as strings: `pathlib` keeps each part that it has seen of any path, so that a run's
+    memory would grow by the names of what it writes.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -112,7 +116,7 @@ class LocalDirectory:
     def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes | None:
         """See `Directory`."""
         try:
-            with (self.path / key).open("rb") as file:
+            with open(self._at(key), "rb") as file:
                 if start is not None and start < 0:
                     file.seek(max(start, -os.fstat(file.fileno()).st_size), os.SEEK_END)
                     return file.read()
@@ -121,7 +125,7 @@ class LocalDirectory:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:
-            raise StoreError(f"{self.path / key} cannot be read: {error.strerror}; check it, and try again") from error
+            raise StoreError(f"{self._at(key)} cannot be read: {error.strerror}; check it, and try again") from error
 
     def read_all(self, keys: Iterable[str]) -> dict[str, bytes]:
         """See `Directory`."""
@@ -130,11 +134,11 @@ class LocalDirectory:
 
     def write(self, key: str, data: bytes) -> None:
         """See `Directory`."""
-        path = self.path / key
+        path = self._at(key)
         try:
-            write_atomically(path, data, self.path)
+            write_atomically(path, data, self.uri)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and not _holds_files(self.path):
+            if isinstance(error, FileNotFoundError) and not _holds_files(self.uri):
                 raise store_away(self.uri) from error
             if error.errno in _FULL:
                 raise StoreFullError(
@@ -155,15 +159,15 @@ class LocalDirectory:
     def delete(self, key: str) -> None:
         """See `Directory`."""
         try:
-            (self.path / key).unlink(missing_ok=True)
-        except NotADirectoryError:
+            os.unlink(self._at(key))
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
-            raise _cannot_remove(self.path / key, error) from error
+            raise _cannot_remove(self._at(key), error) from error
 
     def children(self, key: str = "") -> list[str]:
         """See `Directory`; links count as files, so that nothing behind them is ever removed."""
-        path = self.path / key
+        path = self._at(key)
         try:
             with os.scandir(path) as entries:
                 return sorted(
@@ -192,11 +196,11 @@ class LocalDirectory:
         if not key:
             raise ValueError(f"{self.uri} itself is never removed whole: give the key of a directory in it")
         try:
-            shutil.rmtree(self.path / key)
+            shutil.rmtree(self._at(key))
         except FileNotFoundError:
             pass
         except OSError as error:
-            raise _cannot_remove(self.path / key, error) from error
+            raise _cannot_remove(self._at(key), error) from error
 
     def make_root(self) -> None:
         """See `Directory`."""
@@ -212,14 +216,17 @@ class LocalDirectory:
 
     def clear_partial(self, key: str) -> None:
         """See `Directory`."""
-        folder = _partials(self.path / key)
+        folder = _partials(self._at(key))
         with suppress(OSError):  # there is none, or another is writing the same file
-            for partial in folder.iterdir():
-                partial.unlink(missing_ok=True)
-            folder.rmdir()
+            for name in os.listdir(folder):
+                os.unlink(os.path.join(folder, name))
+            os.rmdir(folder)
+
+    def _at(self, key: str) -> str:
+        return os.path.join(self.uri, key)
 
 
-def write_atomically(path: Path, data: bytes, root: Path | None = None) -> None:
+def write_atomically(path: str | Path, data: bytes, root: str | None = None) -> None:
     """Write a file that appears whole or not at all, and make the folders that it lies in.
 
     Where `root` is one of those, it is not made, nor any other in it while it is empty.
@@ -233,6 +240,7 @@ def write_atomically(path: Path, data: bytes, root: Path | None = None) -> None:
     given up for dead may still be writing the same file as its successor. The folder goes when its last writer is done,
     perhaps between two steps of another's write: that one begins again.
     """
+    path = str(path)
     for _ in range(_TRIES):
         try:
             _write_once(path, data, root)
@@ -243,33 +251,43 @@ def write_atomically(path: Path, data: bytes, root: Path | None = None) -> None:
     _write_once(path, data, root)
 
 
-def _write_once(path: Path, data: bytes, root: Path | None) -> None:
-    partial = _partials(path) / f".{uuid.uuid4().hex}.{_PARTIAL}"
-    _make_folder(partial.parent, root)
+def _write_once(path: str, data: bytes, root: str | None) -> None:
+    folder = _partials(path)
+    partial = os.path.join(folder, f".{uuid.uuid4().hex}.{_PARTIAL}")
+    _make_folder(folder, root)
     try:
-        with partial.open("wb") as file:
+        with open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        os.replace(partial, path)
     finally:
-        with suppress(OSError):  # it has become the file, or another is writing the same file
-            partial.unlink(missing_ok=True)
-            partial.parent.rmdir()
+        with suppress(OSError):  # it has become the file
+            os.unlink(partial)
+        with suppress(OSError):  # another is writing the same file
+            os.rmdir(folder)
 
 
-def _make_folder(folder: Path, root: Path | None) -> None:
+def _make_folder(folder: str, root: str | None) -> None:
     try:
-        folder.mkdir(exist_ok=True)
+        _mkdir(folder)
     except FileNotFoundError:
-        above = folder.parent
-        if above in (root, folder) or (above.parent == root and not _holds_files(above.parent)):
+        above = os.path.dirname(folder)
+        if above in (root, folder) or (os.path.dirname(above) == root and not _holds_files(root)):
             raise
         _make_folder(above, root)
-        folder.mkdir(exist_ok=True)
+        _mkdir(folder)
 
 
-def _holds_files(folder: Path) -> bool:
+def _mkdir(folder: str) -> None:
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        if not os.path.isdir(folder):
+            raise
+
+
+def _holds_files(folder: str) -> bool:
     try:
         with os.scandir(folder) as entries:
             return any(entries)
@@ -277,9 +295,10 @@ def _holds_files(folder: Path) -> bool:
         return False
 
 
-def _partials(path: Path) -> Path:
+def _partials(path: str) -> str:
     """The folder of unfinished writes of one file."""
-    return path.with_name(f".{path.name}.{_PARTIAL}")
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{_PARTIAL}")
 
 
 def json_bytes(document: Mapping[str, Any]) -> bytes:
@@ -292,9 +311,9 @@ def _is_partial(name: str) -> bool:
     return name.startswith(".") and name.endswith(f".{_PARTIAL}")
 
 
-def _free(path: Path) -> int:
+def _free(path: str) -> int:
     """Bytes that an ordinary user can still write where a path is to be."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
     return shutil.disk_usage(folder).free
 
 
@@ -306,5 +325,5 @@ def store_away(uri: str) -> StoreError:
     )
 
 
-def _cannot_remove(path: Path, error: OSError) -> StoreError:
+def _cannot_remove(path: str, error: OSError) -> StoreError:
     return StoreError(f"{path} cannot be removed: {error.strerror}; check its permissions, then try again")

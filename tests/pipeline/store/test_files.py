@@ -1,7 +1,6 @@
 import errno
 import os
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -42,11 +41,11 @@ def test_a_file_is_on_the_disk_whole_before_it_has_its_name(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
 def test_a_file_that_cannot_be_read_is_not_taken_for_none(tmp_path, monkeypatch, code):
-    def fail(self, *_):
+    def fail(*_):
         raise OSError(code, os.strerror(code))
 
     (tmp_path / "zarr.json").write_text("{}")
-    monkeypatch.setattr(Path, "open", fail)
+    monkeypatch.setattr("builtins.open", fail)
     with pytest.raises(StoreError, match=r"zarr\.json cannot be read"):
         LocalDirectory(tmp_path).read("zarr.json")
 

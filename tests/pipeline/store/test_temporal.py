@@ -1,4 +1,5 @@
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def test_edges_that_could_not_be_written_are_pending(store, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", full)
+        patch.setattr(os, "replace", full)
         with pytest.raises(StoreFullError):
             temporal.write_edges(
                 segment, np.ones((segment.frames, 1, 5), np.float32), np.ones(segment.frames, np.float32)
