@@ -2,8 +2,9 @@
 
     python benchmarks/length.py [--frames 100000] [--quick]
 
-Labels tiny frames with a tiny network of random weights, each run a process of its own (`depthmill label`), a hundredth
-of the frames, a tenth and all of them. Writes length.md.
+Labels tiny frames with a tiny network of random weights, each run a process of its own (`depthmill label`): a hundredth
+of the frames, a tenth and all of them, for their memory; then the longest video twice, one run near its beginning and
+one near its end, in turn, for their rates. Writes length.md.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import datetime
 import os
 import platform
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ import av
 import numpy as np
 import psutil
 
+from depthmill.pipeline.bench.timing import Spent
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.backend import cores
 
@@ -37,41 +40,29 @@ SEGMENT = 64
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of the command.
+class Rate:
+    """How quick a run was in its turns.
 
     Attributes:
-        peak_bytes: Most that its process had in memory.
-        frames: Numbers of the frames up to which segments were committed, in order.
-        wall_s: When each of these commits was made.
-        cpu_s: The processor time that the process had taken by then.
+        first: Frame at which the first turn began.
+        frames: Committed in all turns.
+        spent: In all of them.
     """
 
-    peak_bytes: int
-    frames: np.ndarray
-    wall_s: np.ndarray
-    cpu_s: np.ndarray
-
-    def rate(self, clock: np.ndarray, near: int) -> float:
-        """Frames a second of a clock: the median over steps of a few segments in the tenth of the video at a frame."""
-        last = self.frames[-1]
-        low = min(max(SEGMENT, near - last // 20), last - last // 10)
-        part = np.flatnonzero((self.frames >= low) & (self.frames <= low + last // 10))[:: step(last)]
-        return float(np.median(np.diff(self.frames[part]) / np.diff(clock[part])))
-
-
-def step(frames: int) -> int:
-    """Segments in one measurement of the rate: a tenth of the video has ten of them, if it is long."""
-    return max(1, frames // (100 * SEGMENT))
+    first: int
+    frames: int
+    spent: Spent
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=100_000)
+    parser.add_argument("--turns", type=int, default=8, help="of each of the two runs")
     parser.add_argument("--quick", action="store_true", help="few frames: that it runs, not what it says")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
-    frames = 40 * SEGMENT if options.quick else options.frames
+    frames = 80 * SEGMENT if options.quick else options.frames
+    turns, turn_s = (1, 0.5) if options.quick else (options.turns, 2.0)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -79,31 +70,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
             vae_channels=(4, 4, 4), vae_attention=False, unet_channels=(8, 8), head_channels=4, norm_groups=4
         )
         scratch.create(folder / "tiny", architecture, "depth", seed=0, processing_resolution=SIDE // 2)
-        runs = {count: run(folder, count) for count in (frames // 100, frames // 10, frames)}
-    long = runs[frames]
-    early, late = min(1000, frames // 10), frames
-    rates = {
-        "wall": [long.rate(long.wall_s, near) for near in (early, late)],
-        "CPU": [long.rate(long.cpu_s, near) for near in (early, late)],
-    }
-    peaks = [(count, one.peak_bytes) for count, one in runs.items()]
+        peaks = [(count, peak_bytes(folder, count)) for count in (frames // 100, frames // 10, frames)]
+        early, late = rates(folder / f"{frames}.mp4", (frames // 100, frames * 6 // 7), turns, turn_s)
     grown = (peaks[-1][1] - peaks[-2][1]) / (peaks[-1][0] - peaks[-2][0])
     rows = [
         f"| peak memory, MiB | {first / 2**20:,.1f} for {short:,} frames | {last / 2**20:,.1f} for {count:,} frames | "
         f"{last / first:.3f} | <= 1.02 |"
         for (short, first), (count, last) in pairwise(peaks)
-    ] + [
-        f"| frames a second of {clock} time | {first:,.0f} at frame {early:,} | {last:,.0f} at frame {late:,} | "
-        f"{last / first:.3f} | 0.95 to 1.05 |"
-        for clock, (first, last) in rates.items()
     ]
+    for clock, seconds in (("wall", "wall_s"), ("CPU", "cpu_s")):
+        first, last = (one.frames / getattr(one.spent, seconds) for one in (early, late))
+        rows.append(
+            f"| frames a second of {clock} time | {first:,.0f} from frame {early.first:,} on | {last:,.0f} from frame "
+            f"{late.first:,} on | {last / first:.3f} | 0.95 to 1.05 |"
+        )
     report = f"""# Long videos
 
 Written by `benchmarks/length.py`, {datetime.date.today()}, on {cores()} cores of {platform.machine()}, Python
 {platform.python_version()}; load average {load:.1f} when it began. Depth of {SIDE}x{SIDE} frames of one H.264 video,
 with a network of random weights so small that all else sets the pace; each run a process of its own, labelling in it.
-Rates are medians over steps of {step(frames) * SEGMENT:,} frames, in the tenth of the video that is nearest. CPU time
-is that of the process, all threads: other work on the machine does not slow it down as much.
+Rates are those of two runs over the longest video that are stopped and continued, so that they have {turns} turns of
+{turn_s:g} s each, one after the other: the pace of the machine is the same for both. CPU time is that of the process,
+all threads.
 
 | | short or early | long or late | ratio | goal |
 | --- | ---: | ---: | ---: | --- |
@@ -119,43 +107,55 @@ one process probes and labels.
         options.out.write_text(report)
 
 
-def run(folder: Path, frames: int) -> Run:
-    """Make a video of so many frames, and label it."""
-    video, store = folder / f"{frames}.mp4", folder / f"{frames}.zarr"
+def peak_bytes(folder: Path, frames: int) -> int:
+    """The most memory that it takes to label a video of so many frames, which is made and stays."""
+    video, store = folder / f"{frames}.mp4", folder / "peak.zarr"
     write_video(video, frames)
-    command = [*DEPTHMILL, str(video), str(store), "--checkpoint", str(folder / "tiny"), *OPTIONS]
-    process = os.posix_spawn(
-        command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
-    )
-    samples: list[tuple[float, float]] = []
-    ended = threading.Event()
-    sampler = threading.Thread(target=_sample, args=(psutil.Process(process), samples, ended))
-    sampler.start()
-    os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
-    ended.set()
-    sampler.join()
-    _, status, usage = os.wait4(process, 0)
+    _, status, usage = os.wait4(start(video, store).pid, 0)
     if os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
-    commits = sorted((int(path.name), path.stat().st_mtime) for path in store.glob("*/status/c/*"))
-    wall_s = np.array([when for _, when in commits])
-    clock, cpu = (np.array(column) for column in zip(*samples, strict=True))
+        raise SystemExit(f"labelling {frames} frames ended with {os.waitstatus_to_exitcode(status)}")
     shutil.rmtree(store)
-    return Run(
-        peak_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-        frames=np.array([(number + 1) * SEGMENT for number, _ in commits]),
-        wall_s=wall_s,
-        cpu_s=np.interp(wall_s, clock, cpu),
-    )
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _sample(process: psutil.Process, samples: list[tuple[float, float]], ended: threading.Event) -> None:
-    while not ended.wait(0.1):
-        try:
-            used = process.cpu_times()
-        except psutil.Error:
-            return
-        samples.append((time.time(), used.user + used.system))
+def rates(video: Path, after: Sequence[int], turns: int, turn_s: float) -> list[Rate]:
+    """The rates of as many runs over one video, each from a number of frames on, in turn."""
+    stores = [video.with_name(f"{number}.zarr") for number in range(len(after))]
+    runs = []
+    for store, first in zip(stores, after, strict=True):
+        runs.append(start(video, store))
+        while committed(store) < first:
+            time.sleep(0.1)
+        runs[-1].suspend()
+    begun = [committed(store) for store in stores]
+    wall_s, cpu_s = [0.0] * len(runs), [0.0] * len(runs)
+    for _ in range(turns):
+        for number, run in enumerate(runs):
+            since_s, used = time.perf_counter(), run.cpu_times()
+            run.resume()
+            time.sleep(turn_s)
+            run.suspend()
+            now = run.cpu_times()
+            wall_s[number] += time.perf_counter() - since_s
+            cpu_s[number] += now.user + now.system - used.user - used.system
+    done = [committed(store) for store in stores]
+    for run in runs:
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    return [
+        Rate(first, last - first, Spent(*spent)) for first, last, *spent in zip(begun, done, wall_s, cpu_s, strict=True)
+    ]
+
+
+def start(video: Path, store: Path) -> psutil.Popen:
+    """Start to label a video with the tiny network that is beside it."""
+    command = [*DEPTHMILL, str(video), str(store), "--checkpoint", str(video.with_name("tiny")), *OPTIONS]
+    return psutil.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def committed(store: Path) -> int:
+    """How many frames are."""
+    return SEGMENT * len(list(store.glob("*/status/c/*")))
 
 
 def write_video(path: Path, frames: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from depthmill.pipeline.heap import give_back_large_blocks
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.store import Store, open_store
@@ -120,7 +119,6 @@ class Prober:
 
     def load(self) -> str:
         """Open the store."""
-        give_back_large_blocks()
         self._store: Store = open_store(self._uri, index=False)
         return ""
 

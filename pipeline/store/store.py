@@ -29,6 +29,7 @@ from depthmill.pipeline.store.layout import (
     Layout,
     file_key,
     group_document,
+    rows_per_file,
     source_arrays,
     source_attributes,
 )
@@ -46,9 +47,10 @@ from depthmill.pipeline.store.root import (
     source_members,
     write_root,
 )
+from depthmill.pipeline.store.shard import decode_chunk
 from depthmill.pipeline.store.writer import SegmentWriter
-from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array, read_rows
-from depthmill.pipeline.types import FAILED, LABELLED, Failure, Segment, Source
+from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, decoding, open_array, read_rows
+from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Failure, Segment, Source
 
 READERS = 16  # sources read at once: on object storage each is a few requests
 
@@ -208,8 +210,21 @@ class Store:
         return [Segment(source_id, start, min(start + length, frames)) for start in range(0, frames, length)]
 
     def status(self, source_id: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
-        """What became of each frame, or of the frames [start, stop): uint8, one of PENDING, LABELLED, FAILED."""
-        return np.asarray(self.read(source_id, "status", start, stop), np.uint8)
+        """What became of each frame, or of the frames [start, stop): uint8, one of PENDING, LABELLED, FAILED.
+
+        Raises:
+            StoreDamagedError: If a file of it cannot be decoded.
+        """
+        array = self.arrays(source_id)["status"]
+        rows = rows_per_file(array)
+        start, stop, _ = slice(start, stop).indices(array["shape"][0])
+        first = start - start % rows
+        chunks = {file_key(source_id, "status", array, row): row - first for row in range(first, stop, rows)}
+        status = np.full(len(chunks) * rows, PENDING, np.uint8)
+        for key, data in self.directory.read_all(chunks).items():
+            with decoding(self.uri, key):
+                status[chunks[key] : chunks[key] + rows] = decode_chunk(data, array)
+        return status[start - first : stop - first]
 
     def reasons(self, source_id: str) -> npt.NDArray[Any]:
         """Why each frame failed: (frames,) strings, "" where it did not."""

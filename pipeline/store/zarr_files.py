@@ -20,8 +20,6 @@ from depthmill.pipeline.errors import StoreDamagedError, StoreError
 from depthmill.pipeline.store.files import Directory
 from depthmill.pipeline.store.layout import Document, checksum
 
-_CHUNKS_AT_ONCE = 64
-
 
 class ZarrFiles(Store):
     """A directory as a Zarr store.
@@ -140,17 +138,11 @@ def _bounds(byte_range: ByteRequest | None) -> tuple[int | None, int | None]:
 def read_rows(array: zarr.Array[Any], uri: str, rows: slice) -> npt.NDArray[Any]:
     """Rows of an array of the store at `uri`, as stored.
 
-    Zarr holds 3 kB for each chunk that it is asked for at once: of the status of 100,000 frames, which has one a
-    segment, 5 MB. So no more than some are.
-
     Raises:
         StoreDamagedError: If a file of it cannot be decoded.
     """
     with decoding(uri, array.path):
-        start, stop, _ = rows.indices(array.shape[0])
-        step = _CHUNKS_AT_ONCE * array.chunks[0]
-        parts = [array[first : min(first + step, stop)] for first in range(start, stop, step)]
-        return np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else array[:0])
+        return np.asarray(array[rows])
 
 
 @contextmanager
