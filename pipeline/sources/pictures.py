@@ -25,6 +25,7 @@ import numpy.typing as npt
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from depthmill.pipeline.errors import MissingError, SourceError
+from depthmill.pipeline.sources.limits import refusal
 from depthmill.pipeline.sources.naming import source_id
 from depthmill.pipeline.sources.opening import AWAY_ERRORS, open_binary, read_whole, unanswered
 from depthmill.pipeline.types import Frame, Source, SourceKind
@@ -37,13 +38,6 @@ _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEB
 _SAMPLE_BYTES = 4096  # of the beginning and end of each picture, for the fingerprint
 _DECODE_THREADS = 4
 _MAX_BYTES_AHEAD = 192 << 20  # encoded and decoded, not yet taken
-
-_MAX_SIDE = 65_535  # what JPEG can say; the store's rows are as high as the highest picture and as wide as the widest
-
-# A header that promises more than its file can hold is damaged, and must not size a store. Deflate packs at most 1032
-# bytes into one, of eight 1-bit pixels each; JPEG spends at least one bit on a block of 8 x 8; a run in a BMP, of
-# 255 pixels at most, takes two bytes, and one of 4096 in a GIF more than one.
-_MAX_PIXELS_PER_BYTE = {"PNG": 8 * 1032, "JPEG": 8 * 64, "BMP": 128, "PPM": 8, "GIF": 4096}
 
 _MAX_METADATA_BYTES = 16 << 20  # of a PNG's colour profile or text; those of displays may have several MB
 
@@ -153,9 +147,9 @@ def decode_image(picture: Path | BinaryIO, max_pixels: int) -> npt.NDArray[np.ui
     """
     try:
         with _open_image(picture) as image:
-            refusal = _refusal(image.height, image.width, image.format, _size_bytes(picture), max_pixels)
-            if refusal:
-                raise SourceError(refusal)
+            refused = refusal(image.height, image.width, _kind(image), _size_bytes(picture), max_pixels)
+            if refused:
+                raise SourceError(refused)
             turn = _TURNS.get(_orientation(image))
             image.load()
             rgb = _to_rgb(image)
@@ -193,8 +187,8 @@ def read_header(picture: Picture, max_pixels: int) -> Header:
                 sample = file.read(_SAMPLE_BYTES)
                 digest.update(sample)
                 head = head or sample
-            kind, shape = _kind_and_shape(file, head)
-        if not _refusal(*shape, kind, size, max_pixels):
+            kind, shape = _webp_header(head, size) or _kind_and_shape(file)
+        if not refusal(*shape, kind, size, max_pixels):
             height, width = shape
     except MissingError:
         pass
@@ -253,40 +247,36 @@ def _head(picture: Path | BinaryIO) -> bytes:
         return file.read(4)
 
 
-def _refusal(height: int, width: int, kind: str | None, size_bytes: int, max_pixels: int) -> str:
-    """Why a picture is not decoded, going by its header; "" if it is."""
-    pixels = height * width
-    if pixels > max_pixels:
-        return f"{width}x{height} is {pixels} pixels; at most {max_pixels} are read: scale it down"
-    if max(height, width) > _MAX_SIDE:
-        return f"{width}x{height} pixels; at most {_MAX_SIDE} a side are read: cut it into pieces"
-    if kind in _MAX_PIXELS_PER_BYTE and pixels > size_bytes * _MAX_PIXELS_PER_BYTE[kind]:
-        return f"its header promises {width}x{height} pixels, which {size_bytes} bytes cannot hold: replace it"
-    return ""
-
-
-def _kind_and_shape(file: BinaryIO, head: bytes) -> tuple[str | None, tuple[int, int]]:
-    """Format, height and width of a picture, upright, by its header."""
-    shape = _webp_shape(head)
-    if shape is not None:
-        return "WEBP", shape
+def _kind_and_shape(file: BinaryIO) -> tuple[str | None, tuple[int, int]]:
+    """Kind (see `limits`), height and width of a picture, upright, by its header."""
     file.seek(0)
     with _open_image(file) as image:
         upright = _orientation(image) < 5
-        return image.format, (image.height, image.width) if upright else (image.width, image.height)
+        return _kind(image), (image.height, image.width) if upright else (image.width, image.height)
 
 
-def _webp_shape(head: bytes) -> tuple[int, int] | None:
-    """Height and width of a WebP picture without EXIF and XMP (RFC 9649), for which Pillow would read all of it."""
+def _kind(image: Image.Image) -> str | None:
+    return f"TIFF {image.info.get('compression')}" if image.format == "TIFF" else image.format
+
+
+def _webp_header(head: bytes, size_bytes: int) -> tuple[str | None, tuple[int, int]] | None:
+    """The same of a WebP picture without EXIF and XMP (RFC 9649), for which Pillow would read all of it.
+
+    Of one that is cut off, or all header, nothing is decoded: 0 x 0. Lossy ones alone have a kind: of a lossless one
+    that is blank, a larger one takes no more bytes.
+    """
     if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
         return None
+    if size_bytes < 8 + int.from_bytes(head[4:8], "little") or (head[12:16] == b"VP8X" and size_bytes == 30):
+        return None, (0, 0)
+    kind = "VP8" if b"VP8 " in (head[12:16], head[30:34]) else None
     if head[12:16] == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
-        return int.from_bytes(head[28:30], "little") & 0x3FFF, int.from_bytes(head[26:28], "little") & 0x3FFF
+        return kind, (int.from_bytes(head[28:30], "little") & 0x3FFF, int.from_bytes(head[26:28], "little") & 0x3FFF)
     if head[12:16] == b"VP8L" and head[20] == 0x2F:
         bits = int.from_bytes(head[21:25], "little")
-        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+        return kind, ((bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
     if head[12:16] == b"VP8X" and not head[20] & 0x0C:  # either may turn it
-        return int.from_bytes(head[27:30], "little") + 1, int.from_bytes(head[24:27], "little") + 1
+        return kind, (int.from_bytes(head[27:30], "little") + 1, int.from_bytes(head[24:27], "little") + 1)
     return None
 
 

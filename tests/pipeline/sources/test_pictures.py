@@ -14,6 +14,8 @@ from depthmill.pipeline.sources.pictures import Encoded, decode_ahead, decode_im
 from depthmill.tests import media as make
 
 LIMIT = 1 << 27
+SIDE = 11_000  # of pictures that lie about it
+TIFFS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "lzma", "zstd", "group3", "group4")
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".text.png", ".tif", ".webp"])
@@ -191,6 +193,54 @@ def test_a_header_that_lies_sizes_nothing() -> None:
         decode_image(io.BytesIO(lying), LIMIT)
 
 
+def webp(chunk: bytes, data: bytes, more: int = 0) -> bytes:
+    """A WebP file of one chunk, that says it has so many bytes more."""
+    return b"RIFF" + struct.pack("<I", 12 + len(data) + more) + b"WEBP" + chunk + struct.pack("<I", len(data)) + data
+
+
+def patched(kind: str, mark: bytes, shift: int) -> bytes:
+    """A small picture with sides of 11,000 so far behind a mark."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(file, kind)
+    data = file.getvalue()
+    at = data.index(mark) + shift
+    return data[:at] + struct.pack(">II", SIDE, SIDE) + data[at + 8 :]
+
+
+def small_tiff(compression: int) -> bytes:
+    """One that promises so many pixels in a strip of 50 bytes."""
+    tags = {256: SIDE, 257: SIDE, 258: 8, 259: compression, 262: 1, 273: 8, 277: 1, 278: SIDE, 279: 50}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 58) + bytes(50) + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+LYING = {
+    "empty.webp": webp(b"VP8X", bytes(4) + (SIDE - 1).to_bytes(3, "little") * 2),
+    "cut.webp": webp(b"VP8L", b"\x2f" + (SIDE - 1 | SIDE - 1 << 14).to_bytes(4, "little") + bytes(40), more=50),
+    "lossy.webp": webp(b"VP8 ", b"\x10\0\0\x9d\x01\x2a" + struct.pack("<HH", 999, 999) + bytes(40)),
+    **{f"{name}.tif": small_tiff(code) for name, code in {"raw": 1, "lzw": 5, "deflate": 8, "packbits": 32773}.items()},
+    "a.jp2": patched("JPEG2000", b"ihdr", 4),
+    "a.avif": patched("AVIF", b"ispe", 8),
+}
+
+
+@pytest.mark.parametrize("name", LYING)
+@pytest.mark.parametrize("kind", ["folder", "shard.tar", "shard.parquet"])
+def test_a_header_that_lies_sizes_no_source(name: str, kind: str, tmp_path: Path) -> None:
+    files, path = {"0.png": make.encode(5), name: LYING[name]}, tmp_path / kind
+    if kind == "folder":
+        folder(path, files)
+    elif kind == "shard.parquet":
+        make.write_parquet(path, {"image": list(files.values())})
+    else:
+        make.write_tar(path, list(files.items()))
+    source = open_source(path)
+    probed = source.probe()
+    assert (probed.height, probed.width) == (make.HEIGHT, make.WIDTH)
+    assert [frame.image is None for frame in source.read(0, 2)] == [False, True]
+    source.close()
+
+
 @pytest.mark.parametrize(
     "head",
     [b"P6 9000 9000 255\n", b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 9000, 9000, 1, 24, *[0] * 6)],
@@ -259,9 +309,25 @@ def test_sides_are_limited() -> None:
         decode_image(file, LIMIT)
 
 
-def test_the_densest_pictures_there_are_can_be_read() -> None:
-    for kind, options in (("PNG", {"optimize": True}), ("JPEG", {"quality": 1, "progressive": True, "optimize": True})):
-        file = io.BytesIO()
-        Image.new("1" if kind == "PNG" else "L", (8000, 8000)).save(file, kind, **options)
-        assert decode_image(file, LIMIT).shape == (8000, 8000, 3)
-        assert read_header(file, LIMIT).width == 8000
+@pytest.mark.parametrize(
+    ("kind", "mode", "side", "options"),
+    [
+        ("PNG", "1", 8000, {"optimize": True}),
+        ("JPEG", "L", 8000, {"quality": 1, "progressive": True, "optimize": True}),
+        ("GIF", "L", 2000, {}),
+        ("JPEG2000", "L", 3000, {}),
+        ("AVIF", "L", 2000, {"quality": 0, "speed": 10}),
+        ("WEBP", "L", 1, {"lossless": True}),
+        ("WEBP", "L", 2000, {"lossless": True, "method": 0}),
+        ("WEBP", "L", 2000, {"quality": 0, "method": 4}),
+        ("TIFF", "L", 3000, {"compression": "jpeg", "quality": 1}),
+        *(("TIFF", "1", 4000, {"compression": name, "strip_size": 1 << 30}) for name in TIFFS),
+    ],
+)
+def test_the_densest_pictures_there_are_can_be_read(
+    kind: str, mode: str, side: int, options: dict[str, object]
+) -> None:
+    file = io.BytesIO()
+    Image.new(mode, (side, side), 128 if mode == "L" else 1).save(file, kind, **options)
+    assert read_header(file, LIMIT).width == side
+    assert decode_image(file, LIMIT).shape == (side, side, 3)
