@@ -45,6 +45,8 @@ _LOOKED_AT = 64  # packets, to see if they are reordered, or keyframes
 _JOINABLE = ("mpegts", "mpeg")
 _BACK_S, _AHEAD_S = 0.5, 3600.0
 
+_LONGEST_S = 100 * 365.25 * 86400  # from first to last frame: timestamps that say more are damaged
+
 
 @dataclass(frozen=True)
 class Group:
@@ -340,11 +342,16 @@ def _groups(rank: Int, key: Bool, order: Int) -> tuple[Int, Int]:
 
 
 def _times(pts: Int, time_base: float, rate: float) -> npt.NDArray[np.float64]:
-    """(F,) float64 seconds since the first frame, from the timestamps as shown; gaps are filled, as are both ends."""
+    """(F,) float64 seconds since the first frame, from the timestamps as shown; gaps are filled, as are both ends.
+
+    Where these go back, or over a century, frames come at the rate.
+    """
     known = np.flatnonzero(pts != NO_VALUE)
     if not len(known) or time_base == 0 or (np.diff(pts[known]) < 0).any():
         return np.arange(len(pts)) / rate
     index, first, last = np.arange(len(pts)), known[0], known[-1]
+    if (int(pts[last]) - int(pts[first])) * time_base > _LONGEST_S:  # which int64 may not hold
+        return index / rate
     since = np.interp(index, known, pts[known] - pts[first])
     # By the average: libav's guess at a rate goes by the few timestamps that there are.
     apart = (pts[last] - pts[first]) / (last - first) if last > first else 1 / (rate * time_base)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources import open_source, video_packets
 from depthmill.tests import media as make
 
 FRAMES = 40
@@ -42,3 +42,13 @@ def test_frames_without_a_timestamp_come_at_the_rate_of_the_others(
     path = make.write_video(tmp_path / "clip.ts", bframes=bframes)
     times_s = open_source(strip_times(path, kept)).probe().time_s
     np.testing.assert_allclose(times_s, np.arange(FRAMES) / 25, atol=6e-4)
+
+
+def test_timestamps_of_centuries_are_damaged(tmp_path: Path) -> None:
+    """The last of them is too far from the first for the difference of two int64."""
+    decades_s = 90 * 365 * 86_400
+    path = make.write_video(tmp_path / "a.mkv", frames=2, times_ms=[0, 1000 * decades_s])
+    np.testing.assert_allclose(open_source(path).probe().time_s, [0, decades_s])
+    ends = np.array([-(2**62), 0, 2**62 + 2**61], np.int64)
+    for pts in (ends, ends // 2**8):
+        np.testing.assert_allclose(video_packets._times(pts, 1e-3, rate=25.0), np.arange(3) / 25)
