@@ -338,15 +338,21 @@ def preview(
     start: Annotated[float, typer.Option(help="Second at which the MP4 begins.")] = 0.0,
     stop: Annotated[float, typer.Option(help="Second at which it ends.")] = float("inf"),
 ) -> None:
-    """Draw a contact sheet (PNG) and a side-by-side video (MP4) of frames, depth and normals."""
+    """Draw a contact sheet (PNG) and a side-by-side video (MP4) of frames, depth and normals.
+
+    Exit status: 0 all drawn, 1 some sources not drawn, or not whole, 2 nothing could start.
+    """
     from depthmill.pipeline.preview import preview as draw
 
     path = Path(Path(store).name if "://" in store else store).resolve()
     folder = out or path.parent / f"{path.name.removesuffix('.zarr')}-preview"
-    for drawn in draw(
-        store, folder, source_id=source, frames=frames, smooth=smooth, video=video, start_s=start, stop_s=stop
-    ):
-        _show(drawn)
+    drawn = draw(store, folder, source_id=source, frames=frames, smooth=smooth, video=video, start_s=start, stop_s=stop)
+    for file in drawn.files:
+        _show(file)
+    for name, why in drawn.left_out.items():
+        _say(f"{name} is not drawn whole: {why}")
+    if drawn.left_out:
+        raise typer.Exit(SOME_FAILED)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from depthmill.pipeline.colours import Rgb
 
 _TIME_BASE = Fraction(1, 90_000)
+_LONGEST_S = 5.0  # that a frame is shown: nobody waits for more, and an MP4 cannot say 2^31 units
 _BT709 = 1  # FFmpeg's number of it, as matrix, primaries and transfer
 
 
@@ -22,7 +23,7 @@ def write_mp4(
 
     Args:
         path: The file.
-        frames: The second at which each is shown, and the frame, (H, W, 3) uint8.
+        frames: The second at which each is shown, and the frame, (H, W, 3) uint8. None is shown longer than 5 s.
         size: Width and height, even.
         rate: Frames a second, about.
         pixel_aspect: Width over height of a pixel as it is shown.
@@ -37,12 +38,13 @@ def write_mp4(
             # Said, not left to be guessed from the height, as players do.
             context.colorspace = context.color_primaries = context.color_trc = _BT709
             context.color_range = ColorRange.MPEG
-            pts = -1
+            pts, before_s, shown_s = -1, 0.0, 0.0
             for time_s, picture in frames:
                 shown = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
                     format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
                 )
-                pts = max(pts + 1, round(time_s / _TIME_BASE))
+                before_s, shown_s = time_s, shown_s + min(time_s - before_s, _LONGEST_S)
+                pts = max(pts + 1, round(shown_s / _TIME_BASE))
                 shown.pts, shown.time_base = pts, _TIME_BASE
                 container.mux(stream.encode(shown))
             container.mux(stream.encode())

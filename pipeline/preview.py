@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.progress import track
 
 from depthmill.pipeline.colours import GREY, Rgb, depth_rgb, normals_rgb
 from depthmill.pipeline.config import make_folder
-from depthmill.pipeline.errors import ConfigError, SourceError, StoreError
+from depthmill.pipeline.errors import ConfigError, DepthmillError, SourceError, StoreError
 from depthmill.pipeline.mp4 import write_mp4
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.sources.video_container import open_container
@@ -70,6 +71,19 @@ class _View:
         return ("picture", *self.labels) if self.pictures else tuple(self.labels)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What came of a preview.
+
+    Attributes:
+        files: Those written, in order of source.
+        left_out: Id -> why a source is not drawn, or not whole.
+    """
+
+    files: list[Path]
+    left_out: dict[str, str]
+
+
 def preview(
     store_path: str | Path,
     out_dir: Path,
@@ -81,8 +95,10 @@ def preview(
     video: bool = True,
     start_s: float = 0.0,
     stop_s: float = math.inf,
-) -> list[Path]:
+) -> Drawn:
     """Draw a store: for each source a contact sheet (PNG), and for each video a side-by-side MP4.
+
+    A source that cannot be drawn keeps no other from it.
 
     Args:
         store_path: The store.
@@ -95,9 +111,6 @@ def preview(
         video: Whether to draw the MP4.
         start_s: Of the part of the video that the MP4 shows, from where its time counts.
         stop_s: Likewise.
-
-    Returns:
-        The files written, in order of source.
 
     Raises:
         StoreError: If there is no such store or source, or it is not smoothed and `smooth` asks for that.
@@ -118,35 +131,35 @@ def preview(
     names = store.sources() if source_id is None else [source_id]
     _refuse_among_pictures(store, names, out_dir)
     make_folder(out_dir)
-    written = []
+    drawn = Drawn([], {})
     for name in names:
-        attributes = store.attributes(name)
-        pictures, note = _open_pictures(attributes["uri"], attributes["fingerprint"])
-        if note:
-            log.warning("%s: %s; drawing its labels alone", name, note)
-        status = store.status(name)
-        view = _View(
-            source_id=name,
-            dataset=datasets[name],
-            labels=_labels(store, name, datasets[name], smoothed.get(name)),
-            status=status,
-            near_far=_near_far(datasets[name], status),
-            pictures=pictures,
-            note=note,
-        )
         try:
-            timeline = _timeline(store, view) if name in smoothed else None
-            written.append(_write_contact_sheet(view, timeline, out_dir / f"{name}.png", frames))
-            if attributes["kind"] == "video" and video:
-                shown = _between(view, start_s, stop_s)
-                if shown:
-                    written.append(_write_video(view, shown, start_s, out_dir / f"{name}.mp4", max_width))
-                else:
-                    log.warning("%s: it has no frame from %g to %g s; it gets no video", name, start_s, stop_s)
-        finally:
-            if pictures is not None:
-                pictures.close()
-    return written
+            with _viewed(store, name, datasets[name], smoothed.get(name)) as view:
+                timeline = _timeline(store, view) if name in smoothed else None
+                drawn.files.append(_write_contact_sheet(view, timeline, out_dir / f"{name}.png", frames))
+                if "time" in view.dataset and video:
+                    shown = _between(view, start_s, stop_s)
+                    if shown:
+                        drawn.files.append(_write_video(view, shown, start_s, out_dir / f"{name}.mp4", max_width))
+                    else:
+                        log.warning("%s: it has no frame from %g to %g s; it gets no video", name, start_s, stop_s)
+        except Exception as error:  # codecs and libav raise whatever they stumble over
+            why = f"{type(error).__name__}: {error}; `depthmill verify {store.uri}` says whether its labels are damaged"
+            drawn.left_out[name] = str(error) if isinstance(error, DepthmillError) else why
+    return drawn
+
+
+@contextmanager
+def _viewed(store: Store, name: str, dataset: xarray.Dataset, smoothed: xarray.Dataset | None) -> Iterator[_View]:
+    """A source, opened to be drawn."""
+    attributes = store.attributes(name)
+    pictures, note = _open_pictures(attributes["uri"], attributes["fingerprint"])
+    if note:
+        log.warning("%s: %s; drawing its labels alone", name, note)
+    status = store.status(name)
+    with closing(pictures) if pictures else nullcontext():
+        labels = _labels(store, name, dataset, smoothed)
+        yield _View(name, dataset, labels, status, _near_far(dataset, status), pictures, note)
 
 
 def _refuse_among_pictures(store: Store, source_ids: Iterable[str], out_dir: Path) -> None:

@@ -14,6 +14,7 @@ from depthmill.pipeline.errors import ConfigError, StoreError
 from depthmill.pipeline.preview import preview
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.store.temporal import Temporal
+from depthmill.tests import media
 
 H, W, FRAMES = 48, 64, 10
 TOWARDS = np.broadcast_to(np.float32([0, 0, 1]), (H, W, 3))
@@ -63,6 +64,13 @@ def labelled(path: Path, store_path: Path, failed: tuple[int, ...] = (), stop: i
     return store
 
 
+def drawn(*given: object, **options: object) -> list[Path]:
+    """The files of a preview that leaves nothing out."""
+    done = preview(*given, **options)
+    assert not done.left_out
+    return done.files
+
+
 def decoded(path: Path) -> tuple[np.ndarray, list[float]]:
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
@@ -81,7 +89,7 @@ def near(a: np.ndarray, b: tuple[int, int, int], tolerance: int = 14) -> bool:
 def test_a_video_gets_a_sheet_and_a_video_of_its_own_frames(video, tmp_path):
     store = labelled(video, tmp_path / "s", failed=(3,))
     (source_id,) = store.sources()
-    sheet_path, video_path = preview(store.uri, tmp_path / "out", frames=4)
+    sheet_path, video_path = drawn(store.uri, tmp_path / "out", frames=4)
     assert [path.name for path in (sheet_path, video_path)] == [f"{source_id}.png", f"{source_id}.mp4"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{source_id}.mp4", f"{source_id}.png"]
 
@@ -112,9 +120,27 @@ def test_a_video_gets_a_sheet_and_a_video_of_its_own_frames(video, tmp_path):
         assert (sheet[18:36, x : x + W] < 100).any(), "a caption"
 
 
+def test_a_pause_is_cut_and_what_cannot_be_drawn_keeps_no_other_from_it(tmp_path):
+    """A day between two frames is more than an MP4 can say."""
+    media.write_video(tmp_path / "a.mkv", frames=5, bframes=0, times_ms=[0, 40, 80, 86_400_000, 86_400_040])
+    shutil.copy(tmp_path / "a.mkv", tmp_path / "b.mkv")
+    store = labelled(tmp_path / "a.mkv", tmp_path / "s")
+    labelled(tmp_path / "b.mkv", tmp_path / "b")
+    store.add(open_source(tmp_path / "b.mkv").probe())
+    broken, whole = sorted(store.sources())
+    shutil.copytree(tmp_path / "b" / whole, tmp_path / "s" / whole, dirs_exist_ok=True)
+    shard = next(file for file in sorted((tmp_path / "s" / broken / "depth" / "c").rglob("*")) if file.is_file())
+    shard.write_bytes(shard.read_bytes()[:50])
+    done = preview(store.uri, tmp_path / "out")
+    assert [path.name for path in done.files] == [f"{whole}.png", f"{whole}.mp4"]
+    np.testing.assert_allclose(decoded(done.files[1])[1], [0, 0.04, 0.08, 5.08, 5.12], atol=1e-3)
+    assert list(done.left_out) == [broken]
+    assert "depthmill verify" in done.left_out[broken]
+
+
 def test_wide_videos_are_scaled_to_even_sides(video, tmp_path):
     store = labelled(video, tmp_path / "s", stop=2)
-    _, video_path = preview(store.uri, tmp_path / "out", max_width=100)
+    _, video_path = drawn(store.uri, tmp_path / "out", max_width=100)
     frames, _ = decoded(video_path)
     assert frames.shape == (FRAMES, 24, 96, 3)
     assert near(frames[3, 12, 70:], (128, 128, 255))
@@ -124,15 +150,15 @@ def test_wide_videos_are_scaled_to_even_sides(video, tmp_path):
 def test_a_part_of_a_video_or_none(video, tmp_path):
     store = labelled(video, tmp_path / "s")
     out = tmp_path / "out"
-    _, video_path = preview(store.uri, out, start_s=0.25, stop_s=1.15)  # frames 7 to 9 are 0.3 s late
+    _, video_path = drawn(store.uri, out, start_s=0.25, stop_s=1.15)  # frames 7 to 9 are 0.3 s late
     frames, times = decoded(video_path)
     np.testing.assert_allclose(times, np.array([0.3, 0.4, 0.5, 0.6, 1.0, 1.1]) - 0.25, atol=1e-3)
     assert near(frames[0, H // 2, W // 2], colour(3))
     assert near(frames[-1, H // 2, W // 2], colour(8))
-    assert [path.suffix for path in preview(store.uri, out, start_s=9)] == [".png"]
-    assert [path.suffix for path in preview(store.uri, out, video=False)] == [".png"]
+    assert [path.suffix for path in drawn(store.uri, out, start_s=9)] == [".png"]
+    assert [path.suffix for path in drawn(store.uri, out, video=False)] == [".png"]
     with pytest.raises(ConfigError, match="a preview from 2 to 1 s"):
-        preview(store.uri, out, start_s=2, stop_s=1)
+        drawn(store.uri, out, start_s=2, stop_s=1)
 
 
 def test_a_stopped_preview_leaves_no_half_video(video, tmp_path, monkeypatch):
@@ -144,14 +170,14 @@ def test_a_stopped_preview_leaves_no_half_video(video, tmp_path, monkeypatch):
 
     monkeypatch.setattr("depthmill.pipeline.preview._strips", stopped)
     with pytest.raises(KeyboardInterrupt):
-        preview(store.uri, tmp_path / "out")
+        drawn(store.uri, tmp_path / "out")
     assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".png"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(video, tmp_path):
     store = labelled(video, tmp_path / "s")
     with pytest.raises(ConfigError, match=r"clip\.mp4/out cannot be written"):
-        preview(store.uri, video / "out")
+        drawn(store.uri, video / "out")
 
 
 def test_anamorphic_videos_stay_so(tmp_path):
@@ -163,7 +189,7 @@ def test_anamorphic_videos_stay_so(tmp_path):
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((H, W, 3), np.uint8), format="rgb24")))
         container.mux(stream.encode())
     store = labelled(path, tmp_path / "s")
-    _, video_path = preview(store.uri, tmp_path / "out")
+    _, video_path = drawn(store.uri, tmp_path / "out")
     with av.open(str(video_path)) as container:
         assert container.streams.video[0].sample_aspect_ratio == Fraction(64, 45)
 
@@ -171,7 +197,7 @@ def test_anamorphic_videos_stay_so(tmp_path):
 def test_tall_videos_are_no_higher_than_wide(video, tmp_path):
     store = stores.create(tmp_path / "s", stores.Layout(shard_frames=2, segment_frames=2), {})
     store.add(replace(open_source(video).probe(), height=20_000))
-    _, video_path = preview(store.uri, tmp_path / "out", stop_s=0.1)
+    _, video_path = drawn(store.uri, tmp_path / "out", stop_s=0.1)
     assert decoded(video_path)[0].shape[1] == 1920
 
 
@@ -185,7 +211,7 @@ def test_labels_are_drawn_alone_where_the_source_is_gone(video, tmp_path, caplog
             stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
             container.mux(stream.encode(av.VideoFrame(W, H, "yuv420p")))
             container.mux(stream.encode())
-    sheet_path, video_path = preview(store.uri, tmp_path / "out")
+    sheet_path, video_path = drawn(store.uri, tmp_path / "out")
     assert decoded(video_path)[0].shape == (FRAMES, H, 2 * W, 3)
     assert opened(sheet_path).shape[0] == 40 + 2 * (H + 4)
     (record,) = caplog.records
@@ -200,7 +226,7 @@ def test_a_folder_gets_a_sheet_with_pictures_in_their_own_size(tmp_path):
     Image.new("RGB", (W // 2, H), (0, 200, 0)).save(folder / "b.png")
     (folder / "c.png").write_bytes(b"")
     store = labelled(folder, tmp_path / "s", failed=(2,))
-    (sheet_path,) = preview(store.uri, tmp_path / "out")
+    (sheet_path,) = drawn(store.uri, tmp_path / "out")
     sheet = opened(sheet_path)
     assert sheet.shape == (40 + 3 * (H + 4), 72 + 3 * (W + 4), 3)
     b = 72 + W + 4
@@ -216,18 +242,18 @@ def test_one_source_of_several(video, tmp_path):
     Image.new("RGB", (W, H)).save(tmp_path / "other" / "a.png")
     other = open_source(tmp_path / "other").probe()
     store.add(other)
-    assert preview(store.uri, tmp_path / "out", source_id=other.id) == [tmp_path / "out" / f"{other.id}.png"]
+    assert drawn(store.uri, tmp_path / "out", source_id=other.id) == [tmp_path / "out" / f"{other.id}.png"]
     with pytest.raises(StoreError, match="no source 'nobody'"):
-        preview(store.uri, tmp_path / "out", source_id="nobody")
+        drawn(store.uri, tmp_path / "out", source_id="nobody")
     with pytest.raises(ConfigError, match="0 frames"):
-        preview(store.uri, tmp_path / "out", frames=0)
+        drawn(store.uri, tmp_path / "out", frames=0)
 
 
 def test_a_video_of_one_frame_has_no_rate_and_needs_none(video, tmp_path):
     store = stores.create(tmp_path / "s", stores.Layout(shard_frames=2, segment_frames=2), {})
     source = open_source(video).probe()
     store.add(replace(source, frames=1, fps=None, time_s=source.time_s[:1]))
-    assert preview(store.uri, tmp_path / "out")
+    assert drawn(store.uri, tmp_path / "out")
 
 
 def test_smoothing_of_others_that_is_not_finished_is_no_hindrance(video, tmp_path):
@@ -239,10 +265,10 @@ def test_smoothing_of_others_that_is_not_finished_is_no_hindrance(video, tmp_pat
         Temporal(store, name).prepare(max_edge=1, flow="fast", leak=0.1, shape=(1, 5))
     ones = np.ones(FRAMES, np.float32)
     Temporal(store, done).write_solution(ones, 0 * ones, ones.astype(np.int32))
-    assert preview(store.uri, tmp_path / "one", source_id=done, smooth=True)
-    assert len(preview(store.uri, tmp_path / "both", smooth=True)) >= 3
+    assert drawn(store.uri, tmp_path / "one", source_id=done, smooth=True)
+    assert len(drawn(store.uri, tmp_path / "both", smooth=True)) >= 3
     with pytest.raises(StoreError, match="not smoothed"):
-        preview(store.uri, tmp_path / "out", source_id=begun, smooth=True)
+        drawn(store.uri, tmp_path / "out", source_id=begun, smooth=True)
 
 
 def test_colours():
