@@ -33,6 +33,7 @@ from depthmill.pipeline.types import Domain, Modality
 log = logging.getLogger(__name__)
 
 DEFAULT_RESOLUTION = 768  # Marigold's and E2E-FT's, where a checkpoint does not carry its own
+_MAX_RESOLUTION = 16_384  # that a checkpoint may ask for: pictures are scaled up to it
 DESCRIPTION_FILE = "depthmill.json"
 _PARTS = ("unet", "vae", "text_encoder", "scheduler", "tokenizer")
 _JOINT_PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
@@ -168,12 +169,17 @@ def open_checkpoint(
             "(image_encoder/ in place of text_encoder/): leave domain (--domain) out"
         )
     resolution = index.get("default_processing_resolution") or DEFAULT_RESOLUTION
+    if not isinstance(resolution, int) or not 16 <= resolution <= _MAX_RESOLUTION:
+        raise CheckpointError(
+            f"checkpoint {name}: default_processing_resolution is {resolution!r}; expected pixels, 16 to "
+            f"{_MAX_RESOLUTION}: correct its model_index.json"
+        )
     return Checkpoint(
         name,
         directory,
         modality,
         sha256=_hash(directory, files),
-        processing_resolution=int(resolution),
+        processing_resolution=resolution,
         description=description,
         domain=(domain or "indoor") if joint else None,
     )
@@ -249,6 +255,10 @@ def _files(name: str, directory: Path) -> list[Path]:
         if part not in _WITHOUT_WEIGHTS and not any(path.suffix == ".safetensors" for path in used[part]):
             raise CheckpointError(f"checkpoint {name}: {part}/ holds {_instead_of_weights(directory / part)}")
         for path in used[part]:
+            if path.exists() and not (path.is_file() or path.is_dir()):  # to read it might never end
+                raise CheckpointError(
+                    f"checkpoint {name}: {part}/{path.name} is a pipe or a device; expected a file: copy it here"
+                )
             if path.suffix == ".safetensors":
                 _check_whole(name, path)
     wanted = [directory / "model_index.json", directory / DESCRIPTION_FILE, *chain.from_iterable(used.values())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,15 @@ from transformers.utils import logging as transformers_logging
 
 from depthmill.pipeline.errors import CheckpointError
 from depthmill.pipeline.model.checkpoint import Checkpoint, read_json
+
+_MAX_TIMESTEPS = 100_000  # of a schedule, which has an array of them; they are 1000 as a rule
+
+# What a configuration has of layers, and of widths, each of which some weight has as a dimension.
+_LAYERS = ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block")
+_WIDTHS = (
+    *("in_channels", "out_channels", "latent_channels", "block_out_channels", "cross_attention_dim"),
+    *("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "num_class_embeds"),
+)
 
 # What a VAE's configuration has where its latents are more than scaled: Stable Diffusion 3's and later ones'.
 _MOVES_LATENTS = ("shift_factor", "latents_mean", "latents_std")
@@ -38,6 +48,10 @@ def load_vae(checkpoint: Checkpoint) -> AutoencoderKL:
             f"{checkpoint.name}: the VAE has {', '.join(moved)}; expected Stable Diffusion 1's or 2's kind, of which "
             "latents are scaled alone: use a checkpoint that was fine-tuned from one of those"
         )
+    try:
+        _check_number("scaling_factor", vae.config.scaling_factor)
+    except ValueError as error:
+        raise _unloadable(checkpoint, "vae", error) from error
     return vae
 
 
@@ -91,7 +105,12 @@ def load_scheduler(checkpoint: Checkpoint) -> DDIMScheduler:
     # Fields of other schedulers (PNDM's `skip_prk_steps`) are no concern of ours and would only be warned about.
     fields = set(DDIMScheduler().config) - {"_class_name", "_diffusers_version"}
     try:
+        _check_number("num_train_timesteps", config.get("num_train_timesteps", 1000), _MAX_TIMESTEPS)
+        if config.get("clip_sample", True):
+            _check_number("clip_sample_range", config.get("clip_sample_range", 1.0))
         scheduler = DDIMScheduler.from_config({key: config[key] for key in config if key in fields})
+        if not ((alphas := scheduler.alphas_cumprod) >= 0).logical_and(alphas <= 1).all():
+            raise ValueError(f"its betas leave {alphas.min():g} to {alphas.max():g} of the signal; expected 0 to 1")
     except Exception as error:
         raise _unloadable(checkpoint, "scheduler", error) from error
     if prediction == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
@@ -163,6 +182,7 @@ def load_part(checkpoint: Checkpoint, kind: type[Any], part: str, **options: Any
         CheckpointError: If it cannot be loaded, or a weight is missing, left over or of another shape.
     """
     try:
+        _check_sizes(checkpoint.directory / part)
         with _without_bars():
             module, info = kind.from_pretrained(
                 checkpoint.directory / part,
@@ -178,6 +198,26 @@ def load_part(checkpoint: Checkpoint, kind: type[Any], part: str, **options: Any
         info[what] = {*info[what], *keys}
     _check_strict(checkpoint, part, info)
     return module.eval().requires_grad_(False)
+
+
+def _check_number(key: str, value: object, most: float = 1e9) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+        raise ValueError(f"{key} is {value!r}; expected a number above 0, {most:g} at most")
+
+
+def _check_sizes(folder: Path) -> None:
+    """Refuse more or wider layers than there are weights of: to make them could take hours, or all memory."""
+    config, shapes = read_json(folder / "config.json"), dict[str, list[int]]()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    layers = 1 + max((int(number) for name in shapes for number in re.findall(r"\d+", name)), default=0)
+    widest = max((side for shape in shapes.values() for side in shape), default=0)
+    for key, most in [*((key, layers) for key in _LAYERS), *((key, widest) for key in _WIDTHS)]:
+        values = config.get(key)
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, int) and value > most:
+                raise ValueError(f"{key} is {value} in its config.json, and its weights are of {most} at most")
 
 
 @contextmanager

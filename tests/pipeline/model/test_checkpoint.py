@@ -141,6 +141,38 @@ def test_a_scheduler_with_values_that_ddim_does_not_take(depth, change):
         load_scheduler(open_checkpoint(str(depth), "depth"))
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("scheduler", {"num_train_timesteps": 10**9}, "num_train_timesteps is 1000000000; expected .* 100000 at most"),
+        ("scheduler", {"beta_start": 2, "beta_end": 3}, r"its betas leave -\S+ to \S+ of the signal; expected 0 to 1"),
+        ("scheduler", {"clip_sample": True, "clip_sample_range": "x"}, "clip_sample_range is 'x'"),
+        ("unet", {"layers_per_block": 10**7}, r"layers_per_block is 10000000 in .* are of \d at most"),
+        ("unet", {"block_out_channels": [32, 10**6]}, r"block_out_channels is 1000000 in .* at most"),
+        ("text_encoder", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
+        ("vae", {"scaling_factor": "x"}, "scaling_factor is 'x'; expected a number above 0"),
+        ("vae", {"scaling_factor": float("nan")}, "scaling_factor is nan"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_made_of_them(depth, part, change, message):
+    edit_json(depth / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **change)
+    with pytest.raises(CheckpointError, match=rf"{part}/ cannot be loaded \({message}.*fetch it again"):
+        load_heads([open_checkpoint(str(depth), "depth")])
+
+
+@pytest.mark.parametrize("side", ["x", 10**9, -1])
+def test_a_resolution_that_makes_no_sense(depth, side):
+    edit_json(depth / "model_index.json", default_processing_resolution=side)
+    with pytest.raises(CheckpointError, match=f"default_processing_resolution is {side!r}; expected pixels"):
+        open_checkpoint(str(depth), "depth")
+
+
+def test_a_pipe_or_a_device_is_not_read(depth):
+    (depth / "unet" / "a.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"unet/a\.safetensors is a pipe or a device; expected a file"):
+        open_checkpoint(str(depth), "depth")
+
+
 def test_x0_is_not_clipped_where_pndm_would_not(depth):
     PNDMScheduler(prediction_type="v_prediction").save_pretrained(depth / "scheduler")
     assert not load_scheduler(open_checkpoint(str(depth), "depth")).config.clip_sample
