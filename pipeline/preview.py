@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +25,7 @@ from depthmill.pipeline.config import make_folder
 from depthmill.pipeline.errors import ConfigError, DepthmillError, SourceError, StoreError
 from depthmill.pipeline.mp4 import write_mp4
 from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources.naming import preview_name
 from depthmill.pipeline.sources.video_container import open_container
 from depthmill.pipeline.store import Store, open_datasets, open_store
 from depthmill.pipeline.store.temporal import Temporal
@@ -102,7 +103,7 @@ def preview(
 
     Args:
         store_path: The store.
-        out_dir: Where the files go, named by source id; made if there is none.
+        out_dir: Where the files go, named by source id, so that no run takes them for inputs; made if there is none.
         source_id: Only this source.
         frames: Columns of a contact sheet, spread over the source's length.
         max_width: Most pixels across the side-by-side video; it is no higher either.
@@ -129,18 +130,18 @@ def preview(
     elif smooth:
         smoothed = open_datasets(store_path, smooth=True, sources=_smoothed(store))
     names = store.sources() if source_id is None else [source_id]
-    _refuse_among_pictures(store, names, out_dir)
     make_folder(out_dir)
     drawn = Drawn([], {})
     for name in names:
         try:
             with _viewed(store, name, datasets[name], smoothed.get(name)) as view:
                 timeline = _timeline(store, view) if name in smoothed else None
-                drawn.files.append(_write_contact_sheet(view, timeline, out_dir / f"{name}.png", frames))
+                drawn.files.append(_write_contact_sheet(view, timeline, out_dir / preview_name(name, ".png"), frames))
                 if "time" in view.dataset and video:
                     shown = _between(view, start_s, stop_s)
                     if shown:
-                        drawn.files.append(_write_video(view, shown, start_s, out_dir / f"{name}.mp4", max_width))
+                        path = out_dir / preview_name(name, ".mp4")
+                        drawn.files.append(_write_video(view, shown, start_s, path, max_width))
                     else:
                         log.warning("%s: it has no frame from %g to %g s; it gets no video", name, start_s, stop_s)
         except Exception as error:  # codecs and libav raise whatever they stumble over
@@ -160,18 +161,6 @@ def _viewed(store: Store, name: str, dataset: xarray.Dataset, smoothed: xarray.D
     with closing(pictures) if pictures else nullcontext():
         labels = _labels(store, name, dataset, smoothed)
         yield _View(name, dataset, labels, status, _near_far(dataset, status), pictures, note)
-
-
-def _refuse_among_pictures(store: Store, source_ids: Iterable[str], out_dir: Path) -> None:
-    """Keep previews out of folders that were labelled: the next run would take them for more pictures of those."""
-    within = {out_dir.resolve(), *out_dir.resolve().parents}
-    for source_id in source_ids:
-        attributes = store.attributes(source_id)
-        if attributes["kind"] == "images" and Path(attributes["uri"]).resolve() in within:
-            raise ConfigError(
-                f"{out_dir} is in {attributes['uri']}, whose pictures were labelled: previews would be more of them; "
-                "give another folder, --out FOLDER"
-            )
 
 
 def _labels(

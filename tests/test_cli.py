@@ -16,6 +16,7 @@ import pytest
 import depthmill
 from depthmill.cli import _warn_of_demo, main
 from depthmill.pipeline.errors import RunStoppedError, StoreFullError
+from depthmill.pipeline.sources import expand_inputs
 from depthmill.tests import media, runs
 from depthmill.tests.pipeline.store.samples import files
 
@@ -289,15 +290,20 @@ def test_preview_names_what_it_drew_in_a_folder_of_its_own(cli, label, clip, tmp
     assert cli("preview", store).returncode == 1
 
 
-def test_previews_are_kept_out_of_the_pictures(cli, label, tmp_path):
-    media.write_image_folder(tmp_path / "photos", count=2)
-    store = tmp_path / "photos" / "out.zarr"
-    assert label([tmp_path / "photos"], store).returncode == 0
-    done = cli("preview", store)
-    assert done.returncode == 2
-    assert "give another folder, --out" in done.stderr
-    assert cli("preview", store, "--out", tmp_path / "previews").returncode == 0
-    assert label([tmp_path / "photos"], store).returncode == 0
+def test_previews_are_no_inputs(cli, label, clip, tmp_path):
+    folder, store = tmp_path / "va", tmp_path / "va" / "out.zarr"
+    media.write_image_folder(folder / "photos", count=2)
+    shutil.copy(clip, folder)
+    inputs = [folder, f"{folder}/**/*.mp4", f"{folder}/*/*.png"]
+    before = list(expand_inputs([str(one) for one in inputs]))
+    assert label([folder], store).returncode == 0
+    sources = json.loads(cli("inspect", store, "--json").stdout)["sources"]
+    for options in ([], ["--out", folder / "photos"], ["--source", sources[1]["id"], "--out", folder / "photos/more"]):
+        assert cli("preview", store, *options).returncode == 0
+    assert list(expand_inputs([str(one) for one in inputs])) == before
+    done = label([folder], store)  # which refuses a folder that changed
+    assert done.returncode == 0, done.stdout
+    assert json.loads(cli("inspect", store, "--json").stdout)["sources"] == sources
 
 
 def test_the_readmes_data_set_reads_a_store(label, clip, tmp_path):

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_bucket, is_url, path_of
 from depthmill.pipeline.sources.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
-from depthmill.pipeline.sources.naming import canonical_uri, natural_key
+from depthmill.pipeline.sources.naming import canonical_uri, is_preview, natural_key
 from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files
 from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES
 from depthmill.pipeline.sources.video import VIDEO_SUFFIXES
@@ -46,8 +46,9 @@ def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
     A folder that holds pictures, at any depth, is one source; each video and shard (tar, Parquet) in it is another.
     Linked subfolders are not looked into, unless they are named, or `**` matches them, which it does once for each
     folder, whatever leads there. What a folder or a glob gives comes in natural order, and of the files only those with
-    the suffix of a source; of pictures and archives of other kinds a warning tells. An input that gives nothing stays
-    as it is: opening it says what is wrong with it. Lists are read at once, all else is looked for when it is its turn.
+    the suffix of a source, without previews; of pictures and archives of other kinds a warning tells. An input that
+    gives nothing stays as it is: opening it says what is wrong with it. Lists are read at once, all else is looked for
+    when it is its turn.
 
     Args:
         inputs: What the user named, unless a file has that very name: `shard-{00000..00099}.tar` and `{a,b}.mp4` are
@@ -219,7 +220,7 @@ def _is_metadata(name: str, names: set[str]) -> bool:
 
 
 def _matches(pattern: str) -> Iterator[Path]:
-    found = [os.path.abspath(match) for match in _glob(pattern)]  # noqa: PTH100 (as canonical_uri)
+    found = [os.path.abspath(match) for match in _glob(pattern) if not is_preview(match)]  # noqa: PTH100 (as canonical_uri)
     _tell_unread(pattern, found)
     files = {path for path in found if path.lower().endswith(SUFFIXES) and kind_of(path) == "file"}
     folders = {path for path in found if kind_of(path) == "folder"}

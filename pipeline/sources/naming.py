@@ -10,10 +10,26 @@ from pathlib import Path
 
 from depthmill.pipeline.objects import is_url, path_of, shown
 
+_PREVIEW = ".depthmill"
+_PREVIEWS = (f"{_PREVIEW}.png", f"{_PREVIEW}.mp4")
+
 
 def canonical_uri(uri: str | Path) -> str:
     """One name for one input: a URL without what is secret in it, a path made absolute, links not followed."""
     return shown(str(uri)) if is_url(uri) else os.path.abspath(uri)  # noqa: PTH100 (Path.absolute keeps "..")
+
+
+def preview_name(source_id: str, suffix: str) -> str:
+    """What `depthmill preview` calls the picture or video that it draws of a source: see `is_preview`."""
+    return f"{source_id}{_PREVIEW}{suffix}"
+
+
+def is_preview(name: str) -> bool:
+    """Whether a file is a preview by its name: no folder or pattern has it among its inputs; it can be named, though.
+
+    A mark in the name, and not in the folder, which may hold inputs as well; and it goes along when a file is copied.
+    """
+    return name.lower().endswith(_PREVIEWS)
 
 
 def readable(name: str) -> str:

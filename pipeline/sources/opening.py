@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 from depthmill.pipeline.errors import MissingError, SourceError
 from depthmill.pipeline.objects import is_url, locate, said
+from depthmill.pipeline.sources.naming import is_preview
 
 # Of errors in reading a file, those that all others have too if it is their folder that cannot be reached.
 AWAY_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM)
@@ -69,7 +70,7 @@ def file_size(uri: str | Path) -> int:
 
 
 def list_files(uri: str, *, pattern: bool = False) -> list[str]:
-    """URLs of all files at or below a URL, sorted; of what it matches, if it is a pattern, prefixes with `/`.
+    """URLs of all files at or below a URL but previews, sorted; of what it matches, if a pattern, prefixes with `/`.
 
     Raises:
         SourceError: If it cannot be listed.
@@ -81,7 +82,7 @@ def list_files(uri: str, *, pattern: bool = False) -> list[str]:
             found = {}
         prefix = uri.partition("://")[0] + "://"
         names = [name.rstrip("/") + "/" * (info.get("type") == "directory") for name, info in found.items()]
-        return sorted(name if is_url(name) else prefix + name.lstrip("/") for name in names)
+        return sorted(name if is_url(name) else prefix + name.lstrip("/") for name in names if not is_preview(name))
 
 
 def kind_of(path: str | Path) -> Literal["file", "folder", "other", ""]:
@@ -94,7 +95,7 @@ def kind_of(path: str | Path) -> Literal["file", "folder", "other", ""]:
 
 
 def files_below(folder: Path) -> tuple[list[Path], OSError | None]:
-    """All that is no folder in a folder and below it, hidden names and linked folders left out.
+    """All that is no folder in a folder and below it, hidden names, previews and linked folders left out.
 
     Returns:
         The paths, in no order, and why one of the folders could not be listed: then there may be more.
@@ -103,7 +104,7 @@ def files_below(folder: Path) -> tuple[list[Path], OSError | None]:
     files: list[Path] = []
     for parent, subfolders, names in os.walk(folder, onerror=errors.append):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if not (name.startswith(".") or is_preview(name))]
     return files, errors[0] if errors else None
 
 

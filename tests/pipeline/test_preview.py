@@ -13,6 +13,7 @@ from depthmill.pipeline.colours import GREY, SPECTRAL, depth_rgb, normals_rgb
 from depthmill.pipeline.errors import ConfigError, StoreError
 from depthmill.pipeline.preview import preview
 from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources.naming import preview_name
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.tests import media
 
@@ -90,8 +91,8 @@ def test_a_video_gets_a_sheet_and_a_video_of_its_own_frames(video, tmp_path):
     store = labelled(video, tmp_path / "s", failed=(3,))
     (source_id,) = store.sources()
     sheet_path, video_path = drawn(store.uri, tmp_path / "out", frames=4)
-    assert [path.name for path in (sheet_path, video_path)] == [f"{source_id}.png", f"{source_id}.mp4"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{source_id}.mp4", f"{source_id}.png"]
+    assert (sheet_path.name, video_path.name) == (preview_name(source_id, ".png"), preview_name(source_id, ".mp4"))
+    assert sorted((tmp_path / "out").iterdir()) == [video_path, sheet_path]
 
     frames, times = decoded(video_path)
     assert frames.shape == (FRAMES, H, 3 * W, 3)
@@ -132,7 +133,7 @@ def test_a_pause_is_cut_and_what_cannot_be_drawn_keeps_no_other_from_it(tmp_path
     shard = next(file for file in sorted((tmp_path / "s" / broken / "depth" / "c").rglob("*")) if file.is_file())
     shard.write_bytes(shard.read_bytes()[:50])
     done = preview(store.uri, tmp_path / "out")
-    assert [path.name for path in done.files] == [f"{whole}.png", f"{whole}.mp4"]
+    assert [path.name for path in done.files] == [preview_name(whole, ".png"), preview_name(whole, ".mp4")]
     np.testing.assert_allclose(decoded(done.files[1])[1], [0, 0.04, 0.08, 5.08, 5.12], atol=1e-3)
     assert list(done.left_out) == [broken]
     assert "depthmill verify" in done.left_out[broken]
@@ -242,7 +243,8 @@ def test_one_source_of_several(video, tmp_path):
     Image.new("RGB", (W, H)).save(tmp_path / "other" / "a.png")
     other = open_source(tmp_path / "other").probe()
     store.add(other)
-    assert drawn(store.uri, tmp_path / "out", source_id=other.id) == [tmp_path / "out" / f"{other.id}.png"]
+    out = tmp_path / "out"
+    assert drawn(store.uri, out, source_id=other.id) == [out / preview_name(other.id, ".png")]
     with pytest.raises(StoreError, match="no source 'nobody'"):
         drawn(store.uri, tmp_path / "out", source_id="nobody")
     with pytest.raises(ConfigError, match="0 frames"):

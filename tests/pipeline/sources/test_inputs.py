@@ -56,6 +56,20 @@ def test_metadata_beside_what_img2dataset_writes_is_no_source(tree: Path) -> Non
     assert expand(tree, "data") == ["data", "data/00001.tar", "data/00002.parquet"]
 
 
+def test_previews_are_inputs_only_if_named(tree: Path) -> None:
+    for name in ("clip2-1.depthmill.mp4", "photos/a-1.depthmill.png", "previews/a-1.depthmill.png"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_bytes((tree / "photos/000.png").read_bytes())
+    assert expand(tree, "clip*") == ["clip2.mp4", "clip10.mp4"]
+    assert expand(tree, "photos/*") == ["photos/000.png", "photos/001.png"]
+    assert expand(tree, "p*") == ["photos"]
+    assert open_source(tree / "photos").probe().keys == ("000.png", "001.png")
+    with pytest.raises(SourceError, match="no pictures"):
+        open_source(tree / "previews").probe()
+    assert expand(tree, "previews/a-1.depthmill.png") == ["previews/a-1.depthmill.png"]
+    assert open_source(tree / "previews/a-1.depthmill.png").probe().frames == 1
+
+
 def test_links_in_circles_end(tree: Path) -> None:
     (tree / "deep" / "latest").symlink_to(tree)
     (tree / "deep" / "again").symlink_to("er")

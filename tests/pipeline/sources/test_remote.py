@@ -106,6 +106,7 @@ def test_prefixes_and_patterns(remote: str) -> None:
 def test_a_pattern_matches_prefixes_as_it_does_folders(s3, tmp_path: Path) -> None:
     files = fsspec.filesystem("s3")
     names = ("a/1.png", "a/b/2.png", "b/clip.mp4", "b/notes.txt", "c/notes.txt", ".d/1.png", "top.mp4", "top.json")
+    names += ("a/x.depthmill.png", "a/b/x.depthmill.mp4", "x.depthmill.png")
     for name in names:
         files.pipe_file(f"{s3.url}/scenes/{name}", b"")
         (tmp_path / "scenes" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +115,7 @@ def test_a_pattern_matches_prefixes_as_it_does_folders(s3, tmp_path: Path) -> No
         here = [path.removeprefix(str(tmp_path)) for path in expand_inputs([f"{tmp_path}/scenes/{pattern}"])]
         there = [url.removeprefix(s3.url).rstrip("/") for url in expand_inputs([f"{s3.url}/scenes/{pattern}"])]
         assert there == [path.rstrip("/") for path in here], pattern
+        assert "depthmill" not in "".join(there), "previews are no inputs"
 
 
 def test_keys_that_look_like_patterns(s3) -> None:
