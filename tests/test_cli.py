@@ -8,15 +8,17 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 import depthmill
 from depthmill.cli import _warn_of_demo, main
 from depthmill.pipeline.errors import RunStoppedError, StoreFullError
-from depthmill.pipeline.sources import expand_inputs
+from depthmill.pipeline.sources import expand_inputs, open_source
 from depthmill.tests import media, runs
 from depthmill.tests.pipeline.store.samples import files
 
@@ -306,13 +308,29 @@ def test_previews_are_no_inputs(cli, label, clip, tmp_path):
     assert json.loads(cli("inspect", store, "--json").stdout)["sources"] == sources
 
 
+def readmes_code(part):
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if part in block)
+    return code
+
+
+def test_the_readme_reads_a_picture_as_a_run_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    Image.linear_gradient("L").resize((32, 16)).save("photo.jpg", exif=exif)
+    code = readmes_code("photo.jpg")
+    exec(code[: code.index("depth, normals =")], names := {})
+    with closing(open_source("photo.jpg")) as source:
+        (frame,) = source.read(0, 1)
+    assert (names["frames"] == frame.image).all()
+
+
 def test_the_readmes_data_set_reads_a_store(label, clip, tmp_path):
     from torch.utils.data import DataLoader
 
     assert label([clip], tmp_path / "out.zarr").returncode == 0
-    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
-    (code,) = (block for block in blocks if "class Labels" in block)
-    exec(code, names := {})
+    exec(readmes_code("class Labels"), names := {})
     depth, normals = next(iter(DataLoader(names["Labels"](tmp_path / "out.zarr"), batch_size=5)))
     assert normals.shape == (*depth.shape, 3)
     assert depth.shape[0] == 5
