@@ -465,7 +465,9 @@ def evaluate(
         Path | None, typer.Option(help="Score this folder of .npy instead, named after the pictures.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report; by default evaluations/ and SET.")] = None,
-    split: Annotated[Path | None, typer.Option(help="Text file of the pictures to use; by default all.")] = None,
+    split: Annotated[
+        Path | None, typer.Option(help="Text file of the pictures to use, suffixes may be left out; default: all.")
+    ] = None,
     config: Annotated[str | None, typer.Option(help="YAML file of labelling options; those below win over it.")] = None,
     normals_axes: Annotated[
         str | None, typer.Option(help="Where x, y and z of the checkpoint's, or the folder's, normals point.")

@@ -55,8 +55,8 @@ def open_samples(wanted: EvaluationSet, data: Path, split: Path | None = None) -
         wanted: The set.
         data: Its tar, the folder that the tar unpacks to, or a folder that has either at `wanted.archive`.
         split: A list of pictures to use instead of all: each line begins with a picture's path in the set, as in
-            Marigold's `data_split/` and DSINE's `split/`. Lines whose second word is `None` (KITTI's without ground
-            truth) are left out.
+            Marigold's `data_split/` and DSINE's `split/`, or with its name. Lines whose second word is `None` (KITTI's
+            without ground truth) are left out.
 
     Raises:
         EvaluationError: If files are missing; names the first.
@@ -157,10 +157,10 @@ def _samples(wanted: EvaluationSet, archive: Archive) -> list[Sample]:
 
 def _choose(wanted: EvaluationSet, archive: Archive, samples: list[Sample], split: Path | None) -> tuple[Sample, ...]:
     if split is not None:
-        by_picture = {sample.picture: sample for sample in samples}
+        known = {key: sample for sample in samples for key in (sample.name, sample.picture)}
         pictures = _read_split(split)
-        _refuse_missing(wanted, archive, [picture for picture in pictures if picture not in by_picture])
-        samples = [by_picture[picture] for picture in pictures]
+        _refuse_missing(wanted, archive, [picture for picture in pictures if picture not in known])
+        samples = list(dict.fromkeys(known[picture] for picture in pictures))
     files = [file for sample in samples for file in (sample.picture, sample.mask) if file is not None]
     _refuse_missing(wanted, archive, [file for file in files if file not in archive.names])
     if split is None and len(samples) != wanted.count:

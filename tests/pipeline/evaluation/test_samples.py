@@ -100,6 +100,8 @@ def test_a_split_says_which_pictures(tmp_path):
         f"{first}/0000000075.png None 721.5\n"
     )
     assert names(wanted, data, split) == [f"{first}/0000000001"]
+    split.write_text(f"{first}/0000000001\n{first}/0000000001.png\n")  # a name as in per_image.csv, once
+    assert names(wanted, data, split) == [f"{first}/0000000001"]
     split.write_text(f"{first}/0000000001.png\n{first}/0000000002.png\n")
     with pytest.raises(EvaluationError, match=r"lacks 2011.*0002\.png, or.*--split"):
         open_samples(wanted, data, split)
