@@ -485,7 +485,9 @@ def evaluate(
     workers: _Workers = None,
     threads: _Threads = None,
     address: _Address = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Label anew, even over another evaluation.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Label anew; replace figures, even another evaluation's.")
+    ] = False,
 ) -> None:
     """Measure a checkpoint, a labelled store or a folder of predictions on a public set.
 
@@ -510,8 +512,6 @@ def evaluate(
         raise ConfigError(f"{name} is a set of clips: add --video")
     wanted = None if video else find(SETS, name)
     given = {key: value for key, value in {**options, "config": config}.items() if value is not None}
-    if overwrite:
-        given["overwrite"] = True
     if store is not None and predictions is not None:
         raise ConfigError("--store and --predictions are both given: expected one of them")
     if predictions is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from depthmill.pipeline.evaluation.score import Row, Scores, score
 from depthmill.pipeline.geometry import STORED_AXES
 from depthmill.pipeline.model.checkpoint import DEFAULT_RESOLUTION
 from depthmill.pipeline.model.labeler import open_checkpoints
+from depthmill.pipeline.sources.naming import canonical_uri
 from depthmill.pipeline.store import write_atomically
 from depthmill.workers.label import label
 from depthmill.workers.progress import RunConsole, progress_on, warn
@@ -71,11 +72,11 @@ def evaluate(
             dtype that is not given is float32, and a joint checkpoint's domain that is left open the set's,
             as in the paper's evaluation.
         split: A list of the pictures to use instead of all.
-        overwrite: Label anew, whatever `out` holds.
+        overwrite: Replace figures, and label anew, whatever `out` holds.
         console: Where progress and the table are shown; by default standard output.
 
     Raises:
-        EvaluationError: If files are missing, or not one picture can be scored.
+        EvaluationError: If files are missing, not one picture can be scored, or `out` is another evaluation's.
         DepthmillError: Also whatever labelling raises.
     """
     console = console or RunConsole(highlight=False)
@@ -91,6 +92,7 @@ def evaluate(
             else:
                 predictions = from_store(what.path, samples, wanted.modality)
             make_folder(out)
+            keep_figures(wanted.name, predictions, out, overwrite=overwrite)
         with progress_on(console) as progress:
             task = progress.add_task("scoring", total=len(samples))
             scores = score(wanted, archive, samples, predictions, advance=lambda: progress.advance(task))
@@ -178,15 +180,15 @@ def claim(
         overwrite: Whether what it holds is to be replaced.
 
     Raises:
-        EvaluationError: If it is another's, or, without `overwrite`, of other pictures.
+        EvaluationError: If it is another's, or, without `overwrite`, of other pictures, or has other figures.
     """
     # A folder of another version's, where pictures had their own colours, is another's.
-    name = name if colours is None else f"{name}, {colours.__name__}"
+    called = name if colours is None else f"{name}, {colours.__name__}"
     marker = out / "evaluation.json"
     names, checksums = (list(values) for values in zip(*pictures, strict=True))
     if marker.is_file():
         before = {} if overwrite else json.loads(marker.read_text(encoding="utf-8"))
-        if not overwrite and (before.get("set"), before.get("pictures")) != (name, names):
+        if not overwrite and (before.get("set"), before.get("pictures")) != (called, names):
             raise EvaluationError(
                 f"{out} was made of another set or split, or by another version: give another --out, or --overwrite"
             )
@@ -200,5 +202,40 @@ def claim(
         raise EvaluationError(
             f"{out} has files in it that no evaluation wrote: give another --out; nothing was touched"
         )
-    text = json.dumps({"set": name, "pictures": names, "checksums": checksums}, indent=1) + "\n"
+    else:
+        keep_figures(name, None, out, overwrite=overwrite)
+    text = json.dumps({"set": called, "pictures": names, "checksums": checksums}, indent=1) + "\n"
     write_atomically(marker, text.encode())
+
+
+def keep_figures(name: str, predictions: Predictions | None, out: Path, *, overwrite: bool) -> None:
+    """Refuse to replace figures of other predictions.
+
+    Args:
+        name: Of the set.
+        predictions: What is to be scored; None if that is not labelled yet.
+        out: The folder.
+        overwrite: Whether the figures that it holds are to be replaced.
+
+    Raises:
+        EvaluationError: If it holds other figures, without `overwrite`.
+    """
+    figures = out / "metrics.json"
+    if overwrite or not figures.is_file():
+        return
+    try:
+        document = json.loads(figures.read_text(encoding="utf-8"))
+        before = _scored(document["set"], document["checkpoint"], document["predictions"])
+    except (ValueError, LookupError, TypeError):
+        before = ("another program", "", "")
+    if predictions is None or before != _scored(name, predictions.checkpoint, predictions.origin):
+        of = ", ".join(word for word in before if word)
+        raise EvaluationError(
+            f"{out} holds the figures of {of}; expected none, or those of the same predictions: give another --out, or "
+            "--overwrite"
+        )
+
+
+def _scored(name: str, checkpoint: str, origin: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Set, checkpoint and place of what was scored."""
+    return name, checkpoint, canonical_uri(origin["store"] if "store" in origin else origin["predictions"])

@@ -21,7 +21,7 @@ from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, 
 from depthmill.pipeline.evaluation.samples import Sample, write_picture
 from depthmill.pipeline.evaluation.score import Scores
 from depthmill.pipeline.store import open_store
-from depthmill.workers.evaluate import Folder, LabelledStore, claim
+from depthmill.workers.evaluate import Folder, LabelledStore, claim, keep_figures
 from depthmill.workers.label import label
 from depthmill.workers.progress import RunConsole, progress_on, warn
 from depthmill.workers.smooth import smooth
@@ -43,13 +43,14 @@ def evaluate_clips(
         out: Folder for `metrics.json` and `per_clip.csv`; a labelling run also leaves `pictures/` and `labels.zarr`
             there, and goes on with what an earlier run left.
         what: How to label, or what was labelled.
-        overwrite: Label anew, whatever `out` holds.
+        overwrite: Replace figures, and label anew, whatever `out` holds.
 
     Returns:
         The figures of the labels as they are, `raw`, and, where they are smoothed, of those, `smoothed`.
 
     Raises:
-        EvaluationError: If files are missing, of another version of the scenes, or not one clip can be scored.
+        EvaluationError: If files are missing, of another version of the scenes, not one clip can be scored, or `out` is
+            another evaluation's.
         DepthmillError: Also whatever labelling raises.
     """
     console = RunConsole(highlight=False)
@@ -90,6 +91,8 @@ def evaluate_clips(
         clips = tuple(map(_numbered, clips))
         store = _label(wanted, clips, out, what, overwrite, console)
         compared = _compared(store, [frame.sample for clip in clips for frame in clip.frames], console)
+    if not isinstance(what, LabelConfig):
+        keep_figures(name, compared["raw"], out, overwrite=overwrite)
     scores = {}
     with progress_on(console) as progress:
         for which, predictions in compared.items():

@@ -175,6 +175,32 @@ def test_what_failed_is_tried_again(checkpoints, tmp_path, monkeypatch):
     assert (len(scores.rows), len(scores.skipped)) == (2, 0)
 
 
+def test_figures_of_other_predictions_are_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, files, _ = layouts.ibims(np.random.default_rng(0))
+    layouts.write_folder(tmp_path / "ibims", files)
+    (tmp_path / "split.txt").write_text("ibims/corridor_01_img\n")
+    for folder, towards in (("mine", 1), ("yours", -1)):
+        (tmp_path / folder / "ibims").mkdir(parents=True)
+        normals = np.full((480, 640, 3), (0, 0, towards), np.float32)
+        np.save(tmp_path / folder / "ibims" / "corridor_01_img.npy", normals)
+
+    def run(*options):
+        app(["evaluate", "ibims", "ibims", "--split", "split.txt", *map(str, options)], standalone_mode=False)
+        return (tmp_path / "evaluations/ibims/metrics.json").read_text()
+
+    mine = run("--predictions", "mine")
+    assert run("--predictions", tmp_path / "mine").replace(f"{tmp_path}/", "") == mine  # the same, called otherwise
+    message = f"holds the figures of ibims, {tmp_path / 'mine'}; .* --overwrite"
+    for options in (["--predictions", "yours"], ["--checkpoint", "demo", "--device", "cpu", "--workers", 0]):
+        with pytest.raises(EvaluationError, match=message):
+            run(*options)
+    assert "yours" in run("--predictions", "yours", "--overwrite")
+    (tmp_path / "evaluations/ibims/metrics.json").write_text('{"accuracy": 1}')
+    with pytest.raises(EvaluationError, match="another program"):
+        run("--predictions", "yours")
+
+
 def test_labels_of_pictures_in_their_own_colours_are_not_taken_for_the_papers(checkpoints, tmp_path):
     wanted, files, _ = layouts.ibims(np.random.default_rng(0))
     data = layouts.write_folder(tmp_path / "ibims", files)
@@ -304,7 +330,7 @@ def test_what_cannot_start_leaves_no_folder(option, tmp_path):
         (("nyuv2", "."), "no ground truth of nyuv2"),
         (("nyuv2", ".", "--store", "a", "--predictions", "b"), "one of them"),
         (("nyuv2", ".", "--store", "a", "--checkpoint", "b", "--batch-size", "2"), "--checkpoint, --batch-size"),
-        (("nyuv2", ".", "--predictions", "a", "--overwrite"), "--overwrite would label"),
+        (("nyuv2", ".", "--predictions", "a", "--dtype", "float16"), "--dtype would label"),
         (("nyuv2", "data", "--workers", "0"), "data: no such file or folder"),
         (("nyuv2", ".", "--batch-size", "0"), "batch_size"),
     ],

@@ -140,6 +140,13 @@ def test_exact_predictions_are_exact_and_missing_ones_named(rendered, tmp_path):
     assert metrics["delta1"] == 1
     assert metrics["scale_spread"] == pytest.approx(0, abs=1e-6)
     assert metrics["tae"] < 2  # pixels of 48 rows are large
+    (tmp_path / "npy").rename(tmp_path / "moved")
+    arguments = (rendered, "--predictions", tmp_path / "moved", "--out", tmp_path / "out")
+    code, output = evaluate(*arguments)
+    assert code == 2
+    assert f"holds the figures of rendered, {tmp_path / 'npy/rendered'}" in " ".join(output.split())
+    assert evaluate(*arguments, "--overwrite")[0] == 0
+    (tmp_path / "moved").rename(tmp_path / "npy")
     files[4].unlink()
     code, output = evaluate(rendered, "--predictions", tmp_path / "npy", "--out", tmp_path / "out")
     assert code == 2
