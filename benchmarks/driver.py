@@ -180,6 +180,9 @@ class _ProbingPool:
     def state(self, worker: int) -> WorkerState:
         return WorkerState("")
 
+    def name(self, worker: int) -> str:
+        return f"worker {worker}"
+
     def stop(self, worker: int) -> None:
         pass
 

@@ -202,7 +202,7 @@ class Crew:
 
     def states(self, most: int) -> dict[str, WorkerState]:
         """What the first few labelers do."""
-        return {f"worker {worker}": self._state(worker) for worker in sorted(self.labelers)[:most]}
+        return {self._pool.name(worker): self._state(worker) for worker in sorted(self.labelers)[:most]}
 
     def _state(self, worker: int) -> WorkerState:
         """What it said last, unless that is older than its task: committed frames must not be counted twice."""
@@ -222,6 +222,6 @@ class Crew:
         for worker, running in sorted(self.running.items(), key=lambda one: one[1].since_s):
             if running.item is not None:
                 took_s = self.now_s - running.since_s
-                words.append(f"worker {worker}, {running.item}: {took_s:.0f} of {running.limits.all_s:.0f} s")
+                words.append(f"{self._pool.name(worker)}, {running.item}: {took_s:.0f} of {running.limits.all_s:.0f} s")
         more = [f"and {len(words) - most} more"] if len(words) > most else []
         return "; ".join(words[:most] + more)

@@ -102,7 +102,7 @@ def label(
             digests = tuple(checkpoint.sha256 for checkpoint in checkpoints)
             pool: Pool = InProcess(
                 {"labeler": lambda: Worker(config, store.uri, digests, here), "prober": lambda: prober},
-                lambda state: display(driver.standing.counts, {"this process": state}),
+                lambda states: display(driver.standing.counts, states),
             )
             metrics: Metrics | None = None
             if config.workers != 0 and (uris is not None or any(source.segments for source in planned)):

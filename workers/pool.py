@@ -55,6 +55,10 @@ class Pool(Protocol):
         """What a worker said last of what it does; asking costs it nothing."""
         ...
 
+    def name(self, worker: int) -> str:
+        """What people are told that a worker is called."""
+        ...
+
     def stop(self, worker: int) -> None:
         """End a worker, whatever it does; no event of it comes any more."""
         ...
@@ -71,15 +75,15 @@ class Pool(Protocol):
 class InProcess:
     """One worker of each kind in this process. A call is made while the driver waits, so nothing can interrupt it."""
 
-    def __init__(self, make: dict[Kind, Callable[[], Any]], on_state: Callable[[WorkerState], None]) -> None:
+    def __init__(self, make: dict[Kind, Callable[[], Any]], show: Callable[[dict[str, WorkerState]], None]) -> None:
         """Nothing is made yet.
 
         Args:
             make: Makes a worker of each kind.
-            on_state: Told of each change of the labeler's state: nobody can ask while it works.
+            show: Told of each change of the labeler's state, by its name: nobody can ask while it works.
         """
         self._make = make
-        self._on_state = on_state
+        self._show = show
         self._workers: dict[int, Any] = {}
         self._calls: deque[tuple[int, str, tuple[Any, ...]]] = deque()
 
@@ -92,7 +96,7 @@ class InProcess:
         worker = len(self._workers)
         self._workers[worker] = self._make[kind]()
         if kind == "labeler":
-            self._workers[worker].on_state = self._on_state
+            self._workers[worker].on_state = lambda state: self._show({self.name(worker): state})
         self.call(worker, "load")
         return worker
 
@@ -115,6 +119,10 @@ class InProcess:
         """The labeler's own state."""
         found: WorkerState = self._workers[worker].state()
         return found
+
+    def name(self, worker: int) -> str:
+        """No number: the next would be the prober's."""
+        return "this process"
 
     def stop(self, worker: int) -> None:
         """Forget what it was to do."""

@@ -85,6 +85,10 @@ class RayPool:
             self._ask(worker, "state", self._states)
         return self._states.get(worker, WorkerState("starting"))
 
+    def name(self, worker: int) -> str:
+        """Its number."""
+        return f"worker {worker}"
+
     def stop(self, worker: int) -> None:
         """Kill an actor."""
         actor = self._actors.pop(worker, None)

@@ -107,7 +107,7 @@ def smooth(
         run.display = stack.enter_context(open_display(console, run.rate, "smoothing"))
         try:
             if run.plan(wait=True):
-                pool: Pool = InProcess({"labeler": lambda: Smoother(config, store.uri)}, run.show_state)
+                pool: Pool = InProcess({"labeler": lambda: Smoother(config, store.uri)}, run.show)
                 if config.workers or (config.workers is None and (config.address or (os.cpu_count() or 1) > 1)):
                     from depthmill.workers.cluster import connect
 
@@ -177,10 +177,8 @@ class _Run:
             )
         return bool(self.queue)
 
-    def show_state(self, state: Any) -> None:
-        self._show({"this process": state})
-
-    def _show(self, states: Mapping[str, WorkerState]) -> None:
+    def show(self, states: Mapping[str, WorkerState]) -> None:
+        """Bring the display up to date."""
         self.display(Counts(self.done + self._to_do.total(), 0, self.done, 0), states)
 
     def go(self, crew: Crew, stopped: Callable[[], bool], say: Callable[[str], None]) -> None:
@@ -205,7 +203,7 @@ class _Run:
                 self._ended(crew, event, loading)
             for event in list(crew.end_overdue()):
                 self._ended(crew, event, loading)
-            self._show(crew.states(_SHOWN))
+            self.show(crew.states(_SHOWN))
 
     def _assign(self, crew: Crew, room: int) -> None:
         """Give idle workers something to do, and ask for more if there is room for so many."""

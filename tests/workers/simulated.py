@@ -127,6 +127,9 @@ class SimulatedPool:
         outcomes = [outcome for end, _, of, outcome in self.events if end == float("inf") and of == worker]
         return WorkerState("busy", steps=1 if outcomes else int(self.clock_s * 1000), storing=outcomes == ["stall"])
 
+    def name(self, worker):
+        return f"worker {worker}"
+
     def stop(self, worker):
         self.alive.discard(worker)
         self.current.pop(worker, None)

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from depthmill.pipeline import sources
-from depthmill.pipeline.config import LabelConfig
+from depthmill.pipeline.config import LabelConfig, SmoothConfig
 from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError, StoreMismatchError
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.sources import open_source
@@ -23,6 +23,7 @@ from depthmill.tests.workers.labelling import only_source, run
 from depthmill.workers.label import _options, label
 from depthmill.workers.pool import InProcess
 from depthmill.workers.progress import Rate
+from depthmill.workers.smooth import smooth
 
 
 def test_a_video_is_labelled_as_the_labeler_labels_it(video, tmp_path, config, checkpoints):
@@ -95,6 +96,17 @@ def test_the_rate_of_a_run_is_not_that_of_closing_its_workers(video, tmp_path, c
     monkeypatch.setattr("depthmill.workers.label.Rate", rate)
     monkeypatch.setattr(InProcess, "close", close_slowly)
     assert run([video], tmp_path / "out.zarr", config).frames_per_s > 0.01
+
+
+def test_the_one_worker_is_called_this_process_on_every_line(video, tmp_path, config, monkeypatch):
+    monkeypatch.setattr("depthmill.workers.progress._LINE_EVERY_S", 0)
+    console = Console(file=io.StringIO(), highlight=False, width=200)
+    label([str(video)], tmp_path / "out.zarr", config, console=console)
+    options = SmoothConfig(workers=0, max_edge=2)
+    smooth(tmp_path / "out.zarr", options, console=console)
+    words = re.findall("failed; (.*)", console.file.getvalue())
+    assert any("edges" in word for word in words)
+    assert {word[: len("this process ")] for word in words if word} == {"this process "}
 
 
 def test_a_finished_run_is_not_done_again(video, tmp_path, config, monkeypatch):
