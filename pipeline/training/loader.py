@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from depthmill.pipeline.errors import DepthmillError
+from depthmill.pipeline.errors import DepthmillError, RunStoppedError
 from depthmill.pipeline.training.batch import Batch, TrainingSet, concatenate, cut, flip
 from depthmill.pipeline.training.config import Augment, TrainConfig
 from depthmill.pipeline.training.degrade import degrade
@@ -105,6 +107,7 @@ def load(batches: MicroBatches, numbers: Iterable[int], *, workers: int, pin: bo
 
     Raises:
         TrainingError: If one of them cannot be read.
+        RunStoppedError: If a process that reads was killed.
     """
     loader = DataLoader(
         batches,
@@ -116,7 +119,23 @@ def load(batches: MicroBatches, numbers: Iterable[int], *, workers: int, pin: bo
         pin_memory=pin,
         worker_init_fn=_one_thread if workers else None,
     )
-    for loaded in loader:
+    before = signal.getsignal(signal.SIGCHLD)
+    stream = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)  # torch's raises wherever the run is by then
+    while True:
+        try:
+            loaded = next(stream)
+        except StopIteration:
+            return
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            said = str(error)  # "Caught …": what a process raised itself
+            if said.startswith("Caught") or (isinstance(error, RuntimeError) and "DataLoader worker" not in said):
+                raise
+            raise RunStoppedError(
+                f"a process that reads pictures was killed ({said or type(error).__name__}): is memory, or /dev/shm, "
+                "too small? Lower loader_workers, and run again to go on from the last saved state"
+            ) from error
         if isinstance(loaded, DepthmillError):
             raise loaded
         yield loaded

@@ -1,12 +1,18 @@
 """Micro-batches out of the loader's processes."""
 
+import multiprocessing
+import os
 import pickle
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from depthmill.pipeline.errors import TrainingError
+from depthmill.pipeline.errors import RunStoppedError, TrainingError
+from depthmill.pipeline.training import loader as loader_module
 from depthmill.pipeline.training.loader import MicroBatches, load
 from depthmill.tests.pipeline.training.tiny import config
 
@@ -23,3 +29,40 @@ def test_what_cannot_be_read_is_an_error_without_a_traceback(scene_pool: Path, t
     assert isinstance(pickle.loads(pickle.dumps(batches[0])), TrainingError)  # as a process hands it over
     with pytest.raises(TrainingError, match=r"^not one of the 100 pictures can be used, for reasons such as\n"):
         next(load(batches, [0], workers=workers, pin=False))
+
+
+@pytest.mark.parametrize(
+    ("error", "killed"),
+    [
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), True),
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (EOFError(), True),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback"), False),
+        (EOFError("Caught EOFError in DataLoader worker process 0.\nOriginal Traceback"), False),
+        (RuntimeError("Too many open files. Communication with the workers is no longer possible."), False),
+    ],
+)
+def test_a_process_that_is_gone_is_told_from_one_that_failed(
+    scene_pool: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, killed: bool
+) -> None:
+    def loader(*_: object, **__: object) -> Iterator[object]:
+        yield from ()
+        raise error
+
+    monkeypatch.setattr(loader_module, "DataLoader", loader)
+    with pytest.raises((RunStoppedError, type(error))) as raised:
+        next(load(MicroBatches(config(scene_pool)), [0], workers=1, pin=False))
+    assert ("run again to go on from the last saved state" in str(raised.value)) == killed
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_stops_the_run_where_pictures_are_read(scene_pool: Path) -> None:
+    before = set(multiprocessing.active_children())
+    loaded = load(MicroBatches(config(scene_pool)), range(100), workers=1, pin=False)
+    next(loaded)
+    (reader,) = set(multiprocessing.active_children()) - before
+    assert reader.pid is not None
+    os.kill(reader.pid, signal.SIGKILL)
+    time.sleep(0.2)  # a handler of torch's would raise here
+    with pytest.raises(RunStoppedError, match=r"was killed \(.*Lower loader_workers, and run again"):
+        list(loaded)
