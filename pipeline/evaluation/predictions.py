@@ -84,6 +84,11 @@ def from_folder(
             )
         if values.dtype.kind not in "fiu":
             raise UnscorableError(f"its prediction is an array of {values.dtype}; expected numbers")
+        if modality == "normals" and values.dtype.kind == "u":
+            raise UnscorableError(
+                f"its prediction is an array of {values.dtype}, as a picture of normals is; expected vectors: map "
+                "[0, 255] to [-1, 1] first"
+            )
         plane: Floats = values.squeeze()
         if modality == "depth":
             return plane

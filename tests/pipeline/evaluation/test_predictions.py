@@ -57,6 +57,17 @@ def test_a_folder_that_is_not_there_is_said_to_be_none(tmp_path):
         from_folder(tmp_path, SAMPLES, "depth")
 
 
+def test_pictures_of_normals_are_no_vectors(tmp_path):
+    (tmp_path / "a").mkdir()
+    np.save(tmp_path / "a/000.npy", np.zeros((2, 2, 3), np.uint8))
+    np.save(tmp_path / "a/001.npy", np.full((2, 2, 3), 127, np.int8))
+    taken = from_folder(tmp_path, SAMPLES[:2], "normals")
+    with pytest.raises(UnscorableError, match=r"an array of uint8, .*map \[0, 255\] to \[-1, 1\] first"):
+        taken.read(SAMPLES[0])
+    assert (taken.read(SAMPLES[1]) == 127).all()
+    assert (from_folder(tmp_path, SAMPLES[:1], "depth").read(SAMPLES[0]) == 0).all()
+
+
 def test_an_archive_of_arrays_is_no_prediction(tmp_path):
     (tmp_path / "a").mkdir()
     for sample in SAMPLES[:2]:
