@@ -10,9 +10,9 @@ import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS, Domain, Modality, NormalsDtype
@@ -24,6 +24,16 @@ Noise = Literal["zeros", "gaussian", "pyramid"]
 TimestepSpacing = Literal["trailing", "leading"]
 Preset = Literal["ultrafast", "fast", "medium"]
 Whole = Annotated[int, Strict()]  # what YAML reads as true is no 1
+_Place = TypeVar("_Place", str, Path)
+
+
+def _expanded(place: _Place) -> _Place:
+    return type(place)(os.path.expanduser(place))  # noqa: PTH111 - Path's own raises where there is no such home
+
+
+# In YAML no shell makes `~` a home folder; a URL, a hub id and `demo` stay as they are.
+Folder = Annotated[Path, AfterValidator(_expanded)]
+FolderOrName = Annotated[str, AfterValidator(_expanded)]
 
 
 class StrictModel(BaseModel):
@@ -129,8 +139,8 @@ class LabelConfig(StrictModel):
         seed: Of the noise.
     """
 
-    checkpoint: str = DEMO
-    normals_checkpoint: str | None = None
+    checkpoint: FolderOrName = DEMO
+    normals_checkpoint: FolderOrName | None = None
     labels: tuple[Modality, ...] = ("depth", "normals")
     normals_axes: str | None = None
     domain: Domain | None = None

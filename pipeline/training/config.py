@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from depthmill.pipeline.config import Noise, StrictModel
+from depthmill.pipeline.config import FolderOrName, Noise, StrictModel
 from depthmill.pipeline.model.scratch import Architecture
 from depthmill.pipeline.training.sets import SetConfig
 from depthmill.pipeline.types import Modality
@@ -73,7 +73,7 @@ class TrainConfig(StrictModel):
 
     objective: Objective = "end_to_end"
     modality: Modality = "depth"
-    start: str | None = None
+    start: FolderOrName | None = None
     architecture: Architecture | None = None
     sets: tuple[SetConfig, ...] = Field(min_length=1)
     held_out: SetConfig | None = None

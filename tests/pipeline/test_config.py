@@ -24,6 +24,13 @@ def test_options_win_over_the_file(tmp_path):
     assert (config.batch_size, config.workers, config.labels) == (4, 5, ("depth",))
 
 
+def test_checkpoints_may_be_in_a_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = LabelConfig(checkpoint="~/a", normals_checkpoint="~/b")
+    assert config.checkpoints == {"depth": "/home/somebody/a", "normals": "/home/somebody/b"}
+    assert LabelConfig(checkpoint="~nosuchuser/a").checkpoint == "~nosuchuser/a"
+
+
 @pytest.mark.parametrize("name", ["video", "images"])
 def test_another_checkpoint_does_not_go_with_the_file_s_own_normals(name):
     assert load_config(LabelConfig, name, {"batch_size": 4}).normals_checkpoint == "GonzaloMG/marigold-e2e-ft-normals"

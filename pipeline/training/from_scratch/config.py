@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from depthmill.pipeline.config import StrictModel
+from depthmill.pipeline.config import Folder, FolderOrName, StrictModel
 from depthmill.pipeline.model.scratch import Architecture
 from depthmill.pipeline.training.pool import SHARD
 
@@ -22,7 +22,7 @@ class Data(StrictModel):
         render_processes: How many processes render what the pool lacks, each on one core.
     """
 
-    pool: Path = Path(".cache/scenes")
+    pool: Folder = Path(".cache/scenes")
     height: int = Field(default=144, gt=0)
     width: int = Field(default=192, gt=0)
     render_processes: int = Field(default=2, ge=1)
@@ -86,7 +86,7 @@ class StagedConfig(StrictModel):
 
     seed: int = Field(default=0, ge=0)
     architecture: Architecture
-    start: str | None = None
+    start: FolderOrName | None = None
     processing_resolution: int = Field(gt=0)
     data: Data = Field(default_factory=Data)
     stages: tuple[Stage, ...] = Field(min_length=1)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from depthmill.pipeline.config import Folder
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.training.sets.normals import Intrinsics, rays
@@ -39,7 +40,7 @@ class HypersimOptions(SetOptions):
     """
 
     kind: Literal["hypersim"] = "hypersim"
-    path: Path
+    path: Folder
     height: int = Field(default=480, gt=0)
     width: int = Field(default=640, gt=0)
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from depthmill.pipeline.config import Folder, FolderOrName
 from depthmill.pipeline.errors import (
     SampleError,
     SourceChangedError,
@@ -48,7 +49,7 @@ class StoreOptions(SetOptions):
     """
 
     kind: Literal["store"] = "store"
-    path: str | Path
+    path: FolderOrName | Folder
     height: int = Field(gt=0)
     width: int = Field(gt=0)
 

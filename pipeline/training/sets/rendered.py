@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from depthmill.pipeline.config import Folder
 from depthmill.pipeline.errors import SampleError
 from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.training.pool import SHARD, Pool, open_pool
@@ -30,7 +31,7 @@ class SceneOptions(SetOptions):
     """
 
     kind: Literal["scenes"] = "scenes"
-    path: Path = Path(".cache/scenes")
+    path: Folder = Path(".cache/scenes")
     scenes: int = Field(gt=0)
     first: int = Field(default=0, ge=0, multiple_of=SHARD)
     height: int = Field(default=144, gt=0)

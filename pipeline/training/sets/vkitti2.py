@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from depthmill.pipeline.config import Folder
 from depthmill.pipeline.errors import SampleError
 from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.training.sets.normals import Intrinsics, normals_from_depth
@@ -58,7 +59,7 @@ class VKitti2Options(SetOptions):
     """
 
     kind: Literal["vkitti2"] = "vkitti2"
-    path: Path
+    path: Folder
     conditions: tuple[Condition, ...] = Field(default=("morning", "fog", "rain", "sunset", "overcast"), min_length=1)
 
 

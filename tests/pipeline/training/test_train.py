@@ -304,6 +304,11 @@ def test_what_is_saved_is_what_was_trained(scene_pool, tmp_path):
     assert weights(tmp_path / "made")["conv_in.weight"].dtype == torch.float16
 
 
+def test_a_start_may_be_in_a_home_folder(scene_pool, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert config(scene_pool, start="~/a").start == "/home/somebody/a"
+
+
 def test_a_start_of_the_wrong_kind_is_refused(scene_pool, tmp_path):
     made = train(config(scene_pool, steps=1), tmp_path)
     with pytest.raises(TrainingError, match="takes 8 channels"):

@@ -290,6 +290,12 @@ def test_a_run_goes_on_from_what_another_left(scene_pool: Path, trained: Path, t
     assert gone_on < float(losses(trained)[3][3])  # less than that stage's first loss in the first run
 
 
+def test_a_start_and_a_pool_may_be_in_a_home_folder(scene_pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    run = config(scene_pool, start="~/a", data={"pool": "~/pool", "height": 24, "width": 32})
+    assert (run.start, run.data.pool) == ("/home/somebody/a", Path("/home/somebody/pool"))
+
+
 def test_a_start_that_does_not_fit_is_refused(scene_pool: Path, trained: Path, tmp_path: Path) -> None:
     checkpoints = shutil.copytree(trained / "checkpoint", tmp_path / "first")
     wider = config(scene_pool).model_dump()["architecture"] | {"unet_channels": (32, 32)}

@@ -31,6 +31,18 @@ def test_entries_of_a_configuration() -> None:
     assert Run.model_validate_json(run.model_dump_json()) == run
 
 
+@pytest.mark.parametrize("kind", ["hypersim", "vkitti2", "scenes", "store"])
+def test_a_path_may_be_in_a_home_folder(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    more = {"scenes": {"scenes": 100}, "store": {"height": 24, "width": 32}}.get(kind, {})
+    paths = {"~/data": "/home/somebody/data", "data/~": "data/~", "~nosuchuser/a": "~nosuchuser/a"}
+    for given, meant in paths.items():
+        run = Run.model_validate({"sets": [{"kind": kind, "path": given, **more}]})
+        assert str(run.sets[0].path) == meant
+    store = {"kind": "store", "path": "s3://bucket/~", "height": 24, "width": 32}
+    assert Run.model_validate({"sets": [store]}).model_dump()["sets"][0]["path"] == "s3://bucket/~"
+
+
 @pytest.mark.parametrize(
     ("entry", "complaint"),
     [
