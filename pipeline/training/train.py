@@ -74,6 +74,7 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
         ConfigError: If `device` cannot be trained on.
         TrainingError: If `output` holds a run of another configuration, a training set lacks files, the loss is no
             longer a number, or float16's gradients keep overflowing.
+        RunStoppedError: If a process that reads pictures was killed.
     """
     make_folder(output)
     accelerator = _accelerator(config, output, device)
@@ -108,6 +109,8 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
         record = config.model_dump(mode="json") | {"processes": accelerator.num_processes, "pictures": pictures}
         recorded.write_text(json.dumps(record, indent=2) + "\n")
     accelerator.init_trackers("train")
+    if first and not _sheet(output, first).exists():  # a call that was killed had saved that state, and scored nothing
+        _score_held_out(accelerator, objective, average, held_out, output, first)
     with LossTable(output / "losses.csv", lambda row: int(row["step"]) <= first) as table:
         for done, row in _steps(accelerator, wrapped, optimizer, batches, first):
             if average is not None:
@@ -115,16 +118,9 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
             if accelerator.is_main_process:
                 table.write({"step": done, **row})
             accelerator.log(row, step=done)
-            last = done == config.steps
-            if last or done % config.save_steps == 0:
+            if done == config.steps or done % config.save_steps == 0:
                 _save_state(accelerator, output / "states", done)
-            if last or done % config.picture_steps == 0:
-                with _averaged(average, objective):
-                    if held_out is not None:
-                        path = output / "pictures" / f"{done:06d}.png"
-                        scores = score(objective, held_out.to(accelerator.device), path)
-                        log.info("step %d, held out: %s", done, scores)
-                        accelerator.log({f"held_out/{name}": value for name, value in scores.items()}, step=done)
+            _score_held_out(accelerator, objective, average, held_out, output, done)
     with _averaged(average, objective):
         if accelerator.is_main_process:
             if config.objective == "autoencoder":
@@ -267,6 +263,31 @@ def score(objective: Objective, batch: Batch, path: Path) -> dict[str, float]:
     sign = -1 if objective.config.modality == "depth" else 1
     draw_sheet([batch.rgb, *((sign * picture.clip(-1, 1) + 1) / 2 for picture in (truth, answer))], path)
     return scores
+
+
+def _score_held_out(
+    accelerator: Accelerator,
+    objective: Objective,
+    average: EMAModel | None,
+    held_out: Batch | None,
+    output: Path,
+    step: int,
+) -> None:
+    """Score held-out pictures, if it is time; the sheet appears once its figures are written."""
+    config = objective.config
+    if held_out is None or (step != config.steps and step % config.picture_steps):
+        return
+    sheet = _sheet(output, step)
+    partial = sheet.with_suffix(".partial.png")
+    with _averaged(average, objective):
+        scores = score(objective, held_out.to(accelerator.device), partial)
+    log.info("step %d, held out: %s", step, scores)
+    accelerator.log({f"held_out/{name}": value for name, value in scores.items()}, step=step)
+    partial.replace(sheet)
+
+
+def _sheet(output: Path, step: int) -> Path:
+    return output / "pictures" / f"{step:06d}.png"
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.training import train as train_module
@@ -55,6 +56,35 @@ def test_an_average_of_weights_resumes_on_a_gpu(scene_pool, tmp_path, monkeypatc
             train(settings, tmp_path)
     train(settings, tmp_path)
     assert len(table(tmp_path)) == 3
+
+
+def test_pictures_are_scored_though_a_kill_came_between_their_state_and_them(scene_pool, tmp_path, monkeypatch):
+    held_out = {"kind": "scenes", "path": scene_pool, "scenes": 100, "height": 24, "width": 32}
+    settings = config(scene_pool, held_out=held_out, held_out_pictures=2, picture_steps=2, ema=0.9)
+    score, scored = train_module.score, []
+
+    def killed(objective, batch, path):
+        score(objective, batch, path)
+        scored.append(table(tmp_path)[-1]["step"])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "score", killed)
+        for _ in range(2):  # at step 2; before step 3, then
+            with pytest.raises(KeyboardInterrupt):
+                train(settings, tmp_path)
+    assert scored == ["2", "2"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)  # the last
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path)
+    train(settings, tmp_path)
+    assert [path.name for path in sorted((tmp_path / "pictures").iterdir())] == ["000002.png", "000004.png"]
+    boards = [EventAccumulator(str(events)).Reload() for events in (tmp_path / "tensorboard").rglob("events.*")]
+    told = [board.Scalars("held_out/AbsRel") for board in boards if "held_out/AbsRel" in board.Tags()["scalars"]]
+    assert sorted(scalar.step for scalars in told for scalar in scalars) == [2, 4]
+    monkeypatch.setattr(train_module, "score", killed)
+    train(settings, tmp_path)  # no more is to be scored
 
 
 def test_a_run_of_another_configuration_is_refused(scene_pool, tmp_path, monkeypatch):
