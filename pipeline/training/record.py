@@ -6,6 +6,7 @@ Figures are the evaluation's own (`evaluation/metrics.py`).
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from depthmill.pipeline.evaluation.metrics import angles_deg, depth_metrics, fit_affine
+from depthmill.pipeline.store import write_atomically
 
 
 class LossTable:
@@ -35,12 +37,15 @@ class LossTable:
         if self._rows is None:
             before: list[dict[str, str]] = []
             if self._path.exists():
-                with self._path.open(newline="") as file:
-                    before = [one for one in csv.DictReader(file) if self._stays(one)]
-            self._file = self._path.open("w", newline="")
+                with self._path.open(newline="") as file:  # whose last row a full disk may have cut
+                    before = [one for one in csv.DictReader(file) if None not in one.values() and self._stays(one)]
+            text = io.StringIO(newline="")
+            kept = csv.DictWriter(text, list(row), extrasaction="ignore")
+            kept.writeheader()
+            kept.writerows(before)
+            write_atomically(self._path, text.getvalue().encode())
+            self._file = self._path.open("a", newline="")
             self._rows = csv.DictWriter(self._file, list(row), extrasaction="ignore")
-            self._rows.writeheader()
-            self._rows.writerows(before)
         self._rows.writerow(row)
         self._file.flush()
 

@@ -7,7 +7,6 @@ average and the optimizer's moments are all there is to remember.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -31,6 +30,7 @@ from depthmill.pipeline.model.backend import pick_device
 from depthmill.pipeline.training import start
 from depthmill.pipeline.training.batch import Batch, concatenate
 from depthmill.pipeline.training.config import TrainConfig
+from depthmill.pipeline.training.folder import read_config, write_config
 from depthmill.pipeline.training.loader import MicroBatches, augmented, load
 from depthmill.pipeline.training.mixing import read_usable
 from depthmill.pipeline.training.objectives import Objective
@@ -99,15 +99,15 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
     if overwrite:  # now that all there is to read was found
         _remove(accelerator, output)
     if accelerator.is_main_process:
-        recorded, pictures = output / "config.json", [len(each) for each in batches.sets]
-        if first and (before := json.loads(recorded.read_text()).get("pictures", pictures)) != pictures:
+        pictures = [len(each) for each in batches.sets]
+        if first and (before := read_config(output).get("pictures", pictures)) != pictures:
             log.warning(
                 "the sets have %s pictures, and had %s: from step %d on these come in another order, to other losses "
                 "than an unbroken run's; if that matters, stop, put the files back and run again",
                 *(pictures, before, first),
             )
-        record = config.model_dump(mode="json") | {"processes": accelerator.num_processes, "pictures": pictures}
-        recorded.write_text(json.dumps(record, indent=2) + "\n")
+        told = config.model_dump(mode="json")
+        write_config(output, told | {"processes": accelerator.num_processes, "pictures": pictures})
     accelerator.init_trackers("train")
     if first and not _sheet(output, first).exists():  # a call that was killed had saved that state, and scored nothing
         _score_held_out(accelerator, objective, average, held_out, output, first)
@@ -351,13 +351,12 @@ def _resume(accelerator: Accelerator, config: TrainConfig, output: Path) -> int:
         )
     if not states:
         return 0
-    recorded = output / "config.json"
-    document = json.loads(recorded.read_text())
+    document = read_config(output)
     document.pop("pictures", None)
     before = document.pop("processes", 1)
     gone = {name: document.pop(name, value) for name, value in _GONE.items()}
     # Validated, an option that a later version added has its default.
-    old = validated(TrainConfig, document, where=str(recorded)).model_dump(mode="json") | gone
+    old = validated(TrainConfig, document, where=str(output / "config.json")).model_dump(mode="json") | gone
     new = config.model_dump(mode="json") | _GONE
     # A step is the same on more processes if each accumulates less.
     for run, processes in ((old, before), (new, accelerator.num_processes)):

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from depthmill.pipeline.config import make_folder
+from depthmill.pipeline.config_files import validated
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.model.backend import pick_device
 from depthmill.pipeline.sources.prefetch import prefetch
 from depthmill.pipeline.training import losses, scenes
+from depthmill.pipeline.training.folder import read_config, write_config
 from depthmill.pipeline.training.from_scratch import data, network
 from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
 from depthmill.pipeline.training.from_scratch.network import MODALITIES, Network
@@ -91,7 +93,7 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
         begin, first, moments = saved["stage"], saved["step"], saved["optimizer"]
         _refuse_another_run(config, output, begin, first)
         net.modules.load_state_dict(saved["modules"])
-    (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+    write_config(output, config.model_dump(mode="json"))
     held_out = _held_out(config, where)
     order = {stage.name: index for index, stage in enumerate(config.stages)}
 
@@ -331,10 +333,10 @@ def _refuse_another_run(config: StagedConfig, output: Path, stage: int, step: in
         ]
         return {**kept, "size": size, "stages": [*run["stages"][:stage], *going]}
 
-    path = output / "config.json"
-    old, new = begun(StagedConfig.model_validate_json(path.read_text())), begun(config)
+    told = validated(StagedConfig, read_config(output), where=str(output / "config.json"))
+    old, new = begun(told), begun(config)
     if different := [name for name in new if new[name] != old[name]]:
         raise TrainingError(
-            f"{output} holds a run with another {', '.join(different)} (see {path}): train into another folder, or "
-            "start over with overwrite"
+            f"{output} holds a run with another {', '.join(different)} (see its config.json): train into another "
+            "folder, or start over with overwrite"
         )

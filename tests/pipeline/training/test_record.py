@@ -32,6 +32,26 @@ def test_rows_of_steps_that_are_done_again_are_dropped(tmp_path):
         ]
 
 
+def test_a_kill_while_the_table_is_begun_again_loses_no_row(tmp_path, monkeypatch):
+    path = tmp_path / "losses.csv"
+    with LossTable(path, lambda row: True) as table:
+        table.write({"step": 1, "loss": 0.5})
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(csv.DictWriter, "writerows", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception), LossTable(path, lambda row: True) as table:
+            table.write({"step": 2, "loss": 0.25})
+    assert path.read_bytes() == before
+
+
+def test_a_row_that_was_cut_is_dropped(tmp_path):
+    path = tmp_path / "losses.csv"
+    path.write_text("stage,step,loss\nvae,1,0.5\nvae")
+    with LossTable(path, lambda row: int(row["step"]) < 2) as table:
+        table.write({"stage": "vae", "step": 2, "loss": 0.25})
+    assert [row["step"] for row in rows(path)] == ["1", "2"]
+
+
 def test_abs_rel_is_the_mean_over_pictures_with_truth_of_the_exact_fits():
     depth = torch.tensor([[[1.0, 2.0], [4.0, torch.inf]]] * 3)
     mask = torch.isfinite(depth)
