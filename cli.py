@@ -413,6 +413,8 @@ def train(
     """Train a checkpoint; the same command goes on where it was stopped.
 
     On several GPUs or machines: accelerate launch --module depthmill.cli train CONFIG.
+
+    Exit status: 0 trained, 2 it could not start or go on, 130 stopped, as by a full disk; a rerun resumes.
     """
     import logging
 

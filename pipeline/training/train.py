@@ -30,7 +30,7 @@ from depthmill.pipeline.model.backend import pick_device
 from depthmill.pipeline.training import start
 from depthmill.pipeline.training.batch import Batch, concatenate
 from depthmill.pipeline.training.config import TrainConfig
-from depthmill.pipeline.training.folder import read_config, write_config
+from depthmill.pipeline.training.folder import read_config, room_in, write_config
 from depthmill.pipeline.training.loader import MicroBatches, augmented, load
 from depthmill.pipeline.training.mixing import read_usable
 from depthmill.pipeline.training.objectives import Objective
@@ -74,9 +74,14 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
         ConfigError: If `device` cannot be trained on.
         TrainingError: If `output` holds a run of another configuration, a training set lacks files, the loss is no
             longer a number, or float16's gradients keep overflowing.
-        RunStoppedError: If a process that reads pictures was killed.
+        RunStoppedError: If the disk is full, or a process that reads pictures was killed.
     """
     make_folder(output)
+    with room_in(output):
+        return _train(config, output, overwrite, device)
+
+
+def _train(config: TrainConfig, output: Path, overwrite: bool, device: str | None) -> Path:
     accelerator = _accelerator(config, output, device)
     begun = start.load(config)
     objective = Objective(begun, config).train()

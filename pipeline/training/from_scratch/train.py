@@ -26,7 +26,7 @@ from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.model.backend import pick_device
 from depthmill.pipeline.sources.prefetch import prefetch
 from depthmill.pipeline.training import losses, scenes
-from depthmill.pipeline.training.folder import read_config, write_config
+from depthmill.pipeline.training.folder import read_config, room_in, write_config
 from depthmill.pipeline.training.from_scratch import data, network
 from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
 from depthmill.pipeline.training.from_scratch.network import MODALITIES, Network
@@ -76,9 +76,15 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
         ConfigError: If `device` cannot be trained on.
         TrainingError: If `output` holds a run of another configuration or optimizer, the loss is no longer a number, or
             torch has no Muon.
+        RunStoppedError: If the disk is full.
     """
     where = pick_device(device or "auto")
     make_folder(output)
+    with room_in(output):
+        return _train(config, output, overwrite, where)
+
+
+def _train(config: StagedConfig, output: Path, overwrite: bool, where: torch.device) -> Path:
     net = network.build(config.architecture, config.seed, where)
     if config.start is not None:
         net.load(config.start)

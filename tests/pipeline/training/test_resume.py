@@ -1,6 +1,8 @@
 """Runs that were stopped: they go on to the same losses, or say why they cannot."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from depthmill.pipeline.errors import TrainingError
+from depthmill.pipeline.errors import RunStoppedError, TrainingError
 from depthmill.pipeline.training import train as train_module
 from depthmill.pipeline.training.train import train
 from depthmill.tests.pipeline.training.tiny import config, stop_after, table, weights
@@ -85,6 +87,23 @@ def test_pictures_are_scored_though_a_kill_came_between_their_state_and_them(sce
     assert sorted(scalar.step for scalars in told for scalar in scalars) == [2, 4]
     monkeypatch.setattr(train_module, "score", killed)
     train(settings, tmp_path)  # no more is to be scored
+
+
+def test_a_full_disk_ends_the_run_and_keeps_its_state(scene_pool, tmp_path, monkeypatch):
+    save = Accelerator.save_state
+
+    def full(accelerator, folder):
+        save(accelerator, folder)
+        if Path(folder).name.startswith("000004"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", full)
+        with pytest.raises(RunStoppedError, match="the disk is full"):
+            train(config(scene_pool), tmp_path)
+    assert "000002" in {path.name for path in (tmp_path / "states").iterdir()}
+    train(config(scene_pool), tmp_path)
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["000004"]
 
 
 def test_a_run_of_another_configuration_is_refused(scene_pool, tmp_path, monkeypatch):

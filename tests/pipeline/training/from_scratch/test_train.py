@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from depthmill.pipeline.config_files import load_config
-from depthmill.pipeline.errors import CheckpointError, TrainingError
+from depthmill.pipeline.errors import CheckpointError, RunStoppedError, TrainingError
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.modules import load_vae
@@ -294,6 +296,27 @@ def test_a_start_and_a_pool_may_be_in_a_home_folder(scene_pool: Path, monkeypatc
     monkeypatch.setenv("HOME", "/home/somebody")
     run = config(scene_pool, start="~/a", data={"pool": "~/pool", "height": 24, "width": 32})
     assert (run.start, run.data.pool) == ("/home/somebody/a", Path("/home/somebody/pool"))
+
+
+def test_a_full_disk_ends_the_run_and_keeps_its_state(
+    scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = torch.save, []
+
+    def full(state: object, path: Path) -> None:
+        saved.append(path)
+        if len(saved) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(RunStoppedError, match="the disk is full"):
+            train(config(scene_pool, small_steps=2), tmp_path)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["stage"] == 1
+    (tmp_path / "config.json").write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"config\.json cannot be read"):
+        train(config(scene_pool, small_steps=2), tmp_path)
 
 
 def test_a_start_that_does_not_fit_is_refused(scene_pool: Path, trained: Path, tmp_path: Path) -> None:
