@@ -98,7 +98,7 @@ class Planned:
 
 
 class Prober:
-    """Probes sources and puts them into the store. In-process, or as a Ray actor (`workers/actors.py`)."""
+    """Probes sources and puts them into the store. In-process, or as a Ray actor (`workers/probe_actors.py`)."""
 
     def __init__(
         self, store: str, max_pixels: int, max_frames: int, retry_failed: bool, sources: OpenSources | None = None

@@ -51,7 +51,8 @@ def test_nothing_heavy_is_loaded_for_the_help(module):
     assert loaded.strip() == "[]"
 
 
-def test_a_worker_that_smooths_loads_no_network():
-    code = "import depthmill.workers.smooth_actors, sys; print([n for n in ('torch', 'diffusers') if n in sys.modules])"
+def test_workers_that_smooth_or_probe_load_no_network():
+    modules = "depthmill.workers.smooth_actors, depthmill.workers.probe_actors"
+    code = f"import {modules}, sys; print([name for name in ('torch', 'diffusers') if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Labelling on Ray: actors, each a `worker.Worker` or a `plan.Prober`."""
+"""Labelling on Ray: actors, each a `worker.Worker`; and the probers beside them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ray.exceptions import RayError
 from depthmill.pipeline.config import DEMO, LabelConfig
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.model.backend import pick_dtype
-from depthmill.pipeline.plan import Prober
 from depthmill.pipeline.store.files import located
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.causes import reason
+from depthmill.workers.probe_actors import ProbeWorker
 from depthmill.workers.ray_pool import RayPool, remote, this_node
 
 _PATIENCE_S = 20.0  # before it is said what is waited for
@@ -24,14 +24,6 @@ _PATIENCE_S = 20.0  # before it is said what is waited for
 
 class LabelWorker(Worker):
     """A worker that can say where it is."""
-
-    def node(self) -> str:
-        """Id of its machine."""
-        return this_node()
-
-
-class ProbeWorker(Prober):
-    """A prober that can."""
 
     def node(self) -> str:
         """Id of its machine."""
