@@ -264,14 +264,16 @@ def evaluated(folder, *options):
     return process.stdout
 
 
-def test_the_command(checkpoints, tmp_path):
+def test_the_command(checkpoints, tmp_path, monkeypatch):
     _, files, _ = layouts.ibims(np.random.default_rng(0))
     data = layouts.write_folder(tmp_path / "ibims", files)
     split = tmp_path / "split.txt"
     split.write_text("ibims/corridor_01_img.png\nibims/lab_02_img.png\n")
-    shown = evaluated(
-        tmp_path, "ibims", data, "--split", split, "--checkpoint", checkpoints / "normals", "--workers", 0
-    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--split", split, "--checkpoint", checkpoints / "normals", "--device", "cpu", "--workers", 0]
+    done = CliRunner().invoke(app, ["evaluate", "ibims", *map(str, [data, *options])])
+    assert done.exit_code == 0, done.output
+    shown = done.stdout
     assert "15.8" in shown
     document = json.loads((tmp_path / "evaluations" / "ibims" / "metrics.json").read_text())
     assert document["pictures"] == 2

@@ -11,7 +11,9 @@ import time
 
 import pytest
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from depthmill.cli import app
 from depthmill.tests import media, runs
 from depthmill.workers.stopping import stoppable
 
@@ -20,13 +22,13 @@ FRAMES = 72  # 36 segments of two frames
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, checkpoints):
-    """Inputs, and the files of a store that was made of them in one process, in one go."""
+    """Inputs, and the files of a store that was made of them in this process, in one go."""
     root = tmp_path_factory.mktemp("undisturbed")
     inputs = [media.write_video(root / "clip.mp4", frames=FRAMES - 6), root / "photos"]
     media.write_image_folder(root / "photos", count=6, sizes=[(40, 60), (60, 40)])
     (root / "photos" / "002.png").write_bytes(b"broken")
-    done = runs.run(inputs, root / "labels.zarr", checkpoints, "--workers", "0")
-    assert done.returncode == 1, done.stderr  # one picture is broken
+    done = CliRunner().invoke(app, runs.command(inputs, root / "labels.zarr", checkpoints, "--workers", "0")[3:])
+    assert done.exit_code == 1, done.output  # one picture is broken
     return inputs, runs.contents(root / "labels.zarr")
 
 
