@@ -1,6 +1,7 @@
 """The sampler against diffusers' Marigold pipelines, from the same noise; and what its noise depends on."""
 
 import functools
+from copy import deepcopy
 
 import diffusers
 import numpy as np
@@ -13,6 +14,7 @@ from depthmill.pipeline.model import sampling, scratch
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.model.sampling import draw_noise, generator
+from depthmill.pipeline.model.single_step import load_heads
 
 RESOLUTION = 48
 SHAPE = (36, 50)  # padded at the network's size
@@ -37,6 +39,15 @@ def trained_for(tmp_path_factory):
     return make
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _loaded_once():
+    """To copy what was loaded takes a third of the time."""
+    loaded = functools.cache(load_heads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("depthmill.pipeline.model.labeler.load_heads", lambda given: deepcopy(loaded(tuple(given))))
+        yield
+
+
 def frames(count, height=SHAPE[0], width=SHAPE[1]):
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
@@ -46,11 +57,17 @@ def labeler(root, modality, **options):
     return Labeler([open_checkpoint(str(root / modality), modality)], LabelConfig(device="cpu", **options))
 
 
-def reference(root, modality, pictures, sampling):
-    """What diffusers answers from our noise, by the same time steps."""
+@functools.lru_cache(maxsize=4)
+def pipeline(root, modality):
     kind = {"depth": diffusers.MarigoldDepthPipeline, "normals": diffusers.MarigoldNormalsPipeline}[modality]
     pipe = kind.from_pretrained(root / modality)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def reference(root, modality, pictures, sampling):
+    """What diffusers answers from our noise, by the same time steps."""
+    pipe = pipeline(root, modality)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(
         pipe.scheduler.config, set_alpha_to_one=True, timestep_spacing=sampling.timestep_spacing
     )  # `set_alpha_to_one` as in test_parity.py

@@ -65,7 +65,7 @@ def pictures(batch=2, height=20, width=28):
 
 
 def errors(heads, batch, dtype=torch.float32):
-    plain = SingleStep(deepcopy(heads), CPU, torch.float32)(batch)
+    plain = SingleStep(heads, CPU, torch.float32)(batch)
     folded = Specialized(deepcopy(heads), CPU, dtype)(batch)
     assert plain.keys() == folded.keys()
     for modality, labels in plain.items():
@@ -119,7 +119,7 @@ def test_prompts_of_any_length(tokens):
 def test_a_scheduler_that_clips_x0():
     clipped, free = head(x0_clip=0.05), head()
     assert max(errors([clipped], pictures())) < 1e-4
-    one, other = (SingleStep([deepcopy(kind)], CPU, torch.float32)(pictures()) for kind in (clipped, free))
+    one, other = (SingleStep([kind], CPU, torch.float32)(pictures()) for kind in (clipped, free))
     assert (one["depth"] - other["depth"]).abs().max() > 1e-2, "the clipping must show"
 
 
@@ -223,7 +223,7 @@ def test_half_precision_errs_no_more_than_the_plain_network(modality, dtype, net
     found = {Specialized: 0.0, SingleStep: 0.0}
     for seed in range(networks):
         one = head(modality, seed=seed)
-        exact = SingleStep([deepcopy(one)], CPU, torch.float32)(pictures())[modality]
+        exact = SingleStep([one], CPU, torch.float32)(pictures())[modality]
         for kind in found:
             error = (kind([deepcopy(one)], CPU, dtype)(pictures())[modality] - exact).norm(dim=1)
             if modality == "depth":

@@ -4,6 +4,8 @@ import csv
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from depthmill.pipeline.errors import CheckpointError, RunStoppedError, Training
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.modules import load_vae
+from depthmill.pipeline.training import scenes
 from depthmill.pipeline.training.from_scratch import network
 from depthmill.pipeline.training.from_scratch import train as train_module
 from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
@@ -45,6 +48,14 @@ def config(scene_pool: Path, *, small_steps: int = 4, **changes: object) -> Stag
 def losses(run: Path) -> list[list[str]]:
     with (run / "losses.csv").open(newline="") as file:
         return list(csv.reader(file))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _held_out() -> Iterator[None]:
+    """The scenes that runs draw are the same for all, and rendered once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "view", cache(scenes.view))
+        yield
 
 
 @pytest.fixture(scope="module")
