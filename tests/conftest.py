@@ -1,12 +1,15 @@
 """Fixtures that many tests share."""
 
+import gc
 import os
 import sys
 import uuid
+from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
 
+gc.disable()  # until all is imported: nothing of that is garbage
 # Before anything imports them: no test asks a hub, and none waits for one.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -14,14 +17,29 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # those that have not registered in time.
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
-# The networks here are tiny: on busy cores, threads that wait for each other cost ten times what they save.
+# Networks and pictures here are tiny: on busy cores, threads that wait for each other cost ten times what they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _imported():
+    """What tests import stays: a worker that starts looks through the rest alone, not for half a second each time."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "unfreeze", lambda: None)  # as workers do at their end
+        patch.setattr(gc, "freeze", lambda: None)  # nor is what they leave kept for good
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Undo what a run inside this process sets: the threads of all that comes after it."""
-    yield
+    """For runs inside this process as well; and undo what they set: the threads of all that comes after them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("depthmill.pipeline.model.backend._MOST_THREADS", 1)
+        yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
@@ -48,6 +66,21 @@ def checkpoints(tmp_path_factory):
     for modality, parts in (("depth", depth), ("normals", normals)):
         scratch.save(parts, root / modality, modality, processing_resolution=48)
     return root
+
+
+@lru_cache(maxsize=4)
+def _load(checkpoints, config):
+    from depthmill.pipeline.model.labeler import Labeler
+
+    return Labeler(checkpoints, config)
+
+
+@pytest.fixture
+def loaded_once():
+    """Runs inside this process have one labeler of the same checkpoints and options: loading is most of their work."""
+    with pytest.MonkeyPatch.context() as patch:  # of its own: tests undo theirs
+        patch.setattr("depthmill.pipeline.worker.Labeler", lambda given, config: _load(tuple(given), config))
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -44,7 +44,7 @@ def cli(monkeypatch, capsys):
 
 
 @pytest.fixture
-def label(cli, checkpoints):
+def label(cli, checkpoints, loaded_once):
     """`depthmill label` inside this process, with random weights."""
     return lambda inputs, store, *options: cli(
         *runs.command(inputs, store, checkpoints, "--workers", "0", *options)[3:]

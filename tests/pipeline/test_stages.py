@@ -1,5 +1,6 @@
 import gc
 import weakref
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -41,9 +42,14 @@ class Pictures:
         pass
 
 
-@pytest.fixture
-def labeler(checkpoints):
+@pytest.fixture(scope="module")
+def loaded(checkpoints):
     return Labeler.from_pretrained(checkpoints / "depth", checkpoints / "normals", device="cpu", batch_size=3)
+
+
+@pytest.fixture
+def labeler(loaded):
+    return deepcopy(loaded)  # some tests spoil its weights
 
 
 @pytest.fixture

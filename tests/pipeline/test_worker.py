@@ -22,6 +22,8 @@ from depthmill.pipeline.worker import Worker
 from depthmill.tests import media
 from depthmill.tests.pipeline.store.samples import files
 
+FREEZE, UNFREEZE = gc.freeze, gc.unfreeze  # which conftest.py has do nothing
+
 
 @pytest.fixture
 def config(checkpoints):
@@ -35,7 +37,7 @@ def video(tmp_path):
 
 
 @pytest.fixture
-def start(config, video, tmp_path):
+def start(config, video, tmp_path, loaded_once):
     """A loaded worker with a store of its own, and the tasks that make up the video."""
     workers = []
 
@@ -61,7 +63,18 @@ def _wait_until(true, most_s=30.0):
     return true()
 
 
-def test_what_is_loaded_is_kept_out_of_full_collections_until_the_end(start):
+@pytest.fixture
+def thawed(monkeypatch):
+    """As in a process of its own: nothing is frozen before a worker does it."""
+    monkeypatch.setattr(gc, "freeze", FREEZE)
+    monkeypatch.setattr(gc, "unfreeze", UNFREEZE)
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_what_is_loaded_is_kept_out_of_full_collections_until_the_end(start, thawed):
+    assert gc.get_freeze_count() == 0
     worker, _ = start("store")
     assert gc.get_freeze_count() > 100_000  # torch's and the network's; going through them stops all threads
     worker.close()

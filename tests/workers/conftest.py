@@ -7,7 +7,7 @@ from depthmill.tests import media
 
 
 @pytest.fixture
-def config(checkpoints):
+def config(checkpoints, loaded_once):
     return LabelConfig(
         checkpoint=str(checkpoints / "depth"),
         normals_checkpoint=str(checkpoints / "normals"),
