@@ -4,7 +4,8 @@ import gc
 import os
 import sys
 import uuid
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +69,9 @@ def checkpoints(tmp_path_factory):
     return root
 
 
+_version = cache(version)
+
+
 @lru_cache(maxsize=4)
 def _load(checkpoints, config):
     from depthmill.pipeline.model.labeler import Labeler
@@ -80,6 +84,7 @@ def loaded_once():
     """Runs inside this process have one labeler of the same checkpoints and options: loading is most of their work."""
     with pytest.MonkeyPatch.context() as patch:  # of its own: tests undo theirs
         patch.setattr("depthmill.pipeline.worker.Labeler", lambda given, config: _load(tuple(given), config))
+        patch.setattr("depthmill.workers.label.version", _version)  # torch's metadata alone take 15 ms
         yield
 
 

@@ -24,6 +24,8 @@ from depthmill.workers import evaluate as module
 from depthmill.workers.evaluate import Folder, LabelledStore, claim, evaluate, label_options
 from depthmill.workers.label import label
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 
 def console():
     return Console(file=io.StringIO(), width=160, highlight=False)

@@ -21,6 +21,8 @@ from depthmill.pipeline.training import scenes
 from depthmill.pipeline.training.clips import export_clips
 from depthmill.workers import evaluate_clips as module
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):

@@ -17,7 +17,7 @@ from depthmill.workers.resume import finished
 
 
 @pytest.fixture
-def config(checkpoints):
+def config(checkpoints, loaded_once):
     return LabelConfig(checkpoint=str(checkpoints / "depth"), labels=("depth",), device="cpu", workers=0, threads=1)
 
 
