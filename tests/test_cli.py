@@ -288,7 +288,7 @@ def test_preview_names_what_it_drew_in_a_folder_of_its_own(cli, label, clip, tmp
     drawn = [Path(line) for line in done.stdout.splitlines()]
     assert sorted(path.suffix for path in drawn) == [".mp4", ".png"]
     assert {path.parent for path in drawn} == {tmp_path / "out-preview"}  # not beside the store: inputs may lie there
-    (store / drawn[0].stem / "depth" / "c" / "0" / "0" / "0").write_bytes(b"")
+    (store / drawn[0].name.split(".")[0] / "depth" / "c" / "0" / "0" / "0").write_bytes(b"")
     assert cli("preview", store).returncode == 1
 
 
