@@ -129,8 +129,9 @@ def load(batches: MicroBatches, numbers: Iterable[int], *, workers: int, pin: bo
         except StopIteration:
             return
         except (RuntimeError, ConnectionError, EOFError) as error:
-            said = str(error)  # "Caught …": what a process raised itself
-            if said.startswith("Caught") or (isinstance(error, RuntimeError) and "DataLoader worker" not in said):
+            said = str(error).partition("\n")[0]
+            by_itself = "in DataLoader worker process" in said
+            if by_itself or (isinstance(error, RuntimeError) and "DataLoader worker" not in said):
                 raise
             raise RunStoppedError(
                 f"a process that reads pictures was killed ({said or type(error).__name__}): is memory, or /dev/shm, "

@@ -37,6 +37,7 @@ def test_what_cannot_be_read_is_an_error_without_a_traceback(scene_pool: Path, t
         (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), True),
         (ConnectionResetError(104, "Connection reset by peer"), True),
         (EOFError(), True),
+        (ConnectionResetError("Caught ConnectionResetError in pin memory thread for device 0.\nOriginal"), True),
         (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback"), False),
         (EOFError("Caught EOFError in DataLoader worker process 0.\nOriginal Traceback"), False),
         (RuntimeError("Too many open files. Communication with the workers is no longer possible."), False),
