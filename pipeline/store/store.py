@@ -222,7 +222,7 @@ class Store:
         chunks = {file_key(source_id, "status", array, row): row - first for row in range(first, stop, rows)}
         status = np.full(len(chunks) * rows, PENDING, np.uint8)
         for key, data in self.directory.read_all(chunks).items():
-            with decoding(self.uri, key):
+            with decoding(self.uri, f"{source_id}/status"):
                 status[chunks[key] : chunks[key] + rows] = decode_chunk(data, array)
         return status[start - first : stop - first]
 

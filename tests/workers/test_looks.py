@@ -44,7 +44,7 @@ def test_few_sources_are_looked_at_at_once(monkeypatch):
     def look(self, source_id, phases):
         looked.append(source_id)
         assert may.wait(30)
-        return "", [SimpleNamespace(phase="solve")]
+        return "", [SimpleNamespace(phase="solve", frames=1)]
 
     monkeypatch.setattr(Looks, "_look", look)
     going = _Run(SimpleNamespace(), SmoothConfig(), [str(i) for i in range(100)])
