@@ -97,8 +97,8 @@ all threads.
 | --- | ---: | ---: | ---: | --- |
 {chr(10).join(rows)}
 
-What grows with a video is its table of packets and libav's own index of the file, about 100 bytes a frame together in
-each process that has it open, and what reading them leaves in the heap: {grown:,.0f} bytes a frame here, where
+What grows with a video is its table of packets and libav's own index of the file, in each process that has it open,
+and what reading them leaves in the heap: {grown:,.0f} bytes a frame here, where
 one process probes and labels.
 """
     if options.quick and options.out == OUT:

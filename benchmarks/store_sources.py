@@ -1,4 +1,4 @@
-"""Measure what it takes to add many sources to a store, and to open it.
+"""Measure what it takes to add many sources to a store, to open it, and to read what is committed of a long one.
 
     python benchmarks/store_sources.py [--sources 10000] [--folder FOLDER] [--quick]
 
@@ -16,12 +16,20 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from depthmill.pipeline import store as stores
-from depthmill.pipeline.types import Source
+from depthmill.pipeline.store.zarr_files import WholeFiles, open_array
+from depthmill.pipeline.types import LABELLED, Source
+
+if TYPE_CHECKING:
+    from depthmill.pipeline.bench.timing import Spent
 
 OUT = Path(__file__).resolve().parent / "store_sources.md"
 KEYS = tuple(f"picture-{i:06d}.jpg" for i in range(100))
@@ -37,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=options.folder) as made:
         row = measure(100 if options.quick else options.sources, Path(made))
+        # Not before the first row has its memory: torch comes with it.
+        from depthmill.pipeline.bench.timing import ratio, typical
+
+        frames = 1_000 if options.quick else 100_000
+        spent = read_status(frames, Path(made))
+    zarr, ours = (typical(spent[name]) for name in ("zarr", "ours"))
     report = f"""# Many sources in a store
 
 Written by `benchmarks/store_sources.py`, {datetime.date.today()}, on {os.cpu_count()} cores of {platform.machine()},
@@ -47,6 +61,14 @@ and publishes them whenever half as many again are new.
 | sources | ms a source | publishing, of that | root, MB | opening, s | peak memory, MB |
 | ---: | ---: | ---: | ---: | ---: | ---: |
 {row}
+
+The status of a video of {frames:,} frames, read by Zarr and by `Store.status`, in turn, {len(spent["ours"])} rounds:
+how many times as long Zarr takes, the median, with the smallest and the largest.
+
+| by Zarr, ms: wall, CPU | by `Store.status`, ms: wall, CPU | wall | CPU |
+| ---: | ---: | ---: | ---: |
+| {1e3 * zarr.wall_s:.0f}, {1e3 * zarr.cpu_s:.0f} | {1e3 * ours.wall_s:.0f}, {1e3 * ours.cpu_s:.0f} | \
+{ratio(spent["zarr"], spent["ours"]):.1f} | {ratio(spent["zarr"], spent["ours"], "cpu_s"):.1f} |
 """
     if options.quick and options.out == OUT:
         print(report)
@@ -77,6 +99,33 @@ def measure(count: int, folder: Path) -> str:
         f"| {count:,} | {1e3 * seconds / count:.1f} | {publishing_s / seconds:.0%} | {root / 1e6:.1f} | "
         f"{opening_s:.2f} | {memory:.0f} |"
     )
+
+
+def read_status(frames: int, folder: Path) -> dict[str, list[Spent]]:
+    """Time what a rerun does for each source: read what became of its frames."""
+    import torch
+
+    from depthmill.pipeline.bench.timing import interleave
+
+    store = stores.create(folder / "video.zarr", stores.Layout(), {})
+    store.add(
+        Source("video-0123abcd", "/in/video.mp4", "video", frames, 48, 64, 25.0, "f" * 64, time_s=np.arange(frames))
+    )
+    document = store.arrays("video-0123abcd")["status"]
+    open_array(WholeFiles(store.directory), "video-0123abcd/status", document)[:] = LABELLED
+
+    def reads(read: Callable[[], npt.NDArray[Any]]) -> Callable[[], int]:
+        def way() -> int:
+            assert (read() == LABELLED).all()
+            return 1
+
+        return way
+
+    ways = {
+        "zarr": reads(lambda: store.read("video-0123abcd", "status")),
+        "ours": reads(lambda: store.status("video-0123abcd")),
+    }
+    return interleave(ways, 5, torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from depthmill.pipeline.errors import StoreError, StoreForbiddenError, StoreFullError
 
 _PARTIAL = "partial"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _RACED = (errno.ENOENT, errno.EEXIST, errno.ESTALE)  # another writer of the same file removed the folder
 _TRIES = 100
@@ -140,7 +140,7 @@ class LocalDirectory:
         except OSError as error:
             if isinstance(error, FileNotFoundError) and not _holds_files(self.uri):
                 raise store_away(self.uri) from error
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 raise StoreFullError(
                     f"{path} cannot be written: {error.strerror}; it takes {len(data):,} bytes and {_free(path):,} are "
                     "free there: make space, and run the same command again; what is committed stays"

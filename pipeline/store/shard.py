@@ -1,9 +1,8 @@
 """Shards, encoded: to the byte what zarr-python writes, but by many threads at once and without its copies.
 
-Zarr encodes the chunks of a shard one after the other, around which it spends as much time as in compressing them, and
-a millisecond for each chunk of another array that it reads, of which `status` has one a segment. The format is
-`sharding_indexed` of the Zarr v3 specification: the chunks that are not empty, one behind the other, then for each
-chunk its offset and its length, 64 bits each, then a CRC-32C of that index.
+Zarr encodes the chunks of a shard one after the other, around which it spends as much time as in compressing them. The
+format is `sharding_indexed` of the Zarr v3 specification: the chunks that are not empty, one behind the other, then for
+each chunk its offset and its length, 64 bits each, then a CRC-32C of that index.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def encode_chunk(labels: npt.NDArray[Any], array: Document) -> bytes:
 
 
 def decode_chunk(data: bytes, array: Document) -> npt.NDArray[Any]:
-    """Rows of an array of numbers that is not sharded, out of a file of it.
+    """Rows of an array of numbers that is not sharded, out of a file of it: there are many of `status`, for Zarr slow.
 
     Raises:
         RuntimeError: If the file is broken.

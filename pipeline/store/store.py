@@ -212,11 +212,9 @@ class Store:
     def status(self, source_id: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
         """What became of each frame, or of the frames [start, stop): uint8, one of PENDING, LABELLED, FAILED.
 
-        Raises:
-            StoreDamagedError: If a file of it cannot be decoded.
+        Raises StoreDamagedError if a file of it cannot be decoded.
         """
-        array = self.arrays(source_id)["status"]
-        rows = rows_per_file(array)
+        rows = rows_per_file(array := self.arrays(source_id)["status"])
         start, stop, _ = slice(start, stop).indices(array["shape"][0])
         first = start - start % rows
         chunks = {file_key(source_id, "status", array, row): row - first for row in range(first, stop, rows)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
@@ -13,9 +12,9 @@ from typing import Any
 
 from depthmill.pipeline.errors import RunStoppedError, TrainingError
 from depthmill.pipeline.store import write_atomically
+from depthmill.pipeline.store.files import FULL
 
 _CONFIG = "config.json"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ROOM = 1 << 20  # bytes
 
 
@@ -55,7 +54,7 @@ def room_in(folder: Path) -> Iterator[None]:
         told = re.search(r"\(os error (\d+)\)", str(error))
         number = int(told[1]) if told else getattr(error, "errno", None)
         filled = isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < _NO_ROOM
-        if number not in _FULL and not filled:
+        if number not in FULL and not filled:
             raise
         where = getattr(error, "filename", None) or folder
         raise RunStoppedError(
