@@ -28,6 +28,7 @@ from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.sources.naming import preview_name
 from depthmill.pipeline.sources.video_container import open_container
 from depthmill.pipeline.store import Store, open_datasets, open_store
+from depthmill.pipeline.store.smoothed import smoothed as apply_smoothing
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.timeline import Timeline, draw_timeline
 from depthmill.pipeline.types import LABELLED, FrameSource
@@ -126,13 +127,14 @@ def preview(
     smoothed = {}
     if smooth and source_id is not None:
         Temporal(store, source_id).check_current()
-        smoothed = open_datasets(store_path, smooth=True, sources=[source_id])
+        smoothed = apply_smoothing(store, datasets)
     elif smooth:
-        smoothed = open_datasets(store_path, smooth=True, sources=_smoothed(store))
-    names = store.sources() if source_id is None else [source_id]
+        smoothed = apply_smoothing(store, {one: datasets[one] for one in _smoothed(store) if one in datasets})
     make_folder(out_dir)
-    drawn = Drawn([], {})
-    for name in names:
+    names = store.sources() if source_id is None else [source_id]
+    lost = {one: f"it cannot be opened: run `depthmill verify {store.uri}`" for one in names if one not in datasets}
+    drawn = Drawn([], {**store.damaged, **lost})
+    for name in datasets:
         try:
             with _viewed(store, name, datasets[name], smoothed.get(name)) as view:
                 timeline = _timeline(store, view) if name in smoothed else None

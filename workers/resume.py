@@ -5,6 +5,7 @@ Without the libraries that the network needs, whose import takes most of the tim
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,8 @@ from depthmill.pipeline.store.store import READERS
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import Failure
 from depthmill.workers.pace import Rests
+
+logger = logging.getLogger(__name__)
 
 _PROBED_HERE = 16
 
@@ -184,8 +187,11 @@ def list_failures(
         source_ids: Its sources.
     """
     unopened = tuple(unopened)
-    told = {failure.uri for failure in unopened}
-    found = [failure for failure in store.failures() if failure.frame is not None or failure.uri not in told]
+    told = {text for failure in unopened for text in (failure.uri, failure.reason)}
+    found = [one for one in store.failures() if one.frame is not None or not {one.uri, one.reason} & told]
+    for one in found:
+        if one.source_id in store.damaged:
+            logger.warning("%s", one.reason)
     records.write_failures(store.directory, (*unopened, *found))
     own = [failure for failure in found if failure.source_id in source_ids]
     return (*unopened, *own), len(found) - len(own)

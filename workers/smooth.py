@@ -102,6 +102,7 @@ def smooth(
         wanted = list(dict.fromkeys(sources)) or [one for one, kind in kinds.items() if kind == "video"]
         unasked = tuple(one for one, kind in kinds.items() if kind != "video")
         run = _Run(store, config, wanted)
+        run.left_out |= {} if sources else store.damaged
         started_s = time.perf_counter()
         stack.callback(run.looks.close)
         run.display = stack.enter_context(open_display(console, run.rate, "smoothing"))

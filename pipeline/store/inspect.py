@@ -68,7 +68,8 @@ class Inspection:
         failures: Failed frames by reason, the most frequent first.
         unopened: Inputs of the last run that could not be opened, by reason.
         run: What `run.json` says of the last run that labelled something; empty if none has ended.
-        sources: All sources, sorted by id.
+        sources: All sources, sorted by id, but for those that are damaged.
+        damaged: Those of which nothing can be told: id -> why, and what to do.
     """
 
     store: str
@@ -86,6 +87,7 @@ class Inspection:
     unopened: dict[str, int]
     run: dict[str, Any]
     sources: tuple[SourceSummary, ...]
+    damaged: dict[str, str]
 
 
 def inspect(store: Store) -> Inspection:
@@ -153,6 +155,7 @@ def inspect(store: Store) -> Inspection:
         unopened=dict(Counter(unopened(store.directory)).most_common()),
         run=read_run(store.directory),
         sources=sources,
+        damaged=store.damaged,
     )
 
 
@@ -205,6 +208,9 @@ def as_text(found: Inspection, most: int = 20) -> str:
             lines += ["", f"{title}, by reason:"]
             lines += [f"  {count:>9,} x {reason}" for reason, count in list(reasons.items())[:most]]
             lines += [f"  and {len(reasons) - most:,} more reasons"] if len(reasons) > most else []
+    if found.damaged:
+        lines += ["", f"damaged sources, of which nothing else is told: {len(found.damaged):,}"]
+        lines += [f"  {why}" for why in list(found.damaged.values())[:most]]
     if found.sources:
         lines += ["", f"{'labelled':>12} {'failed':>9} {'pending':>9} {'canvas':>11} {'bytes':>15}  source"]
         lines += [

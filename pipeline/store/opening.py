@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import depthmill
-from depthmill.pipeline.errors import StoreError, StoreMismatchError
+from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreMismatchError
 from depthmill.pipeline.store.files import Directory, open_directory
 from depthmill.pipeline.store.layout import FORMAT, Document, Layout
 from depthmill.pipeline.store.removal import remove
@@ -26,10 +28,12 @@ from depthmill.pipeline.store.root import (
     write_root,
 )
 from depthmill.pipeline.store.store import Store
-from depthmill.pipeline.store.zarr_files import ZarrFiles
+from depthmill.pipeline.store.zarr_files import ZarrFiles, decoding
 
 if TYPE_CHECKING:
     import xarray
+
+logger = logging.getLogger(__name__)
 
 
 def create(uri: str | Path, layout: Layout, identity: Mapping[str, Any], *, overwrite: bool = False) -> Store:
@@ -119,9 +123,11 @@ def open_datasets(
     With `smooth`, of the smoothed sources only: `depth` is scale * raw + shift, not clipped, or what was filtered, as
     are `normals` then; `uncertainty` is scaled as well; and `shot` (frame,) int32.
 
+    A source that is damaged so that it cannot be opened is left out, with a warning, unless it was asked for.
+
     Raises:
-        StoreError: If there is no such store or source; with `smooth`, if no source is smoothed, or one has been
-            labelled again since.
+        StoreError: If there is no such store or source, or it is damaged; with `smooth`, if no source is smoothed, or
+            one has been labelled again since.
     """
     import xarray
 
@@ -130,7 +136,10 @@ def open_datasets(
     wanted = store.sources()
     indexed: Mapping[str, xarray.Dataset] = {}
     if sources is None:
-        indexed = xarray.open_groups(files, engine="zarr", mask_and_scale=False)  # type: ignore[arg-type]
+        for why in store.damaged.values():
+            logger.warning("%s; it is left out", why)
+        with suppress(StoreDamagedError), decoding(store.uri, METADATA):  # each says of itself what the index does
+            indexed = xarray.open_groups(files, engine="zarr", mask_and_scale=False)  # type: ignore[arg-type]
     else:
         sources = [sources] if isinstance(sources, str) else sources
         for source_id in sources:
@@ -138,21 +147,32 @@ def open_datasets(
         wanted = [source_id for source_id in wanted if source_id in sources]
     datasets = {}
     for source_id in wanted:
-        group = indexed.get(f"/{source_id}")
-        if group is None:  # not in the root yet, or one of few
-            group = xarray.open_zarr(files, group=source_id, consolidated=False, mask_and_scale=False, chunks=None)
-        dataset = group.drop_vars(["checksum", "depth_smooth", "normals_smooth"], errors="ignore")
-        for name in store.layout.arrays:
-            attributes = dataset[name].attrs
-            # JSON has float64 only, in which xarray would then decode: twice the memory, for 13 bits of depth. What has
-            # no scale, float16, becomes float32 by one of 1.
-            attributes["scale_factor"] = np.float32(attributes.get("scale_factor", 1))
-        datasets[source_id] = xarray.decode_cf(dataset)
+        try:
+            with decoding(store.uri, source_id):
+                datasets[source_id] = _decoded(store, source_id, indexed.get(f"/{source_id}"), files)
+        except StoreDamagedError as error:
+            if sources is not None:
+                raise
+            logger.warning("%s; it is left out", error)
     if not smooth:
         return datasets
     from depthmill.pipeline.store.smoothed import smoothed
 
     return smoothed(store, datasets)
+
+
+def _decoded(store: Store, source_id: str, group: xarray.Dataset | None, files: ZarrFiles) -> xarray.Dataset:
+    import xarray
+
+    if group is None:  # not in the root yet, or one of few
+        group = xarray.open_zarr(files, group=source_id, consolidated=False, mask_and_scale=False, chunks=None)
+    dataset = group.drop_vars(["checksum", "depth_smooth", "normals_smooth"], errors="ignore")
+    for name in store.layout.arrays:
+        attributes = dataset[name].attrs
+        # JSON has float64 only, in which xarray would then decode: twice the memory, for 13 bits of depth. What has no
+        # scale, float16, becomes float32 by one of 1.
+        attributes["scale_factor"] = np.float32(attributes.get("scale_factor", 1))
+    return xarray.decode_cf(dataset)
 
 
 def _decisive(header: Document) -> Document:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store.files import Directory
 from depthmill.pipeline.store.layout import Layout, source_arrays
-from depthmill.pipeline.store.root import (
-    BEING_REMOVED,
-    FAILURES,
-    METADATA,
-    RUN,
-    Root,
-    attributes_of,
-    is_source,
-    write_root,
-)
+from depthmill.pipeline.store.metadata import attributes_of, is_source
+from depthmill.pipeline.store.root import BEING_REMOVED, FAILURES, METADATA, RUN, Root, write_root
 from depthmill.pipeline.store.store import READERS
 
 _EVERYTHING = Layout(uncertainty=True)
@@ -65,6 +58,6 @@ def _refuse_others(directory: Directory, names: list[str]) -> None:
 def _is_source(group: bytes | None) -> bool:
     """Whether this is the zarr.json of a source's group; it comes last, so none is what a kill left of one."""
     try:
-        return group is None or is_source(attributes_of(group))
-    except (ValueError, AttributeError):
+        return group is None or is_source(attributes_of(json.loads(group)))
+    except ValueError:
         return False

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from depthmill.pipeline.errors import StoreError, StoreReplacedError
 from depthmill.pipeline.store.files import Directory, store_away
-from depthmill.pipeline.store.layout import CONVENTIONS, Document, Layout, group_document, source_arrays
+from depthmill.pipeline.store.layout import CONVENTIONS, FORMAT, Document, Layout, group_document, source_arrays
+from depthmill.pipeline.store.metadata import attributes_of, check_header, source_attributes_of
 
 METADATA, FAILURES, RUN = "zarr.json", "failures.jsonl", "run.json"
 BEING_REMOVED = "being_removed"
@@ -45,29 +47,23 @@ class Root:
         return header
 
     def groups(self) -> dict[str, Document]:
-        """Source id -> attributes of its group."""
-        found = {path: attributes_of(text) for path, text in self.members.items() if "/" not in path}
-        return {path: attributes for path, attributes in found.items() if is_source(attributes)}
+        """Source id -> attributes of its group; without those whose line is damaged, since this is but an index."""
+        found = {}
+        for path, text in self.members.items():
+            if "/" not in path:
+                with suppress(ValueError):
+                    found[path] = source_attributes_of(text)
+        return {path: attributes for path, attributes in found.items() if attributes is not None}
 
 
 def read_root(directory: Directory) -> Root | None:
     """The store in a directory; None if there is no Zarr hierarchy.
 
     Raises:
-        StoreError: If there is one of another kind.
+        StoreError: If there is one of another kind, or it is damaged.
     """
     data = directory.read(METADATA)
-    if data is None:
-        return None
-    try:
-        root = _by_lines(data.decode()) or _whole(json.loads(data))
-    except ValueError as error:
-        raise StoreError(f"{directory.uri}/{METADATA} is no JSON ({error}): give another path") from error
-    if not isinstance(root.attributes.get("depthmill"), dict):
-        raise StoreError(
-            f"{directory.uri} is a Zarr hierarchy, but no depthmill store: give another path; it was not touched"
-        )
-    return root
+    return None if data is None else _parsed(directory, data)
 
 
 def read_header(directory: Directory) -> Root | None:
@@ -75,7 +71,7 @@ def read_header(directory: Directory) -> Root | None:
     start, end, _ = (directory.read(METADATA, 0, _HEADER_BYTES) or b"").partition(b"\n")
     if not end or not start.endswith(_START.encode()):
         return read_root(directory)
-    return Root(json.loads(start + _END.encode())["attributes"], {})
+    return _parsed(directory, start + b"\n" + _END.encode())
 
 
 def refuse_another(directory: Directory, header: Document) -> None:
@@ -109,17 +105,6 @@ def write_root(directory: Directory, root: Root) -> None:
     directory.write(METADATA, f"{start}\n{lines}\n{_END}\n".encode())
 
 
-def attributes_of(text: str | bytes) -> Document:
-    """The attributes that a zarr.json holds."""
-    attributes: Document = json.loads(text).get("attributes", {})
-    return attributes
-
-
-def is_source(attributes: Document) -> bool:
-    """Whether a group or array with these attributes is a source's group; any other is the user's."""
-    return attributes.keys() >= {"uri", "fingerprint"}
-
-
 def new_root(header: Document) -> Root:
     """The root of a store without sources."""
     return Root({"depthmill": header, "conventions": CONVENTIONS}, {})
@@ -143,8 +128,27 @@ def differences(old: Document, new: Document, prefix: str = "") -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _by_lines(text: str) -> Root | None:
-    """The root as `write_root` writes it; None if something else wrote it."""
+def _parsed(directory: Directory, data: bytes) -> Root:
+    try:
+        document, members = _by_lines(data.decode()) or _whole(json.loads(data))
+        attributes = attributes_of(document)
+        header = attributes.get("depthmill")
+        if isinstance(header, dict) and header.get("format") == FORMAT:
+            check_header(header)
+    except ValueError as error:
+        raise StoreError(
+            f"{directory.uri}/{METADATA} is damaged ({error}): put it back as it was, or give another path; it was not "
+            "touched, and no label is in it"
+        ) from error
+    if not isinstance(header, dict):
+        raise StoreError(
+            f"{directory.uri} is a Zarr hierarchy, but no depthmill store: give another path; it was not touched"
+        )
+    return Root(attributes, members)
+
+
+def _by_lines(text: str) -> tuple[Any, dict[str, str]] | None:
+    """The root as `write_root` writes it, without its members, and those; None if something else wrote it."""
     start, *lines = text.rstrip("\n").split("\n")
     if not lines or not start.endswith(_START) or lines.pop() != _END:
         return None
@@ -154,13 +158,15 @@ def _by_lines(text: str) -> Root | None:
         if not found:
             return None
         members[json.loads(f'{key}"')] = "{" + document.removesuffix(",")
-    return Root(json.loads(start + _END)["attributes"], members)
+    return json.loads(start + _END), members
 
 
-def _whole(document: Any) -> Root:
-    attributes = document.get("attributes", {}) if isinstance(document, dict) else {}
-    index = (document.get("consolidated_metadata") or {}) if isinstance(document, dict) else {}
-    return Root(attributes, _texts(index.get("metadata", {}).items()))
+def _whole(document: Any) -> tuple[Any, dict[str, str]]:
+    index = document.get("consolidated_metadata") if isinstance(document, dict) else None
+    members = index.get("metadata", {}) if isinstance(index, dict) else index or {}
+    if not isinstance(members, dict):
+        raise ValueError("its consolidated_metadata is no index; without one, the next run writes it anew")
+    return document, _texts(members.items())
 
 
 def _texts(documents: Iterable[tuple[str, Document]]) -> dict[str, str]:

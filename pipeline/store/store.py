@@ -33,15 +33,14 @@ from depthmill.pipeline.store.layout import (
     source_arrays,
     source_attributes,
 )
+from depthmill.pipeline.store.metadata import damaged_words, source_attributes_of
 from depthmill.pipeline.store.records import read_run
 from depthmill.pipeline.store.root import (
     FAILURES,
     METADATA,
     RUN,
     Root,
-    attributes_of,
     differences,
-    is_source,
     read_root,
     refuse_another,
     source_members,
@@ -80,6 +79,7 @@ class Store:
         layout: How labels are laid out.
         identity: What decided its bytes, beside the layout.
         new: Whether it was made, or emptied, by the `create` that opened it.
+        damaged: What `sources` had to leave out, since its zarr.json is damaged and not in the index: id -> why.
     """
 
     def __init__(self, directory: Directory, root: Root, *, new: bool = False, indexed: bool = True) -> None:
@@ -91,6 +91,7 @@ class Store:
         self.identity: dict[str, Any] = root.header["identity"]
         self._header = root.header
         self.new = new
+        self.damaged: dict[str, str] = {}
         self._indexed = indexed
         self._attributes: dict[str, Document] = {}
         self._unchecked: set[str] = set()
@@ -153,16 +154,16 @@ class Store:
     def publish(self, source_ids: Iterable[str]) -> None:
         """Name sources in the root, which rewrites it whole: for one process at a time, and many sources at once.
 
-        A source that is in no root, since its publisher was killed, is found by `sources` all the same.
+        One that is in no root, its publisher killed, is found by `sources` all the same; one damaged since, told of.
         """
-        wanted = sorted(set(source_ids))
-        self._load(wanted)
+        wanted = set(source_ids)
+        self._load(sorted(wanted))
         root = read_root(self.directory)
         if root is None:
             raise store_away(self.uri)
         refuse_another(self.directory, self._header)
         members = dict(root.members)
-        for source_id in wanted:
+        for source_id in sorted(wanted - self.damaged.keys()):
             if source_id not in root.members:
                 members |= source_members(source_id, self.attributes(source_id), self.layout)
         if len(members) > len(root.members):
@@ -171,9 +172,10 @@ class Store:
     def sources(self) -> list[str]:
         """Ids of all sources, sorted: by one listing, and read if the root did not name them when it was opened.
 
-        What the root names but was removed since is none.
+        What the root names but was removed since is none; those that are damaged are in `damaged` from then on.
         """
         names = self.directory.children()
+        self.damaged = {}
         self._load([name.rstrip("/") for name in names if name.endswith("/")])
         return sorted(self._attributes.keys() & {name.rstrip("/") for name in names})
 
@@ -270,8 +272,10 @@ class Store:
 
     def failures(self) -> list[Failure]:
         """Failed frames of committed segments, by source and frame; a source that is damaged is one as a whole."""
+        ids = self.sources()
+        lost = [Failure(f"{self.uri}/{source_id}", source_id, None, why) for source_id, why in self.damaged.items()]
         with ThreadPoolExecutor(READERS) as pool:
-            return [failure for failures in pool.map(self._failures, self.sources()) for failure in failures]
+            return [failure for failures in (lost, *pool.map(self._failures, ids)) for failure in failures]
 
     def array(self, source_id: str, name: str) -> zarr.Array[Any]:
         """One Zarr array of a source, as stored: packed, not decoded."""
@@ -352,37 +356,37 @@ class Store:
         ]
 
     def _find(self, source_id: str) -> Document | None:
-        """Attributes of a source, also if another process has added it since; None if there is none."""
+        """Attributes of a source, also if another process has added it since; None if there is none.
+
+        Raises:
+            StoreDamagedError: If it is damaged, and not in the index.
+        """
         if source_id not in self._attributes:
             self._load([source_id])
+            if source_id in self.damaged:
+                raise StoreDamagedError(self.damaged[source_id])
         return self._attributes.get(source_id)
 
     def _load(self, source_ids: Sequence[str]) -> None:
-        """Read the groups of those sources that were not known.
-
-        Raises:
-            StoreDamagedError: If one is damaged, and the index does not know it.
-        """
+        """Read the groups of those sources that were not known, or find them damaged."""
         keys = {f"{name}/{METADATA}": name for name in source_ids if name not in self._attributes}
         checksums = {} if self._indexed else {key: f"{name}/checksum/{METADATA}" for key, name in keys.items()}
         found = self.directory.read_all([*keys, *checksums.values()])
-        for key, data in ((key, found[key]) for key in keys if key in found):
+        for key, name in keys.items():
+            attributes, why = None, ""
             try:
-                attributes = attributes_of(data)
-                ours = is_source(attributes)
-            except (ValueError, AttributeError) as error:
-                if not self._indexed:
-                    self._load_by_index(source_ids)
-                    return
-                raise StoreDamagedError(
-                    f"{self.uri}/{key} is damaged ({error!r}): run `depthmill verify {self.uri} --repair` or, if that "
-                    "says so too, remove the directory that it is in"
-                ) from error
-            if ours and key in checksums and checksums[key] not in found:  # is it lost, or was there never one?
+                attributes = source_attributes_of(found[key]) if key in found else None
+            except ValueError as error:
+                why = damaged_words(f"{self.uri}/{key}", error)
+            lost = attributes is not None and checksums.get(key, key) not in found  # or was there never one?
+            if not self._indexed and (why or lost):
                 self._load_by_index(source_ids)
                 return
-            if ours:
-                self._attributes[keys[key]] = attributes
+            self.damaged.pop(name, None)
+            if why:
+                self.damaged[name] = why
+            elif attributes is not None:
+                self._attributes[name] = attributes
 
     def _load_by_index(self, source_ids: Sequence[str]) -> None:
         """The same, once the index has been read: it tells what a file was that is damaged or lost."""

@@ -20,6 +20,7 @@ from depthmill.pipeline.store.layout import (
     segment_files,
     source_arrays,
 )
+from depthmill.pipeline.store.metadata import source_attributes_of
 from depthmill.pipeline.store.root import METADATA, Root, read_root, source_members, write_root
 from depthmill.pipeline.store.store import Store
 from depthmill.pipeline.store.temporal import Temporal
@@ -37,7 +38,7 @@ class Damage:
     Attributes:
         source_id: Of which source.
         start: First frame that it concerns.
-        stop: One past the last.
+        stop: One past the last; 0 where nothing tells how many there are.
         file: Its key in the store.
         reason: What is wrong with it.
         repaired: Whether the next run of `depthmill label`, or `smooth`, will mend it, or it is mended.
@@ -56,7 +57,7 @@ class Verified:
     """What was checked.
 
     Attributes:
-        sources: Sources.
+        sources: Sources that could be looked at.
         segments: Committed segments.
         unchecked: Those of them that were committed without checksums, by an earlier version: only that their files
             are there and decode is known.
@@ -92,9 +93,10 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
     with ThreadPoolExecutor(workers, "verify-sources") as outer, ThreadPoolExecutor(workers, "verify") as inner:
 
         def check(source_id: str) -> tuple[list[_Checked], list[Damage]]:
-            if disagreement := _group_disagrees(store, source_id):  # then nothing tells how to read the rest
+            found = store.directory.read_all(_documents(store, source_id))
+            if disagreement := _group_disagrees(store, source_id, found):  # then nothing tells how to read the rest
                 return [], [disagreement]
-            damage = list(_verify_metadata(store, source_id, repair))
+            damage = list(_verify_metadata(store, source_id, found, repair))
             for path, (line, why) in _wrong_lines(store, source_id, root.members).items():
                 lines[path] = line
                 frames = store.attributes(source_id)["frames"]
@@ -113,7 +115,10 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
             return checked, damage
 
         checked: list[_Checked] = []
-        damage: list[Damage] = []
+        damage = [
+            Damage(source_id, 0, 0, key := f"{source_id}/{METADATA}", why.removeprefix(f"{store.uri}/{key} "))
+            for source_id, why in store.damaged.items()
+        ]
         for of_source, damaged in outer.map(check, ids):
             checked += [replace(one, damage=()) for one in of_source]
             damage += damaged
@@ -140,7 +145,8 @@ def as_text(found: Verified, repair: bool) -> str:
     lines = []
     for one in found.damage:
         done = "; repaired" if one.repaired else "; --repair cannot mend it" if repair else ""
-        lines.append(f"{one.file} (frames {one.start} to {one.stop} of {one.source_id}) {one.reason}{done}")
+        frames = f"frames {one.start} to {one.stop}" if one.stop else "all frames"
+        lines.append(f"{one.file} ({frames} of {one.source_id}) {one.reason}{done}")
     lines.append(
         f"committed segments: {found.segments:,}, sources: {found.sources:,}, files: {found.files:,}, bytes: "
         f"{found.bytes:,}; damaged: {len(found.damage):,}"
@@ -240,15 +246,18 @@ def _groups(keys: Iterable[str], checksums: Mapping[str, int]) -> Iterator[list[
     yield group
 
 
-def _verify_metadata(store: Store, source_id: str, repair: bool) -> Iterator[Damage]:
-    """Check the documents of a source, which follow from its attributes, and its times or keys, which do not."""
+def _documents(store: Store, source_id: str) -> dict[str, Document]:
+    """Key of each zarr.json of a source -> what it holds, which follows from the source's attributes."""
+    arrays = {f"{source_id}/{name}/{METADATA}": document for name, document in store.arrays(source_id).items()}
+    return {**arrays, f"{source_id}/{METADATA}": group_document(store.attributes(source_id))}
+
+
+def _verify_metadata(store: Store, source_id: str, found: Mapping[str, bytes], repair: bool) -> Iterator[Damage]:
+    """Check the documents of a source, as found, and its times or keys, which do not follow from its attributes."""
     attributes = store.attributes(source_id)
     frames = attributes["frames"]
     arrays = store.arrays(source_id)
-    documents = {f"{source_id}/{name}/{METADATA}": document for name, document in arrays.items()}
-    documents[f"{source_id}/{METADATA}"] = group_document(attributes)
-    found = store.directory.read_all(documents)
-    for key, document in documents.items():
+    for key, document in _documents(store, source_id).items():
         reason = _wrong_document(found[key], document) if key in found else "is missing"
         if reason:
             if repair:
@@ -270,23 +279,27 @@ def _verify_metadata(store: Store, source_id: str, repair: bool) -> Iterator[Dam
         yield Damage(source_id, 0, frames, key, reason)
 
 
-def _group_disagrees(store: Store, source_id: str) -> Damage | None:
+def _group_disagrees(store: Store, source_id: str, found: Mapping[str, bytes]) -> Damage | None:
     """Whether a source's own zarr.json and the root say different things of it: either may be the wrong one."""
     key, attributes = f"{source_id}/{METADATA}", store.attributes(source_id)
-    found = _parsed(store.directory.read(key) or b"")
-    if found is None or not (why := _difference(found, group_document(attributes))):
+    try:
+        own = source_attributes_of(found.get(key, b""))
+    except ValueError:  # then the root is right
+        return None
+    if own is None or not (why := _difference(own, attributes, "attributes")):
         return None
     return Damage(source_id, 0, attributes["frames"], key, f"{why}, as in the root; nothing else was checked")
 
 
 def _wrong_lines(store: Store, source_id: str, members: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Path of an array -> its line in the root as it should be, and what is wrong with it; none if it is not there."""
+    """Path of a member -> its line in the root as it should be, and what is wrong with it; none if it is not there."""
     if source_id not in members:
         return {}
-    texts = source_members(source_id, store.attributes(source_id), store.layout)
+    attributes = store.attributes(source_id)
+    texts = source_members(source_id, attributes, store.layout)
+    arrays = {f"{source_id}/{name}": document for name, document in store.arrays(source_id).items()}
     wrong = {}
-    for name, document in store.arrays(source_id).items():
-        path = f"{source_id}/{name}"
+    for path, document in {source_id: group_document(attributes), **arrays}.items():
         reason = _wrong_document(members[path].encode(), document) if path in members else "is missing"
         if reason:
             wrong[path] = texts[path], reason

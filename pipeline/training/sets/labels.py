@@ -84,7 +84,10 @@ class StoredLabels:
             stored = ", ".join(store.layout.labels)
             raise TrainingError(f"{options.path} has labels of {stored}; expected {modality}: label with it")
         frames = 0
-        for source_id in store.sources():
+        sources = store.sources()
+        for why in store.damaged.values():
+            logger.warning("%s; it is left out", why)
+        for source_id in sources:
             attributes = store.attributes(source_id)
             labelled = np.flatnonzero(store.status(source_id) == LABELLED).tolist()
             frames += attributes["frames"]
@@ -165,9 +168,9 @@ class _Opened:
 
     def labels(self, source_id: str, modality: Modality, number: int) -> npt.NDArray[Any]:
         """A frame's, of its own size: (H, W) float32 depth, or (H, W, 3) normals."""
-        dataset = self.datasets[source_id]
         try:
             with decoding(str(self._store), f"{source_id}/{modality}", f"frame {number}: "):
+                dataset = self.datasets[source_id]
                 labels: npt.NDArray[Any] = dataset[modality][number].values
                 if "size" in dataset:
                     height, width = dataset["size"][number].values

@@ -255,3 +255,8 @@ def test_a_damaged_source_that_no_root_names_is_told_and_hides_no_other(store):
     with pytest.raises(StoreDamagedError, match=r"new/zarr.json is damaged .*remove the directory"):
         worker.progress("new")
     assert worker.progress("video").labelled == 0
+    driver = stores.create(store.uri, LAYOUT, IDENTITY)
+    driver.publish(["new", "video"])
+    assert driver.sources() == ["images", "video"]
+    assert list(driver.damaged) == ["new"]
+    assert [(failure.source_id, failure.frame) for failure in driver.failures()] == [("new", None)]
