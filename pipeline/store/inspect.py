@@ -109,7 +109,7 @@ def inspect(store: Store) -> Inspection:
             if source_id in committed:
                 status = store.status(source_id)
                 failed = status == FAILED
-                reasons = Counter(map(str, store.reasons(source_id)[failed])) if failed.any() else reasons
+                reasons = Counter(store.reasons(source_id, np.flatnonzero(failed)))
         except StoreDamagedError as error:
             status = status if status.size else np.full(attributes["frames"], FAILED, np.uint8)
             failed = status == FAILED

@@ -167,8 +167,12 @@ def _decoded(store: Store, source_id: str, group: xarray.Dataset | None, files: 
     if group is None:  # not in the root yet, or one of few
         group = xarray.open_zarr(files, group=source_id, consolidated=False, mask_and_scale=False, chunks=None)
     dataset = group.drop_vars(["checksum", "depth_smooth", "normals_smooth"], errors="ignore")
+    said = store.attributes(source_id)
+    shape = (said["frames"], *said["size"])
     for name in store.layout.arrays:
         attributes = dataset[name].attrs
+        if dataset[name].shape[:3] != shape:
+            raise ValueError(f"its {name} is of shape {dataset[name].shape}; its zarr.json says {shape}")
         # JSON has float64 only, in which xarray would then decode: twice the memory, for 13 bits of depth. What has no
         # scale, float16, becomes float32 by one of 1.
         attributes["scale_factor"] = np.float32(attributes.get("scale_factor", 1))

@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from numcodecs import Blosc
 
-from depthmill.pipeline.store.layout import Document, rows_per_file
+from depthmill.pipeline.store.files import Directory
+from depthmill.pipeline.store.layout import Document, file_key, rows_per_file
+from depthmill.pipeline.store.zarr_files import decoding
 
 _EMPTY = 2**64 - 1  # offset and length of a chunk that is not there: nothing but fill
 
@@ -48,15 +50,23 @@ def encode_chunk(labels: npt.NDArray[Any], array: Document) -> bytes:
     return bytes(codec.encode(np.ascontiguousarray(chunk, dtype.newbyteorder("<"))))
 
 
-def decode_chunk(data: bytes, array: Document) -> npt.NDArray[Any]:
-    """Rows of an array of numbers that is not sharded, out of a file of it: there are many of `status`, for Zarr slow.
+def read_numbers(directory: Directory, source_id: str, name: str, array: Document, wanted: slice) -> npt.NDArray[Any]:
+    """Rows of an array of numbers that is not sharded: there are many of `status`, for Zarr slow.
 
     Raises:
-        RuntimeError: If the file is broken.
-        ValueError: If it holds another number of rows.
+        StoreDamagedError: If a file of it cannot be decoded.
     """
-    flat = np.frombuffer(Blosc().decode(data), np.dtype(array["data_type"]).newbyteorder("<"))
-    return flat.reshape(rows_per_file(array), *array["shape"][1:])
+    rows = rows_per_file(array)
+    start, stop, _ = wanted.indices(array["shape"][0])
+    first = start - start % rows
+    chunks = {file_key(source_id, name, array, row): row - first for row in range(first, stop, rows)}
+    dtype = np.dtype(array["data_type"]).newbyteorder("<")
+    values = np.full((len(chunks) * rows, *array["shape"][1:]), array["fill_value"], dtype)
+    for key, data in directory.read_all(chunks).items():
+        with decoding(directory.uri, f"{source_id}/{name}"):
+            flat = np.frombuffer(Blosc().decode(data), dtype)
+            values[chunks[key] : chunks[key] + rows] = flat.reshape(rows, *array["shape"][1:])
+    return values[start - first : stop - first]
 
 
 def assemble(chunks: Mapping[int, bytes], array: Document) -> bytes | None:

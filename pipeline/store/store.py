@@ -29,7 +29,6 @@ from depthmill.pipeline.store.layout import (
     Layout,
     file_key,
     group_document,
-    rows_per_file,
     source_arrays,
     source_attributes,
 )
@@ -46,10 +45,10 @@ from depthmill.pipeline.store.root import (
     source_members,
     write_root,
 )
-from depthmill.pipeline.store.shard import decode_chunk
+from depthmill.pipeline.store.shard import read_numbers
 from depthmill.pipeline.store.writer import SegmentWriter
-from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, decoding, open_array, read_rows
-from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Failure, Segment, Source
+from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array, read_rows
+from depthmill.pipeline.types import FAILED, LABELLED, Failure, Segment, Source
 
 READERS = 16  # sources read at once: on object storage each is a few requests
 
@@ -212,23 +211,21 @@ class Store:
         return [Segment(source_id, start, min(start + length, frames)) for start in range(0, frames, length)]
 
     def status(self, source_id: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
-        """What became of each frame, or of the frames [start, stop): uint8, one of PENDING, LABELLED, FAILED.
+        """What became of each frame, or of the frames [start, stop): uint8, one of PENDING, LABELLED, FAILED."""
+        return self.numbers(source_id, "status", start, stop)
 
-        Raises StoreDamagedError if a file of it cannot be decoded.
+    def numbers(self, source_id: str, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """Rows of `status` or `checksum`, as `read` has them, but sooner.
+
+        Raises:
+            StoreDamagedError: If a file of it cannot be decoded.
         """
-        rows = rows_per_file(array := self.arrays(source_id)["status"])
-        start, stop, _ = slice(start, stop).indices(array["shape"][0])
-        first = start - start % rows
-        chunks = {file_key(source_id, "status", array, row): row - first for row in range(first, stop, rows)}
-        status = np.full(len(chunks) * rows, PENDING, np.uint8)
-        for key, data in self.directory.read_all(chunks).items():
-            with decoding(self.uri, f"{source_id}/status"):
-                status[chunks[key] : chunks[key] + rows] = decode_chunk(data, array)
-        return status[start - first : stop - first]
+        return read_numbers(self.directory, source_id, name, self.arrays(source_id)[name], slice(start, stop))
 
-    def reasons(self, source_id: str) -> npt.NDArray[Any]:
-        """Why each frame failed: (frames,) strings, "" where it did not."""
-        return self.read(source_id, "reason")
+    def reasons(self, source_id: str, frames: npt.NDArray[np.int64]) -> list[str]:
+        """Why frames failed, given in order, "" where one did not."""
+        first, last = (int(frames[0]), int(frames[-1]) + 1) if frames.size else (0, 0)
+        return [str(reason) for reason in self.read(source_id, "reason", first, last)[frames - first]]
 
     def pending(self, source_id: str) -> list[Segment]:
         """The segments of a source that are not committed, in order; one listing."""
@@ -346,13 +343,12 @@ class Store:
         failed = np.flatnonzero(self.status(source_id) == FAILED) if self._committed(source_id) else np.empty(0, int)
         if not failed.size:
             return []
-        reasons = self.reasons(source_id)
         keys: Sequence[str | None] = [None] * len(failed)
         if attributes["kind"] != "video":
             keys = [str(key) for key in self.read(source_id, "key")[failed]]
         return [
-            Failure(attributes["uri"], source_id, int(i), str(reasons[i]), key)
-            for i, key in zip(failed, keys, strict=True)
+            Failure(attributes["uri"], source_id, int(i), reason, key)
+            for i, reason, key in zip(failed, self.reasons(source_id, failed), keys, strict=True)
         ]
 
     def _find(self, source_id: str) -> Document | None:

@@ -94,7 +94,8 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
 
         def check(source_id: str) -> tuple[list[_Checked], list[Damage]]:
             found = store.directory.read_all(_documents(store, source_id))
-            if disagreement := _group_disagrees(store, source_id, found):  # then nothing tells how to read the rest
+            disagreement = _group_disagrees(store, source_id, found) or _arrays_disagree(store, source_id, found)
+            if disagreement:  # then nothing tells how to read the rest
                 return [], [disagreement]
             damage = list(_verify_metadata(store, source_id, found, repair))
             for path, (line, why) in _wrong_lines(store, source_id, root.members).items():
@@ -289,6 +290,23 @@ def _group_disagrees(store: Store, source_id: str, found: Mapping[str, bytes]) -
     if own is None or not (why := _difference(own, attributes, "attributes")):
         return None
     return Damage(source_id, 0, attributes["frames"], key, f"{why}, as in the root; nothing else was checked")
+
+
+def _arrays_disagree(store: Store, source_id: str, found: Mapping[str, bytes]) -> Damage | None:
+    """Whether all arrays are of other lengths, or all labels of another canvas, than a source's zarr.json says."""
+    key, attributes = f"{source_id}/{METADATA}", store.attributes(source_id)
+    names = [name for name in store.arrays(source_id) if name != "checksum"]
+    documents = {name: _parsed(found.get(f"{source_id}/{name}/{METADATA}", b"")) or {} for name in names}
+    shapes = {name: shape for name, one in documents.items() if isinstance(shape := one.get("shape"), list)}
+    canvases = [shape[1:3] for name, shape in shapes.items() if name in store.layout.arrays]
+    for name, said, others in (
+        ("frames", [attributes["frames"]], [shape[:1] for shape in shapes.values()]),
+        ("size", attributes["size"], canvases),
+    ):
+        if len(others) > 1 and all(others[0] == other != said for other in others):
+            why = f"has attributes.{name} {json.dumps(attributes[name])}; its arrays are of {json.dumps(others[0])}"
+            return Damage(source_id, 0, attributes["frames"], key, f"{why}; nothing else was checked")
+    return None
 
 
 def _wrong_lines(store: Store, source_id: str, members: Mapping[str, str]) -> dict[str, tuple[str, str]]:

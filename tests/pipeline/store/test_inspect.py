@@ -60,6 +60,23 @@ def test_sources_are_not_listed_one_by_one(store, monkeypatch):
     assert listed == [""]
 
 
+def test_reasons_are_read_where_frames_failed_alone(store, monkeypatch):
+    """A damaged source may say that it has millions of frames."""
+    for start in (0, 8):
+        write(store, Segment("video", start, start + 8), failed=[start])
+    path = store.directory.path / "video/zarr.json"
+    group = json.loads(path.read_text())
+    group["attributes"]["frames"] = 10**4
+    path.write_text(json.dumps(group))
+    (store.directory.path / "zarr.json").write_text(
+        json.dumps({**json.loads((store.directory.path / "zarr.json").read_text()), "consolidated_metadata": None})
+    )
+    read, keys = LocalDirectory.read, []
+    monkeypatch.setattr(LocalDirectory, "read", lambda self, key, *part: keys.append(key) or read(self, key, *part))
+    assert inspect(stores.open_store(store.uri)).failures == {"broken": 2}
+    assert len([key for key in keys if key.startswith("video/reason/c/")]) == 2
+
+
 def test_a_store_in_which_nothing_has_been_done(tmp_path):
     found = inspect(stores.create(tmp_path / "s", stores.Layout(), {}))
     assert (found.frames, found.bytes_per_frame, found.sources, found.run) == (0, 0, (), {})

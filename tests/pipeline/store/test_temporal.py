@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -32,6 +33,12 @@ def store(store):
     for segment in store.segments("video"):
         write(store, segment)
     return store
+
+
+def test_labels_are_known_by_all_their_checksums(store):
+    shutil.rmtree(Path(store.uri) / "video/checksum/c/1")
+    expected = np.ascontiguousarray(store.read("video", "checksum"))
+    assert Temporal(store, "video").digest() == hashlib.sha256(expected.tobytes()).hexdigest()
 
 
 def test_smoothing_whose_removal_was_cut_short_is_none(store, monkeypatch):

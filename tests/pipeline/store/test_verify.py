@@ -127,6 +127,27 @@ def test_one_row_of_a_table_may_have_an_empty_key(store):
     assert [damage.file for damage in verify(store).damage] == ["webdataset/key/c/0"]
 
 
+@pytest.mark.parametrize("listed", [False, True], ids=["not in the root", "the root says the same"])
+@pytest.mark.parametrize(
+    ("name", "value", "others"), [("frames", 17, [18]), ("frames", 10**8, [18]), ("size", [24, 33], [24, 32])]
+)
+def test_nothing_is_mended_by_a_source_whose_arrays_all_say_something_else(done, name, value, others, listed):
+    group, root = (json.loads((Path(done.uri) / key).read_text()) for key in ("video/zarr.json", "zarr.json"))
+    group["attributes"][name] = value
+    members = root["consolidated_metadata"]["metadata"]
+    members |= {"video": group}
+    if not listed:
+        del members["video"]
+    (Path(done.uri) / "video/zarr.json").write_text(json.dumps(group))
+    (Path(done.uri) / "zarr.json").write_text(json.dumps(root))
+    before = files(done.uri)
+    (damage,) = verify(stores.open_store(done.uri), repair=True).damage
+    assert (damage.file, damage.repaired) == ("video/zarr.json", False)
+    assert damage.reason == f"has attributes.{name} {value}; its arrays are of {others}; nothing else was checked"
+    assert files(done.uri) == before
+    assert list(stores.open_datasets(done.uri)) == ["images"]
+
+
 def test_metadata_is_written_anew_and_lost_times_and_keys_are_told(done):
     before = files(done.uri)
     (Path(done.uri) / "video/depth/zarr.json").unlink()
