@@ -154,7 +154,7 @@ def as_text(found: Verified, repair: bool) -> str:
     )
     if found.unchecked:
         lines.append(f"segments without checksums: {found.unchecked:,}; that their files decode is all that is known")
-    if found.damage and repair:
+    if any(one.repaired for one in found.damage):
         lines.append("run the same `depthmill label`, or `depthmill smooth`, again to do what was un-committed")
     return "\n".join(lines)
 

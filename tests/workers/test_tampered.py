@@ -106,6 +106,7 @@ def test_a_source_that_says_what_cannot_be_is_told_of(case, keys, value, said, l
     assert [(one.file, one.repaired) for one in checked.damage] == [(f"{bad}/zarr.json", False)]
     assert (checked.sources, checked.segments) == (2, 2)
     assert f"{bad}/zarr.json (all frames of {bad}) is damaged ({said}" in verified_text(checked, True)
+    assert "again to do what was un-committed" not in verified_text(checked, True)
     with pytest.raises(StoreDamagedError, match="is damaged"):
         open_store(store, index=False).progress(bad)
 
