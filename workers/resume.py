@@ -32,7 +32,6 @@ from depthmill.pipeline.plan import Planned, Prober
 from depthmill.pipeline.sources import expand_inputs, source_id
 from depthmill.pipeline.store import Store, create, open_store, records
 from depthmill.pipeline.store.store import READERS
-from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import Failure
 from depthmill.workers.pace import Rests
 
@@ -168,6 +167,8 @@ def _unsmoothed(inputs: Sequence[str], store_uri: str | Path) -> list[str]:
 
 def _is_smoothed(store: Store, source_id: str) -> bool:
     """Whether a video is smoothed, and no picture was missing."""
+    from depthmill.pipeline.store.temporal import Temporal
+
     temporal = Temporal(store, source_id)
     try:
         whole = temporal.current() and not temporal.unread("edges")

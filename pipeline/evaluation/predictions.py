@@ -14,7 +14,7 @@ from depthmill.pipeline.evaluation.decode import Floats
 from depthmill.pipeline.evaluation.samples import Sample, some
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
 from depthmill.pipeline.store import open_datasets, open_store
-from depthmill.pipeline.store.zarr_files import decoding
+from depthmill.pipeline.store.files import decoding
 from depthmill.pipeline.types import FAILED, PENDING, Modality
 
 

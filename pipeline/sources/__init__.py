@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from glob import has_magic
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_bucket, is_url, path_of, shown, without_secrets
-from depthmill.pipeline.sources.images import IMAGE_SUFFIXES, ImageSource
-from depthmill.pipeline.sources.inputs import SUFFIXES, Refused, expand_inputs
+from depthmill.pipeline.sources.inputs import Refused, expand_inputs
 from depthmill.pipeline.sources.naming import source_id
 from depthmill.pipeline.sources.opening import is_prefix, kind_of
-from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES, ParquetSource
 from depthmill.pipeline.sources.prefetch import Prefetch, prefetch
-from depthmill.pipeline.sources.video import VideoSource
-from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES, UNREAD_TAR_SUFFIXES, WebDatasetSource
+from depthmill.pipeline.sources.suffixes import (
+    IMAGE_SUFFIXES,
+    PARQUET_SUFFIXES,
+    SUFFIXES,
+    TAR_SUFFIXES,
+    UNREAD_TAR_SUFFIXES,
+)
 from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS, FrameSource
 
 __all__ = ["Prefetch", "expand_inputs", "open_source", "prefetch", "shown", "source_id"]
@@ -29,13 +33,24 @@ def _unread_tar(uri: str, *_: int) -> NoReturn:
     )
 
 
+def _reader(module: str, name: str) -> Callable[[str, int, int, int], FrameSource]:
+    """What opens a kind of input: its libraries are loaded when there is one, since some take long."""
+
+    def opened(uri: str, max_pixels: int, max_frames: int, threads: int) -> FrameSource:
+        source: FrameSource = getattr(import_module(f"{__name__}.{module}"), name)(uri, max_pixels, max_frames, threads)
+        return source
+
+    return opened
+
+
+_IMAGES = _reader("images", "ImageSource")
 # The first kind whose test says yes opens the input; whatever is no other kind is for FFmpeg to recognise.
 _KINDS: tuple[tuple[Callable[[str], bool], Callable[[str, int, int, int], FrameSource]], ...] = (
-    (lambda uri: _suffix(uri) in IMAGE_SUFFIXES or _is_folder(uri), ImageSource),
-    (lambda uri: _name(uri).endswith(TAR_SUFFIXES), WebDatasetSource),
+    (lambda uri: _suffix(uri) in IMAGE_SUFFIXES or _is_folder(uri), _IMAGES),
+    (lambda uri: _name(uri).endswith(TAR_SUFFIXES), _reader("webdataset", "WebDatasetSource")),
     (lambda uri: _name(uri).endswith(UNREAD_TAR_SUFFIXES), _unread_tar),
-    (lambda uri: _suffix(uri) in PARQUET_SUFFIXES, ParquetSource),
-    (lambda uri: True, VideoSource),
+    (lambda uri: _suffix(uri) in PARQUET_SUFFIXES, _reader("parquet", "ParquetSource")),
+    (lambda uri: True, _reader("video", "VideoSource")),
 )
 
 
@@ -69,7 +84,7 @@ def open_source(
         what = "nothing that it matches" if has_magic(uri) else "no such file or folder"
         what = "a pipe or a device" if kind_of(uri) else what
         raise SourceError(f"{uri}: {what}; expected a video, a picture or a folder: check the path")
-    opens = ImageSource if is_folder else next(opens for accepts, opens in _KINDS if accepts(uri))
+    opens = _IMAGES if is_folder else next(opens for accepts, opens in _KINDS if accepts(uri))
     return opens(uri, max_pixels, max_frames, threads)
 
 

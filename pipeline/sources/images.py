@@ -24,22 +24,8 @@ from depthmill.pipeline.sources.pictures import (
     on_one_canvas,
     read_header,
 )
+from depthmill.pipeline.sources.suffixes import IMAGE_SUFFIXES
 from depthmill.pipeline.types import Frame, Source
-
-IMAGE_SUFFIXES = frozenset(
-    [
-        *(".avif", ".bmp", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"),
-        ".webp",
-    ]
-)
-
-# Of pictures that are not read: in folders they are left out, and counted.
-UNREAD_SUFFIXES = frozenset(
-    [
-        *(".arw", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".hif", ".jxl", ".nef", ".orf", ".psd", ".raf"),
-        *(".rw2", ".tga"),
-    ]
-)
 
 _HEADER_THREADS = 8  # waiting for the disk more than computing
 _OTHERS = 8  # that are looked at where a picture is gone

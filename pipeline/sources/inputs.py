@@ -15,18 +15,20 @@ from urllib.parse import parse_qsl, urlsplit
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_bucket, is_url, path_of
-from depthmill.pipeline.sources.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from depthmill.pipeline.sources.naming import canonical_uri, is_preview, natural_key
 from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files
-from depthmill.pipeline.sources.parquet import PARQUET_SUFFIXES
-from depthmill.pipeline.sources.video import VIDEO_SUFFIXES
-from depthmill.pipeline.sources.webdataset import TAR_SUFFIXES, UNREAD_TAR_SUFFIXES
+from depthmill.pipeline.sources.suffixes import (
+    FILE_SUFFIXES,
+    IMAGE_SUFFIXES,
+    PARQUET_SUFFIXES,
+    SUFFIXES,
+    UNREAD_SUFFIXES,
+    UNREAD_TAR_SUFFIXES,
+)
 
 log = logging.getLogger(__name__)
 
-_FILE_SUFFIXES = (*VIDEO_SUFFIXES, *TAR_SUFFIXES, *PARQUET_SUFFIXES)  # of files that are a source each
 _PICTURE_SUFFIXES = tuple(IMAGE_SUFFIXES)
-SUFFIXES = (*_PICTURE_SUFFIXES, *_FILE_SUFFIXES)
 _UNREAD = (
     ("pictures", tuple(UNREAD_SUFFIXES), "convert them to JPEG or PNG"),
     ("archives", UNREAD_TAR_SUFFIXES, "pack them with gzip, or not at all"),
@@ -177,7 +179,7 @@ def _in_prefix(prefix: str) -> Iterator[str]:
         yield prefix
     names = {*found, *(url.rpartition("/")[0] for url in found)}
     for url in sorted(found, key=natural_key):
-        if url.lower().endswith(_FILE_SUFFIXES) and not _is_metadata(url, names):
+        if url.lower().endswith(FILE_SUFFIXES) and not _is_metadata(url, names):
             yield url
 
 
@@ -186,7 +188,7 @@ def _in_folder(folder: Path) -> Iterator[Path]:
     _tell_unread(folder, [path.name for path in found])
     if error or any(path.name.lower().endswith(_PICTURE_SUFFIXES) and kind_of(path) == "file" for path in found):
         yield folder  # opening it says what could not be listed
-    files = [path for path in found if path.name.lower().endswith(_FILE_SUFFIXES) and kind_of(path) == "file"]
+    files = [path for path in found if path.name.lower().endswith(FILE_SUFFIXES) and kind_of(path) == "file"]
     names = {path.as_posix() for path in files} | {path.parent.as_posix() for path in found}
     for path in sorted(files, key=lambda path: natural_key(path.as_posix())):
         if not _is_metadata(path.as_posix(), names):

@@ -35,8 +35,6 @@ from depthmill.pipeline.sources.pictures import (
 )
 from depthmill.pipeline.types import Frame, Source
 
-PARQUET_SUFFIXES = frozenset([".parquet", ".pq"])
-
 _PICTURE_COLUMNS = frozenset(
     ["image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "tiff", "image_bytes", "img_bytes", "bytes"]
 )

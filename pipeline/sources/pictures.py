@@ -22,7 +22,19 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import (  # noqa: F401 (a plugin registers its format when it is imported, here by one thread)
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from depthmill.pipeline.errors import MissingError, SourceError
 from depthmill.pipeline.sources.limits import refusal
@@ -291,7 +303,6 @@ class _WithOurLimits:
     def __enter__(self) -> None:
         with self._lock:
             if self._users == 0:
-                Image.init()  # its formats are registered on first use: once, and not by two threads
                 self._limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
                 Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, _MAX_METADATA_BYTES
             self._users += 1

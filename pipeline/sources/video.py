@@ -36,15 +36,6 @@ from depthmill.pipeline.sources.video_packets import Group, PacketTable, fingerp
 from depthmill.pipeline.sources.video_pixels import to_rgb, upright_size
 from depthmill.pipeline.types import Frame, Source
 
-# What to pick from a folder; a file that is named itself may have any suffix.
-VIDEO_SUFFIXES = frozenset(
-    [
-        *(".264", ".265", ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".h265"),
-        *(".hevc", ".insv", ".ivf", ".m1v", ".m2t", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg"),
-        *(".mpg", ".mts", ".mxf", ".obu", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
-    ]
-)
-
 # How many groups before its own a group may be decoded from, where its keyframe turns out to be none (streams with
 # periodic intra refresh call a picture a keyframe that is complete only some frames later; and some flags are false).
 _MAX_GROUPS_BACK = 2

@@ -13,7 +13,6 @@ from typing import Any
 
 import av
 import av.video.frame
-import cv2
 import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
@@ -121,6 +120,8 @@ def to_rgb(
 
 
 def _interleaved(frame: av.video.frame.VideoFrame) -> npt.NDArray[np.uint8]:
+    import cv2  # which a finished job does not need
+
     green, blue, red = (
         np.frombuffer(memoryview(plane), np.uint8).reshape(frame.height, plane.line_size)[:, : frame.width]
         for plane in frame.planes

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources.images import IMAGE_SUFFIXES
 from depthmill.pipeline.sources.limits import check_frames, check_range, too_large
 from depthmill.pipeline.sources.naming import canonical_uri, unique_names
 from depthmill.pipeline.sources.opening import file_size
@@ -36,11 +35,9 @@ from depthmill.pipeline.sources.pictures import (
     on_one_canvas,
     read_header,
 )
+from depthmill.pipeline.sources.suffixes import IMAGE_SUFFIXES
 from depthmill.pipeline.sources.tar_members import GZIP_DAMAGE, Member, open_archive, walk
 from depthmill.pipeline.types import Frame, Source
-
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-UNREAD_TAR_SUFFIXES = (".tar.bz2", ".tar.xz", ".tar.zst", ".tbz2", ".txz", ".tzst")
 
 # Key and extension: from the first dot of the last part on; a leading slash is no part of the key.
 _NAME = re.compile(r"/*((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)

@@ -4,12 +4,10 @@ from depthmill.pipeline.store.files import write_atomically
 from depthmill.pipeline.store.layout import Layout
 from depthmill.pipeline.store.opening import create, open_datasets, open_store
 from depthmill.pipeline.store.store import Progress, Store
-from depthmill.pipeline.store.writer import SegmentWriter
 
 __all__ = [
     "Layout",
     "Progress",
-    "SegmentWriter",
     "Store",
     "create",
     "open_datasets",

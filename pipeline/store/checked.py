@@ -10,9 +10,10 @@ import numpy.typing as npt
 from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore
 
+from depthmill.pipeline.store.files import damaged, decoding
 from depthmill.pipeline.store.layout import Document, checksum, segment_files
 from depthmill.pipeline.store.store import Store
-from depthmill.pipeline.store.zarr_files import damaged, decoding, open_array
+from depthmill.pipeline.store.zarr_files import open_array
 from depthmill.pipeline.types import LABELLED, Segment
 
 

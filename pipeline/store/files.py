@@ -11,12 +11,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from depthmill.pipeline.errors import StoreError, StoreForbiddenError, StoreFullError
+from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreForbiddenError, StoreFullError
 
 _PARTIAL = "partial"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -322,6 +322,29 @@ def store_away(uri: str) -> StoreError:
     return StoreError(
         f"{uri} is gone, or there is nothing in it: it is no store any more; expected it as it was made, on a mount "
         "that is there: see to that, then run the same command again"
+    )
+
+
+@contextmanager
+def decoding(uri: str, path: str, what: str = "") -> Iterator[None]:
+    """What is read within, of an array of the store at `uri`, is damaged if it cannot be decoded.
+
+    Raises:
+        StoreDamagedError: Then; `what`, such as a frame, is named.
+    """
+    try:
+        yield
+    except (StoreError, MemoryError):
+        raise
+    except Exception as error:  # whatever codecs raise of broken bytes
+        raise damaged(uri, path, f"{what}{type(error).__name__}: {error}") from error
+
+
+def damaged(uri: str, path: str, why: str) -> StoreDamagedError:
+    """What to raise of a file or an array of the store at `uri` that is not as it was written."""
+    return StoreDamagedError(
+        f"{uri}/{path} is damaged ({why}): run `depthmill verify {uri} --repair`, which mends it or says what does "
+        "not, then the same command again"
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 import depthmill
 from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreMismatchError
-from depthmill.pipeline.store.files import Directory, open_directory
+from depthmill.pipeline.store.files import Directory, decoding, open_directory
 from depthmill.pipeline.store.layout import FORMAT, Document, Layout
 from depthmill.pipeline.store.removal import remove
 from depthmill.pipeline.store.root import (
@@ -28,10 +28,11 @@ from depthmill.pipeline.store.root import (
     write_root,
 )
 from depthmill.pipeline.store.store import Store
-from depthmill.pipeline.store.zarr_files import ZarrFiles, decoding
 
 if TYPE_CHECKING:
     import xarray
+
+    from depthmill.pipeline.store.zarr_files import ZarrFiles
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,8 @@ def open_datasets(
             one has been labelled again since.
     """
     import xarray
+
+    from depthmill.pipeline.store.zarr_files import ZarrFiles
 
     store = open_store(uri)
     files = ZarrFiles(store.directory, read_only=True)

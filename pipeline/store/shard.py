@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from numcodecs import Blosc
 
-from depthmill.pipeline.store.files import Directory
+from depthmill.pipeline.store.files import Directory, decoding
 from depthmill.pipeline.store.layout import Document, file_key, rows_per_file
-from depthmill.pipeline.store.zarr_files import decoding
 
 _EMPTY = 2**64 - 1  # offset and length of a chunk that is not there: nothing but fill
 

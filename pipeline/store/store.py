@@ -16,11 +16,10 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreMismatchError
 from depthmill.pipeline.store.files import Directory, json_bytes, store_away
@@ -46,9 +45,12 @@ from depthmill.pipeline.store.root import (
     write_root,
 )
 from depthmill.pipeline.store.shard import read_numbers
-from depthmill.pipeline.store.writer import SegmentWriter
-from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array, read_rows
 from depthmill.pipeline.types import FAILED, LABELLED, Failure, Segment, Source
+
+if TYPE_CHECKING:
+    import zarr
+
+    from depthmill.pipeline.store.writer import SegmentWriter
 
 READERS = 16  # sources read at once: on object storage each is a few requests
 
@@ -135,6 +137,8 @@ class Store:
                 )
             if self.has(source.id):
                 return
+        from depthmill.pipeline.store.zarr_files import WholeFiles, open_array
+
         refuse_another(self.directory, self._header)
         arrays = source_arrays(attributes, self.layout)
         documents = {f"{source.id}/{name}/{METADATA}": json_bytes(arrays[name]) for name in arrays}
@@ -257,6 +261,8 @@ class Store:
                 stored of them. Being killed half way leaves files that do not match their checksums, and the old status
                 of the frames, so that doing it again mends them; if anything else does not match, it is not written.
         """
+        from depthmill.pipeline.store.writer import SegmentWriter
+
         attributes, length = self.attributes(segment.source_id), self.segment_frames(segment.source_id)
         stop = min(segment.start + length, attributes["frames"])
         if segment.start % length or not 0 <= segment.start < stop == segment.stop:
@@ -276,10 +282,12 @@ class Store:
 
     def array(self, source_id: str, name: str) -> zarr.Array[Any]:
         """One Zarr array of a source, as stored: packed, not decoded."""
-        document = self.document(f"{source_id}/{name}")
+        from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
+
+        document = self.arrays(source_id).get(name) or self.document(f"{source_id}/{name}")
         if document is None:
             raise StoreDamagedError(f"{self.uri} has no array {name!r} of source {source_id!r}")
-        return self._open(source_id, name, document)
+        return open_array(ZarrFiles(self.directory), f"{source_id}/{name}", document)
 
     def read(self, source_id: str, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
         """Rows of an array of a source, as stored.
@@ -287,9 +295,9 @@ class Store:
         Raises:
             StoreDamagedError: If a file of it cannot be decoded.
         """
-        known = self.arrays(source_id).get(name)
-        array = self.array(source_id, name) if known is None else self._open(source_id, name, known)
-        return read_rows(array, self.uri, slice(start, stop))
+        from depthmill.pipeline.store.zarr_files import read_rows
+
+        return read_rows(self.array(source_id, name), self.uri, slice(start, stop))
 
     def document(self, path: str) -> Document | None:
         """The zarr.json of a group or an array; None if there is none.
@@ -324,9 +332,6 @@ class Store:
         """`--max-pixels` of the last run that labelled something, in words; "" if none has ended."""
         limit = read_run(self.directory).get("config", {}).get("max_pixels")
         return "" if limit is None else f" (in the last run that labelled something, {limit})"
-
-    def _open(self, source_id: str, name: str, document: Document) -> zarr.Array[Any]:
-        return open_array(ZarrFiles(self.directory), f"{source_id}/{name}", document)
 
     def _committed(self, source_id: str) -> set[int]:
         """Numbers of the committed segments: of each there is a status chunk, since none is of zeros."""

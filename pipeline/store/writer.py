@@ -14,7 +14,7 @@ import zarr
 from zarr.abc.store import Store as ZarrStore
 
 from depthmill.pipeline.errors import StoreError
-from depthmill.pipeline.store.files import Directory
+from depthmill.pipeline.store.files import Directory, damaged
 from depthmill.pipeline.store.layout import (
     MAX_SHARD_BYTES,
     Document,
@@ -28,7 +28,7 @@ from depthmill.pipeline.store.layout import (
 )
 from depthmill.pipeline.store.root import refuse_another
 from depthmill.pipeline.store.shard import assemble, encode_chunk, split
-from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, damaged, open_array, read_rows
+from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array, read_rows
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
 
 _MOST_THREADS = 8  # that compress: enough for several hundred frames a second of 640x480

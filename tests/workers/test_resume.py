@@ -132,7 +132,8 @@ import sys
 from depthmill.cli import app
 app({["label", str(clip), str(store), "--checkpoint", config.checkpoint, "--labels", "depth"]!r}, standalone_mode=False)
 import json
-print(json.dumps([name for name in ("torch", "diffusers", "transformers", "ray", "scipy") if name in sys.modules]))
+heavy = ("torch", "diffusers", "transformers", "ray", "scipy", "zarr", "cv2")
+print(json.dumps([name for name in heavy if name in sys.modules]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ from depthmill.pipeline.errors import (
 )
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.store import open_datasets, open_store
-from depthmill.pipeline.store.zarr_files import decoding
+from depthmill.pipeline.store.files import decoding
 from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.training.sets.samples import SetOptions, sample
 from depthmill.pipeline.types import LABELLED, MAX_FRAMES, MAX_PIXELS, FrameSource, Modality
