@@ -164,7 +164,7 @@ class Labeler:
 
         Args:
             frames: (B, H, W, 3) uint8, sRGB.
-            keys: As for `label`.
+            keys: As for `submit`.
 
         Returns:
             Labels at the frames' own size: depth (B, H, W) float32 in [0, 1], 0 near; normals (B, H, W, 3) float32
@@ -271,8 +271,11 @@ class Labeler:
             Whose `result` is one `Labels` a frame, B = 1, at that frame's size.
 
         Raises:
-            ValueError: If there are not as many keys as frames.
+            ValueError: If a frame is something else, or there are not as many keys as frames.
         """
+        shapes = [self._shape_of(frame, rounded) for frame in frames]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"frames have the batch shapes {sorted(set(shapes))}; expected one: label each by itself")
         keys = [str(position) for position in range(len(frames))] if keys is None else keys
         if len(keys) != len(frames):
             raise ValueError(f"{len(keys)} keys are given for {len(frames)} frames; expected one for each")
@@ -280,11 +283,12 @@ class Labeler:
         fit = self._pixels_that_fit
         began_s, asked = time.perf_counter(), mark(self.device)
         while len(done) < len(frames):
-            height, width = self.batch_shape(*frames[0].shape[:2], rounded=rounded)
+            height, width = shapes[0]
             most = self._most(height * width)
             part = slice(len(done), len(done) + most)
             try:
-                done += self._forward(frames[part], keys[part], most, rounded, packing)
+                with torch.autocast(self.device.type, enabled=False):  # a caller's would round what is float32 here
+                    done += self._forward(frames[part], keys[part], most, rounded, packing)
                 continue
             except torch.cuda.OutOfMemoryError:
                 tried = min(most, len(frames[part]) * self.sampling.ensemble)
@@ -296,6 +300,14 @@ class Labeler:
             self._pixels_that_fit = tried // 2 * height * width
             log.warning("out of GPU memory: going on with batches of %d frames of %dx%d", tried // 2, width, height)
         return Pending(done, asked, time.perf_counter() - began_s)
+
+    def _shape_of(self, frame: npt.NDArray[np.uint8], rounded: bool) -> tuple[int, int]:
+        """The batch shape of a frame, if it is one."""
+        if not isinstance(frame, np.ndarray):
+            raise ValueError(f"a frame is of {type(frame)}; expected a NumPy array, uint8 (H, W, 3)")
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3 or not frame.size:
+            raise ValueError(f"a frame is {frame.dtype} of shape {frame.shape}; expected uint8 (H, W, 3), not empty")
+        return self.batch_shape(*frame.shape[:2], rounded=rounded)
 
     @property
     def _key(self) -> list[str]:

@@ -98,8 +98,8 @@ def open_directory(uri: str | Path) -> Directory:
 
 
 def located(uri: str) -> str:
-    """The same store for a process in another working directory."""
-    return uri if "://" in uri else str(Path(uri).absolute())
+    """The same store in another working directory."""
+    return uri if not uri or "://" in uri else str(Path(uri).absolute())
 
 
 class LocalDirectory:

@@ -13,7 +13,7 @@ import numpy as np
 
 import depthmill
 from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreMismatchError
-from depthmill.pipeline.store.files import Directory, decoding, open_directory
+from depthmill.pipeline.store.files import Directory, decoding, located, open_directory
 from depthmill.pipeline.store.layout import FORMAT, Document, Layout
 from depthmill.pipeline.store.removal import remove
 from depthmill.pipeline.store.root import (
@@ -134,7 +134,7 @@ def open_datasets(
 
     from depthmill.pipeline.store.zarr_files import ZarrFiles
 
-    store = open_store(uri)
+    store = open_store(located(str(uri)))  # what is lazy is read wherever the process is by then
     files = ZarrFiles(store.directory, read_only=True)
     wanted = store.sources()
     indexed: Mapping[str, xarray.Dataset] = {}

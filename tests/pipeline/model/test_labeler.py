@@ -397,3 +397,34 @@ def test_cuda_is_picked_with_half_precision(checkpoints):
     labeler = Labeler.from_pretrained(checkpoints / "depth")
     assert labeler.device.type == "cuda"
     assert labeler.dtype in (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        np.zeros((48, 64, 3), np.float32),
+        np.zeros((48, 64, 3), np.uint16),
+        np.zeros((48, 64), np.uint8),
+        np.zeros((48, 64, 4), np.uint8),
+        np.zeros((0, 64, 3), np.uint8),
+        [[[0, 0, 0]]],
+    ],
+)
+def test_what_is_no_frame_is_refused_among_frames(labeler, frame):
+    with pytest.raises(ValueError, match=r"expected .*uint8 \(H, W, 3\)"):
+        labeler.label([np.zeros((48, 64, 3), np.uint8), frame])
+
+
+def test_frames_of_two_batch_shapes_are_refused(labeler):
+    with pytest.raises(ValueError, match="batch shapes"):
+        labeler.label([np.zeros((48, 64, 3), np.uint8), np.zeros((64, 48, 3), np.uint8)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_caller_s_autocast_rounds_no_labels(labeler, dtype):
+    frames = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), np.uint8)
+    expected = labeler(frames)
+    with torch.autocast("cpu", dtype=dtype):
+        labels = labeler(frames)
+    np.testing.assert_array_equal(labels.depth, expected.depth)
+    np.testing.assert_array_equal(labels.normals, expected.normals)

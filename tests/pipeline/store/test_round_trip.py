@@ -145,3 +145,14 @@ def test_one_kind_of_label_alone(tmp_path):
         writer.put(index, labels(index)[0], None)
     writer.commit()
     assert "normals" not in depthmill.open(store.uri)["video"]
+
+
+def test_a_dataset_is_read_wherever_the_process_has_gone(tmp_path, monkeypatch):
+    store = stores.create(tmp_path / "s", Layout(shard_frames=4, segment_frames=8), {})
+    store.add(VIDEO)
+    write(store, store.pending("video")[0])
+    monkeypatch.chdir(tmp_path)
+    video = depthmill.open("s")["video"]
+    monkeypatch.chdir("/")
+    assert np.isfinite(video["depth"][:8].values).any()
+    assert video["status"][:8].values.all()
