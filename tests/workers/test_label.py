@@ -42,9 +42,9 @@ def test_a_video_is_labelled_as_the_labeler_labels_it(video, tmp_path, config, c
 def test_a_video_is_read_through_once_to_be_probed(tmp_path, config, monkeypatch):
     videos = [media.write_video(tmp_path / f"{name}.mp4", frames=9) for name in "abcd"]
     scans, closed = [], []
-    scan, close = sources.video.scan, sources.VideoSource.close
+    scan, close = sources.video.scan, sources.video.VideoSource.close
     monkeypatch.setattr(sources.video, "scan", lambda uri, *most: scans.append(uri) or scan(uri, *most))
-    monkeypatch.setattr(sources.VideoSource, "close", lambda self: closed.append(self) or close(self))
+    monkeypatch.setattr(sources.video.VideoSource, "close", lambda self: closed.append(self) or close(self))
     assert run(videos, tmp_path / "out.zarr", config).labelled == 36
     # Two stay open from the probe on; for more there is no room, and they are opened again.
     assert [scans.count(str(video)) for video in videos] == [1, 1, 2, 2]
