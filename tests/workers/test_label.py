@@ -11,11 +11,11 @@ import xarray
 from PIL import Image
 from rich.console import Console
 
-from depthmill.pipeline import sources
 from depthmill.pipeline.config import LabelConfig, SmoothConfig
 from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError, StoreMismatchError
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources import video as reader
 from depthmill.pipeline.store import open_datasets, open_store
 from depthmill.pipeline.worker import Worker
 from depthmill.tests import media, runs
@@ -42,9 +42,9 @@ def test_a_video_is_labelled_as_the_labeler_labels_it(video, tmp_path, config, c
 def test_a_video_is_read_through_once_to_be_probed(tmp_path, config, monkeypatch):
     videos = [media.write_video(tmp_path / f"{name}.mp4", frames=9) for name in "abcd"]
     scans, closed = [], []
-    scan, close = sources.video.scan, sources.video.VideoSource.close
-    monkeypatch.setattr(sources.video, "scan", lambda uri, *most: scans.append(uri) or scan(uri, *most))
-    monkeypatch.setattr(sources.video.VideoSource, "close", lambda self: closed.append(self) or close(self))
+    scan, close = reader.scan, reader.VideoSource.close
+    monkeypatch.setattr(reader, "scan", lambda uri, *most: scans.append(uri) or scan(uri, *most))
+    monkeypatch.setattr(reader.VideoSource, "close", lambda self: closed.append(self) or close(self))
     assert run(videos, tmp_path / "out.zarr", config).labelled == 36
     # Two stay open from the probe on; for more there is no room, and they are opened again.
     assert [scans.count(str(video)) for video in videos] == [1, 1, 2, 2]
