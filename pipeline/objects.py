@@ -122,8 +122,9 @@ def locate(uri: str, error: type[DepthmillError]) -> tuple[Any, str]:
 def said(error: BaseException) -> str:
     """What an error says, in one line and without the secrets of the environment or of URLs."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    for plain, full in _signed.items():
-        text = text.replace(full, plain)
+    # Some libraries write a URL otherwise than it was given, or where it was redirected to.
+    text = re.sub(r"https?://[^\s'\"<>\[\]]+", lambda url: shown(url[0]), text)
+    for full in _signed.values():
         for _, value in parse_qsl(urlsplit(full).query):
             text = text.replace(value, "***") if len(value) > 7 else text
     for name, value in os.environ.items():

@@ -6,7 +6,7 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -43,6 +43,7 @@ def open_binary(uri: str | Path, *, glimpse: bool = False) -> BinaryIO:
         if not file.seekable():
             file.close()
             raise SourceError(f"{uri}: its server gives no parts of files; expected one that does: download it first")
+        file.cache.fetcher = _whole_parts(file)
         return cast("BinaryIO", io.BufferedReader(_Reporting(str(uri), file), block_bytes))
 
 
@@ -153,6 +154,22 @@ def _translated(uri: str | Path) -> Iterator[tuple[Any, str]]:
         raise SourceError(
             f"{uri}: cannot be read ({why}); check the URL, the credentials in the environment and the endpoint"
         ) from None
+
+
+def _whole_parts(file: Any) -> Callable[[int, int], bytes]:
+    """What fetches parts of a remote file, whole: a server may give less than it is asked for (RFC 9110, 15.3.7).
+
+    fsspec's caches join parts without looking at their lengths, so all behind a short one would be shifted.
+    """
+    fetch: Callable[[int, int], bytes] = file.cache.fetcher
+
+    def fetched(start: int, stop: int) -> bytes:
+        data, wanted = fetch(start, stop), min(stop, file.size) - start
+        if len(data) != wanted:
+            raise OSError(errno.EIO, f"its server gave {len(data):,} bytes of {wanted:,} asked for")
+        return data
+
+    return fetched
 
 
 class _Reporting(io.RawIOBase):

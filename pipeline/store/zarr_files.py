@@ -1,6 +1,6 @@
 """Zarr on a `Directory`: what zarr-python asks of a store, answered by our own files.
 
-For who opens arrays: importing Zarr takes a quarter of the time in which a finished job says that it is.
+Imported only where an array is opened: the rerun of a finished job opens none, and Zarr's import takes long.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import fsspec
 import pytest
 
 from depthmill.pipeline.errors import MissingError, SourceError
+from depthmill.pipeline.objects import said
 from depthmill.pipeline.sources import expand_inputs, images, open_source, source_id
 from depthmill.pipeline.types import Frame
 from depthmill.tests import media as make
@@ -308,6 +309,7 @@ class _Ranges(http.server.SimpleHTTPRequestHandler):
         if wanted:
             low, high = wanted.removeprefix("bytes=").split("-")
             first, last = int(low), min(int(high or len(data) - 1), len(data) - 1)
+            last = min(last, first + self.server.most - 1)
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
             data = data[first : last + 1]
@@ -323,7 +325,7 @@ class _Ranges(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture
 def web(local: Path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Ranges)
-    server.folder, server.outage = local, 0
+    server.folder, server.outage, server.most = local, 0, 1 << 30
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     server.url = f"http://127.0.0.1:{server.server_port}"
@@ -348,6 +350,24 @@ def test_a_signed_url_opens_and_its_signature_is_nowhere(local: Path, web, name:
         frames(wrong)
     for secret in ("fedcba9876543210", "AKIDEXAMPLE", "tok9tok9"):
         assert secret not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "shard-00000.tar", "rows.parquet"])
+def test_a_part_that_comes_short_shifts_no_other(local: Path, web, name: str) -> None:
+    web.most = 1000
+    with pytest.raises(SourceError, match=r"gave 1,000 bytes of [\d,]+ asked for"):
+        frames(f"{web.url}/{name}?{SECRETS}")
+    web.most = 1 << 30
+    assert content(frames(f"{web.url}/{name}?{SECRETS}")) == content(read_all(local / name))
+
+
+def test_an_error_tells_no_signature_however_its_url_is_written() -> None:
+    text = said(
+        OSError("403, url='https://a.b/s.tar?sv=1&sig=AbCd%2BEf/Gh%3D' by http://c.d/t?X-Amz-Signature=0f3e9b2c")
+    )
+    assert "https://a.b/s.tar" in text
+    assert "http://c.d/t" in text
+    assert not any(secret in text for secret in ("AbCd", "Ef/Gh", "0f3e9b2c"))
 
 
 def test_a_picture_s_query_is_no_part_of_its_name(local: Path, web) -> None:
