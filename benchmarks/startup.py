@@ -1,31 +1,41 @@
-"""Measure how long the command line takes before it does anything: help, the first label, the rerun of a finished job.
+"""Measure how long the command line takes before it does anything, and what a rerun takes for each input.
 
     python benchmarks/startup.py [--rounds 5] [--quick]
 
-Each is a process of its own, `depthmill` as a user starts it, on one picture with the embedded checkpoint. Writes
-startup.md.
+Help, the first label, the rerun of a finished job: each is a process of its own, `depthmill` as a user starts it, on
+one picture with the embedded checkpoint. Then inputs of which nothing is left to do are probed in this process: read,
+and known by their stamps. Writes startup.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import os
 import platform
 import shutil
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
+import av
 import numpy as np
 import torch
 from PIL import Image
 
-from depthmill.pipeline.bench.timing import Spent
+from depthmill.pipeline import store as stores
+from depthmill.pipeline.bench.timing import Spent, interleave, ratio, typical
 from depthmill.pipeline.model.backend import cores
+from depthmill.pipeline.plan import Planned, Prober
+from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.store import records
+from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS
 
 OUT = Path(__file__).resolve().parent / "startup.md"
 DEPTHMILL = [sys.executable, "-c", "from depthmill.cli import main; main()"]
@@ -39,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        spent = measure(Path(folder), 1 if options.quick else options.rounds)
+        rounds = 1 if options.quick else options.rounds
+        spent = measure(Path(folder), rounds)
+        inputs = "\n".join(probe(Path(folder), rounds, 2 if options.quick else 200))
     bare = spent["bare"]
     rows = [
         f"| {what} | {_seconds(spent[name], 'wall_s')} | {_seconds(spent[name], 'cpu_s')} | {goal} |"
@@ -65,6 +77,14 @@ process's own, user and system: what it would take on an idle core.
 The label is one picture's depth and normals, with the embedded checkpoint and `--workers 0`; its wall time ends when
 the commit is on disk, its CPU time with the process. A rerun opens the inputs, hashes the checkpoints, and reads what
 is committed.
+
+What probing one input takes of which nothing is left to do: read, as one that may have changed, and known by its
+stamp. In turn, {rounds} rounds; how many times as long reading takes, the median, with the smallest and the largest.
+All lies in the disk's cache: reading is quicker than on a disk or a network.
+
+| input | read, ms: wall, CPU | by its stamp, ms: wall, CPU | wall | CPU |
+| --- | ---: | ---: | ---: | ---: |
+{inputs}
 """
     if options.quick and options.out == OUT:
         print(report)
@@ -101,6 +121,65 @@ def measure(folder: Path, rounds: int) -> dict[str, list[Spent]]:
             if turn:
                 spent[name].append(one)
     return spent
+
+
+def probe(folder: Path, rounds: int, scale: int) -> Iterator[str]:
+    """A row for each kind of input."""
+    for what, path in write_inputs(folder, scale):
+        store = stores.create(f"{path}.zarr", stores.Layout(), {})
+        store.add(open_source(path).probe())
+        (name,) = store.sources()
+        for segment in store.segments(name):
+            writer = store.writer(segment)
+            for frame in range(segment.start, segment.stop):
+                writer.fail(frame, "nothing is measured of it")
+            writer.commit()
+        probers = {"read": Prober(store.uri, MAX_PIXELS, MAX_FRAMES, False)}
+        probers["read"].load()
+        planned = probers["read"].probe(str(path))
+        records.write_stamps(store.directory, {name: planned.stamp})
+        probers["stamp"] = Prober(store.uri, MAX_PIXELS, MAX_FRAMES, False)
+        probers["stamp"].load()
+
+        def again(prober: Prober, path: Path = path, planned: Planned = planned) -> int:
+            assert prober.probe(str(path)) == planned
+            return 1
+
+        spent = interleave(
+            {name: partial(again, prober) for name, prober in probers.items()}, rounds, torch.device("cpu")
+        )
+        cells = [f"{1e3 * one.wall_s:.1f}, {1e3 * one.cpu_s:.1f}" for one in map(typical, spent.values())]
+        cells += [f"{ratio(spent['read'], spent['stamp']):.1f}", f"{ratio(spent['read'], spent['stamp'], 'cpu_s'):.1f}"]
+        yield f"| {what} | {' | '.join(cells)} |"
+
+
+def write_inputs(folder: Path, scale: int) -> Iterator[tuple[str, Path]]:
+    """A video, a folder of pictures and a tar of them, last changed a day ago."""
+    noise = np.random.default_rng(0).integers(0, 256, (8, 720, 1280, 3), np.uint8)
+    video = folder / "video.mp4"
+    with av.open(str(video), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25, width=1280, height=720, pix_fmt="yuvj420p")
+        for i in range(10 * scale):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise[i % len(noise)], "rgb24")))
+        container.mux(stream.encode())
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    data = io.BytesIO()
+    Image.fromarray(noise[0]).save(data, "JPEG", quality=50)
+    for i in range(10 * scale):
+        (pictures / f"{i}.jpg").write_bytes(data.getvalue())
+    shard = folder / "shard.tar"
+    with tarfile.open(shard, "w") as archive:
+        archive.add(pictures, "")
+    for path in (video, shard, *pictures.iterdir()):
+        os.utime(path, (time.time() - 86400,) * 2)
+    yield f"a video of {10 * scale:,} frames, {_megabytes(video)}", video
+    yield f"a folder of {10 * scale:,} pictures, {_megabytes(*pictures.iterdir())}", pictures
+    yield f"a tar of the same, {_megabytes(shard)}", shard
+
+
+def _megabytes(*files: Path) -> str:
+    return f"{sum(file.stat().st_size for file in files) / 1e6:,.0f} MB"
 
 
 def spend(command: Sequence[str], reached: Callable[[], bool] | None = None) -> Spent:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources import open_source, source_id
 from depthmill.pipeline.sources.opened import OpenSources
-from depthmill.pipeline.store import Store, open_store
-from depthmill.pipeline.types import Segment, Source
+from depthmill.pipeline.sources.stamp import stamp
+from depthmill.pipeline.store import Store, open_store, records
+from depthmill.pipeline.types import Segment
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Planned:
         failed: Frames without, there.
         pending: Half-open runs of numbers of segments that are not committed, in order.
         redo: Committed segments to be mended: their number, and the frames.
+        stamp: By which a later run knows that it need not be probed again, if nothing is left to do; "" if it must be.
     """
 
     uri: str
@@ -74,6 +76,7 @@ class Planned:
     failed: int
     pending: tuple[tuple[int, int], ...]
     redo: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    stamp: str = ""
 
     @property
     def segments(self) -> int:
@@ -120,10 +123,13 @@ class Prober:
     def load(self) -> str:
         """Open the store."""
         self._store: Store = open_store(self._uri, index=False)
+        self._stamps = records.read_stamps(self._store.directory)
         return ""
 
     def probe(self, uri: str) -> Planned:
         """Probe one input, add it to the store, and say what is to be done of it.
+
+        One of which nothing is left to do, and that is as it was when it was probed, is not opened.
 
         Raises:
             SourceError: If it cannot be opened, or has nothing in it.
@@ -132,7 +138,13 @@ class Prober:
         max_pixels, max_frames = self._limits
         opened = open_source(uri, max_pixels=max_pixels, max_frames=max_frames)
         try:
-            planned = self._plan(uri, opened.probe())
+            seen = stamp(uri, max_pixels)
+            if (done := self._done(uri, seen)) and done.frames <= max_frames:
+                opened.close()
+                return done
+            source = opened.probe()
+            self._store.add_source(source)
+            planned = self._plan(uri, source.id, seen)
         except BaseException:
             opened.close()
             raise
@@ -142,19 +154,27 @@ class Prober:
             opened.close()
         return planned
 
-    def _plan(self, uri: str, source: Source) -> Planned:
-        self._store.add_source(source)
-        progress = self._store.progress(source.id)
-        redo = self._store.failed_segments(source.id) if self._retry_failed and progress.failed else []
-        length = self._store.segment_frames(source.id)
+    def _done(self, uri: str, seen: str) -> Planned | None:
+        """A source of which nothing is left to do, and that is as it was when it was probed."""
+        name = source_id(uri)
+        if not seen or self._stamps.get(name) != seen or not self._store.has(name):
+            return None
+        planned = self._plan(uri, name, seen)
+        return None if planned.segments else planned
+
+    def _plan(self, uri: str, name: str, seen: str) -> Planned:
+        attributes, progress = self._store.attributes(name), self._store.progress(name)
+        redo = self._store.failed_segments(name) if self._retry_failed and progress.failed else []
+        length = self._store.segment_frames(name)
         return Planned(
             uri=uri,
-            id=source.id,
-            fingerprint=source.fingerprint,
-            frames=source.frames,
+            id=name,
+            fingerprint=attributes["fingerprint"],
+            frames=attributes["frames"],
             segment_frames=length,
             labelled=progress.labelled,
             failed=progress.failed,
             pending=progress.pending,
             redo=tuple((segment.start // length, frames) for segment, frames in redo),
+            stamp=seen,
         )

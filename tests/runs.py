@@ -42,11 +42,11 @@ def start(*arguments, log):
 
 
 def contents(store):
-    """Path -> bytes of every file of a store, but for `run.json`, which holds times."""
+    """Path -> bytes of every file of a store, but for `run.json` and `stamps.json`, which hold times."""
     return {
         path.relative_to(store).as_posix(): path.read_bytes()
         for path in sorted(Path(store).rglob("*"))
-        if path.is_file() and path.name != "run.json"
+        if path.is_file() and path.name not in ("run.json", "stamps.json")
     }
 
 

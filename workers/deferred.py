@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from depthmill.pipeline.errors import StoreClosedError, StoreError
 from depthmill.pipeline.plan import Task
@@ -21,19 +21,19 @@ class Publisher:
     by the root, such as xarray by itself, know no others.
     """
 
-    def __init__(self, publish: Callable[[list[str]], None]) -> None:
+    def __init__(self, publish: Callable[[Mapping[str, str]], None]) -> None:
         """Nothing is to be named yet; `publish` is `Calls`'s."""
         self._publish = publish
-        self._waiting: list[str] = []
+        self._waiting: dict[str, str] = {}
         self._since_s = 0.0  # when the first of them came, or the store did not answer
         self._named = 0
         self._due = 1  # how many are named at once
 
-    def add(self, source_id: str, now_s: float) -> None:
+    def add(self, source_id: str, stamp: str, now_s: float) -> None:
         """One more source is in the store; names those that wait, if it is time."""
         if not self._waiting:
             self._since_s = now_s
-        self._waiting.append(source_id)
+        self._waiting[source_id] = stamp
         self.look(now_s)
 
     def look(self, now_s: float) -> None:
@@ -55,7 +55,7 @@ class Publisher:
         if self._waiting:
             self._publish(self._waiting)
             self._named += len(self._waiting)
-            self._waiting = []
+            self._waiting = {}
             self._due = self._named // 2 + 1
 
 

@@ -281,7 +281,7 @@ class Driver:
         self.ids.add(source.id)
         self._work.add(source)
         self.standing.planned(source)
-        self._publisher.add(source.id, self._crew.now_s)
+        self._publisher.add(source.id, source.stamp, self._crew.now_s)
         self._single += source.frames == 1 and source.segments > 0
         if self._single > _FEW_SINGLE:
             self._say_once(

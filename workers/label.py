@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -121,10 +121,14 @@ def label(
                 if metrics is not None:
                     metrics.update(standing, rate(standing.counts.done))
 
+            def publish(stamps: Mapping[str, str]) -> None:
+                store.publish(stamps)
+                records.write_stamps(store.directory, stamps)
+
             driver = Driver(
                 pool,
                 _options(config),
-                Calls(store.publish, partial(fail_task, store=store), show, say, stopped.is_set),
+                Calls(publish, partial(fail_task, store=store), show, say, stopped.is_set),
                 uris or (),
                 planned,
             )

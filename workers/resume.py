@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -109,6 +110,8 @@ def finished(
         if uris is not None or not sources or any(source.segments for source in planned):
             return None
         store.publish(sources)
+        with suppress(StoreError):  # it may be where nothing can be written
+            records.write_stamps(store.directory, {source.id: source.stamp for source in planned})
         failures, others = list_failures(store, (), sources)
     except DepthmillError:
         return None

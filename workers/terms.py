@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from depthmill.pipeline.plan import Task
@@ -36,14 +36,14 @@ class Calls:
     """What the driver has done by others.
 
     Attributes:
-        publish: Names sources that are new in the store in its root.
+        publish: Names sources that are new in the store in its root, and keeps their stamps: given as id -> stamp.
         fail: Commits a task's frames as failed, for a reason.
         show: Shows where the run stands, and what the first few workers do.
         say: Says a line to the user.
         stopped: Whether the run is to end.
     """
 
-    publish: Callable[[list[str]], None]
+    publish: Callable[[Mapping[str, str]], None]
     fail: Callable[[Task, str], Report]
     show: Callable[[Standing], None]
     say: Callable[[str], None]

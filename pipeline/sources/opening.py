@@ -36,7 +36,7 @@ def open_binary(uri: str | Path, *, glimpse: bool = False) -> BinaryIO:
     """
     if not is_url(uri):
         return Path(uri).open("rb")
-    with _translated(uri) as (files, path):
+    with translated(uri) as (files, path):
         block_bytes, cache = (_GLIMPSE_BYTES, "blockcache") if glimpse else (_BLOCK_BYTES, "background")
         options = {"cache_type": cache, "cache_options": {"maxblocks": _BLOCKS}, "block_size": block_bytes}
         file = files.open(path, "rb", **options)
@@ -53,7 +53,7 @@ def read_whole(uri: str) -> bytes:
     Raises:
         SourceError: If it cannot be read; MissingError if it is not there.
     """
-    with _translated(uri) as (files, path):
+    with translated(uri) as (files, path):
         return bytes(files.cat_file(path))
 
 
@@ -66,7 +66,7 @@ def file_size(uri: str | Path) -> int:
     """
     if not is_url(uri):
         return Path(uri).stat().st_size
-    with _translated(uri) as (files, path):
+    with translated(uri) as (files, path):
         return int(files.info(path)["size"])
 
 
@@ -76,7 +76,7 @@ def list_files(uri: str, *, pattern: bool = False) -> list[str]:
     Raises:
         SourceError: If it cannot be listed.
     """
-    with _translated(uri) as (files, path):
+    with translated(uri) as (files, path):
         try:
             found = files.glob(path, detail=True) if pattern else files.find(path, detail=True)
         except FileNotFoundError:
@@ -132,12 +132,12 @@ def is_prefix(uri: str) -> bool:
     Raises:
         SourceError: If that cannot be told.
     """
-    with _translated(uri) as (files, path):
+    with translated(uri) as (files, path):
         return bool(files.isdir(path))
 
 
 @contextmanager
-def _translated(uri: str | Path) -> Iterator[tuple[Any, str]]:
+def translated(uri: str | Path) -> Iterator[tuple[Any, str]]:
     """The file system of a URL, and the path there; whatever its library raises comes as a SourceError."""
     try:
         yield locate(str(uri), SourceError)

@@ -17,9 +17,8 @@ from depthmill.pipeline.store.files import Directory, decoding, located, open_di
 from depthmill.pipeline.store.layout import FORMAT, Document, Layout
 from depthmill.pipeline.store.removal import remove
 from depthmill.pipeline.store.root import (
-    FAILURES,
     METADATA,
-    RUN,
+    RECORDS,
     Root,
     differences,
     new_root,
@@ -68,7 +67,7 @@ def create(uri: str | Path, layout: Layout, identity: Mapping[str, Any], *, over
             f"{uri} was made by another run:\n{differences(root.header, header)}\n"
             "Give --overwrite to replace it, or another path to keep both."
         )
-    for name in (METADATA, FAILURES, RUN):
+    for name in (METADATA, *RECORDS):
         directory.clear_partial(name)
     if root is not None:
         return _store(directory, _without_removed(directory, root))

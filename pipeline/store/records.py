@@ -1,4 +1,4 @@
-"""What runs leave at a store's root beside its labels, for people and for later runs: `run.json`, `failures.jsonl`."""
+"""What runs leave at a store's root beside its labels, for people and later runs. No label depends on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store.files import Directory
 from depthmill.pipeline.store.layout import Document
-from depthmill.pipeline.store.root import FAILURES, RUN
+from depthmill.pipeline.store.root import FAILURES, RUN, STAMPS
 from depthmill.pipeline.types import Failure
 
 
@@ -38,6 +38,26 @@ def read_run(directory: Directory) -> Document:
 def write_run(directory: Directory, values: Mapping[str, Any]) -> None:
     """Write `run.json`."""
     directory.write(RUN, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_stamps(directory: Directory) -> dict[str, str]:
+    """Source id -> `stamp` of the input when it was last probed. What cannot be read is as if it were not there."""
+    try:
+        found = json.loads(directory.read(STAMPS) or b"{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_stamps(directory: Directory, stamps: Mapping[str, str]) -> None:
+    """Write `stamps.json`, if it changes: these, and those that are there of other sources.
+
+    Of two runs that do so at once one may undo what the other did, whose inputs are probed again then.
+    """
+    before = read_stamps(directory)
+    after = before | {source_id: found for source_id, found in stamps.items() if found}
+    if after != before:
+        directory.write(STAMPS, json.dumps(after, indent=0, sort_keys=True).encode())
 
 
 def unopened(directory: Directory) -> list[str]:

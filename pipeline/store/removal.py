@@ -9,7 +9,7 @@ from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store.files import Directory
 from depthmill.pipeline.store.layout import Layout, source_arrays
 from depthmill.pipeline.store.metadata import attributes_of, is_source
-from depthmill.pipeline.store.root import BEING_REMOVED, FAILURES, METADATA, RUN, Root, write_root
+from depthmill.pipeline.store.root import BEING_REMOVED, METADATA, RECORDS, Root, write_root
 from depthmill.pipeline.store.store import READERS
 
 _EVERYTHING = Layout(uncertainty=True)
@@ -35,7 +35,7 @@ def remove(directory: Directory) -> None:
     write_root(directory, Root({"depthmill": {BEING_REMOVED: True}}, {}))
     for name in names:
         directory.remove(name)
-    for name in (FAILURES, RUN):
+    for name in RECORDS:
         directory.delete(name)
 
 

@@ -17,7 +17,8 @@ from depthmill.pipeline.store.files import Directory, store_away
 from depthmill.pipeline.store.layout import CONVENTIONS, FORMAT, Document, Layout, group_document, source_arrays
 from depthmill.pipeline.store.metadata import attributes_of, check_header, source_attributes_of
 
-METADATA, FAILURES, RUN = "zarr.json", "failures.jsonl", "run.json"
+METADATA, FAILURES, RUN, STAMPS = "zarr.json", "failures.jsonl", "run.json", "stamps.json"
+RECORDS = (FAILURES, RUN, STAMPS)  # of runs; labels do not depend on them
 BEING_REMOVED = "being_removed"
 _HEADER_BYTES = 1 << 16
 _START, _END = '"metadata": {', "}}}"

@@ -34,9 +34,8 @@ from depthmill.pipeline.store.layout import (
 from depthmill.pipeline.store.metadata import damaged_words, source_attributes_of
 from depthmill.pipeline.store.records import read_run
 from depthmill.pipeline.store.root import (
-    FAILURES,
     METADATA,
-    RUN,
+    RECORDS,
     Root,
     differences,
     read_root,
@@ -118,7 +117,7 @@ class Store:
             StoreMismatchError: If the source changed since it was added.
         """
         attributes = source_attributes(source)
-        if not re.fullmatch(r"[^/\s.][^/\s]*", source.id) or source.id in (METADATA, FAILURES, RUN):
+        if not re.fullmatch(r"[^/\s.][^/\s]*", source.id) or source.id in (METADATA, *RECORDS):
             raise StoreError(f"source id {source.id!r} cannot name a group: no slash, space or leading dot in it")
         there = self._find(source.id)
         if there is not None:
@@ -321,7 +320,7 @@ class Store:
         stays: another process may be adding that source, whose own zarr.json comes last, or it is the user's.
         """
         if self.new and not any(name.endswith("/") for name in self.directory.children()):
-            for name in (FAILURES, RUN, METADATA):
+            for name in (*RECORDS, METADATA):
                 self.directory.delete(name)
             self.directory.remove_root()
 

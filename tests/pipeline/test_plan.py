@@ -1,12 +1,17 @@
 """What probing makes of an input."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.plan import Prober
-from depthmill.pipeline.store import Layout
+from depthmill.pipeline.sources.video import VideoSource
+from depthmill.pipeline.store import Layout, records
 from depthmill.tests import media
+from depthmill.tests.pipeline.store.samples import write
 
 
 def test_limits_are_those_that_were_given(tmp_path):
@@ -21,3 +26,43 @@ def test_limits_are_those_that_were_given(tmp_path):
     few.load()
     with pytest.raises(SourceError, match="more than 2 frames"):
         few.probe(str(tmp_path / "photos"))
+
+
+def test_an_input_of_which_nothing_is_left_to_do_is_read_only_if_it_may_have_changed(tmp_path, monkeypatch):
+    clip = media.write_video(tmp_path / "clip.mp4", frames=3)
+    os.utime(clip, (1e9, 1e9))
+    store = stores.create(tmp_path / "labels.zarr", Layout(), {})
+    read, probe = [], VideoSource.probe
+    monkeypatch.setattr(VideoSource, "probe", lambda source: read.append(1) or probe(source))
+
+    def planned(max_pixels=1 << 27, max_frames=3, **options):
+        read.clear()
+        prober = Prober(store.uri, max_pixels, max_frames, options.get("retry_failed", False))
+        prober.load()
+        return prober.probe(str(clip))
+
+    first = planned()
+    records.write_stamps(store.directory, {first.id: first.stamp})
+    assert first.stamp
+    assert planned() == first
+    assert read, "what is left to do is worth a look at what it is to be done with"
+    (segment,) = store.segments(first.id)
+    write(store, segment, failed={2}, size=(media.HEIGHT, media.WIDTH))
+    done = planned()
+    assert (done.labelled, done.failed, done.segments, done.stamp) == (2, 1, 0, first.stamp)
+    assert not read
+    assert planned(retry_failed=True).segments == 1
+    assert read
+    with pytest.raises(SourceError, match="more than 2 frames"):
+        planned(max_frames=2)
+    assert planned(max_pixels=1 << 26).stamp != first.stamp
+    assert read
+    os.utime(clip, (2e9 / 2, 1e9 + 1))
+    assert planned().stamp != first.stamp
+    assert read
+    os.utime(clip, (1e9, 1e9))
+    assert not planned().segments
+    assert not read
+    Path(store.uri, "stamps.json").write_text("[broken")
+    assert planned() == done
+    assert read

@@ -17,7 +17,7 @@ def test_a_store_that_takes_nothing_more_is_told_of_at_once():
     with pytest.raises(StoreFullError):
         list(failer.committed(0.0))
     with pytest.raises(StoreFullError):
-        Publisher(full).add("a", 0.0)
+        Publisher(full).add("a", "", 0.0)
 
 
 def test_a_store_that_often_does_not_answer_but_does_a_moment_later_ends_no_run():
@@ -40,7 +40,7 @@ def test_sources_are_named_once_one_has_waited_for_long_and_longer_in_a_large_ro
     publisher = Publisher(named.extend)
     for start, count, wait_s in ((0.0, 100, 60.0), (100.0, 99_901, 1000.0), (2000.0, 10, 1000.0)):
         for i in range(count):
-            publisher.add(f"{start} {i}", start)
+            publisher.add(f"{start} {i}", "", start)
         before = len(named)
         publisher.look(start + wait_s - 1)
         assert len(named) == before

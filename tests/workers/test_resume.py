@@ -1,6 +1,7 @@
 """A job that is finished is found so without the libraries that the network needs, and only then."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import pytest
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import RunStoppedError, StoreError
+from depthmill.pipeline.sources.video import VideoSource
 from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.tests import media
 from depthmill.workers.label import label
@@ -23,7 +25,9 @@ def config(checkpoints, loaded_once):
 
 @pytest.fixture
 def clip(tmp_path):
-    return media.write_video(tmp_path / "clip.mp4", frames=3)
+    clip = media.write_video(tmp_path / "clip.mp4", frames=3)
+    os.utime(clip, (1e9, 1e9))
+    return clip
 
 
 @pytest.fixture
@@ -44,6 +48,17 @@ def test_says_what_label_would_say(store, clip, config, monkeypatch):
     for name in same:
         assert getattr(found, name) == getattr(again, name)
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+
+
+def test_reads_no_input_that_is_as_it_was(store, clip, config, monkeypatch):
+    read, probe = [], VideoSource.probe
+    monkeypatch.setattr(VideoSource, "probe", lambda source: read.append(1) or probe(source))
+    assert finished([str(clip)], store, config).labelled == 3
+    assert not read
+    os.utime(clip, (1e9, 1e9 + 1))  # touched, and the same
+    for _ in range(2):
+        assert finished([str(clip)], store, config).labelled == 3
+    assert len(read) == 1
 
 
 def test_tells_failures_again(tmp_path, config):
