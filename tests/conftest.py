@@ -24,6 +24,14 @@ os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _user_cache(tmp_path_factory):
+    """Nothing is taken from, or left in, the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _imported():
     """What tests import stays: a worker that starts looks through the rest alone, not for half a second each time."""
     gc.enable()

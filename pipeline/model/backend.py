@@ -18,7 +18,7 @@ import torch
 
 from depthmill.pipeline.config import Compile
 from depthmill.pipeline.errors import ConfigError
-from depthmill.pipeline.store import write_atomically
+from depthmill.pipeline.model.cache import cache_directory, keep, kept
 
 if TYPE_CHECKING:
     from depthmill.pipeline.model.specialize import Specialized
@@ -128,11 +128,6 @@ def cpu_bfloat16() -> str:
     return ""
 
 
-def cache_directory() -> Path:
-    """Where this user's compiled code and measurements are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthmill"
-
-
 def keep_freed_memory() -> None:
     """Have this process keep the memory that it frees, for the next frame or batch, which needs the same again.
 
@@ -168,7 +163,7 @@ def compile_network(network: Specialized, device: torch.device, wanted: Compile,
     import torch._dynamo
 
     # The notes go with what they are of: who empties torch's cache removes them, too.
-    kept = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))) / "depthmill"
+    notes = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))) / "depthmill"
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _SHAPES)
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     compiled = torch.compile(network.folded, dynamic=False, mode=mode)
@@ -178,7 +173,7 @@ def compile_network(network: Specialized, device: torch.device, wanted: Compile,
     network.compile_after = COMPILE_AFTER if wanted == "auto" else 0
 
     def note(shape: torch.Size) -> Path:
-        return _of(kept, [*key, *map(str, shape)])
+        return notes / _name_of([*key, *map(str, shape)])
 
     def run(pictures: torch.Tensor) -> list[torch.Tensor]:
         shape = pictures.shape
@@ -191,7 +186,7 @@ def compile_network(network: Specialized, device: torch.device, wanted: Compile,
             answers: list[torch.Tensor] = compiled(pictures)
             if not noted[shape]:
                 noted[shape] = True
-                _keep(note(shape), list(shape))
+                keep(note(shape), list(shape))
             return answers
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -216,30 +211,22 @@ def fitting_batch(used_bytes: Callable[[int], int], free_bytes: int, key: Sequen
         key: Whatever decides what frames take, beside this package's code; measured once for each, and kept in the
             user's cache.
     """
-    path = _of(cache_directory() / "memory", key)
+    name = f"memory/{_name_of(key)}"
     try:
-        one, two = json.loads(path.read_text())
-    except (OSError, ValueError, TypeError):
+        one, two = kept(name)
+    except (ValueError, TypeError):
         try:
             one, two = used_bytes(1), used_bytes(2)
         except torch.cuda.OutOfMemoryError:
             return 1
-        _keep(path, [one, two])
+        keep(name, [one, two])
     each = max(two - one, 1)
     return max(1, min(_MOST, 1 + int((_SHARE * free_bytes - one) // each)))
 
 
-def _of(folder: Path, key: Sequence[str]) -> Path:
-    """The file of a cache that is for a key and this package's code."""
+def _name_of(key: Sequence[str]) -> str:
+    """Of a file of a cache that is for a key and this package's code."""
     name = hashlib.sha256(json.dumps(list(key)).encode())
     for code in sorted(Path(__file__).parent.glob("*.py")):
         name.update(code.read_bytes())
-    return folder / f"{name.hexdigest()[:16]}.json"
-
-
-def _keep(path: Path, what: object) -> None:
-    """Write a file of a cache, if that can be done."""
-    try:
-        write_atomically(path, json.dumps(what).encode())
-    except OSError as error:
-        log.debug("%s cannot be written: %s", path, error)
+    return f"{name.hexdigest()[:16]}.json"
