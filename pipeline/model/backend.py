@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import logging
 import os
-import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
 from math import ceil
@@ -38,8 +36,6 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # as a container sees its own
 COMPILE_AFTER = 5000
 # Shapes of full batches that are compiled, beyond which torch runs the rest uncompiled: rounded aspects are 23.
 _SHAPES = 32
-# glibc's <malloc.h>: no trimming, no blocks of their own mappings, one heap for all threads.
-_KEEPING = {-1: -1, -4: 0, -8: 1}
 
 
 def pick_device(name: str) -> torch.device:
@@ -126,21 +122,6 @@ def cpu_bfloat16() -> str:
         if getattr(torch.cpu, name, lambda: False)():
             return unit
     return ""
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep the memory that it frees, for the next frame or batch, which needs the same again.
-
-    glibc gives large blocks back at once, and the kernel clears each page that it hands out anew: a sixth of a worker's
-    time on CPUs, a third of what decoding takes. What a process has taken at its highest it then keeps to its end, and
-    that is a seventh more; what it has freed before is given back first. Only threads that start afterwards share the
-    heap. Without glibc nothing is done.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
-        for option, value in _KEEPING.items():
-            libc.mallopt(option, value)
 
 
 def compile_network(network: Specialized, device: torch.device, wanted: Compile, key: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import av.video.frame
 from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.memory import give_back_freed_memory
 from depthmill.pipeline.sources.limits import check_range
 from depthmill.pipeline.sources.naming import canonical_uri, source_id
 from depthmill.pipeline.sources.parked import Parked
@@ -42,6 +43,8 @@ _MAX_GROUPS_BACK = 2
 
 # A stream whose first packets cannot be decoded is described by the first of these that can.
 _MAX_PROBED_PACKETS = 300
+# Packets from which on libav's index, which grows by a sixteenth of itself at a time, leaves megabytes behind.
+_LONG = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class VideoSource:
             SourceError: If the file is no video, holds no frame, or too many, or too large ones; or the disk or the
                 network fails.
         """
-        return self._open()[0]
+        source, table, _ = self._open()
+        return replace(source, time_s=table.time_s)
 
     def read(self, start: int, stop: int, on_passed: Callable[[], None] = lambda: None) -> Iterator[Frame]:
         """Yield the frames [start, stop); one that cannot be decoded comes with its reason instead of a picture.
@@ -142,7 +146,6 @@ class VideoSource:
             width=width,
             fps=(frames - 1) / duration_s if duration_s > 0 else rate,
             fingerprint=fingerprint(self._uri, table),
-            time_s=table.time_s,
         )
         return source, table, codec
 
@@ -158,7 +161,11 @@ class VideoSource:
         self, source: Source, table: PacketTable, codec: str, start: int, stop: int, on_passed: Callable[[], None]
     ) -> Iterator[Frame]:
         reformatter = VideoReformatter()
-        decoder = self._parked.take() or Decoder(self._uri, table, self._threads, self._seeks, self._max_pixels)
+        decoder = self._parked.take()
+        if decoder is None:
+            decoder = Decoder(self._uri, table, self._threads, self._seeks, self._max_pixels)
+            if len(table.size) > _LONG:
+                give_back_freed_memory()
         whole = True
         decoder.on_packet = on_passed
         try:

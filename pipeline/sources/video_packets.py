@@ -63,13 +63,14 @@ class PacketTable:
     """The packets of one video stream in the order of the file (P of them) and the frames they hold (F).
 
     Attributes:
-        pts: (P,) int64 presentation timestamp in units of the stream's time base, or NO_VALUE.
-        pos: (P,) int64 byte offset in the file, or NO_VALUE.
+        pts: (P,) int32 or int64 presentation timestamp in units of the stream's time base, or NO_VALUE.
+        pos: (P,) int32 or int64 byte offset in the file, or NO_VALUE.
         size: (P,) int32 bytes.
         corrupt: (P,) bool, True where the demuxer says that bytes are missing.
         shown: (P,) int32 index of the frame that the packet holds, or -1 if it holds none that is shown.
         order: (F,) int32 packet of each frame.
-        time_s: (F,) float64 seconds since the first frame.
+        ticks: (F,) int32 or float64 times since the first frame, in units of `tick_s`.
+        tick_s: Seconds.
         fields: Whether there are packets that hold one field alone; a picture is then that of the first of two.
         lost: Packets that the file's index lists and that are behind its end, as it is cut off. The last packet, of
             size 0, and the last frame, a group of its own, stand for them.
@@ -79,18 +80,24 @@ class PacketTable:
             does not say, shown; or NO_VALUE.
     """
 
-    pts: Int
-    pos: Int
+    pts: Int | Int32
+    pos: Int | Int32
     size: Int32
     corrupt: Bool
     shown: Int32
     order: Int32
-    time_s: npt.NDArray[np.float64]
+    ticks: Int32 | npt.NDArray[np.float64]
+    tick_s: float
     fields: bool
     lost: int
     group_start: Int
     group_first: Int
     group_seek: Int
+
+    @property
+    def time_s(self) -> npt.NDArray[np.float64]:
+        """(F,) float64 seconds since the first frame."""
+        return np.asarray(self.ticks * self.tick_s, np.float64)
 
     @cached_property
     def group_last(self) -> Int32:
@@ -198,14 +205,16 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
     shown[order] = np.arange(len(order))
     group_start, group_first = _groups(rank, key, order)
     timestamp = dts[group_first]
+    ticks, tick_s = _times(_sorted(clock[order]) if invented else clock[order], time_base, rate)
     return PacketTable(
-        pts=pts,
-        pos=pos,
+        pts=_compact(pts),
+        pos=_compact(pos),
         size=size,
         corrupt=corrupt,
         shown=shown,
         order=order.astype(np.int32),
-        time_s=_times(_sorted(clock[order]) if invented else clock[order], time_base, rate),
+        ticks=ticks,
+        tick_s=tick_s,
         fields=fields,
         lost=lost,
         group_start=group_start,
@@ -341,19 +350,30 @@ def _groups(rank: Int, key: Bool, order: Int) -> tuple[Int, Int]:
     return starts.astype(np.int64), entries.astype(np.int64)
 
 
-def _times(pts: Int, time_base: float, rate: float) -> npt.NDArray[np.float64]:
-    """(F,) float64 seconds since the first frame, from the timestamps as shown; gaps are filled, as are both ends.
+def _compact(values: Int) -> Int | Int32:
+    """The values in half the bytes, if they fit."""
+    limits = np.iinfo(np.int32)
+    fit = limits.min <= values.min() and values.max() <= limits.max
+    return values.astype(np.int32) if fit else values
+
+
+def _times(pts: Int, time_base: float, rate: float) -> tuple[Int32 | npt.NDArray[np.float64], float]:
+    """(F,) times since the first frame, and their unit in seconds, from the timestamps as shown.
+
+    Gaps are filled, as are both ends.
 
     Where these go back, or over a century, frames come at the rate.
     """
     known = np.flatnonzero(pts != NO_VALUE)
     if not len(known) or time_base == 0 or (np.diff(pts[known]) < 0).any():
-        return np.arange(len(pts)) / rate
+        return np.arange(len(pts)) / rate, 1.0
     index, first, last = np.arange(len(pts)), known[0], known[-1]
     if (int(pts[last]) - int(pts[first])) * time_base > _LONGEST_S:  # which int64 may not hold
-        return index / rate
+        return index / rate, 1.0
     since = np.interp(index, known, pts[known] - pts[first])
     # By the average: libav's guess at a rate goes by the few timestamps that there are.
     apart = (pts[last] - pts[first]) / (last - first) if last > first else 1 / (rate * time_base)
     since += (index - index.clip(first, last)) * apart
-    return np.asarray((since - since[0]) * time_base, dtype=np.float64)
+    since -= since[0]
+    whole = since.astype(np.int32) if since[-1] <= np.iinfo(np.int32).max else since
+    return whole if (whole == since).all() else since, time_base

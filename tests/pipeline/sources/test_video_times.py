@@ -51,4 +51,17 @@ def test_timestamps_of_centuries_are_damaged(tmp_path: Path) -> None:
     np.testing.assert_allclose(open_source(path).probe().time_s, [0, decades_s])
     ends = np.array([-(2**62), 0, 2**62 + 2**61], np.int64)
     for pts in (ends, ends // 2**8):
-        np.testing.assert_allclose(video_packets._times(pts, 1e-3, rate=25.0), np.arange(3) / 25)
+        ticks, tick_s = video_packets._times(pts, 1e-3, rate=25.0)
+        np.testing.assert_allclose(ticks * tick_s, np.arange(3) / 25)
+
+
+def test_columns_of_packets_take_half_the_bytes_where_that_holds_them(tmp_path: Path) -> None:
+    for end, dtype in ((2**31 - 1, np.int32), (2**31, np.int64), (video_packets.NO_VALUE, np.int64)):
+        column = np.array([3, end], np.int64)
+        compact = video_packets._compact(column)
+        assert compact.dtype == dtype
+        assert (compact == column).all()
+    table = video_packets.scan(str(make.write_video(tmp_path / "clip.mp4", frames=5)), 10, 1 << 20)
+    assert {column.dtype for column in (table.pts, table.pos, table.size, table.ticks)} == {np.dtype(np.int32)}
+    assert table.find(int(table.pts[2]), int(table.pos[2]), int(table.size[2])) == 2
+    assert table.find(video_packets.NO_VALUE, 2**40, 1) is None
