@@ -126,22 +126,40 @@ class Prober:
         self._stamps = records.read_stamps(self._store.directory)
         return ""
 
-    def probe(self, uri: str) -> Planned:
-        """Probe one input, add it to the store, and say what is to be done of it.
+    @property
+    def known(self) -> int:
+        """How many sources have a stamp."""
+        return len(self._stamps)
 
-        One of which nothing is left to do, and that is as it was when it was probed, is not opened.
+    def finished(self, uri: str) -> Planned | None:
+        """An input of which nothing is left to do, and that is as it was when it was probed; nothing of it is read.
+
+        Raises:
+            SourceError: If it cannot be found.
+            StoreError: If the store cannot be read.
+        """
+        name, (max_pixels, max_frames) = source_id(uri), self._limits
+        if not (seen := self._stamps.get(name)):
+            return None
+        open_source(uri).close()
+        if stamp(uri, max_pixels) != seen or not self._store.has(name):
+            return None
+        planned = self._plan(uri, name, seen)
+        return None if planned.segments or planned.frames > max_frames else planned
+
+    def probe(self, uri: str) -> Planned:
+        """Probe one input, unless it is `finished`, add it to the store, and say what is to be done of it.
 
         Raises:
             SourceError: If it cannot be opened, or has nothing in it.
             StoreError: If the store cannot take it, or has it with other contents (StoreMismatchError).
         """
+        if (done := self.finished(uri)) is not None:
+            return done
         max_pixels, max_frames = self._limits
         opened = open_source(uri, max_pixels=max_pixels, max_frames=max_frames)
         try:
-            seen = stamp(uri, max_pixels)
-            if (done := self._done(uri, seen)) and done.frames <= max_frames:
-                opened.close()
-                return done
+            seen = stamp(uri, max_pixels)  # before anything is read: what changes meanwhile has another afterwards
             source = opened.probe()
             self._store.add_source(source)
             planned = self._plan(uri, source.id, seen)
@@ -153,14 +171,6 @@ class Prober:
         else:
             opened.close()
         return planned
-
-    def _done(self, uri: str, seen: str) -> Planned | None:
-        """A source of which nothing is left to do, and that is as it was when it was probed."""
-        name = source_id(uri)
-        if not seen or self._stamps.get(name) != seen or not self._store.has(name):
-            return None
-        planned = self._plan(uri, name, seen)
-        return None if planned.segments else planned
 
     def _plan(self, uri: str, name: str, seen: str) -> Planned:
         attributes, progress = self._store.attributes(name), self._store.progress(name)

@@ -39,6 +39,7 @@ from depthmill.workers.pace import Rests
 logger = logging.getLogger(__name__)
 
 _PROBED_HERE = 16
+_LOOKED_AT_HERE = 1024
 
 T = TypeVar("T")
 
@@ -128,22 +129,32 @@ def finished(
 
 
 def planned_here(uris: Iterable[str], store: Store, prober: Prober) -> tuple[Iterator[str] | None, list[Planned]]:
-    """Probe a few inputs in this process if all are in the store: to find a finished run finished needs no worker.
+    """Plan in this process what needs no worker: to find a finished run finished none is started.
 
-    Workers probe all others, since a broken file may take its process along; these have been probed before.
+    That is what has nothing left to be done and is as it was; and, if few others are left and all are in the store,
+    those: a broken file may take the process along that probes it, but they have been probed before.
 
     Returns:
-        The inputs that are left to be probed, None if there are none, and those that have been.
+        The inputs that are left to be probed, None if there are none, and those that are planned.
     """
-    remaining = iter(uris)
-    first = list(islice(remaining, _PROBED_HERE + 1))
-    if len(first) > _PROBED_HERE or not all(store.has(source_id(uri)) for uri in first):
-        return chain(first, remaining), []
     prober.load()
-    try:
-        return None, [prober.probe(uri) for uri in first]
-    except (SourceError, StoreMismatchError, StoreDamagedError):  # gone, or changed: that is the driver's to tell
-        return chain(first, remaining), []
+    remaining = iter(uris)
+    looked_at = list(islice(remaining, _PROBED_HERE + min(prober.known, _LOOKED_AT_HERE)))
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(partial(_finished, prober), looked_at))
+    planned = [one for one in found if one is not None]
+    left = [uri for uri, one in zip(looked_at, found, strict=True) if one is None]
+    more = list(islice(remaining, 1))
+    if not more and len(left) <= _PROBED_HERE and all(store.has(source_id(uri)) for uri in left):
+        with suppress(SourceError, StoreMismatchError, StoreDamagedError):  # gone, or changed: for the driver to tell
+            return None, planned + [prober.probe(uri) for uri in left]
+    return chain(left, more, remaining), planned
+
+
+def _finished(prober: Prober, uri: str) -> Planned | None:
+    with suppress(SourceError, StoreDamagedError):  # likewise
+        return prober.finished(uri)
+    return None
 
 
 def unsmoothed_videos(inputs: Sequence[str], store_uri: str | Path) -> list[str]:

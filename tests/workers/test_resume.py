@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import RunStoppedError, StoreError
+from depthmill.pipeline.sources.images import ImageSource
 from depthmill.pipeline.sources.video import VideoSource
 from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.tests import media
@@ -59,6 +61,30 @@ def test_reads_no_input_that_is_as_it_was(store, clip, config, monkeypatch):
     for _ in range(2):
         assert finished([str(clip)], store, config).labelled == 3
     assert len(read) == 1
+
+
+def test_many_inputs_that_are_as_they_were_take_no_worker_and_one_that_is_not_alone_is_probed(
+    tmp_path, config, monkeypatch
+):
+    monkeypatch.setattr("depthmill.workers.resume._PROBED_HERE", 2)
+    folder = tmp_path / "photos"
+    pictures = [str(media.write_image(folder / f"{i}.png", i)) for i in range(4)]
+    for picture in pictures:
+        os.utime(picture, (1e9, 1e9))
+    store, read, probe = tmp_path / "many.zarr", [], ImageSource.probe
+    label(pictures, store, config)
+    monkeypatch.setattr(ImageSource, "probe", lambda source: read.append(source._uri) or probe(source))
+    found = finished(pictures, store, config)
+    assert (found.sources, found.labelled, read) == (4, 4, [])
+    new = media.write_image(folder / "new.png", 4)
+    gone = folder / "gone.png"
+    assert finished([*pictures, str(new)], store, config) is None
+    assert not read
+    summary = label([*pictures, str(gone), str(new)], store, config)
+    assert (summary.sources, summary.labelled, summary.committed, set(read)) == (5, 5, 1, {str(new)})
+    assert [failure.uri for failure in summary.failures] == [str(gone)]
+    Path(pictures[3]).unlink()
+    assert finished(pictures, store, config) is None
 
 
 def test_tells_failures_again(tmp_path, config):
