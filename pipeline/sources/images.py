@@ -69,7 +69,8 @@ class ImageSource:
 
         Raises:
             SourceError: If there is no file with a picture's suffix, or one cannot be read for a reason that is not its
-                own, or is larger than any was when they were probed.
+                own.
+            SourceChangedError: If one is another than when it was probed.
         """
         source, files, headers = self._open()
         check_range(source, start, stop)
@@ -161,8 +162,8 @@ def _encoded(
             yield Encoded(index, None, error=header.error)
             continue
         size_bytes = 3 * header.height * header.width
-        away = partial(_is_away, files, headers, index, max_pixels)
-        yield Encoded(index, files[index], size_bytes, away=away) if size_bytes else Encoded(index, files[index])
+        away = partial(_is_away, files, headers, index, max_pixels) if size_bytes else lambda: False
+        yield Encoded(index, files[index], size_bytes, away=away, digest=header.digest)
 
 
 def _fitting(source: Source, frames: Generator[Frame, None, None]) -> Iterator[Frame]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from depthmill.pipeline.errors import SourceChangedError
 from depthmill.pipeline.sources import open_source, shown
+from depthmill.pipeline.sources.versions import changed
 from depthmill.pipeline.types import FrameSource
 
 _AT_ONCE = 2  # so that the next segment of the same video goes on where the last ended
@@ -36,12 +39,21 @@ class OpenSources:
             source = open_source(uri, **self._options)
             if source.probe().fingerprint != fingerprint:
                 source.close()
-                raise SourceChangedError(
-                    f"{shown(uri)} changed since it was labelled, or was to be; expected it unchanged, and the same on "
-                    "every machine: put it back, or label it anew"
-                )
+                raise changed(shown(uri))
             self._sources[uri] = source
             return source
+
+    @contextmanager
+    def dropping(self, uri: str) -> Iterator[None]:
+        """Close the source at `uri` if it turns out to be another one: whoever opens it next has it probed anew."""
+        try:
+            yield
+        except SourceChangedError:
+            with self._lock:
+                source = self._sources.pop(uri, None)
+            if source is not None:
+                source.close()
+            raise
 
     def keep(self, uri: str, source: FrameSource) -> None:
         """Take over a source that was opened to be probed, for whoever opens it next; without room it is closed."""

@@ -18,6 +18,10 @@ from depthmill.pipeline.sources.naming import is_preview
 # Of errors in reading a file, those that all others have too if it is their folder that cannot be reached.
 AWAY_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM)
 
+# Those that a file is to blame for: it is not there or not to be read, links go in a circle, or what is asked for is in
+# a place that no file has.
+OWN_ERRORS = (*AWAY_ERRORS, errno.ELOOP, errno.EINVAL)
+
 _BLOCK_BYTES = 1 << 20  # fetched at once; a few are kept: indices are read here and there, pictures one after another
 _BLOCKS = 8
 _GLIMPSE_BYTES = 1 << 14  # likewise, of what is only glimpsed at: a header of a picture, seldom more than one block
@@ -68,6 +72,16 @@ def file_size(uri: str | Path) -> int:
         return Path(uri).stat().st_size
     with translated(uri) as (files, path):
         return int(files.info(path)["size"])
+
+
+def details(uri: str) -> dict[str, Any]:
+    """What its library says of a URL, after one request: `size`, None if unknown, and others that differ by library.
+
+    Raises:
+        SourceError: If there is no such object, or it cannot be asked for.
+    """
+    with translated(uri) as (files, path):
+        return dict(files.info(path))
 
 
 def list_files(uri: str, *, pattern: bool = False) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 
@@ -34,6 +36,30 @@ class Parked(Generic[T]):
             self._one = None if self._closed else one
         if unused is not None:
             unused.close()
+
+    @contextmanager
+    def lent(self, opens: Callable[[], T]) -> Iterator[Callable[[], T]]:
+        """Give a function for the one that is here, or that `opens` when it is asked for; then it is parked.
+
+        After an error it is closed: a file or decoder that met one may meet it again and again.
+        """
+        one = self.take()
+
+        def lend() -> T:
+            nonlocal one
+            one = one or opens()
+            return one
+
+        try:
+            yield lend
+        except Exception:
+            if one is not None:
+                one.close()
+                one = None
+            raise
+        finally:  # whoever reads no further, has no error
+            if one is not None:
+                self.park(one)
 
     def close(self) -> None:
         """Close what is here, and all that is parked later: reads that are still running release theirs at the end."""

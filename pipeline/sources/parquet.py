@@ -22,7 +22,7 @@ from typing import Any
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.limits import check_frames, check_range, too_large
 from depthmill.pipeline.sources.naming import canonical_uri, unique_names
-from depthmill.pipeline.sources.opening import file_size, open_binary
+from depthmill.pipeline.sources.opening import open_binary
 from depthmill.pipeline.sources.parked import Parked
 from depthmill.pipeline.sources.pictures import (
     NO_HEADER,
@@ -33,6 +33,7 @@ from depthmill.pipeline.sources.pictures import (
     on_one_canvas,
     read_header,
 )
+from depthmill.pipeline.sources.versions import Version, changed, check_unchanged, is_another, version_of
 from depthmill.pipeline.types import Frame, Source
 
 _PICTURE_COLUMNS = frozenset(
@@ -68,6 +69,7 @@ class ParquetSource:
         self._threads = threads
         self._lock = threading.Lock()
         self._probed: tuple[Source, list[Header], dict[int, str]] | None = None
+        self._version, self._starts = Version(None), [0]  # that were probed
         self._parked = Parked[_Rows]()
 
     def probe(self) -> Source:
@@ -76,6 +78,7 @@ class ParquetSource:
         Raises:
             SourceError: If it cannot be read, is no Parquet file, has no column of pictures or several, no row, or
                 more than `max_frames`; or if pyarrow is not installed.
+            SourceChangedError: If it changes meanwhile.
         """
         return self._open()[0]
 
@@ -86,6 +89,7 @@ class ParquetSource:
 
         Raises:
             SourceError: If the file cannot be read.
+            SourceChangedError: If it, or a picture in it, is another than when it was probed.
         """
         source, headers, errors = self._open()
         check_range(source, start, stop)
@@ -99,7 +103,10 @@ class ParquetSource:
         with self._lock:
             if self._probed is None:
                 with closing(_Rows(self._uri)) as rows:
-                    self._probed = self._probe(rows)
+                    self._version, self._starts = rows.version, rows.starts
+                    probed = self._probe(rows)
+                    check_unchanged(self._uri, self._version)
+                    self._probed = probed
             return self._probed
 
     def _probe(self, rows: _Rows) -> tuple[Source, list[Header], dict[int, str]]:
@@ -125,7 +132,7 @@ class ParquetSource:
             else:
                 headers[row] = read_header(io.BytesIO(data or b""), self._max_pixels)
         keys = _keys(rows, paths)
-        digest = hashlib.sha256(f"{rows.size_bytes}\0{rows.column}\0".encode())
+        digest = hashlib.sha256(f"{rows.version.size}\0{rows.column}\0".encode())
         for key, header in zip(keys, headers, strict=True):
             digest.update(f"{key}\0{header.digest}\0".encode())
         headers = on_one_canvas(headers, self._max_pixels)
@@ -135,25 +142,28 @@ class ParquetSource:
     def _encoded(
         self, headers: list[Header], errors: dict[int, str], start: int, stop: int, on_passed: Callable[[], None]
     ) -> Generator[Encoded, None, None]:
-        rows = self._parked.take()
         try:
-            for row in range(start, stop):
-                if row in errors:
-                    yield Encoded(row, None, error=errors[row])
-                    continue
-                rows = rows or _Rows(self._uri)
-                try:
-                    data = rows.cell(row, on_passed)[0]
-                except _DamageError as error:
-                    raise SourceError(
-                        f"{self._uri}: {error}, which it was not when it was probed; expected a file that does not "
-                        "change while it is read: start again"
-                    ) from error
-                assert data is not None
-                yield Encoded(row, io.BytesIO(data), len(data) + 3 * headers[row].height * headers[row].width)
-        finally:
-            if rows is not None:
-                self._parked.park(rows)
+            with self._parked.lent(self._reopened) as rows:
+                for row in range(start, stop):
+                    if row in errors:
+                        yield Encoded(row, None, error=errors[row])
+                        continue
+                    data = rows().cell(row, on_passed)[0] or b""
+                    if is_another(io.BytesIO(data), headers[row].digest):
+                        raise changed(self._uri, f"row {row} of it")
+                    yield Encoded(row, io.BytesIO(data), len(data) + 3 * headers[row].height * headers[row].width)
+        except _DamageError as error:
+            raise changed(self._uri, f"{error}, which was not so when it was probed") from error
+        except SourceError:
+            check_unchanged(self._uri, self._version)
+            raise
+
+    def _reopened(self) -> _Rows:
+        rows = _Rows(self._uri)
+        if rows.starts != self._starts:
+            rows.close()
+            raise changed(self._uri)
+        return rows
 
 
 class _DamageError(Exception):
@@ -166,7 +176,7 @@ class _Rows:
     Attributes:
         column: Name of the column.
         starts: First row of each row group, and at the end the number of rows.
-        size_bytes: Of the file.
+        version: Of the file.
     """
 
     def __init__(self, uri: str) -> None:
@@ -180,7 +190,7 @@ class _Rows:
         self._damage = (pyarrow.ArrowException, MemoryError, OverflowError)
         self._uri = uri
         try:
-            self.size_bytes = file_size(uri)
+            self.version = version_of(uri)
             self._file = open_binary(uri)
         except OSError as error:
             raise _unreadable(uri, error) from error

@@ -6,7 +6,6 @@ of floats scaled, of an animation or a multi-page file the first picture. Colour
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import threading
@@ -39,7 +38,8 @@ from PIL import (  # noqa: F401 (a plugin registers its format when it is import
 from depthmill.pipeline.errors import MissingError, SourceError
 from depthmill.pipeline.sources.limits import refusal
 from depthmill.pipeline.sources.naming import source_id
-from depthmill.pipeline.sources.opening import AWAY_ERRORS, open_binary, read_whole, unanswered
+from depthmill.pipeline.sources.opening import AWAY_ERRORS, OWN_ERRORS, open_binary, read_whole, unanswered
+from depthmill.pipeline.sources.versions import changed, is_another, sample
 from depthmill.pipeline.types import Frame, Source, SourceKind
 
 Picture = Path | str | BinaryIO  # a file, a URL, or an open one
@@ -47,7 +47,6 @@ Picture = Path | str | BinaryIO  # a file, a URL, or an open one
 # Formats that Pillow decodes itself: no file can make it start another program, as PostScript would.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
-_SAMPLE_BYTES = 4096  # of the beginning and end of each picture, for the fingerprint
 _DECODE_THREADS = 4
 _MAX_BYTES_AHEAD = 192 << 20  # encoded and decoded, not yet taken
 
@@ -55,9 +54,7 @@ _MAX_METADATA_BYTES = 16 << 20  # of a PNG's colour profile or text; those of di
 
 _MAX_CANVAS = 2  # times the pixels that a picture may have; a tall one and a wide one could make it far larger
 
-# Of errors in reading, those that a picture is to blame for: what Pillow says (without a number), files that are not
-# there or not to be read, links in a circle, and places asked for that no file has.
-_OWN_ERRORS = (None, *AWAY_ERRORS, errno.ELOOP, errno.EINVAL)
+_OWN_ERRORS = (None, *OWN_ERRORS)  # what Pillow says has no number
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -107,6 +104,7 @@ class Encoded:
         size_bytes: What it takes in memory, encoded and decoded, as far as is known.
         error: Why `picture` is None, else "".
         away: Asked where `picture` is not there or may not be read: whether it is its folder that cannot be.
+        digest: Of its header when it was probed: with another it is another picture; "" where that is seen to.
     """
 
     index: int
@@ -114,6 +112,7 @@ class Encoded:
     size_bytes: int = 0
     error: str = ""
     away: Callable[[], bool] = lambda: False
+    digest: str = ""
 
 
 def on_one_canvas(headers: Sequence[Header], max_pixels: int) -> list[Header]:
@@ -191,14 +190,7 @@ def read_header(picture: Picture, max_pixels: int) -> Header:
     height = width = 0
     try:
         with open_binary(picture, glimpse=True) if isinstance(picture, (str, Path)) else nullcontext(picture) as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(str(size).encode())
-            head = b""
-            for start in (0, max(0, size - _SAMPLE_BYTES)):
-                file.seek(start)
-                sample = file.read(_SAMPLE_BYTES)
-                digest.update(sample)
-                head = head or sample
+            size, head = sample(file, digest)
             kind, shape = _webp_header(head, size) or _kind_and_shape(file)
         if not refusal(*shape, kind, size, max_pixels):
             height, width = shape
@@ -226,6 +218,7 @@ def decode_ahead(
 
     Raises:
         SourceError: If a picture cannot be read for a reason that is not its own: on another try it may be.
+        SourceChangedError: If one is another than when it was probed.
     """
     threads = threads or _DECODE_THREADS
     running: deque[tuple[Future[Frame], int]] = deque()
@@ -388,12 +381,15 @@ def _read_frame(encoded: Encoded, max_pixels: int) -> Frame:
             raise unanswered(picture, OSError("no such object")) from error
         return Frame(encoded.index, None, str(error))
     try:
-        return Frame(encoded.index, decode_image(picture, max_pixels))
+        frame = Frame(encoded.index, decode_image(picture, max_pixels))
     except SourceError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno in AWAY_ERRORS and encoded.away():
             raise unanswered(picture, cause) from error
         # Once it is mended, its source has another fingerprint, and is no longer the one that was labelled.
-        return Frame(encoded.index, None, f"{error}, and label its input anew")
+        frame = Frame(encoded.index, None, f"{error}, and label its input anew")
     except OSError as error:
         raise unanswered(picture, error) from error
+    if encoded.digest and is_another(picture, encoded.digest):  # last: it may have been written over meanwhile
+        raise changed(str(encoded.picture))
+    return frame

@@ -31,6 +31,7 @@ from depthmill.pipeline.memory import give_back_freed_memory
 from depthmill.pipeline.sources.limits import check_range
 from depthmill.pipeline.sources.naming import canonical_uri, source_id
 from depthmill.pipeline.sources.parked import Parked
+from depthmill.pipeline.sources.versions import Version, changed, check_unchanged, version_of
 from depthmill.pipeline.sources.video_container import reason
 from depthmill.pipeline.sources.video_decode import DamageError, Decoder, LostPlaceError, starts_badly
 from depthmill.pipeline.sources.video_packets import Group, PacketTable, fingerprint, scan
@@ -83,6 +84,7 @@ class VideoSource:
         self._threads = threads
         self._lock = threading.Lock()
         self._probed: tuple[Source, PacketTable, str] | None = None
+        self._version = Version(None)  # that was probed
         self._parked = Parked[Decoder]()
         self._verdicts: dict[int, _Verdict] = {}
         self._seeks = True
@@ -93,6 +95,7 @@ class VideoSource:
         Raises:
             SourceError: If the file is no video, holds no frame, or too many, or too large ones; or the disk or the
                 network fails.
+            SourceChangedError: If the file changes meanwhile.
         """
         source, table, _ = self._open()
         return replace(source, time_s=table.time_s)
@@ -103,7 +106,8 @@ class VideoSource:
         `on_passed` is told of each packet.
 
         Raises:
-            SourceError: If the file cannot be probed or read, or is another one than when it was.
+            SourceError: If the file cannot be probed or read.
+            SourceChangedError: If it is another than when it was probed; this may come after the last frame.
         """
         source, table, codec = self._open()
         check_range(source, start, stop)
@@ -116,7 +120,10 @@ class VideoSource:
     def _open(self) -> tuple[Source, PacketTable, str]:
         with self._lock:
             if self._probed is None:
-                self._probed = self._probe()
+                self._version = version_of(self._uri)
+                probed = self._probe()
+                check_unchanged(self._uri, self._version)
+                self._probed = probed
             return self._probed
 
     def _probe(self) -> tuple[Source, PacketTable, str]:
@@ -160,46 +167,55 @@ class VideoSource:
     def _read(
         self, source: Source, table: PacketTable, codec: str, start: int, stop: int, on_passed: Callable[[], None]
     ) -> Iterator[Frame]:
-        reformatter = VideoReformatter()
-        decoder = self._parked.take()
-        if decoder is None:
-            decoder = Decoder(self._uri, table, self._threads, self._seeks, self._max_pixels)
-            if len(table.size) > _LONG:
-                give_back_freed_memory()
-        whole = True
-        decoder.on_packet = on_passed
         try:
-            index = start
-            while index < stop:
-                group = table.group(table.group_of(index))
-                end = min(stop, group.stop)
-                for frame, picture, error in self._read_group(decoder, table, group, index, end):
-                    if picture is None:
-                        yield Frame(frame, None, error)
-                        continue
-                    try:
-                        image = to_rgb(
-                            picture,
-                            reformatter,
-                            codec=codec,
-                            height=source.height,
-                            width=source.width,
-                            threads=self._threads,
-                        )
-                    except (av.FFmpegError, ValueError) as problem:
-                        yield Frame(frame, None, f"{picture.format.name} cannot be converted: {reason(problem)}")
-                    else:
-                        yield Frame(frame, image)
-                index = end
+            # Not lent again after an error: libav remembers that reading failed, and says so at the end of the file.
+            with self._parked.lent(self._decoder) as lent:
+                decoder = lent()
+                decoder.on_packet = on_passed
+                try:
+                    yield from self._frames(decoder, source, table, codec, start, stop)
+                finally:
+                    decoder.on_packet = lambda: None
+                # Those of another file may have been taken for its packets, or for damage.
+                check_unchanged(self._uri, self._version)
         except SourceError:
-            whole = False  # libav remembers that reading failed, and says so again at the end of the file
+            check_unchanged(self._uri, self._version)
             raise
-        finally:
-            if whole:
-                decoder.on_packet = lambda: None
-                self._parked.park(decoder)
-            else:
-                decoder.close()
+
+    def _decoder(self) -> Decoder:
+        assert self._probed is not None
+        table = self._probed[1]
+        decoder = Decoder(self._uri, table, self._threads, self._seeks, self._max_pixels)
+        if len(table.size) > _LONG:
+            give_back_freed_memory()
+        return decoder
+
+    def _frames(
+        self, decoder: Decoder, source: Source, table: PacketTable, codec: str, start: int, stop: int
+    ) -> Iterator[Frame]:
+        reformatter = VideoReformatter()
+        index = start
+        while index < stop:
+            group = table.group(table.group_of(index))
+            end = min(stop, group.stop)
+            for frame, picture, error in self._read_group(decoder, table, group, index, end):
+                if picture is None:
+                    yield Frame(frame, None, error)
+                    continue
+                try:
+                    image = to_rgb(
+                        picture,
+                        reformatter,
+                        codec=codec,
+                        height=source.height,
+                        width=source.width,
+                        threads=self._threads,
+                    )
+                except (av.FFmpegError, ValueError) as problem:
+                    yield Frame(frame, None, f"{picture.format.name} cannot be converted: {reason(problem)}")
+                else:
+                    yield Frame(frame, image)
+            index = end
 
     def _read_group(
         self, decoder: Decoder, table: PacketTable, group: Group, start: int, stop: int
@@ -222,10 +238,7 @@ class VideoSource:
                 damaged = True
             except LostPlaceError:
                 if not self._seeks:
-                    raise SourceError(
-                        f"{self._uri}: its packets are others than when it was probed; expected a file that does not "
-                        "change while it is read: start again"
-                    ) from None
+                    raise changed(self._uri, "its packets are others") from None
                 self._seeks = decoder.seeks = False
 
     def _judge(self, table: PacketTable, group: Group, on_packet: Callable[[], None]) -> _Verdict:

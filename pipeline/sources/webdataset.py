@@ -24,7 +24,6 @@ from typing import Any, BinaryIO, cast
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.limits import check_frames, check_range, too_large
 from depthmill.pipeline.sources.naming import canonical_uri, unique_names
-from depthmill.pipeline.sources.opening import file_size
 from depthmill.pipeline.sources.parked import Parked
 from depthmill.pipeline.sources.pictures import (
     NO_HEADER,
@@ -37,6 +36,7 @@ from depthmill.pipeline.sources.pictures import (
 )
 from depthmill.pipeline.sources.suffixes import IMAGE_SUFFIXES
 from depthmill.pipeline.sources.tar_members import GZIP_DAMAGE, Member, open_archive, walk
+from depthmill.pipeline.sources.versions import Version, changed, check_unchanged, is_another, version_of
 from depthmill.pipeline.types import Frame, Source
 
 # Key and extension: from the first dot of the last part on; a leading slash is no part of the key.
@@ -78,6 +78,7 @@ class WebDatasetSource:
         self._threads = threads
         self._lock = threading.Lock()
         self._probed: tuple[Source, list[_Picture]] | None = None
+        self._version = Version(None)  # that was probed
         self._parked = Parked[BinaryIO]()
 
     def probe(self) -> Source:
@@ -85,6 +86,7 @@ class WebDatasetSource:
 
         Raises:
             SourceError: If it cannot be read, is no tar archive, or holds no picture, or more than `max_frames`.
+            SourceChangedError: If it changes meanwhile.
         """
         return self._open()[0]
 
@@ -95,6 +97,7 @@ class WebDatasetSource:
 
         Raises:
             SourceError: If the archive cannot be read.
+            SourceChangedError: If it, or a picture in it, is another than when it was probed.
         """
         source, pictures = self._open()
         check_range(source, start, stop)
@@ -114,15 +117,16 @@ class WebDatasetSource:
             return self._probed
 
     def _probe(self) -> tuple[Source, list[_Picture]]:
-        size = file_size(self._uri)
-        digest = hashlib.sha256(f"{size}\0".encode())
+        self._version = version_of(self._uri)
+        digest = hashlib.sha256(f"{self._version.size}\0".encode())
         pictures: list[_Picture] = []
         file, seekable = open_archive(self._uri)
         with closing(file):
-            for picture in _pictures(file, size if seekable else None, self._max_pixels):
+            for picture in _pictures(file, self._version.size if seekable else None, self._max_pixels):
                 pictures.append(picture)
                 check_frames(self._uri, len(pictures), self._max_frames)
                 digest.update(f"{picture.key}\0{picture.offset}\0{picture.size}\0{picture.header.digest}\0".encode())
+        check_unchanged(self._uri, self._version)
         if not any(picture.key for picture in pictures):
             damage = "; ".join(picture.error for picture in pictures[:3])
             raise SourceError(
@@ -140,25 +144,21 @@ class WebDatasetSource:
     def _encoded(
         self, pictures: list[_Picture], start: int, stop: int, on_passed: Callable[[], None]
     ) -> Generator[Encoded, None, None]:
-        file = self._parked.take()
         try:
-            for index in range(start, stop):
-                picture = pictures[index]
-                if picture.error:
-                    yield Encoded(index, None, error=picture.error)
-                    continue
-                file = file or open_archive(self._uri)[0]
-                data, problem = _read(file, picture.offset, picture.size, on_passed)
-                if problem:  # a gzip stream does not go on behind damage
-                    file.close()
-                    file = None
-                decoded_bytes = 3 * picture.header.height * picture.header.width
-                yield Encoded(index, None if problem else io.BytesIO(data), len(data) + decoded_bytes, problem)
+            with self._parked.lent(lambda: open_archive(self._uri)[0]) as archive:
+                for index in range(start, stop):
+                    picture = pictures[index]
+                    if picture.error:
+                        yield Encoded(index, None, error=picture.error)
+                        continue
+                    data, problem = _read(archive(), picture.offset, picture.size, on_passed)
+                    if problem or is_another(io.BytesIO(data), picture.header.digest):
+                        raise changed(self._uri, f"{picture.key} in it, {problem or 'which is another'}")
+                    size_bytes = len(data) + 3 * picture.header.height * picture.header.width
+                    yield Encoded(index, io.BytesIO(data), size_bytes)
         except OSError as error:
+            check_unchanged(self._uri, self._version)
             raise _unreadable(self._uri, error) from error
-        finally:
-            if file is not None:
-                self._parked.park(file)
 
 
 def _pictures(file: BinaryIO, size: int | None, max_pixels: int) -> Iterator[_Picture]:

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.errors import SourceChangedError, SourceError
 from depthmill.pipeline.sources import open_source, video_container, video_packets
 from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS
 from depthmill.tests import media as make
@@ -237,7 +237,7 @@ def test_a_damaged_video_that_is_another_by_now_is_to_be_started_again(
     with closing(open_source(make.break_middle(path, 0.6, 3000))) as source:
         assert any(frame.image is None for frame in source.read(0, FRAMES))
         monkeypatch.setattr(Decoder, "decode", lambda *args, **options: iter(()))
-        with pytest.raises(SourceError, match="start again"):
+        with pytest.raises(SourceChangedError, match=r"changed since .* \(its packets are others\)"):
             list(source.read(0, FRAMES))
 
 
