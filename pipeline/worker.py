@@ -243,10 +243,11 @@ class Worker:
         self._now(steps.state)
         on_frames, on_passed = partial(self._on_frames, steps), partial(self._on_passed, steps)
         try:
-            source = self._sources.open(task.uri, task.fingerprint)
-            on_frames(0)
-            trial = self._thread.submit(try_segment, source, task.segment, self._labeler, on_frames, on_passed)
-            return trial.result()
+            with self._sources.dropping(task.uri):
+                source = self._sources.open(task.uri, task.fingerprint)
+                on_frames(0)
+                trial = self._thread.submit(try_segment, source, task.segment, self._labeler, on_frames, on_passed)
+                return trial.result()
         finally:
             self._state = WorkerState("idle")
 
@@ -287,18 +288,19 @@ class Worker:
         task = job.task
         on_frames = partial(self._on_frames, job.steps)
         try:
-            rounded = self._labeler.rounds(job.source().probe())
-            on_frames(0)
-            return label_frames(
-                job.frames(),
-                task.segment,
-                self._labeler,
-                self._store,
-                on_frames,
-                rounded=rounded,
-                only=task.only or None,
-                storing=self._in_store,
-            )
+            with self._sources.dropping(task.uri):
+                rounded = self._labeler.rounds(job.source().probe())
+                on_frames(0)
+                return label_frames(
+                    job.frames(),
+                    task.segment,
+                    self._labeler,
+                    self._store,
+                    on_frames,
+                    rounded=rounded,
+                    only=task.only or None,
+                    storing=self._in_store,
+                )
         finally:
             job.end_reading()
             job.release()

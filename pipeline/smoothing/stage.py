@@ -215,13 +215,14 @@ class Smoother:
                 return ""
             if task.phase == "open":
                 self._sources.close()  # one that is open may be read on when its file is gone
-            source = self._sources.open(task.uri, task.fingerprint)
-            if task.phase == "open":
-                prepare(task.segment.source_id, self._store, self._config)
-                return ""
-            if task.phase == "filter":
-                return filter_segment(source, task.segment, self._store, self._config, on_frame, on_passed)
-            return write_segment_edges(source, task.segment, self._store, self._config, on_frame, on_passed)
+            with self._sources.dropping(task.uri):
+                source = self._sources.open(task.uri, task.fingerprint)
+                if task.phase == "open":
+                    prepare(task.segment.source_id, self._store, self._config)
+                    return ""
+                if task.phase == "filter":
+                    return filter_segment(source, task.segment, self._store, self._config, on_frame, on_passed)
+                return write_segment_edges(source, task.segment, self._store, self._config, on_frame, on_passed)
         finally:
             self._state = WorkerState("idle")
 

@@ -236,6 +236,7 @@ class Temporal:
                     self._directory.delete(key)
                 else:
                     self._directory.write(key, data)
+        next(rows, None)  # where whoever reads the pictures may find that they are others by now
         self._write("filtered", segment.start, segment.stop, codes)
 
     def read(self, name: str) -> npt.NDArray[Any]:

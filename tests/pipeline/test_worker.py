@@ -10,10 +10,11 @@ import pytest
 from depthmill.pipeline import stages
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import CheckpointError, SourceError
+from depthmill.pipeline.errors import CheckpointError, SourceChangedError, SourceError
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.plan import Task
-from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources import open_source, opened
+from depthmill.pipeline.sources import video as video_source
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.pipeline.stages import Labelled
 from depthmill.pipeline.store import Layout
@@ -244,6 +245,26 @@ def test_what_goes_wrong_is_said_of_the_task_that_it_went_wrong_with(start):
         SourceError, match=r"changed since it was labelled, or was to be; .* put it back, or label it anew"
     ):
         fresh.label(gone)
+
+
+@pytest.mark.parametrize("call", ["label", "try_task"])
+def test_a_source_that_changed_is_not_committed_and_is_opened_anew(start, monkeypatch, call):
+    worker, tasks = start("some")
+    opens = []
+    monkeypatch.setattr(opened, "open_source", lambda *given, **how: opens.append(1) or open_source(*given, **how))
+    worker.label(tasks[0])
+
+    def changed(*_):
+        raise SourceChangedError("another one")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video_source, "check_unchanged", changed)
+        with pytest.raises(SourceChangedError, match="another one"):
+            getattr(worker, call)(tasks[1])
+    assert worker._store.pending(tasks[0].segment.source_id) == [task.segment for task in tasks[1:]]
+    assert len(opens) == 1
+    getattr(worker, call)(tasks[1])
+    assert len(opens) == 2
 
 
 def test_what_is_warned_of_is_reported_once(start, monkeypatch):

@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -108,6 +110,48 @@ def test_one_changed_input_among_others_is_left_out(video, tmp_path, config):
     assert (summary.sources, summary.committed, summary.failures) == (3, 18, ())
     assert verify(open_store(tmp_path / "out.zarr")).damage == ()
     assert {len(source.time) for source in open_datasets(tmp_path / "out.zarr").values()} == {3, 18}
+
+
+@pytest.mark.parametrize("kind", ["photos", "big.tar"])
+def test_an_input_that_is_replaced_at_its_url_is_left_out_from_there_on(s3, video, tmp_path, config, monkeypatch, kind):
+    height, width = (48, 64) if kind == "photos" else (480, 640)  # of the archive, more than is fetched ahead
+
+    def put(first):
+        named = [(f"{i:02}.bmp", media.encode(first + i, ".bmp", height=height, width=width)) for i in range(12)]
+        if kind == "photos":  # one of them alone
+            files = {f"photos/{name}": picture for name, picture in (named[9:10] if first else named)}
+        else:
+            files = {kind: media.write_tar(tmp_path / kind, named).read_bytes()}
+        for name, data in files.items():
+            fsspec.filesystem("s3").pipe_file(f"{s3.url}/{name}", data)
+
+    put(0)
+    store, uri, label, done = tmp_path / "out.zarr", f"{s3.url}/{kind}", Worker.label, []
+
+    def replaced(self, task, *following):
+        report = label(self, task, *following)
+        done.append(task.uri)
+        if done.count(uri) == 1 and task.uri == uri:
+            put(100)
+        return report
+
+    monkeypatch.setattr(Worker, "label", replaced)
+    config, started_s = config.model_copy(update={"segment_frames": 4}), time.monotonic()
+    summary = run([uri, video], store, config)
+    assert time.monotonic() - started_s < 60, "it is no outage, which would be waited for"
+    (failure,) = summary.failures
+    assert (failure.uri, failure.frame) == (uri, None)
+    assert failure.reason.startswith(f"{uri} changed since it was labelled, or was to be")
+    status = {name.partition("-")[0]: one.status.values.tolist() for name, one in open_datasets(store).items()}
+    before = sum(status[kind.partition(".")[0]])  # what was read before stays, and nothing of the other one is in it
+    assert before in (4, 8)
+    assert status == {"clip": [1] * 19, kind.partition(".")[0]: [1] * before + [0] * (12 - before)}
+    monkeypatch.undo()
+    (failure,) = run([uri, video], store, config).failures
+    assert "changed since it was labelled into" in failure.reason
+    put(0)
+    summary = run([uri, video], store, config)
+    assert (summary.committed, summary.labelled, summary.failures) == (12 - before, 31, ())
 
 
 @pytest.mark.parametrize("array", ["status", "reason"])

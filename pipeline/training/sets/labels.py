@@ -26,7 +26,7 @@ from depthmill.pipeline.store import open_datasets, open_store
 from depthmill.pipeline.store.files import decoding
 from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.training.sets.samples import SetOptions, sample
-from depthmill.pipeline.types import LABELLED, MAX_FRAMES, MAX_PIXELS, FrameSource, Modality
+from depthmill.pipeline.types import LABELLED, MAX_FRAMES, MAX_PIXELS, Frame, FrameSource, Modality
 
 if TYPE_CHECKING:
     import xarray
@@ -123,7 +123,7 @@ class StoredLabels:
         opened = self._opened.setdefault(os.getpid(), _Opened(self._options.path))
         uri, fingerprint = self._sources[source_id]
         where = f"{uri}, frame {number}"
-        (frame,) = opened.source(uri, fingerprint).read(number, number + 1)
+        frame = opened.frame(uri, fingerprint, number)
         if frame.image is None:
             raise SampleError(f"{where}: {frame.error}")
         labels = opened.labels(source_id, self.modality, number)
@@ -165,6 +165,16 @@ class _Opened:
             raise TrainingError(
                 f"{uri} is not the file that was labelled into {self._store}: put it back, or label it anew"
             ) from error
+
+    def frame(self, uri: str, fingerprint: str, number: int) -> Frame:
+        """A source's; one that turns out to be another is probed anew, when it is asked for again."""
+        try:
+            with self.sources.dropping(uri):
+                (frame,) = self.source(uri, fingerprint).read(number, number + 1)
+            return frame
+        except SourceChangedError:
+            del self._probed[uri]
+            raise
 
     def labels(self, source_id: str, modality: Modality, number: int) -> npt.NDArray[Any]:
         """A frame's, of its own size: (H, W) float32 depth, or (H, W, 3) normals."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from depthmill.pipeline.config import SmoothConfig
-from depthmill.pipeline.errors import SourceError, StoreDamagedError
+from depthmill.pipeline.errors import SourceChangedError, SourceError, StoreDamagedError
 from depthmill.pipeline.smoothing import edges, filter
 from depthmill.pipeline.smoothing.stage import (
     Smoother,
@@ -18,6 +18,7 @@ from depthmill.pipeline.smoothing.stage import (
     write_unfiltered,
 )
 from depthmill.pipeline.sources import open_source, opened
+from depthmill.pipeline.sources import video as video_source
 from depthmill.pipeline.store import open_datasets, opening
 from depthmill.pipeline.store.temporal import FILTERED, PARTLY, SCALED, Temporal
 from depthmill.pipeline.store.verify import verify
@@ -151,3 +152,32 @@ def test_a_worker_reads_no_index_opens_anew_when_asked_and_decodes_on_its_cores(
     worker.close()
     assert {one["threads"] for one in given} == {threads}
     assert Temporal(store, name).solved()
+
+
+@pytest.mark.parametrize("phase", ["edges", "filter"])
+def test_nothing_is_computed_of_a_video_that_changed_and_it_is_opened_anew(tmp_path, monkeypatch, phase):
+    video = media.write_video(tmp_path / "clip.mp4", frames=21)
+    store, name = labelled(tmp_path / "a.zarr", video)
+    smooth(store, name, video)
+    temporal = Temporal(store, name)
+    temporal.prepare(max_edge=CONFIG.max_edge, flow=CONFIG.flow, leak=0.5, shape=edges_shape(CONFIG.max_edge))
+    worker, opens = Smoother(CONFIG, store.uri), []
+    worker.load()
+    monkeypatch.setattr(opened, "open_source", lambda *given, **how: opens.append(1) or open_source(*given, **how))
+    uri, fingerprint = (store.attributes(name)[key] for key in ("uri", "fingerprint"))
+    task = SmoothTask(phase, uri, fingerprint, store.segments(name)[0])
+    what = {"edges": "write_edges", "filter": "_write"}[phase]
+
+    def changed(*_):
+        raise SourceChangedError("another one")
+
+    worker.smooth(task)
+    with monkeypatch.context() as patch:
+        patch.setattr(Temporal, what, lambda *_: pytest.fail("it was committed"))
+        patch.setattr(video_source, "check_unchanged", changed)
+        with pytest.raises(SourceChangedError, match="another one"):
+            worker.smooth(task)
+    assert len(opens) == 1
+    worker.smooth(task)
+    worker.close()
+    assert len(opens) == 2

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from depthmill.pipeline import store as stores
-from depthmill.pipeline.errors import SampleError, SourceError, StoreError, TrainingError
+from depthmill.pipeline.errors import SampleError, SourceChangedError, SourceError, StoreError, TrainingError
 from depthmill.pipeline.sources import images, open_source, opened
 from depthmill.pipeline.store.layout import DEPTH_STEP
 from depthmill.pipeline.training.batch import TrainingSet
@@ -157,6 +157,21 @@ def test_a_changed_or_missing_source_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a").rename(tmp_path / "b")
     with pytest.raises(TrainingError, match=r"cannot be opened .*put it back"):
         open_set(config, "depth")
+
+
+def test_a_file_that_is_replaced_while_it_is_open_is_probed_anew(tmp_path: Path) -> None:
+    media.write_image_folder(tmp_path / "a", count=8)
+    label(tmp_path / "s", [tmp_path / "a"])
+    pictures = open_set(StoreOptions(path=tmp_path / "s", height=H, width=W), "depth")
+    pictures.read(1)
+    before = (tmp_path / "a" / "001.png").read_bytes()
+    media.write_image(tmp_path / "a" / "001.png", 9)
+    with pytest.raises(SourceChangedError, match="changed since"):
+        pictures.read(1)
+    with pytest.raises(TrainingError, match="is not the file that was labelled"):
+        pictures.read(1)
+    (tmp_path / "a" / "001.png").write_bytes(before)
+    pictures.read(1)
 
 
 def test_a_frame_that_can_no_longer_be_read(tmp_path: Path) -> None:
