@@ -28,6 +28,7 @@ from depthmill.pipeline.sources.suffixes import IMAGE_SUFFIXES
 from depthmill.pipeline.types import Frame, Source
 
 _HEADER_THREADS = 8  # waiting for the disk more than computing
+_HEADERS_AT_ONCE = 1024  # asked for: what is asked for takes more memory than the answer
 _OTHERS = 8  # that are looked at where a picture is gone
 
 
@@ -92,7 +93,9 @@ def _probe(uri: str, max_pixels: int, max_frames: int) -> tuple[Source, list[Pic
     check_frames(uri, len(names), max_frames)
     files = list(names.values())
     with ThreadPoolExecutor(_HEADER_THREADS, "depthmill-headers") as pool:
-        headers = list(pool.map(lambda file: read_header(file, max_pixels), files))
+        headers: list[Header] = []
+        for start in range(0, len(files), _HEADERS_AT_ONCE):
+            headers += pool.map(lambda file: read_header(file, max_pixels), files[start : start + _HEADERS_AT_ONCE])
     for index in [index for index, header in enumerate(headers) if not header.height][-1:]:
         if _is_away(files, headers, index, max_pixels):
             raise unanswered(files[index], OSError("nor can others that could be before"))

@@ -74,7 +74,7 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how one begins
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # of each picture there is one
 class Header:
     """What can be told of a picture without decoding it.
 

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from depthmill.pipeline.errors import SourceChangedError, SourceError
-from depthmill.pipeline.sources import expand_inputs, open_source, pictures
+from depthmill.pipeline.sources import expand_inputs, images, open_source, pictures
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import SourceContract, read_all
 
@@ -89,6 +91,23 @@ def test_too_many_frames(tmp_path: Path) -> None:
     assert open_source(tmp_path, max_frames=3).probe().frames == 3
     with pytest.raises(SourceError, match=r"more than 2 frames.*max_frames"):
         open_source(tmp_path, max_frames=2).probe()
+
+
+def test_few_headers_are_asked_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make.write_image_folder(tmp_path, count=10)
+    whole, asked = open_source(tmp_path).probe().fingerprint, []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *arguments: object) -> Future[object]:
+            asked.append(super().submit(*arguments))
+            assert sum(not one.done() for one in asked) <= 4
+            return asked[-1]
+
+    monkeypatch.setattr(images, "_HEADERS_AT_ONCE", 4)
+    monkeypatch.setattr(images, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(images, "read_header", lambda *arguments: time.sleep(0.01) or pictures.read_header(*arguments))
+    assert open_source(tmp_path).probe().fingerprint == whole
+    assert len(asked) == 10
 
 
 def test_all_bad_is_still_a_source(tmp_path: Path) -> None:
