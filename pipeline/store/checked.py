@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from zarr.core.buffer import cpu
-from zarr.storage import MemoryStore
 
 from depthmill.pipeline.store.files import damaged, decoding
-from depthmill.pipeline.store.layout import Document, checksum, segment_files
+from depthmill.pipeline.store.layout import Document, checksum, rows_per_file, segment_files
+from depthmill.pipeline.store.shard import decode_rows
 from depthmill.pipeline.store.store import Store
-from depthmill.pipeline.store.zarr_files import open_array
 from depthmill.pipeline.types import LABELLED, Segment
 
 
@@ -31,7 +29,7 @@ def stored_rows(store: Store, source_id: str, name: str, start: int, stop: int) 
         sums: dict[str, int] = {}
         if "checksum" in arrays:
             number = first // length
-            sums = dict(zip(files, map(int, store.read(source_id, "checksum", number, number + 1)[0]), strict=False))
+            sums = dict(zip(files, map(int, store.numbers(source_id, "checksum", number, number + 1)[0]), strict=False))
         for key, (of, begin, end) in files.items():
             if of != name or end <= start or begin >= stop:
                 continue
@@ -40,7 +38,7 @@ def stored_rows(store: Store, source_id: str, name: str, start: int, stop: int) 
             if why := wrong(data, sums.get(key), needed=labelled):
                 raise damaged(store.uri, key, why)
             with decoding(store.uri, key):
-                rows = decoded(f"{source_id}/{name}", arrays[name], key, data, slice(max(start, begin), min(stop, end)))
+                rows = decoded(arrays[name], data, slice(max(start, begin), min(stop, end)))
             yield from rows
 
 
@@ -63,7 +61,11 @@ def wrong(data: bytes | None, expected: int | None, *, needed: bool) -> str:
     return "" if checksum(data) == expected else "has other bytes than were written: its checksum differs"
 
 
-def decoded(path: str, document: Document, key: str, data: bytes | None, rows: slice) -> npt.NDArray[Any]:
-    """Rows of the array at `path`, as stored, out of the one file that holds them; whatever codecs raise of it."""
-    files = {} if data is None else {key: cpu.Buffer.from_bytes(data)}
-    return np.asarray(open_array(MemoryStore(files), path, document)[rows])  # type: ignore[arg-type]
+def decoded(document: Document, data: bytes | None, rows: slice) -> npt.NDArray[Any]:
+    """Rows of an array, as stored, out of the one file that holds them; whatever codecs raise of it."""
+    start, stop, _ = rows.indices(document["shape"][0])
+    if data is None:
+        dtype = object if document["data_type"] == "string" else document["data_type"]
+        return np.full((stop - start, *document["shape"][1:]), document["fill_value"], dtype)
+    first = start - start % rows_per_file(document)
+    return decode_rows(data, document, slice(start - first, stop - first))

@@ -1,4 +1,4 @@
-"""Shards, encoded: to the byte what zarr-python writes, but by many threads at once and without its copies.
+"""Shards, encoded and decoded: to the byte what zarr-python writes, but by many threads and without its copies.
 
 Zarr encodes the chunks of a shard one after the other, around which it spends as much time as in compressing them. The
 format is `sharding_indexed` of the Zarr v3 specification: the chunks that are not empty, one behind the other, then for
@@ -14,6 +14,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 from numcodecs import Blosc
+from numcodecs.vlen import VLenUTF8
 
 from depthmill.pipeline.store.files import Directory, decoding
 from depthmill.pipeline.store.layout import Document, file_key, rows_per_file
@@ -59,13 +60,33 @@ def read_numbers(directory: Directory, source_id: str, name: str, array: Documen
     start, stop, _ = wanted.indices(array["shape"][0])
     first = start - start % rows
     chunks = {file_key(source_id, name, array, row): row - first for row in range(first, stop, rows)}
-    dtype = np.dtype(array["data_type"]).newbyteorder("<")
-    values = np.full((len(chunks) * rows, *array["shape"][1:]), array["fill_value"], dtype)
+    values = np.full((len(chunks) * rows, *array["shape"][1:]), array["fill_value"], array["data_type"])
     for key, data in directory.read_all(chunks).items():
         with decoding(directory.uri, f"{source_id}/{name}"):
-            flat = np.frombuffer(Blosc().decode(data), dtype)
-            values[chunks[key] : chunks[key] + rows] = flat.reshape(rows, *array["shape"][1:])
+            values[chunks[key] : chunks[key] + rows] = decode_rows(data, array, slice(None))
     return values[start - first : stop - first]
+
+
+def decode_rows(data: bytes, array: Document, rows: slice) -> npt.NDArray[Any]:
+    """Rows of a file of an array, counted in the file; whatever codecs raise of it.
+
+    Zarr crosses between its threads for each chunk of a shard, and for each small array.
+    """
+    shape, (serializer, *_) = array["shape"][1:], array["codecs"]
+    if serializer["name"] == "vlen-utf8":
+        return np.asarray(VLenUTF8().decode(Blosc().decode(data)).reshape(rows_per_file(array))[rows])
+    dtype = np.dtype(array["data_type"]).newbyteorder("<")
+    if serializer["name"] == "bytes":
+        return np.frombuffer(Blosc().decode(data), dtype).reshape(rows_per_file(array), *shape)[rows]
+    start, stop, _ = rows.indices(rows_per_file(array))
+    values = np.full((stop - start, *shape), array["fill_value"], dtype)
+    stored = values
+    for transpose in serializer["configuration"]["codecs"][:-2]:
+        stored = stored.transpose(transpose["configuration"]["order"])
+    for row, chunk in split(data, array).items():
+        if start <= row < stop:
+            stored[row - start] = np.frombuffer(Blosc().decode(chunk), dtype).reshape(stored.shape[1:])
+    return values
 
 
 def assemble(chunks: Mapping[int, bytes], array: Document) -> bytes | None:

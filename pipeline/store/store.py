@@ -227,7 +227,9 @@ class Store:
 
     def reasons(self, source_id: str, frames: npt.NDArray[np.int64]) -> list[str]:
         """Why frames failed, given in order, "" where one did not."""
-        first, last = (int(frames[0]), int(frames[-1]) + 1) if frames.size else (0, 0)
+        if not frames.size:
+            return []
+        first, last = int(frames[0]), int(frames[-1]) + 1
         return [str(reason) for reason in self.read(source_id, "reason", first, last)[frames - first]]
 
     def pending(self, source_id: str) -> list[Segment]:

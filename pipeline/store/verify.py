@@ -188,7 +188,7 @@ class _Check:
         def values(name: str, key: str, file: bytes | None, part: slice) -> npt.NDArray[Any] | None:
             """Decode rows of an array out of one file, or note that it cannot be."""
             try:
-                return decoded(f"{segment.source_id}/{name}", self._arrays[name], key, file, part)
+                return decoded(self._arrays[name], file, part)
             except Exception as error:  # whatever codecs raise of broken bytes
                 frames = rows if name == "checksum" else part
                 found.append((key, frames.start, frames.stop, f"cannot be decoded: {type(error).__name__}: {error}"))
@@ -270,7 +270,7 @@ def _verify_metadata(store: Store, source_id: str, found: Mapping[str, bytes], r
     reason = wrong(data, attributes.get(f"{name}_checksum"), needed=False)
     if not reason:
         try:
-            values = decoded(f"{source_id}/{name}", arrays[name], key, data, slice(None))
+            values = decoded(arrays[name], data, slice(None))
             # No two pictures share a key, and that of no picture in a folder or a tar is empty.
             lost = np.isnan(values) if name == "time" else values == ""
             reason = "lacks values" if lost.sum() > (attributes["kind"] == "parquet") else ""
@@ -335,13 +335,14 @@ def _difference(found: Any, expected: Any, where: str = "") -> str:
 
     Whatever else it holds is the user's, unless xarray would decode by it; chunks say how they are compressed.
     """
-    parts: Iterator[str] = iter(())
+    if found == expected:
+        return ""
     if isinstance(expected, dict) and isinstance(found, dict):
         keys = ("name",) if expected.get("name") == "blosc" else (*expected, *sorted(found.keys() & _DECODES))
         parts = (_difference(found.get(key), expected.get(key), f"{where}.{key}".lstrip(".")) for key in keys)
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         parts = (_difference(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(found, expected, strict=True)))
-    elif found != expected:
+    else:
         return f"has {where} {json.dumps(found)}; expected {json.dumps(expected)}"
     return next(filter(None, parts), "")
 

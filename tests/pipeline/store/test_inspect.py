@@ -2,6 +2,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import zarr
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import StoreError
@@ -58,6 +59,13 @@ def test_sources_are_not_listed_one_by_one(store, monkeypatch):
     monkeypatch.setattr(LocalDirectory, "children", lambda self, key="": listed.append(key) or ["images/", "video/"])
     assert inspect(store).labelled == 8
     assert listed == [""]
+
+
+def test_without_failures_nothing_is_read_through_zarr(store, monkeypatch):
+    write(store, Segment("video", 8, 16))
+    read = []
+    monkeypatch.setattr(zarr.Array, "__getitem__", lambda self, rows: read.append(self.path))
+    assert (inspect(store).labelled, read) == (8, [])
 
 
 def test_reasons_are_read_where_frames_failed_alone(store, monkeypatch):

@@ -42,6 +42,12 @@ def test_a_sound_store_is_found_sound(done):
     assert files(done.uri) == before
 
 
+def test_nothing_is_read_through_zarr(done, monkeypatch):
+    """It takes a millisecond and more for each array, and for each chunk: of many small sources, most of the time."""
+    monkeypatch.delattr(zarr.Array, "__getitem__")
+    assert verify(done).damage == ()
+
+
 def flip(data):
     return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
 
