@@ -61,8 +61,8 @@ class Directory(Protocol):
         """What is directly in a directory: names, those of directories with a slash at their end; none if absent."""
         ...
 
-    def sizes(self, key: str = "") -> dict[str, int]:
-        """Key -> bytes of every file at any depth below a directory."""
+    def sizes(self, key: str = "") -> Iterator[tuple[str, int]]:
+        """Key and bytes of every file at any depth below a directory, in no order: there may be millions."""
         ...
 
     def remove(self, key: str) -> None:
@@ -182,14 +182,9 @@ class LocalDirectory:
         except OSError as error:
             raise StoreError(f"{path} cannot be listed: {error.strerror}; check its permissions") from error
 
-    def sizes(self, key: str = "") -> dict[str, int]:
+    def sizes(self, key: str = "") -> Iterator[tuple[str, int]]:
         """See `Directory`."""
-        sizes = {}
-        for folder, _, names in os.walk(self.path / key):
-            for file in (Path(folder) / name for name in names if not _is_partial(name)):
-                with suppress(FileNotFoundError):  # it may go while this looks
-                    sizes[file.relative_to(self.path).as_posix()] = file.stat().st_size
-        return sizes
+        return _sizes(self._at(key), key and f"{key}/")
 
     def remove(self, key: str) -> None:
         """See `Directory`."""
@@ -285,6 +280,22 @@ def _mkdir(folder: str) -> None:
     except FileExistsError:
         if not os.path.isdir(folder):
             raise
+
+
+def _sizes(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
+    """Key and bytes of every file below a folder, which may go while this looks, as they may."""
+    try:
+        with os.scandir(folder) as found:
+            entries = list(found)
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_dir():
+            if not entry.is_symlink():
+                yield from _sizes(entry.path, f"{prefix}{entry.name}/")
+        elif not _is_partial(entry.name):
+            with suppress(FileNotFoundError):
+                yield prefix + entry.name, entry.stat().st_size
 
 
 def _holds_files(folder: str) -> bool:

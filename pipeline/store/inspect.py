@@ -93,13 +93,14 @@ class Inspection:
 def inspect(store: Store) -> Inspection:
     """Look at a store: one listing of all its files, and the status of the sources that have any, many at once."""
     ids = store.sources()
-    sizes, committed = Counter[str](), set[str]()
-    files = store.directory.sizes()
-    for key, size in files.items():
+    sizes, committed, begun = Counter[str](), set[str](), set[str]()
+    for key, size in store.directory.sizes():
         source_id, _, name = key.partition("/")
         sizes[source_id] += size
         if name.startswith("status/c/"):
             committed.add(source_id)
+        elif name == f"temporal/{METADATA}":
+            begun.add(source_id)
 
     def look(source_id: str) -> tuple[SourceSummary, Counter[str]]:
         attributes = store.attributes(source_id)
@@ -114,7 +115,7 @@ def inspect(store: Store) -> Inspection:
             status = status if status.size else np.full(attributes["frames"], FAILED, np.uint8)
             failed = status == FAILED
             reasons = Counter({str(error): int(failed.sum())})
-        smoothing = _smoothing(store, source_id) if f"{source_id}/temporal/{METADATA}" in files else "none"
+        smoothing = _smoothing(store, source_id) if source_id in begun else "none"
         labelled = int((status == LABELLED).sum())
         height, width = attributes["size"]
         summary = SourceSummary(

@@ -85,11 +85,11 @@ class ObjectDirectory:
         names = (_name(entry) + ("/" if entry["type"] == "directory" else "") for entry in entries if _counts(entry))
         return sorted(name for name in names if name.strip("/"))
 
-    def sizes(self, key: str = "") -> dict[str, int]:
+    def sizes(self, key: str = "") -> Iterator[tuple[str, int]]:
         """See `Directory`."""
         with self._translated(key, "listed"):
             found = self._fs.find(self._path(key) + "/", detail=True)
-        return {path[len(self._root) + 1 :]: entry["size"] for path, entry in found.items() if _counts(entry)}
+        return ((path[len(self._root) + 1 :], entry["size"]) for path, entry in found.items() if _counts(entry))
 
     def remove(self, key: str) -> None:
         """See `Directory`."""

@@ -164,7 +164,7 @@ class Temporal:
         """Segments without `edges`, or that are not `filter`ed, in order."""
         chunks = f"{self._root}/{_COMMITS[what]}/c"
         # Files: a write that failed may leave the folders above one.
-        done = {key.removeprefix(f"{chunks}/").partition("/")[0] for key in self._directory.sizes(chunks)}
+        done = {key.removeprefix(f"{chunks}/").partition("/")[0] for key, _ in self._directory.sizes(chunks)}
         return [one for i, one in enumerate(self.store.segments(self.source_id)) if str(i) not in done]
 
     def unread(self, what: str) -> list[Segment]:

@@ -78,7 +78,7 @@ class ZarrFiles(Store):
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """Every key below a directory."""
-        for key in await asyncio.to_thread(self.directory.sizes, prefix.rstrip("/")):
+        for key in await asyncio.to_thread(lambda: dict(self.directory.sizes(prefix.rstrip("/")))):
             yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:

@@ -59,3 +59,29 @@ def test_a_folder_that_may_not_be_written_is_told_from_one_that_is_away(tmp_path
     with pytest.raises(StoreForbiddenError, match=rf"zarr\.json cannot be written: {os.strerror(code)}; check"):
         LocalDirectory(tmp_path).write("zarr.json", b"{}")
     assert not list(tmp_path.iterdir())
+
+
+def test_sizes_are_of_whole_files_and_of_none_behind_links(tmp_path):
+    directory, elsewhere = LocalDirectory(tmp_path / "store"), tmp_path / "elsewhere"
+    directory.make_root()
+    for key in ("zarr.json", "a/zarr.json", "a/depth/c/0/0", "b/c"):
+        directory.write(key, key.encode())
+    (tmp_path / "store/a/.zarr.json.partial").mkdir()
+    (tmp_path / "store/a/.zarr.json.partial/.0.partial").write_bytes(b"0")
+    elsewhere.mkdir()
+    (elsewhere / "file").write_bytes(b"12345678")
+    for name, target in (("folder", elsewhere), ("gone", tmp_path / "gone"), ("linked", elsewhere / "file")):
+        (tmp_path / "store" / name).symlink_to(target)
+    found = {"zarr.json": 9, "a/zarr.json": 11, "a/depth/c/0/0": 13, "b/c": 3, "linked": 8}
+    assert dict(directory.sizes()) == found
+    assert dict(directory.sizes("a")) == {key: size for key, size in found.items() if key.startswith("a/")}
+    assert dict(directory.sizes("none")) == {}
+
+
+def test_sizes_come_one_by_one(tmp_path, monkeypatch):
+    directory, scandir, listed = LocalDirectory(tmp_path), os.scandir, []
+    for key in ("zarr.json", "a/b", "c/d", "e/f"):
+        directory.write(key, b"0")
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    next(directory.sizes())
+    assert len(listed) <= 2, "the root, and perhaps one of its folders"

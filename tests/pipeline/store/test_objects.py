@@ -27,7 +27,7 @@ from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VID
 
 def objects(uri):
     directory = open_directory(uri)
-    return directory.read_all(directory.sizes())
+    return directory.read_all(dict(directory.sizes()))
 
 
 def fill(store):
@@ -146,7 +146,7 @@ def test_the_marker_of_an_empty_folder_is_nothing(s3):
     directory = open_directory(f"{s3.url}/s")
     directory._fs.pipe_file(f"{s3.url}/s/", b"")
     directory._fs.pipe_file(f"{s3.url}/s/video/", b"")
-    assert (directory.children(), directory.children("video"), directory.sizes()) == (["video/"], [], {})
+    assert (directory.children(), directory.children("video"), [*directory.sizes()]) == (["video/"], [], [])
     directory._fs.rm_file(f"{s3.url}/s/video/")
     assert stores.create(f"{s3.url}/s", LAYOUT, IDENTITY).new
 
@@ -205,11 +205,11 @@ def test_label_into_a_bucket_killed_and_resumed(s3, checkpoints, tmp_path):
     process = runs.start([clip], uri, checkpoints, "--workers", "0", log=subprocess.DEVNULL)
     committed, directory = 0, open_directory(uri)
     while process.poll() is None and committed < 3:
-        committed = sum("/status/c/" in key for key in directory.sizes())
+        committed = sum("/status/c/" in key for key, _ in directory.sizes())
         time.sleep(0.05)
     process.kill()
     assert process.wait() == -9, "it was over before it could be killed"
-    assert 3 <= sum("/status/c/" in key for key in directory.sizes()) < 12
+    assert 3 <= sum("/status/c/" in key for key, _ in directory.sizes()) < 12
     done = runs.run([clip], uri, checkpoints, "--workers", "0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert uri in done.stdout
