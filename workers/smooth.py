@@ -147,7 +147,8 @@ class _Run:
         self._limits = Pace(config.frame_limit_s, config.frame_limit_s)  # phases differ too much in pace to learn it
         self.display: Any = None
         self.done = 0  # frames, once a phase
-        self._to_do: Counter[str] = Counter()  # the same that is left of a source, as far as is known
+        self._ahead: dict[str, int] = {}  # the same that is left of a source, as far as is known
+        self._to_do = 0  # all of that
         self._suspects: dict[str, str] = {}  # source that could not be opened, though others could be -> why
         self._held: list[SmoothTask] = []  # theirs
         self._good: SmoothTask | None = None  # opens a source that was opened in this run
@@ -173,14 +174,13 @@ class _Run:
                 self.queue += found.tasks
             self._left[found.source_id] = len(found.tasks)
             phases = {"solve": int(self._config.filter), "filter": 1}  # this one and those that follow it
-            self._to_do[found.source_id] = sum(
-                one.frames * phases.get(one.phase, 1 + self._config.filter) for one in found.tasks
-            )
+            frames = sum(one.frames * phases.get(one.phase, 1 + self._config.filter) for one in found.tasks)
+            self._expect(found.source_id, frames)
         return bool(self.queue)
 
     def show(self, states: Mapping[str, WorkerState]) -> None:
         """Bring the display up to date."""
-        self.display(Counts(self.done + self._to_do.total(), 0, self.done, 0), states)
+        self.display(Counts(self.done + self._to_do, 0, self.done, 0), states)
 
     def go(self, crew: Crew, stopped: Callable[[], bool], say: Callable[[str], None]) -> None:
         """Work until nothing is left.
@@ -226,10 +226,15 @@ class _Run:
         """The next task. Once several sources, or the last ones, cannot be opened, it is to open one that could be."""
         if self._check is not None:
             return None
-        if len(self._suspects) >= _IN_A_ROW or (self._suspects and not (self.queue or self.looks.left or crew.busy)):
+        while self.queue and len(self._suspects) < _IN_A_ROW:
+            task = self.queue.popleft()
+            if task.segment.source_id in self._suspects:
+                self._held.append(task)
+            elif task.segment.source_id not in self.left_out:
+                return task
+        if len(self._suspects) >= _IN_A_ROW or (self._suspects and not (self.looks.left or crew.busy)):
             self._check = self._good
-            return self._check
-        return self.queue.popleft() if self.queue else None
+        return self._check
 
     def _rest(self, error: BaseException, now_s: float) -> None:
         """Wait for what does not answer: longer each time, but once for all that met it together."""
@@ -283,7 +288,7 @@ class _Run:
             return
         if task.phase not in ("open", "solve"):
             self.done += task.frames
-            self._to_do[source_id] -= task.frames
+            self._expect(source_id, self._ahead.get(source_id, 0) - task.frames)
         self._left[source_id] -= 1
         if not self._left[source_id]:
             self.looks.add(source_id, task.phase)
@@ -299,10 +304,9 @@ class _Run:
             self.queue.append(tried)
         elif isinstance(cause, SourceError) and not isinstance(cause, SourceChangedError) and self._good is not None:
             self._suspects[source_id] = words_of(event)
-            self._held += [replace(task, attempts=0), *self._withdrawn(source_id)]
+            self._held.append(replace(task, attempts=0))
         elif isinstance(cause, SourceError | StoreDamagedError) or task.phase in ("open", "solve"):
             self._leave_out(source_id, words_of(event))
-            self._withdrawn(source_id)
         else:
             if task.phase == "edges":
                 write_empty_edges(task.segment, self._store, self._config)
@@ -330,11 +334,10 @@ class _Run:
     def _leave_out(self, source_id: str, why: str) -> None:
         Temporal(self._store, source_id).leave_out(why)
         self.left_out[source_id] = why
-        self._to_do.pop(source_id, None)
+        self._expect(source_id, 0)
         self._suspects.pop(source_id, None)
 
-    def _withdrawn(self, source_id: str) -> list[SmoothTask]:
-        """The tasks of a source, which are no longer to be done now."""
-        found = [one for one in self.queue if one.segment.source_id == source_id]
-        self.queue = deque(one for one in self.queue if one.segment.source_id != source_id)
-        return found
+    def _expect(self, source_id: str, frames: int) -> None:
+        """So many frames are left of a source."""
+        self._to_do += frames - self._ahead.get(source_id, 0)
+        self._ahead[source_id] = frames

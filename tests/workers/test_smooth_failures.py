@@ -99,7 +99,7 @@ def test_nothing_of_a_source_that_is_left_out_is_tried_again(tmp_path, video):
     assert list(going.left_out) == [source_id]
     for attempts in (0, 1):
         going._failed(replace(second, attempts=attempts), Event(1, error=MemoryError("decoder")))
-    assert (list(going.queue), going.unread) == ([], {})
+    assert (going._next(None), list(going.queue), going.unread) == (None, [], {})
     assert Temporal(store, source_id).pending("edges") == store.segments(source_id)
 
 

@@ -1,5 +1,7 @@
 """Smoothing by simulated workers, on a clock of their own: what is away for a while, and workers that cannot load."""
 
+import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +27,7 @@ def smooth(monkeypatch):
 
     def run(pool, ids):
         going = _Run(SimpleNamespace(directory=None), SmoothConfig(attempts=2), ids)
-        going.display = lambda *_: None
+        going.display = lambda counts, states: vars(going).update(shown=counts)
         try:
             going.go(Crew(pool), lambda: False, lambda line: None)
         finally:
@@ -72,9 +74,34 @@ def test_sources_that_are_gone_while_others_are_there_are_left_out_at_once(smoot
     gone = set(IDS[10:])
     behave, done = works(lambda clock_s, uri: error if uri in gone else None)
     pool = SimulatedPool(lambda: 3, behave)
-    assert smooth(pool, IDS).left_out.keys() == gone
+    run = smooth(pool, IDS)
+    assert run.left_out.keys() == gone
     assert done == set(IDS) - gone
+    assert (run.shown.done, run.shown.total) == (80, 80)
     assert pool.clock_s < 20
+
+
+@pytest.mark.parametrize("error", [MissingError("no such file"), SourceChangedError("another file")])
+def test_what_a_source_costs_does_not_grow_with_their_number(smooth, monkeypatch, error):
+    monkeypatch.delattr(Counter, "total")  # asked for at every turn, it was most of it
+
+    def calls(number):
+        count, gone = 0, {f"s{i}" for i in range(2, number, 2)}
+
+        def see(frame, event, argument):
+            nonlocal count
+            count += event == "call" and frame.f_code.co_filename == _Run.go.__code__.co_filename
+
+        behave, done = works(lambda clock_s, uri: error if uri in gone else None)
+        sys.setprofile(see)
+        try:
+            smooth(SimulatedPool(lambda: 3, behave), [f"s{i}" for i in range(number)])
+        finally:
+            sys.setprofile(None)
+        assert len(done) == number - len(gone)
+        return count
+
+    assert calls(240) < 6 * calls(60)
 
 
 def test_the_one_that_is_opened_again_may_have_changed_meanwhile(smooth):
