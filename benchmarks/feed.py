@@ -27,8 +27,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.memory import keep_freed_memory
-from depthmill.pipeline.model.backend import cores
+from depthmill.pipeline.machine import cores, keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.model.transfer import pack_depth, pack_normals
 from depthmill.pipeline.plan import Task

@@ -29,8 +29,8 @@ import numpy as np
 import psutil
 
 from depthmill.pipeline.bench.timing import Spent
+from depthmill.pipeline.machine import cores
 from depthmill.pipeline.model import scratch
-from depthmill.pipeline.model.backend import cores
 
 OUT = Path(__file__).resolve().parent / "length.md"
 DEPTHMILL = [sys.executable, "-c", "from depthmill.cli import main; main()", "label"]

@@ -21,7 +21,8 @@ import torch
 
 from depthmill.pipeline.bench.timing import interleave, ratio
 from depthmill.pipeline.geometry import processed_size, to_network
-from depthmill.pipeline.model.backend import cores, named, pick_device
+from depthmill.pipeline.machine import cores
+from depthmill.pipeline.model.backend import named, pick_device
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.single_step import SingleStep, load_heads
 from depthmill.pipeline.model.specialize import Specialized

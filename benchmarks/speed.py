@@ -25,8 +25,9 @@ from depthmill.pipeline.bench import peers
 from depthmill.pipeline.bench.bench import BATCHED, COMPILED, DOCUMENTED, OURS, Speed, machine, measure_speed
 from depthmill.pipeline.bench.timing import interleave, ratio, typical
 from depthmill.pipeline.config import DEMO
+from depthmill.pipeline.machine import cores
 from depthmill.pipeline.model import scratch
-from depthmill.pipeline.model.backend import cores, cpu_bfloat16, pick_device
+from depthmill.pipeline.model.backend import cpu_bfloat16, pick_device
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.workers.progress import quiet_libraries
 

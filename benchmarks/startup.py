@@ -32,7 +32,7 @@ from PIL import Image
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.bench.timing import Spent, interleave, ratio, typical
-from depthmill.pipeline.model.backend import cores
+from depthmill.pipeline.machine import cores
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.plan import Planned, Prober
 from depthmill.pipeline.sources import open_source

@@ -23,7 +23,8 @@ from torch import nn
 
 from depthmill.pipeline.bench.timing import interleave, ratio, typical
 from depthmill.pipeline.config_files import load_config
-from depthmill.pipeline.model.backend import cores, named, pick_device
+from depthmill.pipeline.machine import cores
+from depthmill.pipeline.model.backend import named, pick_device
 from depthmill.pipeline.model.blocks import ChannelsLastNorm, replace
 from depthmill.pipeline.training import scenes
 from depthmill.pipeline.training.from_scratch import network

@@ -17,7 +17,7 @@ import torch
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import CheckpointError
-from depthmill.pipeline.memory import keep_freed_memory
+from depthmill.pipeline.machine import keep_freed_memory
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.sources import Prefetch

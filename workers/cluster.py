@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import ray
 
 from depthmill.pipeline.config import LabelConfig, SmoothConfig
 from depthmill.pipeline.errors import ConfigError
+from depthmill.pipeline.machine import cores
 from depthmill.workers.causes import reason
 
 _REACHABLE_S = 10.0
@@ -40,7 +40,7 @@ def connect(config: LabelConfig | SmoothConfig) -> Iterator[int]:
                 ray.init(config.address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 # Actors ask for one CPU each; on this machine the run alone decides how many share the cores.
-                _start(max(os.cpu_count() or 1, config.workers or 1))
+                _start(max(cores(), config.workers or 1))
     except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
         if not config.address:
             raise ConfigError(

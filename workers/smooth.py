@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from depthmill.pipeline.errors import (
     StoreError,
     StoreFullError,
 )
+from depthmill.pipeline.machine import cores
 from depthmill.pipeline.smoothing.stage import (
     Smoother,
     SmoothTask,
@@ -109,7 +109,7 @@ def smooth(
         try:
             if run.plan(wait=True):
                 pool: Pool = InProcess({"labeler": lambda: Smoother(config, store.uri)}, run.show)
-                if config.workers or (config.workers is None and (config.address or (os.cpu_count() or 1) > 1)):
+                if config.workers or (config.workers is None and (config.address or cores() > 1)):
                     from depthmill.workers.cluster import connect
 
                     stack.enter_context(connect(config))

@@ -21,8 +21,8 @@ from depthmill.pipeline.bench.flops import label_flops, matmuls
 from depthmill.pipeline.bench.timing import Clock, Ratio, Spent, interleave, ratio, typical
 from depthmill.pipeline.bench.verdict import ADVICE, Verdict, judge
 from depthmill.pipeline.config import LabelConfig, make_folder
-from depthmill.pipeline.memory import keep_freed_memory
-from depthmill.pipeline.model.backend import COMPILE_AFTER, cores, cpu_kind, default_threads
+from depthmill.pipeline.machine import cores, keep_freed_memory
+from depthmill.pipeline.model.backend import COMPILE_AFTER, cpu_kind, default_threads
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.types import Frame, is_corpus

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from depthmill.pipeline.evaluation.metrics import (
 )
 from depthmill.pipeline.evaluation.predictions import Predictions
 from depthmill.pipeline.evaluation.samples import Sample, Truth, read_truth
+from depthmill.pipeline.machine import cores
 
 R = TypeVar("R")
 
@@ -108,7 +108,7 @@ def score(
         except UnscorableError as error:
             return Skip(sample.name, str(error))
 
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "depthmill-score") as threads:
+    with ThreadPoolExecutor(min(_THREADS, cores()), "depthmill-score") as threads:
         for outcome in threads.map(one, samples):  # in order, so that sums round alike in every run
             if isinstance(outcome, Skip):
                 skipped.append(outcome)

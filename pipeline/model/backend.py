@@ -8,7 +8,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import torch
 
 from depthmill.pipeline.config import Compile
 from depthmill.pipeline.errors import ConfigError
+from depthmill.pipeline.machine import cores
 from depthmill.pipeline.model.cache import cache_directory, keep, kept
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ _MOST = 32
 # Of the free memory: what compiled passes hold in their graphs is not there for the others, which need as much again.
 _SHARE = 0.4
 _MOST_THREADS = 8
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # as a container sees its own
 # Pictures of one shape after which `auto` compiles: by then a run has lost what compiling takes, two minutes, at some
 # 25 ms a picture (both measured on an H100 at Stable Diffusion 2's size); so no run loses more than twice the least.
 COMPILE_AFTER = 5000
@@ -98,16 +97,6 @@ def named(device: torch.device) -> str:
 def default_threads() -> int:
     """CPU threads of a network that is not told of any: as many as this process has cores, at most 8."""
     return min(cores(), _MOST_THREADS)
-
-
-def cores() -> int:
-    """CPU cores that this process may use: by its affinity, and by the quota of its container (cgroup v2), if any."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = map(int, _QUOTA.read_text().split())
-    except (OSError, ValueError):  # there is none, or its quota is "max"
-        return count
-    return max(1, min(count, ceil(quota / period)))
 
 
 def cpu_kind() -> str:

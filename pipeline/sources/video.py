@@ -27,7 +27,7 @@ import av.video.frame
 from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.memory import give_back_freed_memory
+from depthmill.pipeline.machine import give_back_freed_memory
 from depthmill.pipeline.sources.limits import check_range
 from depthmill.pipeline.sources.naming import canonical_uri, source_id
 from depthmill.pipeline.sources.parked import Parked

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ import zarr
 from zarr.abc.store import Store as ZarrStore
 
 from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.machine import cores
 from depthmill.pipeline.store.files import Directory, damaged
 from depthmill.pipeline.store.layout import (
     MAX_SHARD_BYTES,
@@ -88,7 +88,7 @@ class SegmentWriter:
         self._rows: dict[int, Future[dict[str, bytes]]] = {}
         self._packed_bytes: dict[int, int] = {}
         row_bytes = sum(_row_bytes(documents[name], size) for name in layout.arrays)
-        self._threads = max(1, min(os.cpu_count() or 1, _MOST_THREADS, MAX_SHARD_BYTES // row_bytes))
+        self._threads = max(1, min(cores(), _MOST_THREADS, MAX_SHARD_BYTES // row_bytes))
         self._most_waiting = max(self._shard_frames, self._threads)
         self._compressors = ThreadPoolExecutor(self._threads, "shard-compressor")
         self._compressing: deque[Future[dict[str, bytes]]] = deque()

@@ -35,15 +35,6 @@ def test_a_gpu_without_bfloat16(monkeypatch):
     assert pick_dtype("auto", torch.device("cuda:1")) == torch.float16
 
 
-@pytest.mark.parametrize(("quota", "left"), [("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1), (None, 8)])
-def test_a_container_s_quota_counts(monkeypatch, tmp_path, quota, left):
-    monkeypatch.setattr(backend.os, "sched_getaffinity", lambda process: set(range(8)))
-    monkeypatch.setattr(backend, "_QUOTA", tmp_path / "cpu.max")
-    if quota:
-        (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    assert backend.cores() == left
-
-
 @pytest.mark.parametrize(
     ("device", "dtype", "rounds"),
     [(CUDA, torch.float32, False), (CUDA, torch.bfloat16, True), (CPU, torch.float32, True)],

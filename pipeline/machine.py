@@ -1,12 +1,26 @@
-"""What a process does with the memory that it frees."""
+"""What a process may use of its machine, and what it does with the memory that it frees."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+from math import ceil
+from pathlib import Path
 
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # as a container sees its own
 # glibc's <malloc.h>: no trimming, no blocks of their own mappings, one heap for all threads.
 _KEEPING = {-1: -1, -4: 0, -8: 1}
+
+
+def cores() -> int:
+    """CPU cores that this process may use: by its affinity, and by the quota of its container (cgroup v2), if any."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, _QUOTA.read_text().split())
+    except (OSError, ValueError):  # there is none, or its quota is "max"
+        return count
+    return max(1, min(count, ceil(quota / period)))
 
 
 def keep_freed_memory() -> None:
