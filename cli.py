@@ -94,8 +94,14 @@ def _stopped(why: object) -> NoReturn:
     os._exit(STOPPED)
 
 
-def _say(message: object) -> None:
-    typer.echo(printable(f"depthmill: {message}"), err=True)
+def _say(message: object, color: str | None = None) -> None:
+    """Write to standard error; that nobody reads it, or its disk is full, changes nothing of what is done."""
+    try:
+        typer.secho(printable(f"depthmill: {message}"), fg=color, err=True)
+    except OSError:
+        from depthmill.workers.progress import RunConsole
+
+        RunConsole(stderr=True).on_broken_pipe()
 
 
 def _show(text: object) -> None:
@@ -128,7 +134,11 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if sys.getfilesystemencoding() != "utf-8":
+        raise ConfigError(
+            f"file names are {sys.getfilesystemencoding()} in this locale; expected UTF-8, as inputs are called in a "
+            "store whatever the locale: set PYTHONUTF8=1"
+        )
 
 
 class _Command(TyperCommand):
@@ -173,11 +183,10 @@ def _keys(model: type[BaseModel], arguments: Mapping[str, Any]) -> dict[str, Any
 
 def _warn_of_demo(settings: LabelConfig) -> None:
     if settings.labels_by_default:
-        typer.secho(
-            "depthmill: no --checkpoint is given, so the embedded demo model is used, a toy; for labels that you care "
-            "about: --config video, --config images, or --checkpoint",
-            fg=None if os.environ.get("NO_COLOR") else "yellow",
-            err=True,
+        _say(
+            "no --checkpoint is given, so the embedded demo model is used, a toy; for labels that you care about: "
+            "--config video, --config images, or --checkpoint",
+            None if os.environ.get("NO_COLOR") else "yellow",
         )
 
 

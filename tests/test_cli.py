@@ -407,6 +407,28 @@ def test_a_reader_that_goes_away_changes_no_status_and_a_full_disk_is_said(
     assert (done.returncode, done.stderr[: len(message)], "Traceback" in done.stderr) == (status, message, False)
 
 
+@pytest.mark.parametrize("code", [errno.EPIPE, errno.ENOSPC])
+def test_an_error_output_that_cannot_be_written_stops_nothing(cli, tmp_path, monkeypatch, code):
+    from depthmill.pipeline.config import LabelConfig
+
+    def fail(text):
+        raise OSError(code, os.strerror(code))
+
+    with (tmp_path / "stderr").open("w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setattr(stderr, "write", fail, raising=False)
+        assert cli("label", tmp_path / "gone.mp4", tmp_path / "none.zarr").returncode == 2
+        _warn_of_demo(LabelConfig())
+        assert os.path.samestat(os.fstat(stderr.fileno()), Path(os.devnull).stat())
+
+
+def test_a_locale_that_is_no_utf_8_is_refused(tmp_path):
+    locale = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "depthmill", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=locale)
+    assert (done.returncode, "set PYTHONUTF8=1" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("raised", [RunStoppedError, StoreFullError])
 def test_how_a_stopped_run_ends_without_standard_output(raised, monkeypatch, capsys):
     def stopped():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from depthmill.pipeline.errors import DepthmillError, RunStoppedError
+from depthmill.pipeline.errors import DepthmillError, RunStoppedError, TrainingError
 from depthmill.pipeline.training.batch import Batch, TrainingSet, concatenate, cut, flip
 from depthmill.pipeline.training.config import Augment, TrainConfig
 from depthmill.pipeline.training.degrade import degrade
@@ -120,7 +120,13 @@ def load(batches: MicroBatches, numbers: Iterable[int], *, workers: int, pin: bo
         worker_init_fn=_one_thread if workers else None,
     )
     before = signal.getsignal(signal.SIGCHLD)
-    stream = iter(loader)
+    try:
+        stream = iter(loader)
+    except OSError as error:
+        raise TrainingError(
+            f"processes that read pictures cannot be started ({error.strerror or error}): see that /dev/shm can be "
+            "written, or set loader_workers: 0"
+        ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)  # torch's raises wherever the run is by then
     while True:

@@ -61,7 +61,7 @@ def test_rows_wait_up_to_a_shard_of_them(store, monkeypatch, where, step, most):
 
     monkeypatch.setattr(where, step, held)
     monkeypatch.setattr(writing, "_SHARDS_WRITTEN_AT_ONCE", 1)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("depthmill.pipeline.store.writer.cores", lambda: 2)
     writer = store.writer(Segment("video", 0, 8))
     for index in range(most):
         writer.put(index, *labels(index))  # a batch comes at once: who gives it does not wait

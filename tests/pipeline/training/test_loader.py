@@ -1,5 +1,6 @@
 """Micro-batches out of the loader's processes."""
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -54,6 +55,19 @@ def test_a_process_that_is_gone_is_told_from_one_that_failed(
     with pytest.raises((RunStoppedError, type(error))) as raised:
         next(load(MicroBatches(config(scene_pool)), [0], workers=1, pin=False))
     assert ("run again to go on from the last saved state" in str(raised.value)) == killed
+
+
+def test_processes_that_cannot_be_started_are_said(scene_pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loader:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def __iter__(self) -> Iterator[object]:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(loader_module, "DataLoader", Loader)
+    with pytest.raises(TrainingError, match=r"Read-only file system.*loader_workers: 0"):
+        next(load(MicroBatches(config(scene_pool)), [0], workers=1, pin=False))
 
 
 @pytest.mark.slow
