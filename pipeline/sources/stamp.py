@@ -10,7 +10,7 @@ from pathlib import Path
 
 from depthmill.pipeline.objects import is_bucket, is_url, path_of, without_secrets
 from depthmill.pipeline.sources.naming import is_preview
-from depthmill.pipeline.sources.opening import files_below, kind_of, translated
+from depthmill.pipeline.sources.opening import details, files_below, kind_of, translated
 from depthmill.pipeline.sources.suffixes import IMAGE_SUFFIXES, SUFFIXES
 
 # A file that is written twice within one tick of its disk's clock keeps its time: of 2 s on FAT, of ms elsewhere.
@@ -63,10 +63,10 @@ def _objects(uri: str) -> Iterator[tuple[str, str]]:
     """The same of a URL: of an object, or of all pictures below a prefix."""
     is_object = not is_bucket(uri) or path_of(uri).lower().endswith(SUFFIXES)
     with translated(uri) as (files, path):
-        found = {path: files.info(path)} if is_object else files.find(path, detail=True)
+        found = {path: details(uri)} if is_object else files.find(path, detail=True)
     for name in sorted(found):
         if name == path or (_is_picture(name) and not is_preview(name)):
-            tag = found[name].get("ETag") or found[name].get("etag")
+            tag = found[name].get("ETag") or found[name].get("generation")
             yield name, f"{found[name].get('size')} {tag}" if tag else ""
 
 
