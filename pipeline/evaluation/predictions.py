@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from functools import lru_cache, partial
+from os.path import splitext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +16,14 @@ from depthmill.pipeline.errors import EvaluationError, StoreDamagedError, Unscor
 from depthmill.pipeline.evaluation.decode import Floats
 from depthmill.pipeline.evaluation.samples import Sample, some
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
-from depthmill.pipeline.store import open_datasets, open_store
-from depthmill.pipeline.store.files import decoding
+from depthmill.pipeline.store import open_store
+from depthmill.pipeline.store.rows import open_labels
+from depthmill.pipeline.store.temporal import Temporal, not_smoothed
 from depthmill.pipeline.types import FAILED, PENDING, Modality
+
+logger = logging.getLogger(__name__)
+
+_OPEN_SOURCES = 16  # of which labels are read in turn; a picture's is the next one's more often than not
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,31 +121,36 @@ def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality, 
 
     Raises:
         EvaluationError: If the store has other labels, is not finished, or lacks a sample.
-        StoreError: If there is no such store, it is damaged, or nothing in it is smoothed, though that is asked for.
+        StoreError: If there is no such store, it is damaged, or no source that holds a sample is smoothed, though that
+            is asked for, or one not to the end.
     """
     store = open_store(path)
     if modality not in store.layout.labels:
         raise EvaluationError(f"{path} holds {', '.join(store.layout.labels)}; the set asks for {modality}")
-    datasets = open_datasets(path, smooth=smooth)
-    depths = {len(PurePosixPath(sample.name).parts) for sample in samples}
     wanted = {sample.name for sample in samples}
+    depths = {name.count("/") + 1 for name in wanted}
     rows: dict[str, tuple[str, int]] = {}
     seen = ""
-    for source in datasets:
+    unsmoothed: list[str] = []
+    sources = store.sources()
+    for why in store.damaged.values():
+        logger.warning("%s; it is left out", why)
+    for source in sources:
         attributes = store.attributes(source)
         if attributes["kind"] != "images":
             continue
-        folder = PurePosixPath(Path(attributes["uri"]).as_posix())
-        keys = [str(key) for key in store.read(source, "key")]
-        if keys == [folder.name]:
-            folder = folder.parent  # a source that is one picture
-        for row, key in enumerate(keys):
-            parts = (folder / key).with_suffix("").parts
-            seen = key
-            for name in wanted & {"/".join(parts[-depth:]) for depth in depths}:
-                if name in rows:
-                    raise EvaluationError(f"{path} has two rows for {name}: in {rows[name][0]} and {source}")
-                rows[name] = (source, row)
+        keys = store.keys(source)
+        seen = keys[-1]
+        found = list(named(attributes["uri"], keys, wanted, depths))
+        if found and smooth and not Temporal(store, source).usable():
+            unsmoothed.append(source)
+            continue
+        for name, row in found:
+            if name in rows:
+                raise EvaluationError(f"{path} has two rows for {name}: in {rows[name][0]} and {source}")
+            rows[name] = (source, row)
+    if unsmoothed and not rows:
+        raise not_smoothed(store, unsmoothed)
     missing = [sample.name for sample in samples if sample.name not in rows]
     if missing:
         raise EvaluationError(
@@ -151,21 +164,30 @@ def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality, 
         raise EvaluationError(
             f"{path} is not finished: {some(pending)} have no labels yet; run the same `depthmill label` again"
         )
-    reasons = {(failure.source_id, failure.frame): failure.reason for failure in store.failures()}
-    sizes = {source: store.read(source, "size") for source in status}
+    labels = lru_cache(_OPEN_SOURCES)(partial(open_labels, store, name=modality, smooth=smooth))
 
     def read(sample: Sample) -> Floats:
         source, row = rows[sample.name]
-        if status[source][row] == FAILED:
-            raise UnscorableError(f"it has no labels: {reasons[source, row]}")
-        H, W = (int(side) for side in sizes[source][row])
         try:
-            with decoding(store.uri, f"{source}/{modality}", f"frame {row}: "):
-                values: Floats = datasets[source][modality][row, :H, :W].values
+            if status[source][row] == FAILED:
+                raise UnscorableError(f"it has no labels: {store.reasons(source, np.array([row]))[0]}")
+            return labels(source).read(row)
         except StoreDamagedError as error:
             raise UnscorableError(str(error)) from error
-        return values
 
     checkpoint = store.identity.get("checkpoints", {}).get(modality, {}).get("name", "")
     packing = "uint16 in steps of 1/5120" if modality == "depth" else store.layout.normals_dtype
     return Predictions(read, checkpoint, {"store": str(path), "identity": store.identity, "packing": packing})
+
+
+def named(uri: str, keys: Sequence[str], wanted: Collection[str], depths: Collection[int]) -> Iterator[tuple[str, int]]:
+    """The wanted names, of so many parts, that the paths of a source's pictures end in, and their rows."""
+    folder = Path(uri).as_posix()
+    if list(keys) == [folder.rpartition("/")[2]]:
+        folder = folder.rpartition("/")[0]  # a source that is one picture
+    for row, key in enumerate(keys):
+        path, _ = splitext(f"{folder}/{key}")  # noqa: PTH122 (there may be millions; pathlib takes 8 times as long)
+        parts = path.rsplit("/", max(depths, default=0))
+        for name in ("/".join(parts[-depth:]) for depth in depths):
+            if name in wanted:
+                yield name, row

@@ -50,17 +50,18 @@ def encode_chunk(labels: npt.NDArray[Any], array: Document) -> bytes:
     return bytes(codec.encode(np.ascontiguousarray(chunk, dtype.newbyteorder("<"))))
 
 
-def read_numbers(directory: Directory, source_id: str, name: str, array: Document, wanted: slice) -> npt.NDArray[Any]:
-    """Rows of an array of numbers that is not sharded: there are many of `status`, for Zarr slow.
+def read_plain(directory: Directory, source_id: str, name: str, array: Document, wanted: slice) -> npt.NDArray[Any]:
+    """Rows of an array that is not sharded, of numbers or strings: there are many of `status`, for Zarr slow.
 
     Raises:
         StoreDamagedError: If a file of it cannot be decoded.
     """
-    rows = rows_per_file(array)
-    start, stop, _ = wanted.indices(array["shape"][0])
+    rows, shape = rows_per_file(array), array["shape"]
+    start, stop, _ = wanted.indices(shape[0])
     first = start - start % rows
     chunks = {file_key(source_id, name, array, row): row - first for row in range(first, stop, rows)}
-    values = np.full((len(chunks) * rows, *array["shape"][1:]), array["fill_value"], array["data_type"])
+    dtype = object if array["data_type"] == "string" else array["data_type"]
+    values = np.full((len(chunks) * rows, *shape[1:]), array["fill_value"], dtype)
     for key, data in directory.read_all(chunks).items():
         with decoding(directory.uri, f"{source_id}/{name}"):
             values[chunks[key] : chunks[key] + rows] = decode_rows(data, array, slice(None))

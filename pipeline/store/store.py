@@ -43,7 +43,7 @@ from depthmill.pipeline.store.root import (
     source_members,
     write_root,
 )
-from depthmill.pipeline.store.shard import read_numbers
+from depthmill.pipeline.store.shard import read_plain
 from depthmill.pipeline.types import FAILED, LABELLED, Failure, Segment, Source
 
 if TYPE_CHECKING:
@@ -218,12 +218,17 @@ class Store:
         return self.numbers(source_id, "status", start, stop)
 
     def numbers(self, source_id: str, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """Rows of `status` or `checksum`, as `read` has them, but sooner.
+        """Rows of an array that is not sharded, as `read` has them, but sooner.
 
         Raises:
             StoreDamagedError: If a file of it cannot be decoded.
         """
-        return read_numbers(self.directory, source_id, name, self.arrays(source_id)[name], slice(start, stop))
+        return read_plain(self.directory, source_id, name, self.arrays(source_id)[name], slice(start, stop))
+
+    def keys(self, source_id: str) -> list[str]:
+        """Names of a source's pictures."""
+        keys: list[str] = self.numbers(source_id, "key").tolist()
+        return keys
 
     def reasons(self, source_id: str, frames: npt.NDArray[np.int64]) -> list[str]:
         """Why frames failed, given in order, "" where one did not."""
@@ -351,7 +356,7 @@ class Store:
             return []
         keys: Sequence[str | None] = [None] * len(failed)
         if attributes["kind"] != "video":
-            keys = [str(key) for key in self.read(source_id, "key")[failed]]
+            keys = self.numbers(source_id, "key")[failed].tolist()
         return [
             Failure(attributes["uri"], source_id, int(i), reason, key)
             for i, reason, key in zip(failed, self.reasons(source_id, failed), keys, strict=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ UNREAD = -1.0
 
 _VERSION = 2  # of the computation: raised when the same configuration gives other bytes
 _LEFT_OUT = "left_out"  # attribute: why the last run could not go on with it
+_NAMED = 3  # sources in an error
 _COMMITS = {"edges": "edges", "solution": "shot", "filter": "filtered"}
 _FILTER_ARRAYS = ("depth_smooth", "normals_smooth")
 
@@ -109,6 +110,17 @@ class Temporal:
     def left_out(self) -> bool:
         """Whether the last run left it out, and none before it solved it as it is now."""
         return _LEFT_OUT in (self.attributes() or {}) and not self.current()
+
+    def usable(self) -> bool:
+        """Whether there are smoothed labels to be read: not of a source that is not smoothed, or had to be left out.
+
+        Raises:
+            StoreError: If it is unfinished, or of other labels.
+        """
+        if self.attributes() is None or self.left_out():
+            return False
+        self.check_current()
+        return True
 
     def current(self) -> bool:
         """Whether it is solved, of the labels that there are."""
@@ -297,6 +309,16 @@ class Temporal:
                 "filtered", "uint8", 0, "0 pending, 1 filtered, 2 no labels, 3 scaled alone, 4 without another", length
             ),
         }
+
+
+def not_smoothed(store: Store, source_ids: Sequence[str] = ()) -> StoreError:
+    """What to raise where smoothed labels are asked for, and no source is smoothed; of these, if any are given."""
+    more = ", …" if len(source_ids) > _NAMED else ""
+    among = f" among {', '.join(source_ids[:_NAMED])}{more}" if source_ids else ""
+    options = "".join(f" --source {one}" for one in source_ids[:_NAMED])  # which pictures' have to be named by
+    return StoreError(
+        f"{store.uri} has no smoothed source{among}: run `depthmill smooth {store.uri}{options}{more and ' …'}`"
+    )
 
 
 def pack_smooth_depth(depth: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

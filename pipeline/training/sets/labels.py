@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +21,11 @@ from depthmill.pipeline.errors import (
     TrainingError,
 )
 from depthmill.pipeline.sources.opened import OpenSources
-from depthmill.pipeline.store import open_datasets, open_store
-from depthmill.pipeline.store.files import decoding
+from depthmill.pipeline.store import Store, open_store
+from depthmill.pipeline.store.rows import open_labels
 from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.training.sets.samples import SetOptions, sample
 from depthmill.pipeline.types import LABELLED, MAX_FRAMES, MAX_PIXELS, Frame, FrameSource, Modality
-
-if TYPE_CHECKING:
-    import xarray
 
 logger = logging.getLogger(__name__)
 
@@ -73,40 +69,42 @@ class StoredLabels:
         """
         self.modality: Modality = modality
         self._options = options
-        self._sources: dict[str, tuple[str, str]] = {}  # id -> uri and fingerprint
-        self._frames: list[tuple[str, int]] = []
         self._opened: dict[int, _Opened] = {}  # by process
         try:
-            store = open_store(options.path)
+            self._store = open_store(options.path)
         except StoreError as error:
             raise TrainingError(str(error)) from error
-        if modality not in store.layout.labels:
-            stored = ", ".join(store.layout.labels)
+        if modality not in self._store.layout.labels:
+            stored = ", ".join(self._store.layout.labels)
             raise TrainingError(f"{options.path} has labels of {stored}; expected {modality}: label with it")
-        frames = 0
-        sources = store.sources()
-        for why in store.damaged.values():
+        sources = self._store.sources()
+        for why in self._store.damaged.values():
             logger.warning("%s; it is left out", why)
-        for source_id in sources:
-            attributes = store.attributes(source_id)
-            labelled = np.flatnonzero(store.status(source_id) == LABELLED).tolist()
-            frames += attributes["frames"]
-            if labelled:
-                self._frames += [(source_id, frame) for frame in labelled]
-                self._sources[source_id] = attributes["uri"], attributes["fingerprint"]
-                opened = _Opened(options.path)
-                try:
-                    opened.source(*self._sources[source_id])
-                except SourceError as error:
-                    raise TrainingError(
-                        f"{options.path} has labels of {attributes['uri']}, which cannot be opened ({error}): put it "
-                        "back"
-                    ) from error
-                opened.sources.close()
-        if not self._frames:
+        labelled = {one: self._labelled(one) for one in sources}
+        self._sources = [one for one, frames in labelled.items() if frames.size]
+        if not self._sources:
             raise TrainingError(f"{options.path} has no labelled frame: run `depthmill label` to its end")
-        if lost := frames - len(self._frames):
+        # Numbers of frames, source by source, and where those of each source end: there may be tens of millions.
+        self._frames = np.concatenate([labelled[one] for one in self._sources])
+        self._ends = np.cumsum([labelled[one].size for one in self._sources])
+        frames = sum(self._store.attributes(one)["frames"] for one in sources)
+        if lost := frames - len(self):
             logger.warning("%s: %d of %d frames have no labels and are left out", options.path, lost, frames)
+
+    def _labelled(self, source_id: str) -> npt.NDArray[np.int32]:
+        """The numbers of a source's labelled frames; if there are any, it is opened and probed."""
+        frames = np.flatnonzero(self._store.status(source_id) == LABELLED).astype(np.int32)
+        if frames.size:
+            opened = _Opened(self._store, self.modality)
+            try:
+                opened.source(source_id)
+            except SourceError as error:
+                uri = self._store.attributes(source_id)["uri"]
+                raise TrainingError(
+                    f"{self._options.path} has labels of {uri}, which cannot be opened ({error}): put it back"
+                ) from error
+            opened.sources.close()
+        return frames
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is open."""
@@ -118,15 +116,18 @@ class StoredLabels:
 
     def read(self, index: int) -> Batch:
         """One frame; see `TrainingSet.read`."""
-        source_id, number = self._frames[index]
+        source_id = self._sources[np.searchsorted(self._ends, index, side="right")]
+        number = int(self._frames[index])
         # Decoders have threads, which do not survive a fork: a process leaves those of its parent alone.
-        opened = self._opened.setdefault(os.getpid(), _Opened(self._options.path))
-        uri, fingerprint = self._sources[source_id]
-        where = f"{uri}, frame {number}"
-        frame = opened.frame(uri, fingerprint, number)
+        opened = self._opened.setdefault(os.getpid(), _Opened(self._store, self.modality))
+        where = f"{self._store.attributes(source_id)['uri']}, frame {number}"
+        frame = opened.frame(source_id, number)
         if frame.image is None:
             raise SampleError(f"{where}: {frame.error}")
-        labels = opened.labels(source_id, self.modality, number)
+        try:
+            labels: npt.NDArray[Any] = opened.labels(source_id).read(number)
+        except StoreDamagedError as error:
+            raise SampleError(str(error)) from error
         if self.modality == "depth":
             target, mask = 1 + labels, ~np.isnan(labels)
         else:
@@ -139,52 +140,39 @@ class StoredLabels:
 
 
 class _Opened:
-    """What one process has open: the store, and a few sources; of the others it keeps what probing found.
+    """What one process has open: a few sources, and their labels; of other sources it keeps what probing found.
 
     That is some hundred bytes a picture. Probing again, a source's pictures are as many headers to be read for one.
     """
 
-    def __init__(self, store: str | Path) -> None:
+    def __init__(self, store: Store, modality: Modality) -> None:
         self._store = store
         # One thread: every worker of a data loader has its own.
         self.sources = OpenSources(MAX_PIXELS, MAX_FRAMES, threads=1, at_once=_OPEN_SOURCES)
         self._probed: dict[str, FrameSource] = {}
+        self.labels = lru_cache(_OPEN_SOURCES)(partial(open_labels, store, name=modality))
 
-    @cached_property
-    def datasets(self) -> dict[str, xarray.Dataset]:
-        return open_datasets(self._store)
-
-    def source(self, uri: str, fingerprint: str) -> FrameSource:
+    def source(self, source_id: str) -> FrameSource:
         """A source as it was labelled, open or closed."""
+        attributes = self._store.attributes(source_id)
+        uri = attributes["uri"]
         if uri in self._probed:
             return self._probed[uri]
         try:
-            self._probed[uri] = self.sources.open(uri, fingerprint)
+            self._probed[uri] = self.sources.open(uri, attributes["fingerprint"])
             return self._probed[uri]
         except SourceChangedError as error:
             raise TrainingError(
-                f"{uri} is not the file that was labelled into {self._store}: put it back, or label it anew"
+                f"{uri} is not the file that was labelled into {self._store.uri}: put it back, or label it anew"
             ) from error
 
-    def frame(self, uri: str, fingerprint: str, number: int) -> Frame:
+    def frame(self, source_id: str, number: int) -> Frame:
         """A source's; one that turns out to be another is probed anew, when it is asked for again."""
+        uri = self._store.attributes(source_id)["uri"]
         try:
             with self.sources.dropping(uri):
-                (frame,) = self.source(uri, fingerprint).read(number, number + 1)
+                (frame,) = self.source(source_id).read(number, number + 1)
             return frame
         except SourceChangedError:
             del self._probed[uri]
             raise
-
-    def labels(self, source_id: str, modality: Modality, number: int) -> npt.NDArray[Any]:
-        """A frame's, of its own size: (H, W) float32 depth, or (H, W, 3) normals."""
-        try:
-            with decoding(str(self._store), f"{source_id}/{modality}", f"frame {number}: "):
-                dataset = self.datasets[source_id]
-                labels: npt.NDArray[Any] = dataset[modality][number].values
-                if "size" in dataset:
-                    height, width = dataset["size"][number].values
-                    labels = labels[:height, :width]
-        except StoreDamagedError as error:
-            raise SampleError(str(error)) from error
-        return labels

@@ -13,7 +13,8 @@ import torch
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import SampleError, SourceChangedError, SourceError, StoreError, TrainingError
-from depthmill.pipeline.sources import images, open_source, opened
+from depthmill.pipeline.sources import images, open_source, opened, source_id
+from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.layout import DEPTH_STEP
 from depthmill.pipeline.training.batch import TrainingSet
 from depthmill.pipeline.training.sets import labels as labels_module
@@ -242,3 +243,32 @@ def test_depth_is_greater_than_zero_where_the_label_is_zero(config: StoreOptions
     batch = open_set(config, "depth").read(5)
     assert batch.mask[0, 1].all()
     torch.testing.assert_close(batch.target[0, 0, 1], torch.ones(W))
+
+
+def test_a_frame_costs_no_look_at_other_sources(config: StoreOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening all of them took minutes and gigabytes for each loader worker, of 100,000."""
+    elsewhere, keys = pickle.loads(pickle.dumps(open_set(config, "depth"))), []
+    read = LocalDirectory.read
+    monkeypatch.setattr(LocalDirectory, "read", lambda self, key, *part: keys.append(key) or read(self, key, *part))
+    elsewhere.read(5)
+    assert {key.partition("/")[0] for key in keys} == {source_id(config.path.parent / "video.mp4")}
+    assert not any(key.endswith("zarr.json") for key in keys)
+
+
+def test_labels_stay_open_a_few_sources_at_a_time(config: StoreOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels_module, "_OPEN_SOURCES", 1)
+    pictures, opened = open_set(config, "depth"), []
+    array = stores.Store.array
+    monkeypatch.setattr(stores.Store, "array", lambda self, *named: opened.append(named[0]) or array(self, *named))
+    for i in (0, 1, 18, 17, 0):
+        pictures.read(i)
+    folder, video = (source_id(config.path.parent / name) for name in ("pictures", "video.mp4"))
+    assert opened == [folder, video, folder]
+
+
+def test_a_frame_takes_four_bytes(config: StoreOptions) -> None:
+    """There may be tens of millions, in each loader worker; as tuples they took a hundred."""
+    pictures = open_set(config, "depth")
+    arrays = [value for value in vars(pictures).values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) == 4 * len(pictures) + 8 * 2
+    assert not any(isinstance(value, list) and len(value) > 2 for value in vars(pictures).values())
