@@ -126,8 +126,8 @@ def open_datasets(
     A source that is damaged so that it cannot be opened is left out, with a warning, unless it was asked for.
 
     Raises:
-        StoreError: If there is no such store or source, or it is damaged; with `smooth`, if no source is smoothed, or
-            one has been labelled again since.
+        StoreError: If there is no such store or source, or it is damaged; with `smooth`, if none of them is smoothed,
+            or one has been labelled again since.
     """
     import xarray
 
@@ -160,7 +160,7 @@ def open_datasets(
         return datasets
     from depthmill.pipeline.store.smoothed import smoothed
 
-    return smoothed(store, datasets)
+    return smoothed(store, datasets, named=sources is not None)
 
 
 def _decoded(store: Store, source_id: str, group: xarray.Dataset | None, files: ZarrFiles) -> xarray.Dataset:

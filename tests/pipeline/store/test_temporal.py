@@ -60,6 +60,13 @@ def test_smoothing_whose_removal_was_cut_short_is_none(store, monkeypatch):
     assert files(store.uri) == expected
 
 
+def test_named_sources_that_are_not_smoothed_are_named(store):
+    smoothed(store)
+    assert list(open_datasets(store.uri, smooth=True, sources=["images", "video"])) == ["video"]
+    with pytest.raises(StoreError, match=r"smoothed source among images: run `depthmill smooth .* --source images`$"):
+        open_datasets(store.uri, smooth=True, sources=["images"])
+
+
 @pytest.mark.parametrize("name", ["edges", "score", "scale", "shift", "shot", "filtered"])
 def test_an_array_that_lost_its_metadata_is_made_again(store, name):
     smoothed(store)
