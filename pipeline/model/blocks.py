@@ -222,8 +222,8 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 
 def empty(kind: Callable[..., Layer], *sizes: Any, **options: Any) -> Layer:
-    """A new layer without the random numbers that it is filled with: they take time, and from torch's generator."""
-    return kind(*sizes, **options, device="meta").to_empty(device="cpu")
+    """A new layer, float32, without the random numbers that fill it: they take time, and from torch's generator."""
+    return kind(*sizes, **options, dtype=torch.float32, device="meta").to_empty(device="cpu")
 
 
 def filled(layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:

@@ -57,8 +57,8 @@ def switch(domain: Domain) -> torch.Tensor:
         (2, 10) float32, depth then normals: sine and cosine of the modality's (0, 1) or (1, 0), then sine and cosine
         of the domain's one-hot vector.
     """
-    modality = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    scene = torch.tensor([[float(domain == one) for one in get_args(Domain)]] * 2)
+    modality = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float32)
+    scene = torch.tensor([[domain == one for one in get_args(Domain)]] * 2, dtype=torch.float32)
     return torch.cat([modality.sin(), modality.cos(), scene.sin(), scene.cos()], dim=1)
 
 
@@ -188,7 +188,8 @@ def _clip_input(checkpoint: Checkpoint) -> tuple[tuple[int, int], torch.Tensor, 
     config = read_json(path)
     try:
         size = (int(config["crop_size"]["height"]), int(config["crop_size"]["width"]))
-        mean, std = (torch.tensor(config[key]).reshape(3, 1, 1) for key in ("image_mean", "image_std"))
+        values = (config[key] for key in ("image_mean", "image_std"))
+        mean, std = (torch.tensor(value, dtype=torch.float32).reshape(3, 1, 1) for value in values)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} has no usable crop_size, image_mean and image_std ({type(error).__name__}: {error}); expected "

@@ -36,7 +36,7 @@ def load_vae(checkpoint: Checkpoint) -> AutoencoderKL:
     Raises:
         CheckpointError: Also if it is not of colours, or its latents are more than scaled.
     """
-    vae = load_part(checkpoint, AutoencoderKL, "vae", low_cpu_mem_usage=False)
+    vae = load_part(checkpoint, AutoencoderKL, "vae", low_cpu_mem_usage=False, torch_dtype=torch.float32)
     channels = vae.config.in_channels, vae.config.out_channels
     if channels != (3, 3):
         raise CheckpointError(
@@ -61,7 +61,7 @@ def load_unet(checkpoint: Checkpoint) -> UNet2DConditionModel:
     Raises:
         CheckpointError: Also if its input is neither the picture's latent alone nor that and the noisy latent.
     """
-    unet = load_part(checkpoint, UNet2DConditionModel, "unet", low_cpu_mem_usage=False)
+    unet = load_part(checkpoint, UNet2DConditionModel, "unet", low_cpu_mem_usage=False, torch_dtype=torch.float32)
     channels, latent = unet.config.in_channels, unet.config.out_channels
     if channels not in (latent, 2 * latent):
         raise CheckpointError(

@@ -110,6 +110,19 @@ def pictures(count, height, width, seed=0):
     return (fine * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
+def test_a_caller_s_default_dtype_changes_no_labels(geowizard):
+    frames, labeler = pictures(2, 40, 56), load(geowizard)
+    expected = labeler(frames)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = [labeler(frames), load(geowizard)(frames)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for labels in found:
+        np.testing.assert_array_equal(labels.depth, expected.depth)
+        np.testing.assert_array_equal(labels.normals, expected.normals)
+
+
 class Plain:
     """Attention by its definition, one sample and one head at a time; joint where there is no prompt, or not."""
 

@@ -428,3 +428,24 @@ def test_a_caller_s_autocast_rounds_no_labels(labeler, dtype):
         labels = labeler(frames)
     np.testing.assert_array_equal(labels.depth, expected.depth)
     np.testing.assert_array_equal(labels.normals, expected.normals)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps": 2, "ensemble": 3, "noise": "gaussian"}, {"timestep_spacing": "leading", "noise": "pyramid"}],
+)
+def test_a_caller_s_default_dtype_changes_no_labels(checkpoints, options):
+    def load():
+        paths = checkpoints / "depth", checkpoints / "normals"
+        return Labeler.from_pretrained(*paths, device="cpu", dtype="float32", **options)
+
+    frames, labeler = noise(2, 40, 56, 3), load()
+    expected = labeler(frames)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = [labeler(frames), load()(frames)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for labels in found:
+        for name in ("depth", "normals", "uncertainty"):
+            np.testing.assert_array_equal(getattr(labels, name), getattr(expected, name))
