@@ -92,10 +92,7 @@ def _probe(uri: str, max_pixels: int, max_frames: int) -> tuple[Source, list[Pic
     names = _list_urls(uri) if is_url(uri) else _list_files(Path(uri))
     check_frames(uri, len(names), max_frames)
     files = list(names.values())
-    with ThreadPoolExecutor(_HEADER_THREADS, "depthmill-headers") as pool:
-        headers: list[Header] = []
-        for start in range(0, len(files), _HEADERS_AT_ONCE):
-            headers += pool.map(lambda file: read_header(file, max_pixels), files[start : start + _HEADERS_AT_ONCE])
+    headers = _headers(files, max_pixels)
     for index in [index for index, header in enumerate(headers) if not header.height][-1:]:
         if _is_away(files, headers, index, max_pixels):
             raise unanswered(files[index], OSError("nor can others that could be before"))
@@ -105,6 +102,16 @@ def _probe(uri: str, max_pixels: int, max_frames: int) -> tuple[Source, list[Pic
         digest.update(f"{key}\0{header.digest}\0".encode())
     headers = on_one_canvas(headers, max_pixels)
     return describe(uri, "images", keys, headers, digest.hexdigest()), files, headers
+
+
+def _headers(files: Sequence[Picture], max_pixels: int) -> list[Header]:
+    if len(files) == 1:  # a thread would take longer than the header, and there may be very many such sources
+        return [read_header(files[0], max_pixels)]
+    headers: list[Header] = []
+    with ThreadPoolExecutor(_HEADER_THREADS, "depthmill-headers") as pool:
+        for start in range(0, len(files), _HEADERS_AT_ONCE):
+            headers += pool.map(lambda file: read_header(file, max_pixels), files[start : start + _HEADERS_AT_ONCE])
+    return headers
 
 
 def _list_files(path: Path) -> dict[str, Picture]:

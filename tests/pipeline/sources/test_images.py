@@ -365,3 +365,13 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert open_source(tmp_path).probe().fingerprint == before
     make.write_image(tmp_path / "001.png", 9)
     assert open_source(tmp_path).probe().fingerprint != before
+
+
+def test_one_picture_is_probed_without_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a store of pictures that are sources of their own, training probes very many."""
+    make.write_image_folder(tmp_path / "a", count=1)
+    expected = open_source(tmp_path / "a").probe()
+    monkeypatch.setattr(images, "ThreadPoolExecutor", None)
+    found = open_source(tmp_path / "a/000.png").probe()
+    assert (found.frames, found.height, found.width) == (1, expected.height, expected.width)
+    assert open_source(tmp_path / "a").probe().fingerprint == expected.fingerprint
