@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, PngImagePlugin
 
@@ -328,6 +329,11 @@ def test_the_densest_pictures_there_are_can_be_read(
     kind: str, mode: str, side: int, options: dict[str, object]
 ) -> None:
     file = io.BytesIO()
-    Image.new(mode, (side, side), 128 if mode == "L" else 1).save(file, kind, **options)
+    try:
+        Image.new(mode, (side, side), 128 if mode == "L" else 1).save(file, kind, **options)
+    except OSError as error:
+        if options.get("compression") != "zstd":
+            raise
+        pytest.skip(f"Pillow {PIL.__version__} writes no TIFF in zstd here: {error}")
     assert read_header(file, LIMIT).width == side
     assert decode_image(file, LIMIT).shape == (side, side, 3)
