@@ -66,7 +66,7 @@ def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
 
 
 def _expanded(names: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """The sources of all names; of URLs that differ in what signs them alone, all but the first are refused."""
+    """The sources of all names; of URLs that are called the same and are not, all but the first are refused."""
     seen: dict[str, str] = {}
     for folder, given in names:
         literal = "{" in given and _is_there(_in(folder, given))
@@ -77,13 +77,24 @@ def _expanded(names: Sequence[tuple[str, str]]) -> Iterator[str]:
                 if name not in seen:
                     seen[name] = opened
                     yield opened
-                elif is_url(name) and parse_qsl(urlsplit(seen[name]).query) != parse_qsl(urlsplit(opened).query):
+                elif is_url(name) and (why := _another(name, seen[name], opened)):
                     refused = Refused(name)
-                    refused.why = (
-                        f"{name} was given twice, with different signatures or tokens, by which inputs are not told "
-                        "apart: give it once, or each input in a run and a store of its own"
-                    )
+                    refused.why = why
                     yield refused
+
+
+def _another(name: str, first: str, second: str) -> str:
+    """Why two URLs of the same name are not one input; "" if they are."""
+    if is_bucket(name):
+        both = name.lower().endswith(SUFFIXES) and first.endswith("/") != second.endswith("/")
+        told = f"{name} is both an object and a prefix with pictures, which would be one source"
+        return f"{told}; expected one of them: copy the other to a name of its own" if both else ""
+    if parse_qsl(urlsplit(first).query) == parse_qsl(urlsplit(second).query):
+        return ""
+    return (
+        f"{name} was given twice, with different signatures or tokens, by which inputs are not told apart: give it "
+        "once, or each input in a run and a store of its own"
+    )
 
 
 def _listed(given: str) -> list[tuple[str, str]]:
@@ -162,9 +173,9 @@ def _matching_urls(pattern: str) -> Iterator[str]:
         found = [url for url in found if "/." not in url]
     _tell_unread(pattern, found)
     files = {url for url in found if url.lower().endswith(SUFFIXES)}
-    prefixes = {url.rstrip("/") for url in found if url.endswith("/") and is_bucket(url)}
+    prefixes = {url for url in found if url.endswith("/") and is_bucket(url)}
     for url in _outermost(files, prefixes):
-        yield from [url] if url in files else _in_prefix(f"{url}/")
+        yield from [url] if url in files else _in_prefix(url)
 
 
 def _in_prefix(prefix: str) -> Iterator[str]:
@@ -225,22 +236,23 @@ def _matches(pattern: str) -> Iterator[Path]:
     found = [os.path.abspath(match) for match in _glob(pattern) if not is_preview(match)]  # noqa: PTH100 (as canonical_uri)
     _tell_unread(pattern, found)
     files = {path for path in found if path.lower().endswith(SUFFIXES) and kind_of(path) == "file"}
-    folders = {path for path in found if kind_of(path) == "folder"}
+    folders = {os.path.join(path, "") for path in found if kind_of(path) == "folder"}  # noqa: PTH118 (keeps the slash)
     for path in _outermost(files, folders):
         yield from [Path(path)] if path in files else _in_folder(Path(path))
 
 
 def _outermost(files: set[str], folders: set[str]) -> list[str]:
-    """What matches, in order, without folders that hold a file that does, or lie in a folder that does.
+    """What matches, in order, without folders (with `/`) that hold a file that does, or lie in a folder that does.
 
     `**` matches a folder and what is in it: files count before their folder, an outer folder before inner ones.
     """
     folders = folders.difference(*map(_parents, files))
-    return [name for name in sorted(files | folders, key=natural_key) if not folders.intersection(_parents(name))]
+    names = sorted(files | folders, key=lambda name: (natural_key(name.removesuffix("/")), name))
+    return [name for name in names if not folders.intersection(_parents(name))]
 
 
 def _parents(name: str) -> list[str]:
-    return [name[: slash.start()] for slash in re.finditer("/", name)]
+    return [name[: slash.end()] for slash in re.finditer(r"/(?!\Z)", name)]
 
 
 def _glob(pattern: str) -> Iterable[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import glob
 import io
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from depthmill.pipeline.errors import MissingError, SourceError
-from depthmill.pipeline.objects import is_url, locate, said
+from depthmill.pipeline.objects import is_bucket, is_url, locate, said
 from depthmill.pipeline.sources.naming import is_preview
 
 # Of errors in reading a file, those that all others have too if it is their folder that cannot be reached.
@@ -91,13 +93,64 @@ def list_files(uri: str, *, pattern: bool = False) -> list[str]:
         SourceError: If it cannot be listed.
     """
     with translated(uri) as (files, path):
-        try:
-            found = files.glob(path, detail=True) if pattern else files.find(path, detail=True)
-        except FileNotFoundError:
-            found = {}
+        if not pattern:
+            names = _below(files, path)
+        elif is_bucket(uri):
+            names = _matching(files, path)
+        else:  # servers on the web promise no listing: what their pages link to
+            found = files.glob(path, detail=True).items()
+            names = [name.rstrip("/") + "/" * (info.get("type") == "directory") for name, info in found]
         prefix = uri.partition("://")[0] + "://"
-        names = [name.rstrip("/") + "/" * (info.get("type") == "directory") for name, info in found.items()]
         return sorted(name if is_url(name) else prefix + name.lstrip("/") for name in names if not is_preview(name))
+
+
+def _below(files: Any, path: str) -> list[str]:
+    """The objects at or below a path."""
+    try:
+        found = files.find(path, detail=True)
+    except FileNotFoundError:
+        return []
+    return [name for name, info in found.items() if info.get("type") != "directory"]
+
+
+def _matching(files: Any, pattern: str) -> list[str]:
+    """What a pattern matches in a bucket, prefixes with `/`: level by level and, from the first `**` on, of all below.
+
+    Not by `files.glob`, which leaves out what it is refused, and an object of the same name as a prefix.
+    """
+    from fsspec.utils import glob_translate
+
+    bucket, *parts = pattern.rstrip("/").split("/")
+    places, found = [bucket], list[str]()
+    for number, part in enumerate(parts, 1):
+        if part == "**":
+            found = [name for place in places for name in _with_prefixes(_below(files, place), place)]
+            break
+        if number < len(parts) and not glob.has_magic(part):
+            places = [f"{place}/{part}" for place in places]
+            continue
+        fits = re.compile(glob_translate(part)).match
+        entries = (name for place in places for name in _entries(files, place))
+        found = [name for name in entries if fits(name.removesuffix("/").rpartition("/")[2])]
+        places = [name[:-1] for name in found if name.endswith("/")]
+    matches, slash = re.compile(glob_translate(pattern)).match, pattern.endswith(("/", "/**"))
+    return [name for name in found if matches(name if slash else name.removesuffix("/"))]
+
+
+def _entries(files: Any, place: str) -> list[str]:
+    """What lies directly below a prefix."""
+    try:
+        listed = files.ls(place, detail=True, refresh=True)
+    except FileNotFoundError:
+        return []
+    below = [entry for entry in listed if entry["name"].startswith(f"{place}/") and not entry["name"].endswith("/")]
+    return [entry["name"] + "/" * (entry["type"] == "directory") for entry in below]
+
+
+def _with_prefixes(names: list[str], place: str) -> set[str]:
+    """Objects, and the prefixes that they lie in, from a place on."""
+    slashes = ((name, slash.end()) for name in names for slash in re.finditer("/", name))
+    return {*names, *(name[:end] for name, end in slashes if end > len(place))}
 
 
 def kind_of(path: str | Path) -> Literal["file", "folder", "other", ""]:
