@@ -131,3 +131,22 @@ def s3(_s3_server, monkeypatch):
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     fsspec.filesystem("s3", use_listings_cache=False).mkdir(bucket)
     return SimpleNamespace(url=f"s3://{bucket}", endpoint=_s3_server)
+
+
+@pytest.fixture
+def refuse(s3, monkeypatch):
+    """How often the listings of prefixes are to be refused, in this process."""
+    import fsspec
+
+    refused = {}
+    files = type(fsspec.filesystem("s3"))
+    original = files._call_s3
+
+    async def call(self, method, *args, **options):
+        if method == "list_objects_v2" and refused.get(options["Prefix"], 0):
+            refused[options["Prefix"]] -= 1
+            raise PermissionError("The provided token has expired")
+        return await original(self, method, *args, **options)
+
+    monkeypatch.setattr(files, "_call_s3", call)
+    return refused

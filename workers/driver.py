@@ -102,7 +102,7 @@ class Driver:
             DepthmillError: If a worker cannot load for a reason of ours, such as a checkpoint that does not fit.
         """
         try:
-            self.inputs.read(_AHEAD * self._probers)
+            self._read_inputs()
             while self._work.open or self.inputs.left:
                 if self._calls.stopped():
                     raise KeyboardInterrupt
@@ -111,6 +111,7 @@ class Driver:
                 for event in self._crew.wait(_POLL_S):
                     self._take(event)
                 self._look()
+                self._read_inputs()
             with suppress(StoreError):  # who runs this names all that the store has
                 self._publisher.publish()
         except BaseException as error:
@@ -125,6 +126,9 @@ class Driver:
             ) from error
         finally:
             self._show()
+
+    def _read_inputs(self) -> None:
+        self.inputs.read(_AHEAD * self._probers, self._crew.now_s)
 
     def _hire(self) -> None:
         """Ask for the workers that there is work for: room comes with nodes, and work with sources."""
@@ -156,7 +160,6 @@ class Driver:
         crew = self._crew
         while crew.idle_probers and (probe := self.inputs.take(crew.now_s)) is not None:
             crew.call(crew.idle_probers.pop(), probe, self._pace.to_open(), "probe", probe.uri)
-            self.inputs.read(_AHEAD * self._probers)
         if not self.inputs.left:
             crew.dismiss_idle_probers()
         self._doubts.check(self._limits, self._pace.to_open())

@@ -1,7 +1,8 @@
 """The inputs of a run, until they are in the store or left out.
 
 One that cannot be opened is left out, unless several fail in a row: then one that was opened before is opened again. If
-it cannot be, inputs are away, or the store is: probing rests, and those that failed are tried again afterwards.
+it cannot be, inputs are away, or the store is: probing rests, and those that failed are tried again afterwards. Where
+object storage does not list what is there, it is asked again after rests; no input is left out for that.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Inputs:
         self._suspects: list[tuple[str, str]] = []  # that failed since one was opened, and why
         self._good: tuple[float, str] | None = None  # what was opened quickest: how long that took, and what it is
         self._check: Probe | None = None  # of that, under way
-        self._rests = Rests()
+        self._rests, self._listing = Rests(), Rests()
         self._news: list[str] = []
         self.more = True
         self.unprobed = 0
@@ -62,10 +63,19 @@ class Inputs:
         """Whether there may be any that is not probed."""
         return self.more or self.unprobed > 0
 
-    def read(self, ahead: int) -> None:
-        """Have so many at hand, if there are."""
-        while self.more and len(self._waiting) < ahead:
-            uri = next(self._uris, None)
+    def read(self, ahead: int, now_s: float) -> None:
+        """Have so many at hand, if there are.
+
+        Raises:
+            RunStoppedError: If what there is cannot be listed for long.
+        """
+        while self.more and len(self._waiting) < ahead and self._listing.over(now_s):
+            try:
+                uri = next(self._uris, None)
+            except SourceError as error:
+                self._unlisted(error, now_s)
+                return
+            self._listing.answered()
             if uri is None:
                 self.more = False
             else:
@@ -139,6 +149,15 @@ class Inputs:
         """One is, though it was probed: it is another one since, or damaged in the store."""
         self.failures.append(Failure(uri=shown(uri), source_id=None, frame=None, reason=why))
         self._news.append(why)
+
+    def _unlisted(self, error: SourceError, now_s: float) -> None:
+        if not self._listing.begin(now_s):
+            raise RunStoppedError(
+                f"{error}\nThe run was stopped, since not all of its inputs are known: what is committed stays; see to "
+                "the bucket and its credentials, then run the same command again to go on from there"
+            ) from error
+        if self._listing.times == 1:
+            self._say(f"inputs cannot be listed ({error}): waiting until that works again")
 
     def _rest(self, event: Event, now_s: float) -> None:
         """Wait for what is away: longer each time, but once for all that failed together."""

@@ -96,7 +96,11 @@ def label(
             here = OpenSources(config.max_pixels, config.max_frames)
             stack.callback(here.close)
         prober = Prober(store.uri, config.max_pixels, config.max_frames, retry_failed, here)
-        uris, planned = planned_here(given, store, prober)
+        try:
+            uris, planned = planned_here(given, store, prober)
+        except SourceError:  # of a listing; later ones are waited for
+            store.remove_if_empty()
+            raise
         clock_s = time.perf_counter()
         with open_display(console, rate) as display:
             digests = tuple(checkpoint.sha256 for checkpoint in checkpoints)

@@ -136,6 +136,9 @@ def planned_here(uris: Iterable[str], store: Store, prober: Prober) -> tuple[Ite
 
     Returns:
         The inputs that are left to be probed, None if there are none, and those that are planned.
+
+    Raises:
+        SourceError: If object storage does not say what is there.
     """
     prober.load()
     remaining = iter(uris)
@@ -163,7 +166,7 @@ def unsmoothed_videos(inputs: Sequence[str], store_uri: str | Path) -> list[str]
     What signs an input's URL is kept for this process, to smooth by: the store does not know it.
 
     Raises:
-        RunStoppedError: If the store does not answer.
+        RunStoppedError: If the store does not answer, or object storage does not say which inputs there are.
     """
     return patiently(partial(_unsmoothed, inputs, store_uri))
 
@@ -216,13 +219,13 @@ def patiently(do: Callable[[], T]) -> T:
     """Do something with the store of a run whose labels are all committed; again, after rests, if it does not answer.
 
     Raises:
-        RunStoppedError: If it does not for long, or cannot.
+        RunStoppedError: If it, or what lists the run's inputs, does not for long, or cannot.
     """
     rests = Rests()
     while True:
         try:
             return do()
-        except StoreError as error:
+        except (SourceError, StoreError) as error:
             if isinstance(error, StoreClosedError | StoreDamagedError) or not rests.begin(now_s := time.monotonic()):
                 raise RunStoppedError(
                     f"{error}\nAll frames are committed and stay, but what follows is not done: see to the store, then "

@@ -7,13 +7,14 @@ import logging
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.errors import MissingError, SourceError
 from depthmill.pipeline.objects import is_bucket, is_url, path_of
 from depthmill.pipeline.sources.naming import canonical_uri, is_preview, natural_key
 from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files
@@ -34,6 +35,8 @@ _UNREAD = (
     ("archives", UNREAD_TAR_SUFFIXES, "pack them with gzip, or not at all"),
 )
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+
+T = TypeVar("T")
 
 
 class Refused(str):
@@ -58,20 +61,48 @@ def expand_inputs(inputs: Sequence[str]) -> Iterator[str]:
             a text file, relative to its folder, without empty ones and those that start with `#`.
 
     Raises:
-        SourceError: If an input is empty, or a list cannot be read, or names another list.
+        SourceError: If an input is empty, or a list cannot be read, or names another list. Out of the iterator: if
+            object storage does not say what is there. That is asked again with the next, so that nothing is left out.
     """
     if "" in inputs:  # a path of nothing is the current folder, all of which nobody meant
         raise SourceError("an input is empty, as a variable is that a shell does not know; for this folder give `.`")
-    return _expanded([name for given in inputs for name in _listed(given)])
+    return _Expansion(_expanded([name for given in inputs for name in _listed(given)]))
 
 
-def _expanded(names: Sequence[tuple[str, str]]) -> Iterator[str]:
+class _Expansion(Iterator[str]):
+    """What is found; an error among it is raised, after which there may be more: a generator would have ended."""
+
+    def __init__(self, found: Iterator[str | SourceError]) -> None:
+        self._found = found
+
+    def __next__(self) -> str:
+        one = next(self._found)
+        if isinstance(one, SourceError):
+            raise one
+        return one
+
+
+def _answered(ask: Callable[[], T]) -> Generator[SourceError, None, T]:
+    """What is answered in the end; until then why it is not, each time that it is asked."""
+    while True:
+        try:
+            return ask()
+        except SourceError as error:
+            yield error
+
+
+def _expanded(names: Sequence[tuple[str, str]]) -> Iterator[str | SourceError]:
     """The sources of all names; of URLs that are called the same and are not, all but the first are refused."""
     seen: dict[str, str] = {}
     for folder, given in names:
-        literal = "{" in given and _is_there(_in(folder, given))
+        literal = False
+        with suppress(SourceError):  # those who may read and not list are refused what is not there
+            literal = "{" in given and _is_there(_in(folder, given))
         for named in [given] if literal else _braces(given):
             for source in _sources(folder, named):
+                if isinstance(source, SourceError):
+                    yield source
+                    continue
                 name = canonical_uri(source)
                 opened = str(source) if is_url(source) else name  # a URL with what signs it
                 if name not in seen:
@@ -137,10 +168,10 @@ def _braces(pattern: str) -> Iterator[str]:
     yield pattern
 
 
-def _sources(folder: str, given: str) -> Iterator[str | Path]:
+def _sources(folder: str, given: str) -> Iterator[str | Path | SourceError]:
     """The sources of one name, relative to a folder: a file, a folder or a glob."""
     path = _in(folder, given)
-    found: Iterator[str | Path] = iter(())
+    found: Iterator[str | Path | SourceError] = iter(())
     if is_url(path):
         found = _at_url(path)
     elif kind_of(path) == "folder":
@@ -149,26 +180,31 @@ def _sources(folder: str, given: str) -> Iterator[str | Path]:
         found = _matches(_in(glob.escape(folder), given))
     empty = True
     for source in found:
-        empty = False
+        empty = empty and isinstance(source, SourceError)
         yield source
     if empty:
         yield path
 
 
-def _at_url(given: str) -> Iterator[str]:
-    """As for paths: nothing of a file, the sources of a prefix or a glob. What cannot be listed is given as it is."""
+def _at_url(given: str) -> Iterator[str | SourceError]:
+    """As for paths: nothing of a file, the sources of a prefix or a glob. What is not there is given as it is."""
     name = path_of(given)
-    if glob.has_magic(name) and not _is_there(given):
+    if "@" in urlsplit(given).netloc:  # opening it refuses that, and tells no password
+        return
+    if glob.has_magic(name) and not (yield from _answered(partial(_is_there, given))):
         yield from _matching_urls(given)
     elif is_bucket(given) and not name.lower().endswith(SUFFIXES):
         yield from _in_prefix(given)
 
 
-def _matching_urls(pattern: str) -> Iterator[str]:
-    try:
-        found = list_files(pattern, pattern=True)
-    except SourceError:
-        return
+def _matching_urls(pattern: str) -> Iterator[str | SourceError]:
+    if is_bucket(pattern):
+        found = yield from _answered(partial(list_files, pattern, pattern=True))
+    else:
+        try:
+            found = list_files(pattern, pattern=True)
+        except SourceError:  # a server on the web may have a file of that very name, and list nothing
+            return
     if "/." not in pattern:
         found = [url for url in found if "/." not in url]
     _tell_unread(pattern, found)
@@ -178,12 +214,8 @@ def _matching_urls(pattern: str) -> Iterator[str]:
         yield from [url] if url in files else _in_prefix(url)
 
 
-def _in_prefix(prefix: str) -> Iterator[str]:
-    try:
-        found = list_files(prefix)
-    except SourceError:
-        yield prefix  # opening it says what could not be listed
-        return
+def _in_prefix(prefix: str) -> Iterator[str | SourceError]:
+    found = yield from _answered(partial(list_files, prefix))
     found = [url for url in found if "/." not in url.removeprefix(prefix.rstrip("/"))]
     _tell_unread(prefix, found)
     if any(url.lower().endswith(_PICTURE_SUFFIXES) for url in found):
@@ -293,9 +325,13 @@ def _in(folder: str, name: str) -> str:
 
 
 def _is_there(name: str) -> bool:
-    """Whether there is a file or a folder of this very name, on a disk or in a bucket."""
+    """Whether there is a file or a folder of this very name, on a disk or in a bucket.
+
+    Raises:
+        SourceError: If that cannot be told.
+    """
     if not is_url(name):
         return bool(kind_of(name))
-    with suppress(SourceError):
+    with suppress(MissingError):
         return is_bucket(name) and file_size(name) >= 0
     return False

@@ -186,7 +186,7 @@ def check(ledger, bad):
     assert sorted(ledger.published) == sorted(ledger.sources)
 
 
-def drive(pool, ledger, *, workers=None, attempts=3, frame_limit_s=10.0, probers=2, race=True):
+def drive(pool, ledger, *, workers=None, attempts=3, frame_limit_s=10.0, probers=2, race=True, uris=None):
     """Run the driver to its end; the driver."""
 
     def stopped():
@@ -195,7 +195,7 @@ def drive(pool, ledger, *, workers=None, attempts=3, frame_limit_s=10.0, probers
 
     calls = Calls(ledger.publish, ledger.fail, lambda standing: None, ledger.said.append, stopped)
     options = Options(attempts, frame_limit_s, workers, probers, race=race)
-    driver = Driver(pool, options, calls, iter(ledger.sources), ())
+    driver = Driver(pool, options, calls, iter(ledger.sources) if uris is None else uris, ())
     driver.run()
     return driver
 

@@ -13,7 +13,7 @@ from depthmill.pipeline.errors import (
     StoreFullError,
     StoreMismatchError,
 )
-from depthmill.tests.workers.simulated import Ledger, SimulatedPool, drive, labels
+from depthmill.tests.workers.simulated import Ledger, SimulatedPool, all_frames, drive, labels
 
 
 def test_an_input_that_cannot_be_opened_for_a_moment_is_opened_later():
@@ -68,6 +68,36 @@ def test_inputs_that_are_away_while_they_are_probed_are_probed_later(error, unti
     assert re.match(rf"{words} \({error}\): waiting", said)
     assert not driver.inputs.failures
     assert len(ledger.labelled) == 500 * 64
+
+
+@pytest.mark.parametrize(("until_s", "stops"), [(65, False), (1e9, True)])
+def test_what_is_listed_later_is_probed_and_nothing_is_left_out(until_s, stops):
+    ledger = Ledger({f"s{i}": (64, 64) for i in range(100)})
+    pool = SimulatedPool(lambda: 4, labels(ledger))
+
+    class Listing:
+        left = iter(list(ledger.sources))
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if 1.5 < pool.clock_s < until_s:
+                raise SourceError("s3://bucket/in/: token has expired")
+            return next(self.left)
+
+    if stops:
+        with pytest.raises(
+            RunStoppedError, match=r"token has expired[\s\S]*committed stays.*run the same command again"
+        ):
+            drive(pool, ledger, uris=Listing(), probers=1)
+        assert ledger.published
+        assert pool.clock_s < 150
+        return
+    driver = drive(pool, ledger, uris=Listing(), probers=1)
+    assert [line for line in ledger.said if re.match(r"inputs cannot be listed \(s3.*expired\): waiting", line)]
+    assert not driver.inputs.failures
+    assert set(ledger.labelled) == all_frames(ledger)
 
 
 @pytest.mark.parametrize(

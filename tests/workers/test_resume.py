@@ -7,17 +7,18 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import RunStoppedError, StoreError
+from depthmill.pipeline.errors import RunStoppedError, SourceError, StoreError
 from depthmill.pipeline.sources.images import ImageSource
 from depthmill.pipeline.sources.video import VideoSource
 from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.tests import media
 from depthmill.workers.label import label
 from depthmill.workers.progress import print_summary
-from depthmill.workers.resume import finished
+from depthmill.workers.resume import finished, unsmoothed_videos
 
 
 @pytest.fixture
@@ -160,6 +161,24 @@ def test_a_store_that_is_away_when_all_is_labelled_is_waited_for(store, clip, co
     with pytest.raises(RunStoppedError, match=r"503[\s\S]*All frames are committed and stay"):
         label([str(clip)], store, config)
     assert sum(slept_s[2:]) == 127
+
+
+def test_no_run_is_finished_whose_inputs_cannot_be_listed(tmp_path, clip, config, s3, refuse, monkeypatch):
+    slept_s, given = [], [f"{s3.url}/in/", str(clip)]
+    fsspec.filesystem("s3").pipe_file(f"{s3.url}/in/clip.mp4", clip.read_bytes())
+    store = tmp_path / "in.zarr"
+    refuse["in/"] = 1
+    with pytest.raises(SourceError, match="token has expired"):
+        label(given, store, config)
+    assert not store.exists()
+    assert label(given, store, config).sources == 2
+    refuse["in/"] = 1
+    assert finished(given, store, config) is None
+    assert finished(given, store, config).sources == 2
+    monkeypatch.setattr(time, "sleep", slept_s.append)
+    refuse["in/"] = 2
+    assert len(unsmoothed_videos(given, store)) == 2
+    assert slept_s == [1, 2]
 
 
 def test_an_input_that_changed_is_for_label(store, clip, config):

@@ -10,23 +10,6 @@ from depthmill.pipeline.sources import expand_inputs, open_source
 from depthmill.pipeline.sources.opening import list_files
 
 
-@pytest.fixture
-def refuse(s3, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often the listings of prefixes are to be refused."""
-    refused: dict[str, int] = {}
-    files = type(fsspec.filesystem("s3"))
-    original = files._call_s3
-
-    async def call(self, method, *args, **options):
-        if method == "list_objects_v2" and refused.get(options["Prefix"], 0):
-            refused[options["Prefix"]] -= 1
-            raise PermissionError("The provided token has expired")
-        return await original(self, method, *args, **options)
-
-    monkeypatch.setattr(files, "_call_s3", call)
-    return refused
-
-
 def test_an_object_and_a_prefix_of_the_same_name_are_two(s3) -> None:
     for name in ("clip.mp4", "clip.mp4/extra.mp4", "clip.mp4/more/1.mp4", "other/2.mp4"):
         fsspec.filesystem("s3").pipe_file(f"{s3.url}/kp/{name}", b"")
@@ -58,3 +41,30 @@ def test_a_pattern_that_cannot_be_listed_leaves_nothing_out(s3, refuse: dict[str
             list_files(f"{s3.url}/in/{pattern}", pattern=True)
     assert list_files(f"{s3.url}/in/*/clip.mp4", pattern=True) == [f"{s3.url}/in/{name}/clip.mp4" for name in "abc"]
     assert list_files(f"{s3.url}/missing/*", pattern=True) == []
+
+
+def test_what_cannot_be_listed_is_asked_for_again(s3, refuse: dict[str, int]) -> None:
+    for name in ("p1.png", "clip.mp4", "photo1.png", "a/clip.mp4"):
+        fsspec.filesystem("s3").pipe_file(f"{s3.url}/in/{name}", b"")
+    for given, prefix, count in (
+        ("", "in/", 3),
+        ("*/", "in/", 1),
+        ("*/", "in/a/", 1),
+        ("photo[1].png", "in/photo[1].png/", 1),
+    ):
+        expected = list(expand_inputs([f"{s3.url}/in/{given}"]))
+        refuse[prefix] = 2
+        found = expand_inputs([f"{s3.url}/in/{given}"])
+        for _ in range(2):
+            with pytest.raises(SourceError, match=r"cannot be read.*token has expired"):
+                next(found)
+        assert list(found) == expected
+        assert len(expected) == count
+
+
+def test_a_password_is_in_no_error_of_a_listing(s3) -> None:
+    for given in ("s3://user:hunter2@bucket/in/", "s3://user:hunter2@bucket/in/*.mp4"):
+        (found,) = expand_inputs([given])
+        with pytest.raises(SourceError, match="given with credentials") as raised:
+            open_source(found)
+        assert "hunter2" not in str(raised.value)
