@@ -43,6 +43,11 @@ def is_bucket(uri: str) -> bool:
     return uri.partition("://")[0].lower() in _BUCKETS
 
 
+def names_version(uri: str) -> bool:
+    """Whether this is a URL of one version of an object."""
+    return uri.lower().startswith("s3://") and "?versionId=" in uri
+
+
 def shown(uri: str) -> str:
     """What may be shown and stored of a path or URL: no user, no password, nothing of a query that signs or expires.
 
@@ -100,13 +105,19 @@ def locate(uri: str, error: type[DepthmillError]) -> tuple[Any, str]:
         error: What to raise.
 
     Raises:
-        DepthmillError: If nothing opens such URLs, or a library for it is not installed; of the type `error`.
+        DepthmillError: If nothing opens such URLs, a library for it is not installed, or it names a version, which that
+            would silently leave out; of the type `error`.
     """
     import fsspec
 
     scheme = urlsplit(uri).scheme
     if scheme not in EXTRAS:
         raise error(f"{uri}: {scheme}:// is not known; expected a path, or one of {', '.join(EXTRAS)}")
+    if names_version(uri):
+        raise error(
+            f"{uri}: names a version of an object; expected one without, since only current versions are read: copy "
+            "that version to a key of its own"
+        )
     try:
         files = fsspec.filesystem(scheme, use_listings_cache=False)
     except ImportError:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from depthmill.pipeline.errors import MissingError, SourceError
-from depthmill.pipeline.objects import is_bucket, is_url, path_of
+from depthmill.pipeline.objects import is_bucket, is_url, names_version, path_of
 from depthmill.pipeline.sources.naming import canonical_uri, is_preview, natural_key
 from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files
 from depthmill.pipeline.sources.suffixes import (
@@ -189,7 +189,7 @@ def _sources(folder: str, given: str) -> Iterator[str | Path | SourceError]:
 def _at_url(given: str) -> Iterator[str | SourceError]:
     """As for paths: nothing of a file, the sources of a prefix or a glob. What is not there is given as it is."""
     name = path_of(given)
-    if "@" in urlsplit(given).netloc:  # opening it refuses that, and tells no password
+    if "@" in urlsplit(given).netloc or names_version(given):  # opening it refuses that, and tells no password
         return
     if glob.has_magic(name) and not (yield from _answered(partial(_is_there, given))):
         yield from _matching_urls(given)

@@ -62,6 +62,14 @@ def test_what_cannot_be_listed_is_asked_for_again(s3, refuse: dict[str, int]) ->
         assert len(expected) == count
 
 
+def test_a_version_of_an_object_is_refused(s3) -> None:
+    for name in ("clip.mp4", "1.png", "clip"):
+        fsspec.filesystem("s3").pipe_file(f"{s3.url}/in/{name}", b"")
+        (found,) = expand_inputs([f"{s3.url}/in/{name}?versionId=3HL4kqtJvjVBH40Nrjfkd"])
+        with pytest.raises(SourceError, match=r"only current versions are read: copy that version to a key"):
+            open_source(found).probe()
+
+
 def test_a_password_is_in_no_error_of_a_listing(s3) -> None:
     for given in ("s3://user:hunter2@bucket/in/", "s3://user:hunter2@bucket/in/*.mp4"):
         (found,) = expand_inputs([given])
