@@ -140,7 +140,7 @@ def _list_urls(uri: str) -> dict[str, Picture]:
     if _is_picture(name):
         file_size(uri)  # that it is there
         return {name: uri}
-    found = {url.removeprefix(uri).lstrip("/"): url for url in list_files(uri)}
+    found = {url.removeprefix(f"{uri}/"): url for url in list_files(uri)}  # `a/b.png` is another key than `a//b.png`
     pictures: dict[str, Picture] = {
         key: url
         for key, url in found.items()

@@ -8,6 +8,7 @@ import pytest
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources import expand_inputs, open_source
 from depthmill.pipeline.sources.opening import list_files
+from depthmill.tests import media as make
 
 
 def test_an_object_and_a_prefix_of_the_same_name_are_two(s3) -> None:
@@ -60,6 +61,16 @@ def test_what_cannot_be_listed_is_asked_for_again(s3, refuse: dict[str, int]) ->
                 next(found)
         assert list(found) == expected
         assert len(expected) == count
+
+
+def test_keys_with_two_slashes_are_others(s3) -> None:
+    for index, name in enumerate(("p.png", "/p.png", "a/p.png", "a//p.png")):
+        fsspec.filesystem("s3").pipe_file(f"{s3.url}/ds/{name}", make.encode(index))
+    for given in ("ds", "ds/", "ds//"):
+        (found,) = expand_inputs([f"{s3.url}/{given}"])
+        source = open_source(found)
+        assert source.probe().keys == ("/p.png", "a//p.png", "a/p.png", "p.png")
+        assert [make.read_index(frame.image) for frame in source.read(0, 4)] == [1, 3, 2, 0]
 
 
 def test_a_version_of_an_object_is_refused(s3) -> None:
