@@ -105,12 +105,12 @@ def list_files(uri: str, *, pattern: bool = False) -> list[str]:
 
 
 def _below(files: Any, path: str) -> list[str]:
-    """The objects at or below a path."""
+    """The objects at or below a path, but those `folder/` by which S3's console shows a folder."""
     try:
         found = files.find(path, detail=True)
     except FileNotFoundError:
         return []
-    return [name for name, info in found.items() if info.get("type") != "directory"]
+    return [name for name, info in found.items() if info.get("type") != "directory" and not name.endswith("/")]
 
 
 def _matching(files: Any, pattern: str) -> list[str]:

@@ -63,6 +63,14 @@ def test_what_cannot_be_listed_is_asked_for_again(s3, refuse: dict[str, int]) ->
         assert len(expected) == count
 
 
+def test_an_object_that_shows_a_folder_is_no_input(s3) -> None:
+    for name, data in {"a.mp4/": b"", "a.mp4/1.png": make.encode(1), "2.png/": b"", "b/": b"", "clip.mp4": b""}.items():
+        fsspec.filesystem("s3").call_s3("put_object", Bucket=s3.url[5:], Key=f"in/{name}", Body=data)
+    for given, first in {"in/": "in/", "in/*": "in/a.mp4/", "**": "in/a.mp4/1.png"}.items():
+        assert list(expand_inputs([f"{s3.url}/{given}"])) == [f"{s3.url}/{first}", f"{s3.url}/in/clip.mp4"]
+    assert open_source(f"{s3.url}/in/").probe().keys == ("a.mp4/1.png",)
+
+
 def test_keys_with_two_slashes_are_others(s3) -> None:
     for index, name in enumerate(("p.png", "/p.png", "a/p.png", "a//p.png")):
         fsspec.filesystem("s3").pipe_file(f"{s3.url}/ds/{name}", make.encode(index))
