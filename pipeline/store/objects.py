@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.objects import is_bucket, locate, said
 
+_PUT_BYTES = 5 << 30  # in one request, at most, by S3's limit: parts that a killed upload leaves are paid for, unseen
+
 
 class ObjectDirectory:
     """A prefix of a bucket. Credentials are found by the library in the usual places, and are never part of a URL.
@@ -60,12 +62,12 @@ class ObjectDirectory:
     def write(self, key: str, data: bytes) -> None:
         """See `Directory`."""
         with self._translated(key, "written"):
-            self._fs.pipe_file(self._path(key), data)
+            self._fs.pipe_file(self._path(key), data, chunksize=_PUT_BYTES)
 
     def write_all(self, files: Mapping[str, bytes]) -> None:
         """See `Directory`; many requests at once."""
         with self._translated("", "written"):
-            self._fs.pipe({self._path(key): data for key, data in files.items()})
+            self._fs.pipe({self._path(key): data for key, data in files.items()}, chunksize=_PUT_BYTES)
 
     def delete(self, key: str) -> None:
         """See `Directory`."""

@@ -141,6 +141,20 @@ def test_what_is_left_to_do_is_one_listing(s3, monkeypatch):
     assert calls == [], "all that a writer must know is known"
 
 
+def test_a_large_file_is_one_put_of_which_a_kill_leaves_nothing(s3, monkeypatch):
+    directory, methods = open_directory(f"{s3.url}/s"), []
+
+    async def note(self, method, *args, **options):
+        methods.append(method)
+        return {"UploadId": "1", "ETag": "1"}
+
+    monkeypatch.setattr(type(directory._fs), "_call_s3", note)
+    large = bytes(101 << 20)  # pages that are never touched
+    directory.write("large", large)
+    directory.write_all({"large": large})
+    assert methods == ["put_object"] * 2
+
+
 def test_the_marker_of_an_empty_folder_is_nothing(s3):
     """An object whose name ends in a slash, as S3's console makes it."""
     directory = open_directory(f"{s3.url}/s")
