@@ -39,13 +39,17 @@ def open_container(uri: str) -> tuple[av.container.InputContainer, av.video.stre
     """Open a video file and pick the video stream that libav finds best, or the first that is not a cover picture.
 
     Raises:
-        SourceError: If the file is no video.
+        SourceError: If the file is no video, or its disk or network does not answer.
     """
     try:
         # A file that FFmpeg opens itself costs less than one that is read through Python.
         file: Any = open_binary(uri) if is_url(uri) else uri
         container = av.open(file, "r", options=_OPEN_OPTIONS, **_LENIENT)
     except (av.FFmpegError, OSError) as error:
+        # Of EIO only if it came through Python: libav itself says so of damage as well, where a file begins.
+        of_content = _OF_CONTENT if type(error) is OSError else (*_OF_CONTENT, errno.EIO)
+        if isinstance(error, OSError) and error.errno not in of_content:
+            raise unanswered(uri, error) from error
         remedy = _AS_A_LIST if uri.endswith(".txt") else "check it with ffprobe"
         raise SourceError(
             f"{uri}: cannot be opened as a video ({reason(error)}); expected a file that FFmpeg reads, whole up to "

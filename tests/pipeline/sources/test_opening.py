@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import fsspec
 import pytest
 
@@ -69,6 +71,25 @@ def test_an_object_that_shows_a_folder_is_no_input(s3) -> None:
     for given, first in {"in/": "in/", "in/*": "in/a.mp4/", "**": "in/a.mp4/1.png"}.items():
         assert list(expand_inputs([f"{s3.url}/{given}"])) == [f"{s3.url}/{first}", f"{s3.url}/in/clip.mp4"]
     assert open_source(f"{s3.url}/in/").probe().keys == ("a.mp4/1.png",)
+
+
+def test_a_service_that_fails_while_a_video_is_opened_is_no_fault_of_the_video(s3, tmp_path, monkeypatch) -> None:
+    clip, files = make.write_video(tmp_path / "clip.mkv", frames=9).read_bytes(), type(fsspec.filesystem("s3"))
+    fsspec.filesystem("s3").pipe_file(f"{s3.url}/clip.mkv", clip)
+    fsspec.filesystem("s3").pipe_file(f"{s3.url}/cut.mkv", clip[:100])
+    original = files._call_s3
+
+    async def fail(self, method, *args, **options):
+        if method == "get_object":
+            raise OSError(errno.EREMOTEIO, "Internal Error")
+        return await original(self, method, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_call_s3", fail)
+        with pytest.raises(SourceError, match=r"clip\.mkv: cannot be read \(.*Internal Error.*same command again"):
+            open_source(f"{s3.url}/clip.mkv").probe()
+    with pytest.raises(SourceError, match=r"cut\.mkv: cannot be opened as a video.*whole up to its index"):
+        open_source(f"{s3.url}/cut.mkv").probe()
 
 
 def test_keys_with_two_slashes_are_others(s3) -> None:
