@@ -133,10 +133,12 @@ class Driver:
     def _hire(self) -> None:
         """Ask for the workers that there is work for: room comes with nodes, and work with sources."""
         crew = self._crew
+        if self._loading.pauses:
+            return
         for _ in range(min(self._probers, self.inputs.unprobed) - len(crew.probers)):
             crew.hire("prober")
         work = len(self._work) - len(self._able) - len(crew.loading)
-        if work > 0 and not self._loading.pauses:
+        if work > 0:
             wanted = work + self._loading.failures  # more, lest the only one comes to a bad machine again
             for _ in range(min(self._most_labelers - len(crew.labelers), wanted)):
                 crew.hire("labeler")

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from depthmill.pipeline.errors import RunStoppedError
+from depthmill.pipeline.errors import (
+    RunStoppedError,
+    StoreClosedError,
+    StoreDamagedError,
+    StoreError,
+    StoreMismatchError,
+)
 from depthmill.workers.causes import cause_of, reason
 from depthmill.workers.crew import Crew
 from depthmill.workers.pace import PATIENCE_S, rest_s
@@ -17,7 +23,7 @@ class Loading:
     """What is known of workers that could not load since one could, or that ended while they were checked.
 
     As long as others are at work or loading, it may be one machine of many that is at fault. If nobody is, but workers
-    could load before, what they load may be away for a moment.
+    could load before, or a store does not answer, what they load may be away for a moment.
 
     Attributes:
         failures: How many there were since a labeler was last given work.
@@ -39,7 +45,7 @@ class Loading:
 
     @property
     def pauses(self) -> bool:
-        """Whether no labeler is to be asked for now."""
+        """Whether no worker is to be asked for now."""
         return self._crew.now_s < self._next_s
 
     def loaded(self) -> None:
@@ -62,13 +68,15 @@ class Loading:
             Exception: The worker's, or RunStoppedError, if nobody can load.
         """
         self.failures += not event.lost
-        now_s, most = self._crew.now_s, self._most()
+        now_s, most, cause = self._crew.now_s, self._most(), cause_of(event.error)
+        lasts = isinstance(cause, StoreClosedError | StoreMismatchError | StoreDamagedError)
+        passes = self._could or (isinstance(cause, StoreError) and not lasts)
         said = f"workers failed {self.failures} times while {doing} ({reason(event.error)})"
         if needed:
             self._alone_s = min(self._alone_s, now_s)
-            if not (self._could and now_s - self._alone_s < PATIENCE_S):
+            if not (passes and now_s - self._alone_s < PATIENCE_S):
                 if not event.died:
-                    raise cause_of(event.error) or RunStoppedError(said)
+                    raise cause or RunStoppedError(said)
                 if self.failures >= most:
                     raise RunStoppedError(
                         f"{said}; expected devices, memory for so many workers, and inputs that answer: try fewer "
@@ -76,6 +84,8 @@ class Loading:
                     ) from event.error
             elif not event.died or self.failures >= most:
                 self._next_s = now_s + rest_s(self.failures)
+                if self._alone_s == now_s:
+                    self._say(f"{said}: waiting until that works again")
         elif self.failures >= most:
             self._next_s = now_s + _SELDOM_S
             if self.failures == most:

@@ -107,7 +107,7 @@ def smooth(
         stack.callback(run.looks.close)
         run.display = stack.enter_context(open_display(console, run.rate, "smoothing"))
         try:
-            if run.plan(wait=True):
+            if run.begin():
                 pool: Pool = InProcess({"labeler": lambda: Smoother(config, store.uri)}, run.show)
                 if config.workers or (config.workers is None and (config.address or cores() > 1)):
                     from depthmill.workers.cluster import connect
@@ -177,6 +177,21 @@ class _Run:
             frames = sum(one.frames * phases.get(one.phase, 1 + self._config.filter) for one in found.tasks)
             self._expect(found.source_id, frames)
         return bool(self.queue)
+
+    def begin(self) -> bool:
+        """Plan, while nobody works yet, and wait for a store that does not answer.
+
+        Raises:
+            RunStoppedError: If it does not for long.
+        """
+        while True:
+            try:
+                return self.plan(wait=True)
+            except StoreClosedError:
+                raise
+            except StoreError as error:
+                self._rest(error, time.perf_counter())  # the clock of all pools
+            time.sleep(max(0.0, self._rests.until_s - time.perf_counter()))
 
     def show(self, states: Mapping[str, WorkerState]) -> None:
         """Bring the display up to date."""

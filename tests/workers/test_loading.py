@@ -2,7 +2,13 @@
 
 import pytest
 
-from depthmill.pipeline.errors import CheckpointError, RunStoppedError
+from depthmill.pipeline.errors import (
+    CheckpointError,
+    RunStoppedError,
+    StoreError,
+    StoreFullError,
+    StoreMismatchError,
+)
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, check, drive, labels
 
 
@@ -41,6 +47,40 @@ def test_a_checkpoint_that_does_not_load_ends_the_run_with_its_reason():
     pool._end_in = end
     with pytest.raises(CheckpointError, match="no unet"):
         drive(pool, ledger)
+
+
+@pytest.mark.parametrize("kind", ["labeler", "prober"])
+@pytest.mark.parametrize("until_s", [30, 1e9])
+def test_a_store_that_does_not_answer_while_the_first_workers_load_is_waited_for(until_s, kind):
+    ledger = Ledger({"a": (40, 10)})
+    pool = SimulatedPool(lambda: 2, labels(ledger))
+    place = pool._end_in
+
+    def end(seconds, worker, outcome):
+        away = outcome == "simulated" and pool.kinds[worker] == kind and pool.clock_s < until_s
+        place(seconds, worker, StoreError("zarr.json: 503") if away else outcome)
+
+    pool._end_in = end
+    if until_s == 30:
+        drive(pool, ledger)
+        check(ledger, {})
+    else:
+        with pytest.raises(RunStoppedError, match="503"):
+            drive(pool, ledger)
+        assert 90 < pool.clock_s < 150
+    assert len(pool.kinds) < 30
+    assert [line for line in ledger.said if "503" in line and line.endswith("waiting until that works again")]
+
+
+@pytest.mark.parametrize("error", [StoreFullError("no space left"), StoreMismatchError("another run's")])
+def test_a_store_that_will_take_nothing_ends_the_run_at_once(error):
+    ledger = Ledger({"a": (40, 10)})
+    pool = SimulatedPool(lambda: 2, labels(ledger))
+    place = pool._end_in
+    pool._end_in = lambda seconds, worker, outcome: place(seconds, worker, error if outcome == "simulated" else outcome)
+    with pytest.raises((RunStoppedError, StoreMismatchError), match=str(error)):
+        drive(pool, ledger)
+    assert pool.clock_s < 5
 
 
 @pytest.mark.parametrize("outcome", ["die", RuntimeError("CUDA out of memory"), CheckpointError("not fetched")])

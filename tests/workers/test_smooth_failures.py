@@ -29,6 +29,7 @@ from depthmill.tests import media
 from depthmill.tests.pipeline.store import samples
 from depthmill.tests.workers.flickering import labelled, run, written
 from depthmill.workers import pace
+from depthmill.workers.looks import Looks
 from depthmill.workers.pool import Event
 from depthmill.workers.smooth import _Run, smooth
 
@@ -137,6 +138,27 @@ def test_a_store_that_does_not_answer_for_a_while_stops_nothing(tmp_path, video,
         monkeypatch.setattr(owner, method, fails)
     assert run(store, filter=True).smoothed == (name,)
     assert written(store) == written(whole)
+
+
+@pytest.mark.parametrize(("raised", "times"), [(StoreError, 2), (StoreError, 99), (StoreForbiddenError, 99)])
+def test_a_store_that_does_not_answer_at_the_start_is_waited_for(tmp_path, video, monkeypatch, raised, times):
+    real, tries = Looks._look, []
+
+    def fails(self, *arguments):
+        tries.append(1)
+        if len(tries) <= times:
+            raise raised("503")
+        return real(self, *arguments)
+
+    store, name = labelled(tmp_path / "a.zarr", video)
+    monkeypatch.setattr(Looks, "_look", fails)
+    monkeypatch.setattr(pace, "rest_s", lambda times: 0.0)
+    if times == 2:
+        assert run(store).smoothed == (name,)
+        return
+    with pytest.raises(RunStoppedError, match=r"503[\s\S]*what was smoothed so far stays"):
+        run(store)
+    assert len(tries) == (9 if raised is StoreError else 1)
 
 
 def test_a_signal_stops_it_and_what_was_smoothed_stays(tmp_path, video, monkeypatch):

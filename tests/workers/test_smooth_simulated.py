@@ -134,7 +134,7 @@ def test_one_machine_on_which_nothing_loads_ends_no_run(smooth, outcome):
     assert pool.clock_s < 15, "others do not wait for it"
 
 
-@pytest.mark.parametrize(("from_s", "until_s"), [(0, 60), (4, 60), (4, 1e9)])
+@pytest.mark.parametrize(("from_s", "until_s"), [(0, 60), (4, 60), (0, 1e9), (4, 1e9)])
 def test_a_store_that_goes_away_from_new_workers_is_waited_for(smooth, from_s, until_s):
     behave, done = works(lambda clock_s, uri: None)
     pool = SimulatedPool(lambda: 2, behave)
@@ -146,13 +146,13 @@ def test_a_store_that_goes_away_from_new_workers_is_waited_for(smooth, from_s, u
 
     pool._end_in = end
     pool.at(5, lambda: [pool.lose(worker) for worker in sorted(pool.placed)])
-    if (from_s, until_s) == (4, 60):
+    if until_s == 60:
         smooth(pool, IDS)
         assert done == set(IDS)
     else:
         with pytest.raises(StoreError, match="503"):
             smooth(pool, IDS)
-    assert (pool.clock_s < 2) == (from_s == 0), "that no worker ever reached it tells of no outage"
+        assert 90 < pool.clock_s < 150
 
 
 def test_workers_that_all_die_while_they_load_end_the_run(smooth):
