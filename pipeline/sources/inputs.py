@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fnmatch
 import glob
 import logging
 import os
@@ -100,7 +102,7 @@ def _expanded(names: Sequence[tuple[str, str]]) -> Iterator[str | SourceError]:
             literal = "{" in given and _is_there(_in(folder, given))
         for named in [given] if literal else _braces(given):
             for source in _sources(folder, named):
-                if isinstance(source, SourceError):
+                if isinstance(source, SourceError | Refused):
                     yield source
                     continue
                 name = canonical_uri(source)
@@ -264,13 +266,25 @@ def _is_metadata(name: str, names: set[str]) -> bool:
     return dot + suffix.lower() in PARQUET_SUFFIXES and beside
 
 
-def _matches(pattern: str) -> Iterator[Path]:
-    found = [os.path.abspath(match) for match in _glob(pattern) if not is_preview(match)]  # noqa: PTH100 (as canonical_uri)
+def _matches(pattern: str) -> Iterator[str | Path]:
+    unlisted: dict[str, OSError] = {}
+    matches = _glob(pattern, unlisted)
+    found = [os.path.abspath(match) for match in matches if not is_preview(match)]  # noqa: PTH100 (as canonical_uri)
     _tell_unread(pattern, found)
     files = {path for path in found if path.lower().endswith(SUFFIXES) and kind_of(path) == "file"}
     folders = {os.path.join(path, "") for path in found if kind_of(path) == "folder"}  # noqa: PTH118 (keeps the slash)
-    for path in _outermost(files, folders):
+    given = _outermost(files, folders)
+    for path in given:
         yield from [Path(path)] if path in files else _in_folder(Path(path))
+    for folder, error in unlisted.items():
+        path = os.path.join(os.path.abspath(folder), "")  # noqa: PTH100, PTH118 (as above)
+        if not {path, *_parents(path)} & set(given):  # else opening it says so
+            refused = Refused(path)
+            refused.why = (
+                f"{folder}: cannot be listed ({error.strerror}); expected all that {pattern} matches: let it be read, "
+                "or name the others"
+            )
+            yield refused
 
 
 def _outermost(files: set[str], folders: set[str]) -> list[str]:
@@ -287,34 +301,60 @@ def _parents(name: str) -> list[str]:
     return [name[: slash.end()] for slash in re.finditer(r"/(?!\Z)", name)]
 
 
-def _glob(pattern: str) -> Iterable[str]:
-    """What matches, as `glob.glob` has it, but that `**` goes once into each folder, however many links lead there."""
-    first, *others = re.split(r"(?:(?<=/)|^)(?:\*\*(?:/+|$))+", pattern)
-    found = glob.glob(first) if first else [os.curdir]  # noqa: PTH207 (absolute patterns)
-    for part in others:
-        folders = _walk(found)
-        places = [os.path.join(glob.escape(folder), part or "*") for folder in folders]  # noqa: PTH118 (as above)
-        found = [match for place in places for match in glob.iglob(place)]  # noqa: PTH207
-        found += folders if not part else []
-    return dict.fromkeys(found)
+def _glob(pattern: str, unlisted: dict[str, OSError]) -> list[str]:
+    """What matches, as `glob.glob` has it, but that `**` goes once into each folder, however many links lead there.
+
+    Folders that cannot be listed, of which that says nothing, are added to `unlisted`, and why.
+    """
+    places = ["/" * pattern.startswith("/")]
+    parts = [part for part in pattern.split("/") if part]
+    for part in parts:
+        if part == "**":
+            places = _walk([place or os.curdir for place in places], unlisted)
+        else:
+            places = [match for place in places for match in _entries(place, part, unlisted)]
+    if parts[-1:] == ["**"]:
+        places += [match for place in places for match in _entries(place, "*", unlisted)]
+    found = [place for place in places if kind_of(place) == "folder"] if pattern.endswith("/") else places
+    return list(dict.fromkeys(found))
 
 
-def _walk(given: Iterable[str]) -> list[str]:
+def _entries(place: str, part: str, unlisted: dict[str, OSError]) -> list[str]:
+    """What in a folder is called like a part of a pattern."""
+    names = [part]
+    if glob.has_magic(part):
+        names = fnmatch.filter((entry.name for entry in _listing(place or os.curdir, unlisted)), part)
+        names = [name for name in names if part.startswith(".") or not name.startswith(".")]
+    found = [os.path.join(place, name) for name in names]  # noqa: PTH118 (as above)
+    return found if glob.has_magic(part) else [path for path in found if os.path.lexists(path)]
+
+
+def _listing(folder: str, unlisted: dict[str, OSError]) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            unlisted[folder] = error
+        return []
+
+
+def _walk(given: Iterable[str], unlisted: dict[str, OSError]) -> list[str]:
     """The folders and those below, without hidden ones, each once: by a path without a link if there is one."""
     folders: dict[str, str] = {}  # without links -> as found
     waiting, linked = deque[str](), deque[str]()
     for folder in given:
-        (linked if os.path.islink(folder.rstrip("/")) else waiting).append(folder)  # noqa: PTH114
+        if kind_of(folder) == "folder":
+            (linked if os.path.islink(folder.rstrip("/")) else waiting).append(folder)  # noqa: PTH114
     while waiting or linked:
         folder = waiting.popleft() if waiting else linked.popleft()
         real = os.path.realpath(folder)
         if real in folders:
             continue
         folders[real] = folder
-        with suppress(OSError), os.scandir(folder) as entries:
-            seen = [entry for entry in entries if not entry.name.startswith(".")]
-            waiting += sorted(entry.path for entry in seen if entry.is_dir(follow_symlinks=False))
-            linked += sorted(entry.path for entry in seen if entry.is_symlink() and kind_of(entry.path) == "folder")
+        seen = [entry for entry in _listing(folder, unlisted) if not entry.name.startswith(".")]
+        waiting += sorted(entry.path for entry in seen if entry.is_dir(follow_symlinks=False))
+        linked += sorted(entry.path for entry in seen if entry.is_symlink() and kind_of(entry.path) == "folder")
     return list(folders.values())
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import glob
+import os
 import re
 from pathlib import Path
 
@@ -94,7 +96,38 @@ def test_what_stars_match(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         *("**/.hidden/*", "cl**.mp4", f"{tree}/**", f"{tree}/de*p/**/clip*"),
     ):
         expected = {Path(match) for match in glob.glob(pattern, recursive=True)}  # noqa: PTH207
-        assert {Path(match) for match in _glob(pattern)} - {Path()} == expected, pattern
+        assert {Path(match) for match in _glob(pattern, {})} - {Path()} == expected, pattern
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("deep/**/*.mkv", ["deep/er/clip1.mkv", "deep/shut"]),
+        ("deep/*/*.mkv", ["deep/er/clip1.mkv", "deep/shut"]),
+        ("deep/shut/*.mkv", ["deep/shut"]),
+        ("deep/*", ["deep/er/clip1.mkv", "deep/shut"]),
+        ("deep/shut/../er/*.mkv", ["deep/er/clip1.mkv"]),
+    ],
+)
+def test_a_folder_that_cannot_be_listed_is_told_of(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, expected: list[str]
+) -> None:
+    shut, scandir = tree / "deep" / "shut", os.scandir
+    shut.mkdir()
+    (shut / "clip5.mkv").write_bytes(b"")
+
+    def fail(folder: str) -> object:
+        if Path(folder) == shut:
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    found = list(expand_inputs([str(tree / pattern)]))
+    assert [Path(source).relative_to(tree).as_posix() for source in found] == expected
+    for source in found:
+        if Path(source) == shut:
+            with pytest.raises(SourceError, match=r"shut: cannot be listed \(Permission denied\)"):
+                open_source(source).probe()
 
 
 def test_what_is_not_read_is_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
