@@ -147,14 +147,18 @@ class Prober:
         planned = self._plan(uri, name, seen)
         return None if planned.segments or planned.frames > max_frames else planned
 
-    def probe(self, uri: str) -> Planned:
+    def probe(self, uri: str, anew: bool = False) -> Planned:
         """Probe one input, unless it is `finished`, add it to the store, and say what is to be done of it.
+
+        Args:
+            uri: As for `open_source`.
+            anew: Whether to read it even if it is finished, to see whether inputs can be read.
 
         Raises:
             SourceError: If it cannot be opened, or has nothing in it.
             StoreError: If the store cannot take it, or has it with other contents (StoreMismatchError).
         """
-        if (done := self.finished(uri)) is not None:
+        if not anew and (done := self.finished(uri)) is not None:
             return done
         max_pixels, max_frames = self._limits
         opened = open_source(uri, max_pixels=max_pixels, max_frames=max_frames)

@@ -11,12 +11,13 @@ from depthmill.pipeline.sources import shown
 
 @dataclass(frozen=True)
 class Probe:
-    """An input to be probed."""
+    """An input to be probed; anew, if it is to be read though nothing of it may be left to do."""
 
     uri: str
     attempts: int = 0
     losses: int = 0
     frames: int = 0
+    anew: bool = False
 
     def __str__(self) -> str:
         return f"probing {shown(self.uri)}"

@@ -161,7 +161,7 @@ class Driver:
         """Give idle workers something to do."""
         crew = self._crew
         while crew.idle_probers and (probe := self.inputs.take(crew.now_s)) is not None:
-            crew.call(crew.idle_probers.pop(), probe, self._pace.to_open(), "probe", probe.uri)
+            crew.call(crew.idle_probers.pop(), probe, self._pace.to_open(), "probe", probe.uri, probe.anew)
         if not self.inputs.left:
             crew.dismiss_idle_probers()
         self._doubts.check(self._limits, self._pace.to_open())

@@ -87,7 +87,7 @@ class Inputs:
         if self._check is not None or not self._rests.over(now_s):
             return None
         if self._good is not None and len(self._suspects) >= _IN_A_ROW:
-            self._check = Probe(self._good[1])
+            self._check = Probe(self._good[1], anew=True)
             return self._check
         return self._waiting.popleft() if self._waiting else None
 

@@ -51,6 +51,10 @@ def test_an_input_of_which_nothing_is_left_to_do_is_read_only_if_it_may_have_cha
     done = planned()
     assert (done.labelled, done.failed, done.segments, done.stamp) == (2, 1, 0, first.stamp)
     assert not read
+    prober = Prober(store.uri, 1 << 27, 3, False)
+    prober.load()
+    assert prober.probe(str(clip), anew=True) == done
+    assert read
     assert planned(retry_failed=True).segments == 1
     assert read
     with pytest.raises(SourceError, match="more than 2 frames"):

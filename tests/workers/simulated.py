@@ -81,7 +81,8 @@ class SimulatedPool:
         assert worker not in self.current, "called while it is busy"
         self.calls += 1
         seconds, outcome = self.behave(self, worker, method, arguments[0] if arguments else NOISE)
-        for following in arguments[1:]:  # it is begun meanwhile, and the worker may die of it
+        # What follows is begun meanwhile, and the worker may die of it.
+        for following in arguments[1:] if method == "label" else ():
             if self.behave(self, worker, "try_task", following)[1] == "die":
                 outcome = "die"
         self._end_in(float("inf") if outcome in ("hang", "stall") else seconds, worker, outcome)

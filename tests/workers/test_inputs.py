@@ -131,6 +131,23 @@ def test_an_input_that_tells_nothing_any_more_is_not_opened_again():
     assert len(opened) == 2
 
 
+def test_whether_inputs_can_be_read_is_seen_by_reading_one():
+    """One of which nothing is left to do is not read otherwise, and opening it says nothing of reading."""
+    missing = {f"s{i}": MissingError(f"s{i}") for i in range(20)}
+    ledger = Ledger({"good": (10, 10)} | dict.fromkeys(missing, (10, 10)))
+    pool, anew = SimulatedPool(lambda: 2, labels(ledger, bad=missing)), []
+    call = pool.call
+
+    def note(worker, method, *arguments):
+        anew.extend([arguments] if method == "probe" and arguments[0] == "good" else [])
+        call(worker, method, *arguments)
+
+    pool.call = note
+    drive(pool, ledger)
+    assert anew[0] == ("good", False)
+    assert set(anew[1:]) == {("good", True)}
+
+
 def test_a_list_of_which_half_is_missing_is_gone_through():
     missing = {f"s{i}": MissingError(f"s{i}") for i in range(400) if i % 40 >= 20}
     ledger = Ledger({f"s{i}": (10, 10) for i in range(400)})
