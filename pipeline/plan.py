@@ -64,7 +64,8 @@ class Planned:
         failed: Frames without, there.
         pending: Half-open runs of numbers of segments that are not committed, in order.
         redo: Committed segments to be mended: their number, and the frames.
-        stamp: By which a later run knows that it need not be probed again, if nothing is left to do; "" if it must be.
+        stamp: By which a later run knows that it need not be probed again, if nothing is left to do, as long as the
+            store has this fingerprint; "" if it must be.
     """
 
     uri: str
@@ -139,13 +140,13 @@ class Prober:
             StoreError: If the store cannot be read.
         """
         name, (max_pixels, max_frames) = source_id(uri), self._limits
-        if not (seen := self._stamps.get(name)):
+        if name not in self._stamps or not self._store.has(name):
             return None
-        open_source(uri).close()
-        if stamp(uri, max_pixels) != seen or not self._store.has(name):
+        planned = self._plan(uri, name)
+        if planned.segments or planned.frames > max_frames:
             return None
-        planned = self._plan(uri, name, seen)
-        return None if planned.segments or planned.frames > max_frames else planned
+        seen = _mark(stamp(uri, max_pixels), planned)
+        return replace(planned, stamp=seen) if seen == self._stamps[name] else None
 
     def probe(self, uri: str, anew: bool = False) -> Planned:
         """Probe one input, unless it is `finished`, add it to the store, and say what is to be done of it.
@@ -166,7 +167,8 @@ class Prober:
             seen = stamp(uri, max_pixels)  # before anything is read: what changes meanwhile has another afterwards
             source = opened.probe()
             self._store.add_source(source)
-            planned = self._plan(uri, source.id, seen)
+            planned = self._plan(uri, source.id)
+            planned = replace(planned, stamp=_mark(seen, planned))
         except BaseException:
             opened.close()
             raise
@@ -176,7 +178,7 @@ class Prober:
             opened.close()
         return planned
 
-    def _plan(self, uri: str, name: str, seen: str) -> Planned:
+    def _plan(self, uri: str, name: str) -> Planned:
         attributes, progress = self._store.attributes(name), self._store.progress(name)
         redo = self._store.failed_segments(name) if self._retry_failed and progress.failed else []
         length = self._store.segment_frames(name)
@@ -190,5 +192,9 @@ class Prober:
             failed=progress.failed,
             pending=progress.pending,
             redo=tuple((segment.start // length, frames) for segment, frames in redo),
-            stamp=seen,
         )
+
+
+def _mark(seen: str, planned: Planned) -> str:
+    """A stamp with the fingerprint of what the store has; "" if there is no stamp."""
+    return seen and f"{seen} {planned.fingerprint}"

@@ -75,7 +75,7 @@ class Driver:
         self._options = options
         self._calls = calls
         self.standing = Standing()
-        self.inputs = Inputs(uris, options.attempts, self._say_once)
+        self.inputs = Inputs(uris, options.attempts, self._say_once, planned[0].uri if planned else "")
         self._work = Work(options.attempts)
         self.ids: set[str] = set()
         self._doubts = Doubts(self._crew, self._say_once, replace=options.workers != 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from math import inf
 
 from depthmill.pipeline.errors import (
     DepthmillError,
@@ -39,18 +40,20 @@ class Inputs:
         failures: Those that are left out.
     """
 
-    def __init__(self, uris: Iterable[str], attempts: int, say: Callable[[str], None]) -> None:
+    def __init__(self, uris: Iterable[str], attempts: int, say: Callable[[str], None], good: str = "") -> None:
         """Nothing is read yet.
 
         Args:
             uris: Read as far ahead as probers need them.
             attempts: How often one is tried.
             say: Told what is waited for.
+            good: One that could be opened before, if any.
         """
         self._uris, self._attempts, self._say = iter(uris), attempts, say
         self._waiting: deque[Probe] = deque()
         self._suspects: list[tuple[str, str]] = []  # that failed since one was opened, and why
-        self._good: tuple[float, str] | None = None  # what was opened quickest: how long that took, and what it is
+        # What was opened quickest: how long that took, and what it is.
+        self._good: tuple[float, str] | None = (inf, good) if good else None
         self._check: Probe | None = None  # of that, under way
         self._rests, self._listing = Rests(), Rests()
         self._news: list[str] = []

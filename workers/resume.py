@@ -24,7 +24,6 @@ from depthmill.pipeline.errors import (
     StoreClosedError,
     StoreDamagedError,
     StoreError,
-    StoreMismatchError,
 )
 from depthmill.pipeline.job import identity, layout
 from depthmill.pipeline.model.checkpoint import open_named
@@ -148,14 +147,14 @@ def planned_here(uris: Iterable[str], store: Store, prober: Prober) -> tuple[Ite
     planned = [one for one in found if one is not None]
     left = [uri for uri, one in zip(looked_at, found, strict=True) if one is None]
     more = list(islice(remaining, 1))
-    if not more and len(left) <= _PROBED_HERE and all(store.has(source_id(uri)) for uri in left):
-        with suppress(SourceError, StoreMismatchError, StoreDamagedError):  # gone, or changed: for the driver to tell
+    with suppress(SourceError, StoreError):  # gone, or changed, or away: for the driver to tell, or to wait for
+        if not more and len(left) <= _PROBED_HERE and all(store.has(source_id(uri)) for uri in left):
             return None, planned + [prober.probe(uri) for uri in left]
     return chain(left, more, remaining), planned
 
 
 def _finished(prober: Prober, uri: str) -> Planned | None:
-    with suppress(SourceError, StoreDamagedError):  # likewise
+    with suppress(SourceError, StoreError):  # likewise
         return prober.finished(uri)
     return None
 

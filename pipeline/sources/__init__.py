@@ -13,7 +13,7 @@ from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.objects import is_bucket, is_url, path_of, shown, without_secrets
 from depthmill.pipeline.sources.inputs import Refused, expand_inputs
 from depthmill.pipeline.sources.naming import source_id
-from depthmill.pipeline.sources.opening import is_prefix, kind_of
+from depthmill.pipeline.sources.opening import is_prefix, kind_of, unseen
 from depthmill.pipeline.sources.prefetch import Prefetch, prefetch
 from depthmill.pipeline.sources.suffixes import (
     IMAGE_SUFFIXES,
@@ -70,10 +70,21 @@ def open_source(
         SourceError: If there is no such file or folder, it is a tar archive packed in a way that is not read, or a URL
             has a password in it or cannot be looked up.
     """
+    plain = checked(uri)
+    is_folder = is_bucket(plain) and str(uri).endswith("/")
+    opens = _IMAGES if is_folder else next(opens for accepts, opens in _KINDS if accepts(plain))
+    return opens(plain, max_pixels, max_frames, threads)
+
+
+def checked(uri: str | Path) -> str:
+    """What an input is opened by, without what is secret in it; no library that reads it is loaded.
+
+    Raises:
+        SourceError: If nothing is there, as far as that can be seen at once, or it is a URL that is not opened.
+    """
     if isinstance(uri, Refused):
         raise SourceError(uri.why)
     uri = str(uri)
-    is_folder = is_bucket(uri) and uri.endswith("/")
     if is_url(uri):
         if "@" in urlsplit(uri).netloc:
             raise SourceError(
@@ -81,11 +92,15 @@ def open_source(
             )
         uri = without_secrets(uri)
     elif kind_of(uri) not in ("file", "folder"):
+        if why := unseen(uri):
+            raise SourceError(
+                f"{uri}: cannot be looked at ({why}); expected a video, a picture or a folder that can be read: let it "
+                "be, or leave it out"
+            )
         what = "nothing that it matches" if has_magic(uri) else "no such file or folder"
         what = "a pipe or a device" if kind_of(uri) else what
         raise SourceError(f"{uri}: {what}; expected a video, a picture or a folder: check the path")
-    opens = _IMAGES if is_folder else next(opens for accepts, opens in _KINDS if accepts(uri))
-    return opens(uri, max_pixels, max_frames, threads)
+    return uri
 
 
 def _name(uri: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 import glob
 import logging
@@ -10,7 +9,7 @@ import os
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +18,7 @@ from urllib.parse import parse_qsl, urlsplit
 from depthmill.pipeline.errors import MissingError, SourceError
 from depthmill.pipeline.objects import is_bucket, is_url, names_version, path_of
 from depthmill.pipeline.sources.naming import canonical_uri, is_preview, natural_key
-from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files
+from depthmill.pipeline.sources.opening import NOT_THERE, file_size, files_below, kind_of, list_files, unseen
 from depthmill.pipeline.sources.suffixes import (
     FILE_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -233,11 +232,17 @@ def _in_folder(folder: Path) -> Iterator[Path]:
     _tell_unread(folder, [path.name for path in found])
     if error or any(path.name.lower().endswith(_PICTURE_SUFFIXES) and kind_of(path) == "file" for path in found):
         yield folder  # opening it says what could not be listed
-    files = [path for path in found if path.name.lower().endswith(FILE_SUFFIXES) and kind_of(path) == "file"]
+    files = [path for path in found if path.name.lower().endswith(FILE_SUFFIXES) and _is_file(path)]
     names = {path.as_posix() for path in files} | {path.parent.as_posix() for path in found}
     for path in sorted(files, key=lambda path: natural_key(path.as_posix())):
         if not _is_metadata(path.as_posix(), names):
             yield path
+
+
+def _is_file(path: Path) -> bool:
+    """Whether this is a file, or that cannot be seen: opening it says why."""
+    kind = kind_of(path)
+    return kind == "file" or (not kind and unseen(path) != "")
 
 
 def _tell_unread(folder: object, names: Sequence[str]) -> None:
@@ -271,6 +276,9 @@ def _matches(pattern: str) -> Iterator[str | Path]:
     matches = _glob(pattern, unlisted)
     found = [os.path.abspath(match) for match in matches if not is_preview(match)]  # noqa: PTH100 (as canonical_uri)
     _tell_unread(pattern, found)
+    for path in found:
+        if path.lower().endswith(SUFFIXES) or not os.path.splitext(path)[1]:  # noqa: PTH122 (a Path takes longer)
+            _found(os.stat, path, unlisted)
     files = {path for path in found if path.lower().endswith(SUFFIXES) and kind_of(path) == "file"}
     folders = {os.path.join(path, "") for path in found if kind_of(path) == "folder"}  # noqa: PTH118 (keeps the slash)
     given = _outermost(files, folders)
@@ -281,8 +289,8 @@ def _matches(pattern: str) -> Iterator[str | Path]:
         if not {path, *_parents(path)} & set(given):  # else opening it says so
             refused = Refused(path)
             refused.why = (
-                f"{folder}: cannot be listed ({error.strerror}); expected all that {pattern} matches: let it be read, "
-                "or name the others"
+                f"{folder}: cannot be read ({error.strerror}); expected all that {pattern} matches: let it be read, or "
+                "name the others"
             )
             yield refused
 
@@ -304,7 +312,7 @@ def _parents(name: str) -> list[str]:
 def _glob(pattern: str, unlisted: dict[str, OSError]) -> list[str]:
     """What matches, as `glob.glob` has it, but that `**` goes once into each folder, however many links lead there.
 
-    Folders that cannot be listed, of which that says nothing, are added to `unlisted`, and why.
+    What cannot be listed, or looked at, is added to `unlisted`, with the reason: `glob.glob` says nothing of it.
     """
     places = ["/" * pattern.startswith("/")]
     parts = [part for part in pattern.split("/") if part]
@@ -321,22 +329,29 @@ def _glob(pattern: str, unlisted: dict[str, OSError]) -> list[str]:
 
 def _entries(place: str, part: str, unlisted: dict[str, OSError]) -> list[str]:
     """What in a folder is called like a part of a pattern."""
-    names = [part]
-    if glob.has_magic(part):
-        names = fnmatch.filter((entry.name for entry in _listing(place or os.curdir, unlisted)), part)
-        names = [name for name in names if part.startswith(".") or not name.startswith(".")]
-    found = [os.path.join(place, name) for name in names]  # noqa: PTH118 (as above)
-    return found if glob.has_magic(part) else [path for path in found if os.path.lexists(path)]
+    if not glob.has_magic(part):
+        path = os.path.join(place, part)  # noqa: PTH118 (as above)
+        return [path] if _found(os.lstat, path, unlisted) else []
+    names = fnmatch.filter((entry.name for entry in _listing(place or os.curdir, unlisted)), part)
+    names = [name for name in names if part.startswith(".") or not name.startswith(".")]
+    return [os.path.join(place, name) for name in names]  # noqa: PTH118 (as above)
 
 
 def _listing(folder: str, unlisted: dict[str, OSError]) -> list[os.DirEntry[str]]:
+    with _found(os.scandir, folder, unlisted) or nullcontext(()) as entries:
+        return list(entries)
+
+
+def _found(ask: Callable[[str], T], path: str, unlisted: dict[str, OSError]) -> T | None:
+    """What is answered of a path; None if nothing is there, or that cannot be seen: then it is added to `unlisted`."""
     try:
-        with os.scandir(folder) as entries:
-            return list(entries)
+        return ask(path)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            unlisted[folder] = error
-        return []
+        if error.errno not in NOT_THERE:
+            unlisted[path] = error
+    except ValueError:  # a name with a NUL in it
+        pass
+    return None
 
 
 def _walk(given: Iterable[str], unlisted: dict[str, OSError]) -> list[str]:
@@ -352,10 +367,17 @@ def _walk(given: Iterable[str], unlisted: dict[str, OSError]) -> list[str]:
         if real in folders:
             continue
         folders[real] = folder
-        seen = [entry for entry in _listing(folder, unlisted) if not entry.name.startswith(".")]
-        waiting += sorted(entry.path for entry in seen if entry.is_dir(follow_symlinks=False))
-        linked += sorted(entry.path for entry in seen if entry.is_symlink() and kind_of(entry.path) == "folder")
+        for entry in sorted(_listing(folder, unlisted), key=lambda entry: entry.path):
+            if not entry.name.startswith("."):
+                # Not every file system gives types with names; then each is asked for, and that may be refused.
+                kind = _found(partial(_kind, entry), entry.path, unlisted)
+                waiting += [entry.path] if kind == "folder" else []
+                linked += [entry.path] if kind == "link" and kind_of(entry.path) == "folder" else []
     return list(folders.values())
+
+
+def _kind(entry: os.DirEntry[str], _: str) -> str:
+    return "link" if entry.is_symlink() else "folder" if entry.is_dir(follow_symlinks=False) else "other"
 
 
 def _in(folder: str, name: str) -> str:

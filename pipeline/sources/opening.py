@@ -24,6 +24,8 @@ AWAY_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM)
 # a place that no file has.
 OWN_ERRORS = (*AWAY_ERRORS, errno.ELOOP, errno.EINVAL)
 
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # of a path, nothing else being wrong
+
 _BLOCK_BYTES = 1 << 20  # fetched at once; a few are kept: indices are read here and there, pictures one after another
 _BLOCKS = 8
 _GLIMPSE_BYTES = 1 << 14  # likewise, of what is only glimpsed at: a header of a picture, seldom more than one block
@@ -160,6 +162,17 @@ def kind_of(path: str | Path) -> Literal["file", "folder", "other", ""]:
     except (OSError, ValueError):
         return ""
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+
+
+def unseen(path: str | Path) -> str:
+    """Why it cannot be seen what is at a path; "" if it can be, or nothing is."""
+    try:
+        os.stat(path)  # noqa: PTH116 (as above)
+    except OSError as error:
+        return "" if error.errno in NOT_THERE else str(error.strerror or error)
+    except ValueError:
+        pass
+    return ""
 
 
 def files_below(folder: Path) -> tuple[list[Path], OSError | None]:

@@ -33,7 +33,7 @@ from depthmill.pipeline.sources.pictures import (
     on_one_canvas,
     read_header,
 )
-from depthmill.pipeline.sources.versions import Version, changed, check_unchanged, is_another, version_of
+from depthmill.pipeline.sources.versions import Version, changed, check_unchanged, is_another, settled, version_of
 from depthmill.pipeline.types import Frame, Source
 
 _PICTURE_COLUMNS = frozenset(
@@ -102,14 +102,15 @@ class ParquetSource:
     def _open(self) -> tuple[Source, list[Header], dict[int, str]]:
         with self._lock:
             if self._probed is None:
-                with closing(_Rows(self._uri)) as rows:
-                    self._version, self._starts = rows.version, rows.starts
-                    probed = self._probe(rows)
-                    check_unchanged(self._uri, self._version)
-                    self._probed = probed
+                self._version, self._probed = settled(self._uri, self._probe)
             return self._probed
 
-    def _probe(self, rows: _Rows) -> tuple[Source, list[Header], dict[int, str]]:
+    def _probe(self) -> tuple[Version, tuple[Source, list[Header], dict[int, str]]]:
+        with closing(_Rows(self._uri)) as rows:
+            self._starts = rows.starts
+            return rows.version, self._describe(rows)
+
+    def _describe(self, rows: _Rows) -> tuple[Source, list[Header], dict[int, str]]:
         frames = rows.starts[-1]
         check_frames(self._uri, frames, self._max_frames)
         if not frames:

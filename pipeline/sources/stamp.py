@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from depthmill.pipeline.objects import is_bucket, is_url, path_of, without_secrets
+from depthmill.pipeline.objects import is_bucket, is_url, path_of
+from depthmill.pipeline.sources import checked
 from depthmill.pipeline.sources.naming import is_preview
 from depthmill.pipeline.sources.opening import details, files_below, kind_of, translated
 from depthmill.pipeline.sources.suffixes import IMAGE_SUFFIXES, SUFFIXES
@@ -18,25 +19,27 @@ _TICK_NS = 2 * 10**9
 
 
 def stamp(uri: str, *options: object) -> str:
-    """Names, sizes and times of change of an input's files, or ETags of its objects, in short.
+    """Names, sizes and both times of change of an input's files, or ETags of its objects, in short.
 
-    As long as it stays the same, so does the input, as rsync and Make take it. A fingerprint says more: it is the same
-    for a copy, too; but videos are read whole for it, and of pictures each one's header.
+    As long as it stays the same, so does the input, as Git takes it: files that are written over, renamed or unpacked
+    have another inode's time. A fingerprint says more, being that of a copy, too; but videos are read whole for it, and
+    of pictures each one's header.
 
     Args:
-        uri: Path or URL, as for `open_source`.
+        uri: Path or URL, as `checked` gives it.
         options: What else decides what probing finds.
 
     Returns:
-        32 hexadecimal digits; "" if nothing can be said: the input is not there, or was written just now, or its
-        server gives no ETag.
+        32 hexadecimal digits; "" if nothing can be said: the input was written just now, or its server gives no strong
+        ETag.
 
     Raises:
-        SourceError: If a URL's server does not answer; MissingError if there is nothing.
+        SourceError: As `checked`, or if a URL's server does not answer; MissingError if there is nothing.
     """
     digest = hashlib.blake2b(repr(options).encode(), digest_size=16)
     known = ""
-    for name, known in _objects(without_secrets(uri)) if is_url(uri) else _files(uri):
+    plain = checked(uri)
+    for name, known in _objects(plain, uri.endswith("/")) if is_url(plain) else _files(plain):
         if not known:
             return ""
         digest.update(f"{name}\0{known}\0".encode(errors="surrogateescape"))
@@ -56,18 +59,19 @@ def _files(path: str) -> Iterator[tuple[str, str]]:
         except (OSError, ValueError):
             yield name, ""
         else:
-            yield name, f"{found.st_size} {found.st_mtime_ns}" if found.st_mtime_ns < settled_ns else ""
+            settled = max(found.st_mtime_ns, found.st_ctime_ns) < settled_ns
+            yield name, f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}" if settled else ""
 
 
-def _objects(uri: str) -> Iterator[tuple[str, str]]:
+def _objects(uri: str, is_prefix: bool) -> Iterator[tuple[str, str]]:
     """The same of a URL: of an object, or of all pictures below a prefix."""
-    is_object = not is_bucket(uri) or path_of(uri).lower().endswith(SUFFIXES)
+    is_object = not is_bucket(uri) or (path_of(uri).lower().endswith(SUFFIXES) and not is_prefix)
     with translated(uri) as (files, path):
         found = {path: details(uri)} if is_object else files.find(path, detail=True)
     for name in sorted(found):
         if name == path or (_is_picture(name) and not is_preview(name)):
-            tag = found[name].get("ETag") or found[name].get("generation")
-            yield name, f"{found[name].get('size')} {tag}" if tag else ""
+            tag = str(found[name].get("ETag") or found[name].get("generation") or "")
+            yield name, "" if tag.startswith("W/") else tag  # a weak one may stay where bytes change
 
 
 def _is_picture(name: str) -> bool:

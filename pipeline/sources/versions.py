@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from depthmill.pipeline.errors import SourceChangedError
 from depthmill.pipeline.objects import is_bucket, is_url
 from depthmill.pipeline.sources.opening import OWN_ERRORS, details, unanswered
+from depthmill.pipeline.types import Source
+
+Probed = TypeVar("Probed", bound=tuple[Source, *tuple[Any, ...]])  # a source, and what its reader keeps of it
 
 _SAMPLE_BYTES = 4096  # of the beginning and end of each picture, for the fingerprint
 _ENDS_BYTES = 1 << 16  # of a whole file
@@ -79,6 +83,24 @@ def check_unchanged(uri: str, version: Version) -> None:
     """
     if not version.same(version_of(uri)):
         raise changed(uri)
+
+
+def settled(uri: str, probe: Callable[[], tuple[Version, Probed]]) -> tuple[Version, Probed]:
+    """What probing gives of a file that stayed the same meanwhile, and the file's version before.
+
+    Where a server's words change and a second probe finds the same, its words say nothing: the size alone is compared
+    from then on.
+
+    Raises:
+        SourceChangedError: If the file did not stay the same.
+    """
+    version, probed = probe()
+    if version.same(version_of(uri)):
+        return version, probed
+    version, again = probe()
+    if again[0].fingerprint != probed[0].fingerprint:
+        raise changed(uri)
+    return Version(version.size), again
 
 
 def changed(what: str, why: str = "") -> SourceChangedError:

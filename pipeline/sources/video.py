@@ -31,7 +31,7 @@ from depthmill.pipeline.machine import give_back_freed_memory
 from depthmill.pipeline.sources.limits import check_range
 from depthmill.pipeline.sources.naming import canonical_uri, source_id
 from depthmill.pipeline.sources.parked import Parked
-from depthmill.pipeline.sources.versions import Version, changed, check_unchanged, version_of
+from depthmill.pipeline.sources.versions import Version, changed, check_unchanged, settled, version_of
 from depthmill.pipeline.sources.video_container import reason
 from depthmill.pipeline.sources.video_decode import DamageError, Decoder, LostPlaceError, starts_badly
 from depthmill.pipeline.sources.video_packets import Group, PacketTable, fingerprint, scan
@@ -120,10 +120,7 @@ class VideoSource:
     def _open(self) -> tuple[Source, PacketTable, str]:
         with self._lock:
             if self._probed is None:
-                self._version = version_of(self._uri)
-                probed = self._probe()
-                check_unchanged(self._uri, self._version)
-                self._probed = probed
+                self._version, self._probed = settled(self._uri, lambda: (version_of(self._uri), self._probe()))
             return self._probed
 
     def _probe(self) -> tuple[Source, PacketTable, str]:

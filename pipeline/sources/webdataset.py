@@ -36,7 +36,7 @@ from depthmill.pipeline.sources.pictures import (
 )
 from depthmill.pipeline.sources.suffixes import IMAGE_SUFFIXES
 from depthmill.pipeline.sources.tar_members import GZIP_DAMAGE, Member, open_archive, walk
-from depthmill.pipeline.sources.versions import Version, changed, check_unchanged, is_another, version_of
+from depthmill.pipeline.sources.versions import Version, changed, check_unchanged, is_another, settled, version_of
 from depthmill.pipeline.types import Frame, Source
 
 # Key and extension: from the first dot of the last part on; a leading slash is no part of the key.
@@ -111,22 +111,21 @@ class WebDatasetSource:
         with self._lock:
             if self._probed is None:
                 try:
-                    self._probed = self._probe()
+                    self._version, self._probed = settled(self._uri, self._probe)
                 except OSError as error:
                     raise _unreadable(self._uri, error) from error
             return self._probed
 
-    def _probe(self) -> tuple[Source, list[_Picture]]:
-        self._version = version_of(self._uri)
-        digest = hashlib.sha256(f"{self._version.size}\0".encode())
+    def _probe(self) -> tuple[Version, tuple[Source, list[_Picture]]]:
+        version = version_of(self._uri)
+        digest = hashlib.sha256(f"{version.size}\0".encode())
         pictures: list[_Picture] = []
         file, seekable = open_archive(self._uri)
         with closing(file):
-            for picture in _pictures(file, self._version.size if seekable else None, self._max_pixels):
+            for picture in _pictures(file, version.size if seekable else None, self._max_pixels):
                 pictures.append(picture)
                 check_frames(self._uri, len(pictures), self._max_frames)
                 digest.update(f"{picture.key}\0{picture.offset}\0{picture.size}\0{picture.header.digest}\0".encode())
-        check_unchanged(self._uri, self._version)
         if not any(picture.key for picture in pictures):
             damage = "; ".join(picture.error for picture in pictures[:3])
             raise SourceError(
@@ -139,7 +138,7 @@ class WebDatasetSource:
             replace(picture, header=header, error=picture.error or header.error)
             for picture, header in zip(pictures, headers, strict=True)
         ]
-        return describe(self._uri, "webdataset", keys, headers, digest.hexdigest()), pictures
+        return version, (describe(self._uri, "webdataset", keys, headers, digest.hexdigest()), pictures)
 
     def _encoded(
         self, pictures: list[_Picture], start: int, stop: int, on_passed: Callable[[], None]

@@ -41,7 +41,7 @@ def write_run(directory: Directory, values: Mapping[str, Any]) -> None:
 
 
 def read_stamps(directory: Directory) -> dict[str, str]:
-    """Source id -> `stamp` of the input when it was last probed. What cannot be read is as if it were not there."""
+    """Source id -> `Planned.stamp`, of when the input was last probed. What is damaged is as if it were not there."""
     try:
         found = json.loads(directory.read(STAMPS) or b"{}")
     except ValueError:
@@ -52,10 +52,10 @@ def read_stamps(directory: Directory) -> dict[str, str]:
 def write_stamps(directory: Directory, stamps: Mapping[str, str]) -> None:
     """Write `stamps.json`, if it changes: these, and those that are there of other sources.
 
-    Of two runs that do so at once one may undo what the other did, whose inputs are probed again then.
+    Of two runs that do so at once one may undo what the other did: inputs are probed again then.
     """
     before = read_stamps(directory)
-    after = before | {source_id: found for source_id, found in stamps.items() if found}
+    after = {source_id: found for source_id, found in (before | dict(stamps)).items() if found}
     if after != before:
         directory.write(STAMPS, json.dumps(after, indent=0, sort_keys=True).encode())
 

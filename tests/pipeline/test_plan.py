@@ -1,6 +1,7 @@
 """What probing makes of an input."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ def test_limits_are_those_that_were_given(tmp_path):
 
 def test_an_input_of_which_nothing_is_left_to_do_is_read_only_if_it_may_have_changed(tmp_path, monkeypatch):
     clip = media.write_video(tmp_path / "clip.mp4", frames=3)
-    os.utime(clip, (1e9, 1e9))
+    now_ns = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + 10**10)
     store = stores.create(tmp_path / "labels.zarr", Layout(), {})
     read, probe = [], VideoSource.probe
     monkeypatch.setattr(VideoSource, "probe", lambda source: read.append(1) or probe(source))
@@ -61,12 +63,20 @@ def test_an_input_of_which_nothing_is_left_to_do_is_read_only_if_it_may_have_cha
         planned(max_frames=2)
     assert planned(max_pixels=1 << 26).stamp != first.stamp
     assert read
-    os.utime(clip, (2e9 / 2, 1e9 + 1))
-    assert planned().stamp != first.stamp
+    touched = os.utime(clip, (1e9, 1e9)) or planned()
     assert read
-    os.utime(clip, (1e9, 1e9))
-    assert not planned().segments
+    assert touched.stamp != first.stamp
+    records.write_stamps(store.directory, {first.id: touched.stamp})
+    assert planned() == touched
     assert not read
+    # Of another input, whose source took the place of the one that was stamped, or was put back since.
+    records.write_stamps(store.directory, {first.id: touched.stamp.partition(" ")[0] + " another fingerprint"})
+    assert planned() == touched
+    assert read
+    records.write_stamps(store.directory, {first.id: touched.stamp})
+    records.write_stamps(store.directory, {first.id: ""})
+    assert records.read_stamps(store.directory) == {}
+    records.write_stamps(store.directory, {first.id: touched.stamp})
     Path(store.uri, "stamps.json").write_text("[broken")
-    assert planned() == done
+    assert planned() == touched
     assert read

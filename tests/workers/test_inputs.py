@@ -14,6 +14,9 @@ from depthmill.pipeline.errors import (
     StoreMismatchError,
 )
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, all_frames, drive, labels
+from depthmill.workers.backlog import Probe
+from depthmill.workers.inputs import Inputs
+from depthmill.workers.pool import Event
 
 
 def test_an_input_that_cannot_be_opened_for_a_moment_is_opened_later():
@@ -146,6 +149,15 @@ def test_whether_inputs_can_be_read_is_seen_by_reading_one():
     drive(pool, ledger)
     assert anew[0] == ("good", False)
     assert set(anew[1:]) == {("good", True)}
+
+
+def test_what_was_opened_before_the_run_tells_an_outage_from_its_start():
+    inputs = Inputs([f"s{i}" for i in range(20)], 1, print, "good")
+    inputs.read(20, 0.0)
+    for _ in range(5):
+        inputs.failed(inputs.take(0.0), Event(0, None, SourceError("gone")), 0.0)
+        assert inputs.left_out() == []
+    assert inputs.take(0.0) == Probe("good", anew=True)
 
 
 def test_a_list_of_which_half_is_missing_is_gone_through():

@@ -26,11 +26,16 @@ def config(checkpoints, loaded_once):
     return LabelConfig(checkpoint=str(checkpoints / "depth"), labels=("depth",), device="cpu", workers=0, threads=1)
 
 
+@pytest.fixture(autouse=True)
+def later(monkeypatch):
+    """Inputs were written some time ago."""
+    now_ns = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + 10**10)
+
+
 @pytest.fixture
 def clip(tmp_path):
-    clip = media.write_video(tmp_path / "clip.mp4", frames=3)
-    os.utime(clip, (1e9, 1e9))
-    return clip
+    return media.write_video(tmp_path / "clip.mp4", frames=3)
 
 
 @pytest.fixture
@@ -70,8 +75,6 @@ def test_many_inputs_that_are_as_they_were_take_no_worker_and_one_that_is_not_al
     monkeypatch.setattr("depthmill.workers.resume._PROBED_HERE", 2)
     folder = tmp_path / "photos"
     pictures = [str(media.write_image(folder / f"{i}.png", i)) for i in range(4)]
-    for picture in pictures:
-        os.utime(picture, (1e9, 1e9))
     store, read, probe = tmp_path / "many.zarr", [], ImageSource.probe
     label(pictures, store, config)
     monkeypatch.setattr(ImageSource, "probe", lambda source: read.append(source._uri) or probe(source))
@@ -86,6 +89,20 @@ def test_many_inputs_that_are_as_they_were_take_no_worker_and_one_that_is_not_al
     assert [failure.uri for failure in summary.failures] == [str(gone)]
     Path(pictures[3]).unlink()
     assert finished(pictures, store, config) is None
+
+
+def test_a_store_that_does_not_answer_at_the_start_of_a_rerun_is_waited_for(store, clip, config, monkeypatch):
+    children, refused = LocalDirectory.children, []
+
+    def away(self, key=""):
+        if key.endswith("status/c") and not refused:
+            refused.append(key)
+            raise StoreError("503")
+        return children(self, key)
+
+    monkeypatch.setattr(LocalDirectory, "children", away)
+    assert label([str(clip)], store, config).labelled == 3
+    assert refused
 
 
 def test_tells_failures_again(tmp_path, config):

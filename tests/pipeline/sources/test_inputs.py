@@ -4,7 +4,9 @@ import errno
 import glob
 import os
 import re
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,8 +128,64 @@ def test_a_folder_that_cannot_be_listed_is_told_of(
     assert [Path(source).relative_to(tree).as_posix() for source in found] == expected
     for source in found:
         if Path(source) == shut:
-            with pytest.raises(SourceError, match=r"shut: cannot be listed \(Permission denied\)"):
+            with pytest.raises(SourceError, match=r"shut: cannot be (listed|read) \(Permission denied\)"):
                 open_source(source).probe()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("deep/*/clips/*.mkv", ["deep/er/clips/a.mkv", "deep/shut/clips"]),
+        ("deep/*/clips", ["deep/er/clips/a.mkv", "deep/shut/clips"]),
+        ("deep/shut/*", ["deep/shut/b.mkv", "deep/shut/clips"]),
+        ("deep/shut", ["deep/shut/b.mkv", "deep/shut/clips/a.mkv"]),
+    ],
+)
+def test_what_cannot_be_looked_at_is_told_of(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, expected: list[str]
+) -> None:
+    """A folder that may be listed and not searched."""
+    for name in ("er/clips/a.mkv", "shut/clips/a.mkv", "shut/b.mkv"):
+        make.write_video((tree / "deep" / name).parent / "x.mkv", frames=1).rename(tree / "deep" / name)
+    for ask in ("stat", "lstat"):
+        answer = getattr(os, ask)
+
+        def fail(path: Any, *options: Any, answer: Any = answer, **more: Any) -> object:
+            if "/shut/" in os.fspath(path):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return answer(path, *options, **more)
+
+        monkeypatch.setattr(os, ask, fail)
+    found = list(expand_inputs([str(tree / pattern)]))
+    assert [Path(source).relative_to(tree).as_posix() for source in found] == expected
+    for source in found:
+        if "/shut/" in source:
+            with pytest.raises(SourceError, match=r"cannot be (read|looked at) \(Permission denied\)"):
+                open_source(source).probe()
+
+
+def test_a_file_system_that_gives_no_types_and_refuses_them(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Entry:
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self.name, self.path = entry.name, entry.path
+
+        def is_symlink(self) -> bool:
+            if self.name == "er":
+                raise PermissionError(errno.EACCES, "Permission denied", self.path)
+            return False
+
+        def is_dir(self, *, follow_symlinks: bool) -> bool:
+            return Path(self.path).is_dir()
+
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: closing(_Entries(map(Entry, scandir(folder)))))
+    found = list(expand_inputs([str(tree / "**" / "*.mkv")]))
+    assert [Path(source).relative_to(tree).as_posix() for source in found] == ["deep/er"]
+
+
+class _Entries(list[Any]):
+    def close(self) -> None:
+        pass
 
 
 def test_what_is_not_read_is_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:

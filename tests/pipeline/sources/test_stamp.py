@@ -1,7 +1,6 @@
 """Whether an input may have changed, by what is said of its files."""
 
 import os
-import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,24 +8,19 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 
-from depthmill.pipeline.errors import MissingError
+from depthmill.pipeline.errors import MissingError, SourceError
 from depthmill.pipeline.sources.stamp import stamp
 from depthmill.tests import media
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Pictures, with one in a subfolder, of an hour ago."""
-    folder = tmp_path / "pictures"
-    media.write_image_folder(folder, count=2)
-    media.write_image(folder / "more" / "2.png")
-    for file in folder.rglob("*.png"):
-        age(file, 3600)
-    return folder
-
-
-def age(path: Path, seconds: float) -> None:
-    os.utime(path, (time.time() - seconds,) * 2)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Pictures, with one in a subfolder, that were written some time ago."""
+    now_ns = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + 10**10)
+    media.write_image_folder(tmp_path / "pictures", count=2)
+    media.write_image(tmp_path / "pictures" / "more" / "2.png")
+    return tmp_path / "pictures"
 
 
 def test_what_changes_it(folder: Path) -> None:
@@ -41,26 +35,39 @@ def test_what_changes_it(folder: Path) -> None:
     assert stamp(str(folder)) == seen
 
     media.write_image(folder / "3.png")
-    age(folder / "3.png", 60)
     assert "" != stamp(str(folder)) != seen, "a picture more"
     (folder / "3.png").unlink()
     assert stamp(str(folder)) == seen
-    size, before = file.stat().st_size, file.stat()
-    file.write_bytes(b"0" * size)
-    age(file, 60)
+    before = file.stat()
+    file.write_bytes(b"0" * before.st_size)
     assert "" != stamp(str(folder)) != seen, "the same size, later"
-    file.write_bytes(b"0" * (size + 1))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert "" != stamp(str(folder)) != seen, "another size, the same time"
+    assert "" != stamp(str(folder)) != seen, "the same size and time"
 
 
-def test_nothing_is_said_of_what_may_yet_change_in_the_same_tick_or_is_not_there(folder: Path) -> None:
-    for seconds in (0.5, -3600):
-        age(folder / "more" / "2.png", seconds)
-        assert stamp(str(folder)) == stamp(str(folder / "more" / "2.png")) == ""
-    assert stamp(str(folder / "gone.png")) == ""
-    shutil.rmtree(folder / "more")
+def test_pictures_of_one_size_and_time_that_are_exchanged_change_it(folder: Path) -> None:
+    first, second, between = (folder / name for name in ("a.png", "b.png", "between"))
+    for path in (first, second):
+        path.write_bytes(os.urandom(100))
+        os.utime(path, (1e9, 1e9))
+    seen = stamp(str(folder))
+    time.sleep(0.05)  # a tick of the disk's clock, and more
+    for path, new in ((first, between), (second, first), (between, second)):
+        path.rename(new)
+    assert stamp(str(folder)) != seen
+
+
+def test_nothing_is_said_of_what_may_yet_change_in_the_same_tick(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stamp(str(folder)) != ""
+    os.utime(folder / "more" / "2.png", (time.time() + 3600,) * 2)
+    assert stamp(str(folder)) == ""
+    os.utime(folder / "more" / "2.png", (1e9, 1e9))
+    assert stamp(str(folder)) != ""
+    monkeypatch.setattr(time, "time_ns", lambda: (folder / "more" / "2.png").stat().st_ctime_ns + 10**9)
+    assert stamp(str(folder)) == ""
+
+
+def test_a_picture_that_is_not_there(folder: Path) -> None:
     (folder / "gone.png").symlink_to("nowhere")
     assert stamp(str(folder)) == ""
 
@@ -80,6 +87,10 @@ def test_objects_by_their_etags(s3: SimpleNamespace, folder: Path) -> None:
     assert len(set(seen)) == 3
     assert "" not in seen
     assert stamp(uris[0] + "/") != ""
+    files.put(str(folder) + "/", f"{bucket}/clip.mp4/", recursive=True)
+    files.pipe(f"{bucket}/clip.mp4", b"a video")
+    assert "" not in {stamp(f"{s3.url}/clip.mp4"), stamp(f"{s3.url}/clip.mp4/")}
+    assert stamp(f"{s3.url}/clip.mp4") != stamp(f"{s3.url}/clip.mp4/")
     for name in ("set/more/2.png", "clip"):
         files.pipe(f"{bucket}/{name}", b"0" * (folder / "more" / "2.png").stat().st_size)
     changed = [stamp(uri) for uri in uris]
@@ -88,3 +99,15 @@ def test_objects_by_their_etags(s3: SimpleNamespace, folder: Path) -> None:
     assert [stamp(uri) for uri in uris] == changed
     with pytest.raises(MissingError):
         stamp(f"{s3.url}/set/gone.mp4")
+
+
+@pytest.mark.parametrize(("tag", "stamped"), [('"a"', True), ('W/"a"', False), ("", False)])
+def test_a_server_s_strong_tags_alone(monkeypatch: pytest.MonkeyPatch, tag: str, stamped: bool) -> None:
+    monkeypatch.setattr("depthmill.pipeline.sources.stamp.details", lambda uri: {"size": 3, "ETag": tag})
+    assert bool(stamp("https://127.0.0.1/clip.mp4")) == stamped
+
+
+def test_what_is_not_opened_has_none(folder: Path) -> None:
+    for uri in (str(folder / "gone.png"), "https://user:word@127.0.0.1:1/clip.mp4"):
+        with pytest.raises(SourceError, match=r"no such file|credentials"):
+            stamp(uri)
