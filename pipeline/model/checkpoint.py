@@ -10,12 +10,9 @@ not imported here: to find that a run is finished takes none of them, and second
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
-import time
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -30,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from depthmill.pipeline.config import DEMO, LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
-from depthmill.pipeline.model.cache import keep, kept
+from depthmill.pipeline.model.hashes import hash_files
 from depthmill.pipeline.types import Domain, Modality
 
 log = logging.getLogger(__name__)
@@ -44,8 +41,6 @@ _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Copies beside the weights, sharded or not, which are neither fetched nor used.
 _VARIANTS = ("*.fp16.*", "*.fp16-*", "*.non_ema.*", "*.non_ema-*")
-
-_TICK_NS = 2 * 10**9  # of a disk's clock, at most: within it a file changes unseen
 
 PromptPadding = Literal["do_not_pad", "max_length"]
 
@@ -183,7 +178,7 @@ def open_checkpoint(
         name,
         directory,
         modality,
-        sha256=_hash(directory, files),
+        sha256=hash_files(directory, files),
         processing_resolution=resolution,
         description=description,
         domain=(domain or "indoor") if joint else None,
@@ -301,36 +296,6 @@ def _instead_of_weights(folder: Path) -> str:
         f"{found}; expected .safetensors, and not half-precision copies (*.fp16.*) alone: load it with diffusers where "
         "you trust it, and save_pretrained(..., safe_serialization=True)"
     )
-
-
-def _hash(directory: Path, files: list[Path]) -> str:
-    """Of all files. What weights hash to is kept: those of Stable Diffusion take seconds, each time one is opened."""
-    place = f"sha256/{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}.json"
-    before = found if isinstance(found := kept(place), dict) else {}
-    now, total = {}, hashlib.sha256()
-    for path in files:
-        name, state = path.relative_to(directory).as_posix(), _state(path)
-        digest = before.get(f"{name} {state}") if state else None
-        if not isinstance(digest, str):
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if state:
-            now[f"{name} {state}"] = digest
-        total.update(f"{name} {digest}\n".encode())
-    if now != before:
-        keep(place, now)
-    return total.hexdigest()
-
-
-def _state(path: Path) -> str:
-    """What changes whenever a file of weights does; "" if it is another file, or was written just now.
-
-    When its inode changed cannot be set back, as when its contents did can: by copying, unpacking, `touch`.
-    """
-    found = path.stat()
-    if path.suffix != ".safetensors" or time.time_ns() - found.st_ctime_ns < _TICK_NS:
-        return ""
-    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 def _may_be_e2e(directory: Path, index: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from depthmill.pipeline.sources.pictures import (
     on_one_canvas,
     read_header,
 )
-from depthmill.pipeline.sources.suffixes import IMAGE_SUFFIXES
+from depthmill.pipeline.sources.suffixes import IMAGE_SUFFIXES, is_picture
 from depthmill.pipeline.types import Frame, Source
 
 _HEADER_THREADS = 8  # waiting for the disk more than computing
@@ -126,7 +126,7 @@ def _list_files(path: Path) -> dict[str, Picture]:
             f"{error.filename}: cannot be listed ({error.strerror}); expected all of {path}, with its subfolders: "
             "let it be read, or give the others by themselves"
         ) from error
-    files = [file for file in found if _is_picture(file.name) and kind_of(file) != "other"]  # a pipe would never end
+    files = [file for file in found if is_picture(file.name) and kind_of(file) != "other"]  # a pipe would never end
     if not files:
         raise _nothing(path)
     named = {file.relative_to(path).as_posix(): file for file in files}
@@ -137,22 +137,18 @@ def _list_files(path: Path) -> dict[str, Picture]:
 def _list_urls(uri: str) -> dict[str, Picture]:
     """Key -> picture, in order."""
     name = path_of(uri).rpartition("/")[2]
-    if _is_picture(name):
+    if is_picture(name):
         file_size(uri)  # that it is there
         return {name: uri}
     found = {url.removeprefix(f"{uri}/"): url for url in list_files(uri)}  # `a/b.png` is another key than `a//b.png`
     pictures: dict[str, Picture] = {
         key: url
         for key, url in found.items()
-        if _is_picture(key) and not any(part.startswith(".") for part in key.split("/"))
+        if is_picture(key) and not any(part.startswith(".") for part in key.split("/"))
     }
     if not pictures:
         raise _nothing(uri)
     return {key: pictures[key] for key in sorted(pictures, key=natural_key)}
-
-
-def _is_picture(name: str) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _nothing(where: object) -> SourceError:

@@ -8,7 +8,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -96,7 +96,7 @@ def list_files(uri: str, *, pattern: bool = False) -> list[str]:
     """
     with translated(uri) as (files, path):
         if not pattern:
-            names = _below(files, path)
+            names = list(below(files, path))
         elif is_bucket(uri):
             names = _matching(files, path)
         else:  # servers on the web promise no listing: what their pages link to
@@ -106,13 +106,13 @@ def list_files(uri: str, *, pattern: bool = False) -> list[str]:
         return sorted(name if is_url(name) else prefix + name.lstrip("/") for name in names if not is_preview(name))
 
 
-def _below(files: Any, path: str) -> list[str]:
-    """The objects at or below a path, but those `folder/` by which S3's console shows a folder."""
+def below(files: Any, path: str) -> dict[str, dict[str, Any]]:
+    """What is said of the objects at or below a path, but of those `folder/` by which S3's console shows a folder."""
     try:
         found = files.find(path, detail=True)
     except FileNotFoundError:
-        return []
-    return [name for name, info in found.items() if info.get("type") != "directory" and not name.endswith("/")]
+        return {}
+    return {name: info for name, info in found.items() if info.get("type") != "directory" and not name.endswith("/")}
 
 
 def _matching(files: Any, pattern: str) -> list[str]:
@@ -126,7 +126,7 @@ def _matching(files: Any, pattern: str) -> list[str]:
     places, found = [bucket], list[str]()
     for number, part in enumerate(parts, 1):
         if part == "**":
-            found = [name for place in places for name in _with_prefixes(_below(files, place), place)]
+            found = [name for place in places for name in _with_prefixes(below(files, place), place)]
             break
         if number < len(parts) and not glob.has_magic(part):
             places = [f"{place}/{part}" for place in places]
@@ -149,7 +149,7 @@ def _entries(files: Any, place: str) -> list[str]:
     return [entry["name"] + "/" * (entry["type"] == "directory") for entry in below]
 
 
-def _with_prefixes(names: list[str], place: str) -> set[str]:
+def _with_prefixes(names: Iterable[str], place: str) -> set[str]:
     """Objects, and the prefixes that they lie in, from a place on."""
     slashes = ((name, slash.end()) for name in names for slash in re.finditer("/", name))
     return {*names, *(name[:end] for name, end in slashes if end > len(place))}

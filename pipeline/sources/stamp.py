@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+from depthmill.pipeline.file_state import file_state
 from depthmill.pipeline.objects import is_bucket, is_url, path_of
 from depthmill.pipeline.sources import checked
 from depthmill.pipeline.sources.naming import is_preview
-from depthmill.pipeline.sources.opening import details, files_below, kind_of, translated
-from depthmill.pipeline.sources.suffixes import IMAGE_SUFFIXES, SUFFIXES
-
-# A file that is written twice within one tick of its disk's clock keeps its time: of 2 s on FAT, of ms elsewhere.
-_TICK_NS = 2 * 10**9
+from depthmill.pipeline.sources.opening import below, details, files_below, kind_of, translated
+from depthmill.pipeline.sources.suffixes import SUFFIXES, is_picture
 
 
 def stamp(uri: str, *options: object) -> str:
@@ -26,7 +23,7 @@ def stamp(uri: str, *options: object) -> str:
     of pictures each one's header.
 
     Args:
-        uri: Path or URL, as `checked` gives it.
+        uri: Path or URL, as for `open_source`.
         options: What else decides what probing finds.
 
     Returns:
@@ -51,28 +48,20 @@ def _files(path: str) -> Iterator[tuple[str, str]]:
     names = [path]
     if kind_of(path) == "folder":
         files, error = files_below(Path(path))
-        names = [""] if error else sorted(str(file) for file in files if _is_picture(file.name))
-    settled_ns = time.time_ns() - _TICK_NS
+        names = [""] if error else sorted(str(file) for file in files if is_picture(file.name))
     for name in names:
-        try:
-            found = os.stat(name)  # noqa: PTH116 (a Path per name takes longer)
-        except (OSError, ValueError):
-            yield name, ""
-        else:
-            settled = max(found.st_mtime_ns, found.st_ctime_ns) < settled_ns
-            yield name, f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}" if settled else ""
+        state = ""
+        with suppress(OSError, ValueError):
+            state = file_state(name)
+        yield name, state
 
 
 def _objects(uri: str, is_prefix: bool) -> Iterator[tuple[str, str]]:
     """The same of a URL: of an object, or of all pictures below a prefix."""
     is_object = not is_bucket(uri) or (path_of(uri).lower().endswith(SUFFIXES) and not is_prefix)
     with translated(uri) as (files, path):
-        found = {path: details(uri)} if is_object else files.find(path, detail=True)
+        found = {path: details(uri)} if is_object else below(files, path)
     for name in sorted(found):
-        if name == path or (_is_picture(name) and not is_preview(name)):
+        if name == path or (is_picture(name) and not is_preview(name)):
             tag = str(found[name].get("ETag") or found[name].get("generation") or "")
             yield name, "" if tag.startswith("W/") else tag  # a weak one may stay where bytes change
-
-
-def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 (a Path per name takes longer)

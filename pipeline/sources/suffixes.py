@@ -1,5 +1,7 @@
 """How names of files end, of each kind of input."""
 
+import os
+
 IMAGE_SUFFIXES = frozenset(
     [
         *(".avif", ".bmp", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"),
@@ -31,3 +33,8 @@ PARQUET_SUFFIXES = frozenset([".parquet", ".pq"])
 
 FILE_SUFFIXES = (*VIDEO_SUFFIXES, *TAR_SUFFIXES, *PARQUET_SUFFIXES)  # of files that are a source each
 SUFFIXES = (*IMAGE_SUFFIXES, *FILE_SUFFIXES)
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file or an object is a picture by its name."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 (a Path per name takes longer)

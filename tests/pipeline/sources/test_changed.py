@@ -19,6 +19,7 @@ from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.sources.opened import OpenSources
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import content
+from depthmill.tests.pipeline.sources.web import Handler
 
 COUNT = 6
 KINDS = ["photos", "shard.tar", "shard.tar.gz", "rows.parquet", "clip.mp4", "raw.avi"]
@@ -88,21 +89,12 @@ def test_an_input_of_which_less_is_there_is_another_one(tmp_path: Path, kind: st
         list(source.read(0, COUNT))
 
 
-class _Objects(http.server.BaseHTTPRequestHandler):
+class _Objects(Handler):
     """A server of objects with what it says of them; of a URL that it redirects, another each time."""
 
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer(False)
-
-    def do_GET(self) -> None:
-        self._answer(True)
-
-    def _answer(self, body: bool) -> None:
+    def answer(self, body: bool) -> None:
         name = self.path.partition("?")[0].lstrip("/")
         self.server.requests.append(self.command)
         if name in self.server.moved:

@@ -16,6 +16,7 @@ from depthmill.pipeline.sources import expand_inputs, images, open_source, sourc
 from depthmill.pipeline.types import Frame
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import content, read_all
+from depthmill.tests.pipeline.sources.web import Handler
 
 SECRETS = (
     "X-Amz-Signature=0123456789abcdef&X-Amz-Credential=AKIDEXAMPLE%2F2026&X-Amz-Expires=60"
@@ -287,19 +288,10 @@ def test_the_headers_of_a_folder_do_not_fetch_its_pictures(s3, fetched: list[int
     assert 0 < sum(fetched) < 6 * len(picture) / 5
 
 
-class _Ranges(http.server.SimpleHTTPRequestHandler):
+class _Ranges(Handler):
     """A file server that gives parts, and asks for the signature."""
 
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer(False)
-
-    def do_GET(self) -> None:
-        self._answer(True)
-
-    def _answer(self, body: bool) -> None:
+    def answer(self, body: bool) -> None:
         path = Path(self.server.folder) / self.path.partition("?")[0].lstrip("/")
         if self.server.outage or "0123456789abcdef" not in self.path or not path.is_file():
             self.send_error(self.server.outage or 403)
