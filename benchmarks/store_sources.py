@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from depthmill.pipeline import store as stores
-from depthmill.pipeline.store.zarr_files import WholeFiles, open_array
+from depthmill.pipeline.store.shard import write_plain
 from depthmill.pipeline.types import LABELLED, Source
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def read_status(frames: int, folder: Path) -> dict[str, list[Spent]]:
         Source("video-0123abcd", "/in/video.mp4", "video", frames, 48, 64, 25.0, "f" * 64, time_s=np.arange(frames))
     )
     document = store.arrays("video-0123abcd")["status"]
-    open_array(WholeFiles(store.directory), "video-0123abcd/status", document)[:] = LABELLED
+    write_plain(store.directory, "video-0123abcd", "status", document, 0, np.full(frames, LABELLED, np.uint8))
 
     def reads(read: Callable[[], npt.NDArray[Any]]) -> Callable[[], int]:
         def way() -> int:

@@ -1,8 +1,9 @@
-"""Shards, encoded and decoded: to the byte what zarr-python writes, but by many threads and without its copies.
+"""Files of arrays, encoded and decoded: to the byte what zarr-python writes, by many threads and without its copies.
 
-Zarr encodes the chunks of a shard one after the other, around which it spends as much time as in compressing them. The
-format is `sharding_indexed` of the Zarr v3 specification: the chunks that are not empty, one behind the other, then for
-each chunk its offset and its length, 64 bits each, then a CRC-32C of that index.
+Zarr encodes the chunks of a shard one after the other, around which it spends as much time as in compressing them, and
+a millisecond around each file of an array that is not sharded. The format of shards is `sharding_indexed` of the Zarr
+v3 specification: the chunks that are not empty, one behind the other, then for each chunk its offset and its length, 64
+bits each, then a CRC-32C of that index.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numcodecs import Blosc
 from numcodecs.vlen import VLenUTF8
 
 from depthmill.pipeline.store.files import Directory, decoding
-from depthmill.pipeline.store.layout import Document, file_key, rows_per_file
+from depthmill.pipeline.store.layout import Document, checksum, file_key, rows_per_file
 
 _EMPTY = 2**64 - 1  # offset and length of a chunk that is not there: nothing but fill
 
@@ -31,23 +32,57 @@ def encode_chunk(labels: npt.NDArray[Any], array: Document) -> bytes:
         labels: (H, W) or (H, W, 3), packed; put at the top left of the array's canvas, with fill around it.
         array: The zarr.json of a sharded array.
     """
-    dtype = np.dtype(array["data_type"])
     canvas, fill = tuple(array["shape"][1:]), array["fill_value"]
     chunk = labels
     if labels.shape != canvas:
-        chunk = np.full(canvas, fill, dtype)
+        chunk = np.full(canvas, fill, array["data_type"])
         chunk[: labels.shape[0], : labels.shape[1]] = labels
-    bits = f"u{dtype.itemsize}"  # -0.0 is not 0.0
-    filled, values = np.array(fill, dtype).view(bits), chunk.view(bits)
-    if values.flat[0] == filled and (values == filled).all():  # nearly always the first says that it is not
+    if _is_fill(chunk, fill):
         return b""
     *before, _, blosc = array["codecs"][0]["configuration"]["codecs"]
     for transpose in before:
         order = transpose["configuration"]["order"]
         chunk = chunk.transpose([axis - 1 for axis in order[1:]])  # the first is the frames', of which there is one
+    return _compress(chunk, blosc)
+
+
+def write_plain(
+    directory: Directory, source_id: str, name: str, array: Document, start: int, values: npt.NDArray[Any]
+) -> dict[str, int]:
+    """Write rows of an array that is not sharded, from the first of a file on, whatever was there.
+
+    Returns:
+        The key of each file and its checksum (`layout.checksum`); 0 where all is fill, of which there is no file.
+    """
+    rows, shape, sums = rows_per_file(array), array["shape"][1:], {}
+    for row in range(0, len(values), rows):
+        chunk = np.full((rows, *shape), array["fill_value"], values.dtype)
+        chunk[: len(values) - row] = values[row : row + rows]
+        key = file_key(source_id, name, array, start + row)
+        if _is_fill(chunk, array["fill_value"]):
+            directory.delete(key)
+            sums[key] = 0
+            continue
+        if chunk.dtype == object:
+            chunk = np.frombuffer(VLenUTF8().encode(chunk), np.uint8)
+        data = _compress(chunk, array["codecs"][1])
+        directory.write(key, data)
+        sums[key] = checksum(data)
+    return sums
+
+
+def _is_fill(values: npt.NDArray[Any], fill: object) -> bool:
+    if values.dtype == object:
+        return bool((values == fill).all())
+    bits = f"u{values.itemsize}"  # -0.0 is not 0.0
+    filled, stored = np.array(fill, values.dtype).view(bits), values.view(bits)
+    return bool(stored.flat[0] == filled and (stored == filled).all())  # nearly always the first says that it is not
+
+
+def _compress(values: npt.NDArray[Any], blosc: Document) -> bytes:
     options = blosc["configuration"]
     codec = Blosc(options["cname"], options["clevel"], _SHUFFLES[options["shuffle"]], options["blocksize"])
-    return bytes(codec.encode(np.ascontiguousarray(chunk, dtype.newbyteorder("<"))))
+    return bytes(codec.encode(np.ascontiguousarray(values, values.dtype.newbyteorder("<"))))
 
 
 def read_plain(directory: Directory, source_id: str, name: str, array: Document, wanted: slice) -> npt.NDArray[Any]:

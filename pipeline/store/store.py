@@ -43,7 +43,7 @@ from depthmill.pipeline.store.root import (
     source_members,
     write_root,
 )
-from depthmill.pipeline.store.shard import read_plain
+from depthmill.pipeline.store.shard import read_plain, write_plain
 from depthmill.pipeline.types import FAILED, LABELLED, Failure, Segment, Source
 
 if TYPE_CHECKING:
@@ -136,20 +136,17 @@ class Store:
                 )
             if self.has(source.id):
                 return
-        from depthmill.pipeline.store.zarr_files import WholeFiles, open_array
-
         refuse_another(self.directory, self._header)
         arrays = source_arrays(attributes, self.layout)
         documents = {f"{source.id}/{name}/{METADATA}": json_bytes(arrays[name]) for name in arrays}
         group = f"{source.id}/{METADATA}"
         name = "key" if "key" in arrays else "time"
         values = np.array(source.keys, dtype=object) if name == "key" else np.asarray(source.time_s)
-        file, files = file_key(source.id, name, arrays[name], 0), WholeFiles(self.directory)
+        file = file_key(source.id, name, arrays[name], 0)
         for key in (*documents, file, group):
             self.directory.clear_partial(key)
         self.directory.write_all(documents)
-        open_array(files, f"{source.id}/{name}", arrays[name])[:] = values
-        attributes[f"{name}_checksum"] = files.written[file]
+        attributes[f"{name}_checksum"] = write_plain(self.directory, source.id, name, arrays[name], 0, values)[file]
         self.directory.write(group, json_bytes(group_document(attributes)))
         self._attributes[source.id] = attributes
 

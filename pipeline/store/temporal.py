@@ -31,9 +31,8 @@ from depthmill.pipeline.store.layout import (
     source_arrays,
 )
 from depthmill.pipeline.store.root import METADATA
-from depthmill.pipeline.store.shard import assemble, encode_chunk
+from depthmill.pipeline.store.shard import assemble, encode_chunk, write_plain
 from depthmill.pipeline.store.store import Store
-from depthmill.pipeline.store.zarr_files import WholeFiles, open_array
 from depthmill.pipeline.types import Segment
 
 # Smoothed depth leaves [0, 1]: the same steps from here on reach to 8.8.
@@ -202,15 +201,15 @@ class Temporal:
             ):
                 return
             self.uncommit_solution()
-        self._write("score", segment.start, segment.stop, score)
-        self._write("edges", segment.start, segment.stop, edges)
+        self._write("score", segment.start, score)
+        self._write("edges", segment.start, edges)
 
     def write_solution(
         self, scale: npt.NDArray[np.float32], shift: npt.NDArray[np.float32], shot: npt.NDArray[np.int32]
     ) -> None:
         """Commit a video's scales, shifts and shots."""
         for name, values in (("scale", scale), ("shift", shift), ("shot", shot)):
-            self._write(name, 0, len(values), values)
+            self._write(name, 0, values)
 
     def write_filtered(
         self,
@@ -249,7 +248,7 @@ class Temporal:
                 else:
                     self._directory.write(key, data)
         next(rows, None)  # where whoever reads the pictures may find that they are others by now
-        self._write("filtered", segment.start, segment.stop, codes)
+        self._write("filtered", segment.start, codes)
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """A whole array of the group."""
@@ -279,11 +278,11 @@ class Temporal:
         """Whether all segments have filtered labels."""
         return not self.pending("filter")
 
-    def _write(self, name: str, start: int, stop: int, values: npt.NDArray[Any]) -> None:
+    def _write(self, name: str, start: int, values: npt.NDArray[Any]) -> None:
         array = self.store.document(f"{self._root}/{name}")
         assert array is not None
         self._directory.clear_partial(file_key(self.source_id, f"temporal/{name}", array, start))
-        open_array(WholeFiles(self._directory), f"{self._root}/{name}", array)[start:stop] = values
+        write_plain(self._directory, self.source_id, f"temporal/{name}", array, start, values)
 
     def _documents(self, shape: tuple[int, int]) -> dict[str, Document]:
         frames, length = self.store.attributes(self.source_id)["frames"], self.store.segment_frames(self.source_id)

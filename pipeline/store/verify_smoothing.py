@@ -13,9 +13,9 @@ import numpy as np
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.store.layout import Document, file_key, rows_per_file
 from depthmill.pipeline.store.root import METADATA
+from depthmill.pipeline.store.shard import decode_rows
 from depthmill.pipeline.store.store import Store
 from depthmill.pipeline.store.temporal import NO_LABELS, Temporal
-from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
 from depthmill.pipeline.types import Segment
 
 Found = tuple[str, int, int, str]  # key of a file, first frame, one past the last, what is wrong
@@ -81,9 +81,10 @@ def _wrong(store: Store, name: str, array: Document, rows: Segment) -> Iterator[
         stop = min(start + length, rows.stop)
         key = file_key(rows.source_id, name, array, start)
         try:
-            there = store.directory.read(key) is not None
-            np.asarray(open_array(ZarrFiles(store.directory), f"{rows.source_id}/{name}", array)[start:stop])
-            reason = "" if there or not _needed(store, name, rows.source_id, start, stop) else "is missing"
+            data = store.directory.read(key)
+            if data is not None:
+                decode_rows(data, array, slice(None))
+            reason = "" if data or not _needed(store, name, rows.source_id, start, stop) else "is missing"
         except StoreError:
             raise
         except Exception as error:  # whatever codecs raise of broken bytes

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
-from zarr.abc.store import Store as ZarrStore
 
 from depthmill.pipeline.errors import StoreError
 from depthmill.pipeline.machine import cores
@@ -27,8 +25,7 @@ from depthmill.pipeline.store.layout import (
     segment_files,
 )
 from depthmill.pipeline.store.root import refuse_another
-from depthmill.pipeline.store.shard import assemble, encode_chunk, split
-from depthmill.pipeline.store.zarr_files import WholeFiles, ZarrFiles, open_array, read_rows
+from depthmill.pipeline.store.shard import assemble, encode_chunk, read_plain, split, write_plain
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
 
 _MOST_THREADS = 8  # that compress: enough for several hundred frames a second of 640x480
@@ -73,7 +70,8 @@ class SegmentWriter:
         self._layout = layout
         self._header = header
         self._documents = documents
-        self._files = WholeFiles(directory)
+        self._directory = directory
+        self._written: dict[str, int] = {}  # key of a file -> its checksum
         self._keys = list(segment_files(segment, documents))
         self._shard_frames = layout.frames_per_shard(*size)
         self._status = np.full(segment.frames, PENDING, np.uint8)
@@ -166,44 +164,46 @@ class SegmentWriter:
         self._finish_writing()
         self._compressors.shutdown()
         self._writers.shutdown()
-        refuse_another(self._files.directory, self._header)
-        arrays = self._open(self._files, [name for name in self._documents if name not in self._layout.arrays])
-        rows = slice(self._segment.start, self._segment.stop)
-        if "size" in arrays:
-            arrays["size"][rows] = self._size
-        arrays["reason"][rows] = np.array(self._reasons, dtype=object)
-        if "checksum" in arrays:
+        refuse_another(self._directory, self._header)
+        start = self._segment.start
+        if "size" in self._documents:
+            self._write("size", start, self._size)
+        self._write("reason", start, np.array(self._reasons, dtype=object))
+        if "checksum" in self._documents:
             for column, key in enumerate(self._keys):
-                if key in self._files.written:
-                    self._checksums[column] = self._files.written[key]
-            arrays["checksum"][self._number] = self._checksums
-        arrays["status"][rows] = self._status
-        return sum(value >> 32 for value in self._files.written.values())
+                if key in self._written:
+                    self._checksums[column] = self._written[key]
+            self._write("checksum", self._number, self._checksums[None])
+        self._write("status", start, self._status)
+        return sum(value >> 32 for value in self._written.values())
 
-    def _open(self, files: ZarrStore, names: Iterable[str]) -> dict[str, zarr.Array[Any]]:
-        return {name: open_array(files, f"{self._segment.source_id}/{name}", self._documents[name]) for name in names}
+    def _write(self, name: str, start: int, values: npt.NDArray[Any]) -> None:
+        document = self._documents[name]
+        self._written |= write_plain(self._directory, self._segment.source_id, name, document, start, values)
+
+    def _read(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        document = self._documents[name]
+        return read_plain(self._directory, self._segment.source_id, name, document, slice(start, stop))
 
     def _keep(self, redo: Sequence[int]) -> None:
         """Take over what was committed of the rows that are not given anew."""
-        stored = self._open(ZarrFiles(self._files.directory), self._documents)
-        uri, rows = self._files.directory.uri, slice(self._segment.start, self._segment.stop)
         start, stop = self._segment.start, self._segment.stop
-        status = np.asarray(read_rows(stored["status"], uri, rows), np.uint8)
+        status = self._read("status", start, stop)
         if not redo or not set(redo) <= set(range(start, stop)) or (status == PENDING).any():
             raise StoreError(f"frames {list(redo)} cannot be redone: expected some of {self._segment}, committed")
         again = np.array(redo) - start
         status[again] = PENDING
         self._status = status
         self._kept = frozenset(np.flatnonzero(status == LABELLED).tolist())
-        self._reasons = [str(reason) for reason in read_rows(stored["reason"], uri, rows)]
-        if "size" in stored:
-            self._size = np.array(read_rows(stored["size"], uri, rows), np.int32)
+        self._reasons = [str(reason) for reason in self._read("reason", start, stop)]
+        if "size" in self._documents:
+            self._size = self._read("size", start, stop)
             kept = self._size[sorted(self._kept)]
             if ((kept < 1) | (kept > (self._height, self._width))).any():
-                raise damaged(uri, stored["size"].path, "pictures with labels have no size")
-        if "checksum" in stored:
-            number = slice(self._number, self._number + 1)
-            self._checksums = np.array(read_rows(stored["checksum"], uri, number)[0], np.uint64)
+                path = f"{self._segment.source_id}/size"
+                raise damaged(self._directory.uri, path, "pictures with labels have no size")
+        if "checksum" in self._documents:
+            self._checksums = self._read("checksum", self._number, self._number + 1)[0]
         for row in again:
             self._reasons[row], self._size[row] = "", 0
 
@@ -276,17 +276,17 @@ class SegmentWriter:
         a chunk by it when the file is another by then, finds the labels of the same frame.
         """
         done = {row: future.result() for row, future in given.items()}
-        refuse_another(self._files.directory, self._header)
+        refuse_another(self._directory, self._header)
         for name in self._layout.arrays:
             document = self._documents[name]
             key = file_key(self._segment.source_id, name, document, self._segment.start + rows.start)
             kept = {} if self._kept.isdisjoint(rows) else self._kept_chunks(rows, key, document)
             data = assemble(kept | {row - rows.start: done[row][name] for row in done}, document)
             if data is None:
-                self._files.directory.delete(key)
+                self._directory.delete(key)
             else:
-                self._files.directory.write(key, data)
-            self._files.written[key] = _checksum(data)
+                self._directory.write(key, data)
+            self._written[key] = _checksum(data)
 
     def _kept_chunks(self, rows: range, key: str, document: Document) -> dict[int, bytes]:
         """The chunks of a shard's rows that are kept, in the order of its file.
@@ -296,11 +296,11 @@ class SegmentWriter:
         Raises:
             StoreDamagedError: If it is not, since what is written has a checksum that tells nothing of that any more.
         """
-        data = self._files.directory.read(key)
+        data = self._directory.read(key)
         try:
             chunks = {} if data is None else split(data, document)
         except ValueError as error:
-            raise damaged(self._files.directory.uri, key, str(error)) from error
+            raise damaged(self._directory.uri, key, str(error)) from error
         kept = {row: chunk for row, chunk in chunks.items() if rows.start + row in self._kept}
         sound = data is not None
         if "checksum" in self._documents:
@@ -308,7 +308,7 @@ class SegmentWriter:
             sound = int(self._checksums[self._keys.index(key)]) in sums
         if not sound:
             why = "it is missing" if data is None else "it has other bytes than were written"
-            raise damaged(self._files.directory.uri, key, why)
+            raise damaged(self._directory.uri, key, why)
         return kept
 
 

@@ -19,7 +19,7 @@ from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import StorePath
 
 from depthmill.pipeline.store.files import Directory, decoding
-from depthmill.pipeline.store.layout import Document, checksum
+from depthmill.pipeline.store.layout import Document
 
 
 class ZarrFiles(Store):
@@ -85,35 +85,6 @@ class ZarrFiles(Store):
         """The names in a directory."""
         for name in await asyncio.to_thread(self.directory.children, prefix.rstrip("/")):
             yield name.rstrip("/")
-
-
-class WholeFiles(ZarrFiles):
-    """A directory in which every file is written whole, and none is read.
-
-    Zarr reads a shard before it writes it, even all of it: in vain here, and if an earlier attempt or a bad disk left a
-    broken one, it would fail.
-
-    Attributes:
-        written: Key -> checksum (`layout.checksum`) of each file written through this object; 0 for what is no file.
-    """
-
-    def __init__(self, directory: Directory) -> None:
-        super().__init__(directory)
-        self.written: dict[str, int] = {}
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Nothing."""
-        return None
-
-    async def set(self, key: str, value: Buffer) -> None:
-        """Write a file."""
-        await super().set(key, value)
-        self.written[key] = checksum(value.to_bytes())
-
-    async def delete(self, key: str) -> None:
-        """Remove a file, if it is there."""
-        await super().delete(key)
-        self.written[key] = 0
 
 
 def open_array(store: Store, path: str, document: Document) -> zarr.Array[Any]:

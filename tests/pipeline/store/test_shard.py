@@ -4,9 +4,11 @@ import zarr
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.store import Layout
-from depthmill.pipeline.store.layout import checksum, pack_depth, pack_normals
-from depthmill.pipeline.store.zarr_files import WholeFiles, open_array
-from depthmill.pipeline.types import Segment
+from depthmill.pipeline.store.files import open_directory
+from depthmill.pipeline.store.layout import array_document, checksum, pack_depth, pack_normals, segment_files
+from depthmill.pipeline.store.shard import read_plain, write_plain
+from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
+from depthmill.pipeline.types import FAILED, LABELLED, Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, files, labels
 
 
@@ -38,17 +40,51 @@ def test_bytes_are_those_that_zarr_writes(tmp_path, normals_dtype, shard_frames)
         else:
             writer.put(row, *(label[row, : size[0], : size[1]] for label in written))
     writer.commit()
-    whole = WholeFiles(theirs.directory)
     for name, label in zip(("depth", "normals"), written, strict=True):
-        array = open_array(whole, f"images/{name}", theirs.arrays("images")[name])
+        array = theirs.array("images", name)
         for start in range(0, 5, shard_frames):
             array[start : start + shard_frames] = label[start : start + shard_frames]
         assert np.array_equal(zarr.open_array(f"{store.uri}/images/{name}", mode="r")[:], label)
-    ours = files(store.uri)
-    shards = {key: data for key, data in ours.items() if key.startswith(("images/depth/c", "images/normals/c"))}
-    assert shards == {key: data for key, data in files(theirs.uri).items() if key in whole.written}
+    theirs.array("images", "size")[:] = [size or (0, 0) for size in sizes]
+    theirs.array("images", "reason")[:] = np.array(["", "", "", "gone", ""], object)
+    theirs.array("images", "status")[:] = [LABELLED, LABELLED, LABELLED, FAILED, LABELLED]
+    columns = segment_files(Segment("images", 0, 5), theirs.arrays("images"))
+    sums = {key: checksum(data) for key, data in files(theirs.uri).items()}
+    theirs.array("images", "checksum")[0, : len(columns)] = np.array([sums.get(key, 0) for key in columns], np.uint64)
+    ours = {key: data for key, data in files(store.uri).items() if "/c/" in key}
+    assert ours == {key: data for key, data in files(theirs.uri).items() if "/c/" in key}
+    shards = [key for key in ours if key.startswith(("images/depth", "images/normals"))]
     assert len(shards) == {2: 4, 4: 4, 8: 2}[shard_frames], "a shard of nothing but fill is no file"
-    assert {key: checksum(data) for key, data in shards.items()} == {key: v for key, v in whole.written.items() if v}
+
+
+@pytest.mark.parametrize(
+    ("fill", "dtype", "values"),
+    [
+        (0, "uint8", [0, 0, 0, 0, 0, 0, 1, 2, 3]),
+        ("NaN", "float32", [np.nan, np.nan, np.nan, np.nan, -1.5, np.nan, 0, 1, 2]),
+        (0, "float32", [0, 0, 0, 0, -0.0, 0, 0, 0, 0]),
+        (-1, "int32", [-1, -1, -1, -1, 4, 5, 6, 7, 8]),
+        (0, "uint64", [2**63, 0, 0, 0, 0, 0, 0, 0, 0]),
+        ("", "string", ["", "", "", "", "ö", "/b\0", "", "", ""]),
+    ],
+)
+def test_plain_arrays_are_those_that_zarr_writes(tmp_path, fill, dtype, values):
+    document = array_document(shape=(9,), rows=4, dtype=dtype, fill=fill, dimensions=("frame",), attributes={})
+    given = np.array(values, object if dtype == "string" else dtype)
+    ours, theirs = (open_directory(tmp_path / name) for name in ("ours", "theirs"))
+    (tmp_path / "ours/video/x/c").mkdir(parents=True)
+    (tmp_path / "ours/video/x/c/0").write_text("an earlier attempt")
+    (tmp_path / "theirs/video").mkdir(parents=True)
+    (tmp_path / "theirs/zarr.json").touch()
+    (tmp_path / "ours/zarr.json").touch()
+    open_array(ZarrFiles(theirs), "video/x", document)[:] = given
+    sums = write_plain(ours, "video", "x", document, 0, given[:4])
+    sums |= write_plain(ours, "video", "x", document, 4, given[4:])
+    there = files(tmp_path / "ours")
+    assert there == files(tmp_path / "theirs")
+    assert sums == {key: checksum(there[key]) if key in there else 0 for key in (f"video/x/c/{i}" for i in range(3))}
+    read = read_plain(ours, "video", "x", document, slice(1, 8))
+    assert np.array_equal(read, given[1:8], equal_nan=dtype == "float32")
 
 
 def test_a_row_of_nothing_but_negative_zeros_is_stored(tmp_path):
