@@ -329,7 +329,7 @@ def _smooth(store: str, settings: SmoothConfig, sources: list[str]) -> bool:
     from depthmill.workers.smooth import smooth as run
 
     done = run(store, settings, sources=sources)
-    print_smoothed(done)
+    print_smoothed(done, filtered=settings.filter)
     return not done.left_out and not done.unread
 
 

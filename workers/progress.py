@@ -179,12 +179,12 @@ def print_summary(summary: Summary) -> None:
         )
 
 
-def print_smoothed(done: SmoothSummary) -> None:
+def print_smoothed(done: SmoothSummary, *, filtered: bool) -> None:
     """Say how a smoothing run ended."""
     console = RunConsole(highlight=False, soft_wrap=True)
     console.print(
         f"{count(len(done.smoothed), 'source')} smoothed in {done.store}; {count(done.frames, 'frame')} done in this "
-        f"run, in {done.seconds:.1f} s"
+        f"run{' (one that is solved and filtered counts twice)' if filtered else ''}, in {done.seconds:.1f} s"
     )
     for name, why in {**done.left_out, **done.unread}.items():
         console.print(f"  {name}: {why}")

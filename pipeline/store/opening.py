@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +105,7 @@ def _store(directory: Directory, root: Root | None, *, new: bool = False, indexe
 
 
 def open_datasets(
-    uri: str | Path, *, smooth: bool = False, sources: Collection[str] | None = None
+    uri: str | Path, *, smooth: bool = False, sources: Iterable[str] | None = None
 ) -> dict[str, xarray.Dataset]:
     """Open every source of a store as a lazy xarray dataset, decoded.
 
@@ -143,8 +143,8 @@ def open_datasets(
         with suppress(StoreDamagedError), decoding(store.uri, METADATA):  # each says of itself what the index does
             indexed = xarray.open_groups(files, engine="zarr", mask_and_scale=False)  # type: ignore[arg-type]
     else:
-        sources = [sources] if isinstance(sources, str) else sources
-        for source_id in sources:
+        sources = {sources} if isinstance(sources, str) else set(sources)
+        for source_id in sorted(sources):
             store.attributes(source_id)  # that there is such a source
         wanted = [source_id for source_id in wanted if source_id in sources]
     datasets = {}

@@ -32,7 +32,8 @@ def smoothed(store: Store, datasets: Mapping[str, xarray.Dataset], *, named: boo
         if temporal.usable():
             found[source_id] = _applied(temporal, dataset)
     if not found:
-        raise not_smoothed(store, list(datasets) if named else ())
+        by_themselves = any(store.attributes(source_id)["kind"] == "video" for source_id in datasets)
+        raise not_smoothed(store, () if by_themselves and not named else list(datasets))
     return found
 
 

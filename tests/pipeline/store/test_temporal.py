@@ -64,7 +64,10 @@ def test_named_sources_that_are_not_smoothed_are_named(store):
     smoothed(store)
     assert list(open_datasets(store.uri, smooth=True, sources=["images", "video"])) == ["video"]
     with pytest.raises(StoreError, match=r"smoothed source among images: run `depthmill smooth .* --source images`$"):
-        open_datasets(store.uri, smooth=True, sources=["images"])
+        open_datasets(store.uri, smooth=True, sources=iter(["images"]))
+    shutil.rmtree(f"{store.uri}/video")  # of pictures alone none is smoothed unless it is named
+    with pytest.raises(StoreError, match=r"smoothed source among images: run `depthmill smooth .* --source images`$"):
+        open_datasets(store.uri, smooth=True)
 
 
 @pytest.mark.parametrize("name", ["edges", "score", "scale", "shift", "shot", "filtered"])
