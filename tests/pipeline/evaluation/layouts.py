@@ -204,6 +204,7 @@ def _exr_normals(name, bases, shape, rng):
         normals = vectors(rng, shape)
         normals[:30] = 0
         normals[30] *= 0.4  # too short to be valid
+        normals[100, 50] = (0, 0, 1)  # valid, whatever numbers of it are 0
         picture = rgb(rng, shape)
         files |= {
             f"{base}_img.png": png(picture),

@@ -15,14 +15,15 @@ from depthmill.pipeline.evaluation.clip_score import score_clips
 from depthmill.pipeline.evaluation.clips import CLIP_SETS, open_clips, read_true_depth
 from depthmill.pipeline.evaluation.predictions import Predictions
 
-# Height and width of a set's truth, its factor, where its pictures lie, and the part of the truth that they show.
+# Height and width of a set's truth, its factor, where its pictures lie, the part of the truth that they show, and its
+# cap in metres.
 LAYOUTS = {
-    "sintel": ((436, 1024), 65535 / 650, "clean/frame_{:04d}.png", np.s_[:436, :1024]),
-    "scannet": ((120, 160), 1000, "color/{}.jpg", np.s_[8:112, 11:149]),
-    "kitti": ((375, 1242), 256, "rgb/{:010d}.png", np.s_[:374, :1242]),
-    "bonn": ((480, 640), 5000, "rgb/{:.2f}.png", np.s_[:480, :640]),
-    "nyuv2": ((480, 640), 6000, "rgb/{}.png", np.s_[45:471, 41:601]),
-    "rendered": ((60, 80), 500, "rgb/{:06d}.png", np.s_[:, :]),
+    "sintel": ((436, 1024), 65535 / 650, "clean/frame_{:04d}.png", np.s_[:436, :1024], 70),
+    "scannet": ((120, 160), 1000, "color/{}.jpg", np.s_[8:112, 11:149], 10),
+    "kitti": ((375, 1242), 256, "rgb/{:010d}.png", np.s_[:374, :1242], 80),
+    "bonn": ((480, 640), 5000, "rgb/{:.2f}.png", np.s_[:480, :640], 10),
+    "nyuv2": ((480, 640), 6000, "rgb/{}.png", np.s_[45:471, 41:601], 10),
+    "rendered": ((60, 80), 500, "rgb/{:06d}.png", np.s_[:, :], 1000),
 }
 FRAMES = 3
 
@@ -30,7 +31,7 @@ FRAMES = 3
 def write(folder, name, *, sequences=("a", "b"), **more):
     """Truth and predictions, {picture: (H, W)}, of a set that is written to a folder; `more` of every frame's entry."""
     rng = np.random.default_rng(0)
-    (height, width), factor, picture, crop = LAYOUTS[name]
+    (height, width), factor, picture, crop, _ = LAYOUTS[name]
     truths, found, index = {}, {}, []
     for sequence in sequences:
         entries = []
@@ -58,6 +59,7 @@ def write(folder, name, *, sequences=("a", "b"), **more):
 def test_a_set_is_scored_by_the_definition(name, tmp_path):
     folder = tmp_path / name
     wanted = CLIP_SETS[name]
+    assert wanted.cap_m == LAYOUTS[name][-1]
     truths, found = write(folder, name)
     clips = open_clips(wanted, tmp_path)
     scores = score_clips(wanted, clips, lambda sample: found[sample.name])

@@ -63,6 +63,20 @@ def test_pictures_with_normals_have_the_colours_that_the_papers_evaluation_gives
     assert black[0, 0].tolist() == [0, 66, 255]  # one colour, stretched: there, too
 
 
+def test_sets_have_the_pictures_and_the_resolution_of_the_papers():
+    assert {one.name: (one.count, one.resolution) for one in SETS.values()} == {
+        "nyuv2": (654, 640),
+        "kitti": (652, 1216),
+        "eth3d": (454, 756),
+        "scannet": (800, 640),
+        "diode": (771, 640),
+        "nyuv2-normals": (654, 640),
+        "scannet-normals": (300, 640),
+        "ibims": (100, 640),
+        "sintel": (1064, 1024),
+    }
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_examples_are_of_their_set(name):
     assert re.fullmatch(SETS[name].truth, SETS[name].example)

@@ -34,7 +34,8 @@ def test_sideways_only_what_both_see_counts():
     depth = np.full((H, W), 5.0)
     wrong = depth.copy()
     wrong[:, 30:] = 10.0  # what the one frame, a metre to the left, does not see of the other: its last 10 columns
-    assert alignment_error(depth, wrong, K, K, pose(), pose(1, 0, 0)) == pytest.approx(0, abs=1e-12)
+    wrong[0, 0] = 10.0  # the last that it does see
+    assert alignment_error(depth, wrong, K, K, pose(), pose(1, 0, 0)) == pytest.approx(0.5 / (30 * H))
     assert alignment_error(depth, wrong, K, K, pose(1, 0, 0), pose()) == pytest.approx(0.5 * 10 / 30)
 
 
