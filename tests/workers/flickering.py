@@ -12,7 +12,7 @@ from depthmill.tests.pipeline.store import samples
 from depthmill.workers.smooth import smooth
 
 
-def labelled(path, video, segment_frames=8, upto=None, labels=("depth", "normals")):
+def labelled(path, video, segment_frames=8, upto=None, labels=("depth", "normals"), failed=()):
     """A store in which the depth of a video, or of pictures, flickers: its id too; `upto` segments are labelled."""
     source = open_source(str(video))
     about = source.probe()
@@ -21,12 +21,15 @@ def labelled(path, video, segment_frames=8, upto=None, labels=("depth", "normals
     rng = np.random.default_rng(0)
     ramp = np.linspace(0.3, 0.6, about.width, dtype=np.float32) * np.ones((about.height, 1), np.float32)
     depths = (np.float32(rng.uniform(0.8, 1.2)) * ramp for _ in range(about.frames))
-    normals = np.zeros((about.height, about.width, 3), np.float32)
-    normals[..., 2] = 1
+    x, y = np.meshgrid(np.linspace(-0.6, 0.3, about.width), np.linspace(0.2, 0.5, about.height))
+    normals = np.stack([x, y, np.sqrt(1 - x**2 - y**2)], -1).astype(np.float32)
     for segment in store.segments(about.id)[:upto]:
         writer = store.writer(segment)
         for index in range(segment.start, segment.stop):
-            writer.put(index, next(depths), normals if "normals" in labels else None)
+            if index in failed:
+                writer.fail(index, "broken")
+            else:
+                writer.put(index, next(depths), normals if "normals" in labels else None)
         writer.commit()
     source.close()
     return store, about.id

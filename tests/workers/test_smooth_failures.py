@@ -80,10 +80,11 @@ def test_a_segment_that_cannot_be_read_again_is_left_until_it_can(tmp_path, vide
     else:
         assert (temporal.read("filtered")[8:16] == SCALED).all()
         scale, shift = temporal.read("scale"), temporal.read("shift")
-        scaled = open_datasets(store.uri)[source_id].depth.values * scale[:, None, None] + shift[:, None, None]
+        raw = open_datasets(store.uri)[source_id]
+        scaled = raw.depth.values * scale[:, None, None] + shift[:, None, None]
         found = open_datasets(store.uri, smooth=True)[source_id]
         np.testing.assert_allclose(found.depth.values[8:16], scaled[8:16], atol=1.1e-4)
-        assert (found.normals.values[8:16, ..., 2] > 0.99).all()
+        np.testing.assert_allclose(found.normals.values, raw.normals.values, atol=0.02)
     assert not verify(store).damage
     assert not run(store, filter=True).unread
     assert written(store) == written(whole)
@@ -218,7 +219,7 @@ def test_damage_leaves_one_source_out(tmp_path, video, phase):
 
 
 def test_damage_is_found_and_made_again(tmp_path, video):
-    store, name = labelled(tmp_path / "a.zarr", video)
+    store, name = labelled(tmp_path / "a.zarr", video, failed=(13,))  # of a file that other frames need
     run(store, filter=True)
     before = written(store)
     assert not verify(store).damage

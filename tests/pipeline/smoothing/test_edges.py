@@ -87,3 +87,11 @@ def test_a_picture_of_another_scene_pairs_little(clip):
     assert same[0][1, 0, FIELDS.index("coverage")] > 0.8
     assert same[1][1] < 0.1
     assert score[1] > 0
+
+
+def test_pictures_pair_whatever_their_exposure_and_shape(clip):
+    images, depth = clip
+    brighter = images[:2] // 2 + np.array([0, 40], np.uint8)[:, None, None, None]
+    tall = [view(images[0].transpose(1, 0, 2), depth[0].T)] * 2
+    for seen in (views(brighter, depth[:2]), tall):
+        assert segment_edges(seen, 0)[0][1, 0, FIELDS.index("coverage")] > 0.8
