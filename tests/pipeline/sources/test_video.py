@@ -289,10 +289,13 @@ def test_packets_that_are_passed_over_are_told_of(tmp_path: Path) -> None:
     source.close()
 
 
-@pytest.mark.parametrize("offsets_s", [(3, 1.013), (100, 0), (0, 90_000)])
+@pytest.mark.parametrize(
+    ("offsets_s", "second_s"),
+    [((3, 1.013), 0.8), ((100, 0), 0.8), ((0, 90_000), 0.8), ((3, 603), 600)],  # the last have one clock, and a gap
+)
 @pytest.mark.parametrize("suffix", [".mpg", ".ts"])
 def test_files_joined_with_a_clock_each_follow_each_other(
-    suffix: str, offsets_s: tuple[float, float], tmp_path: Path
+    suffix: str, offsets_s: tuple[float, float], second_s: float, tmp_path: Path
 ) -> None:
     pictures, joined = noisy(), tmp_path / f"joined{suffix}"
     with joined.open("wb") as file:
@@ -305,7 +308,9 @@ def test_files_joined_with_a_clock_each_follow_each_other(
     lost = (17, 19) if suffix == ".ts" else ()  # counters that jump at a seam look like missing bytes
     assert found == [None if index in lost else index for index in range(FRAMES)]
     source = open_source(joined)
-    np.testing.assert_allclose(source.probe().time_s, np.arange(FRAMES) / 25, atol=6e-4)
+    time_s = np.arange(FRAMES) / 25
+    time_s[20:] += second_s - time_s[20]
+    np.testing.assert_allclose(source.probe().time_s, time_s, atol=6e-4)
     part = [None if frame.image is None else make.read_index(frame.image) for frame in source.read(15, 30)]
     assert part == found[15:30]
     source.close()

@@ -68,6 +68,11 @@ def test_a_cut_takes_truth_from_where_it_takes_colours(size: tuple[int, int]) ->
     assert apart.abs().max() <= 0.51  # of a pixel: of an even number of pixels none is in the middle
 
 
+def test_a_cut_around_a_pixel_has_it_in_the_middle() -> None:
+    piece = cut(ramp(48, 64), 24, 32, 0.5, np.random.default_rng(0), around=(20, 40))
+    assert piece.target[0, :2, 12, 16].tolist() == [20, 40]
+
+
 def test_a_picture_is_changed_as_it_is_told_and_no_more() -> None:
     picture = ramp(48, 64)
 
