@@ -357,7 +357,8 @@ def test_verify_and_inspect(cli, label, clip, tmp_path):
     assert cli("verify", tmp_path / "nothing").returncode == 2
 
 
-def test_bench_prints_what_to_change(cli, checkpoints, clip):
+def test_bench_prints_what_to_change(cli, checkpoints, clip, monkeypatch):
+    monkeypatch.setattr("depthmill.pipeline.bench.flops._MATRIX", {"cpu": 256})
     names = ["--checkpoint", checkpoints / "depth", "--normals-checkpoint", checkpoints / "normals"]
     done = cli(
         "bench", *names, "--input", clip, "--frames", "3", "--rounds", "1", "--batch-size", "2", "--device", "cpu"
@@ -417,7 +418,7 @@ def test_an_error_output_that_cannot_be_written_stops_nothing(cli, tmp_path, mon
     with (tmp_path / "stderr").open("w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
         monkeypatch.setattr(stderr, "write", fail, raising=False)
-        assert cli("label", tmp_path / "gone.mp4", tmp_path / "none.zarr").returncode == 2
+        assert cli("inspect", tmp_path / "none.zarr").returncode == 2
         _warn_of_demo(LabelConfig())
         assert os.path.samestat(os.fstat(stderr.fileno()), Path(os.devnull).stat())
 

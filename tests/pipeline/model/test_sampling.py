@@ -90,8 +90,7 @@ def reference(root, modality, pictures, sampling):
     return result[..., 0] if modality == "depth" else result
 
 
-@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
-@pytest.mark.parametrize("modality", ["depth", "normals"])
+@pytest.mark.parametrize(("modality", "prediction"), [("depth", "v_prediction"), ("normals", "epsilon")])
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
 @pytest.mark.parametrize("steps", [1, 4, 10])
 def test_equals_diffusers(trained_for, steps, spacing, modality, prediction):

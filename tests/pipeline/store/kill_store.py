@@ -1,6 +1,6 @@
 """Kill a process that writes a store at every instant that matters; print what a rerun makes of it, as JSON.
 
-Run by test_store.py in a process of its own: it forks, which a process that already runs Zarr's threads must not.
+Run by test_killed.py in a process of its own: it forks, which a process that already runs Zarr's threads must not.
 """
 
 import hashlib
@@ -122,7 +122,7 @@ def main(folder: Path, stride: int) -> None:
         latest_s = 0.1
         while not in_child(lambda: run(path), kill_after_s=rng.uniform(0.01, latest_s)):
             report["kills"] += 1
-            latest_s *= 1.2
+            latest_s *= 1.5
         compare(f"attempt {attempt}")
     print(json.dumps(report))
 
