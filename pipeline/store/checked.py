@@ -12,7 +12,7 @@ from depthmill.pipeline.store.files import damaged, decoding
 from depthmill.pipeline.store.layout import Document, checksum, rows_per_file, segment_files
 from depthmill.pipeline.store.shard import decode_rows
 from depthmill.pipeline.store.store import Store
-from depthmill.pipeline.types import LABELLED, Segment
+from depthmill.pipeline.types import Segment
 
 
 def stored_rows(store: Store, source_id: str, name: str, start: int, stop: int) -> Iterator[npt.NDArray[Any]]:
@@ -26,34 +26,28 @@ def stored_rows(store: Store, source_id: str, name: str, start: int, stop: int) 
     for first in range(start - start % length, stop, length):
         segment = Segment(source_id, first, min(first + length, frames))
         files = segment_files(segment, arrays)
-        sums: dict[str, int] = {}
-        if "checksum" in arrays:
-            number = first // length
-            sums = dict(zip(files, map(int, store.numbers(source_id, "checksum", number, number + 1)[0]), strict=False))
+        number = first // length
+        sums = dict(zip(files, map(int, store.numbers(source_id, "checksum", number, number + 1)[0]), strict=False))
         for key, (of, begin, end) in files.items():
             if of != name or end <= start or begin >= stop:
                 continue
             data = store.directory.read(key)
-            labelled = not sums and bool((store.status(source_id, begin, end) == LABELLED).any())
-            if why := wrong(data, sums.get(key), needed=labelled):
+            if why := wrong(data, sums[key]):
                 raise damaged(store.uri, key, why)
             with decoding(store.uri, key):
                 rows = decoded(arrays[name], data, slice(max(start, begin), min(stop, end)))
             yield from rows
 
 
-def wrong(data: bytes | None, expected: int | None, *, needed: bool) -> str:
+def wrong(data: bytes | None, expected: int) -> str:
     """What is wrong with a file, "" if nothing is.
 
     Args:
         data: What is in it; None if it is not there.
-        expected: Its checksum; None if it has none, in sources of an earlier version.
-        needed: Whether one without a checksum has to be there.
+        expected: Its checksum; 0 if it is not to be there.
     """
     if data is None:
-        return "is missing" if expected or (expected is None and needed) else ""
-    if expected is None:
-        return ""
+        return "is missing" if expected else ""
     if not expected:
         return "was not there when its segment was committed"
     if len(data) != expected >> 32:

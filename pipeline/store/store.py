@@ -93,9 +93,7 @@ class Store:
         self.new = new
         self.damaged: dict[str, str] = {}
         self._indexed = indexed
-        self._attributes: dict[str, Document] = {}
-        self._unchecked: set[str] = set()
-        self._take_index(root)
+        self._attributes = root.groups()
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -185,7 +183,7 @@ class Store:
     def attributes(self, source_id: str) -> Document:
         """Attributes of a source's group: uri, kind, frames, size, fingerprint and, for videos, fps.
 
-        Also `time_checksum` or `key_checksum`, of the file of its times or keys, unless an earlier version made it.
+        Also `time_checksum` or `key_checksum`, of the file of its times or keys.
         """
         attributes = self._find(source_id)
         if attributes is None:
@@ -196,10 +194,7 @@ class Store:
 
     def arrays(self, source_id: str) -> dict[str, Document]:
         """The zarr.json of each array of a source, by name."""
-        arrays = source_arrays(self.attributes(source_id), self.layout)
-        if source_id in self._unchecked:
-            del arrays["checksum"]
-        return arrays
+        return source_arrays(self.attributes(source_id), self.layout)
 
     def segment_frames(self, source_id: str) -> int:
         """Frames in each segment of a source but the last."""
@@ -374,16 +369,14 @@ class Store:
     def _load(self, source_ids: Sequence[str]) -> None:
         """Read the groups of those sources that were not known, or find them damaged."""
         keys = {f"{name}/{METADATA}": name for name in source_ids if name not in self._attributes}
-        checksums = {} if self._indexed else {key: f"{name}/checksum/{METADATA}" for key, name in keys.items()}
-        found = self.directory.read_all([*keys, *checksums.values()])
+        found = self.directory.read_all(keys)
         for key, name in keys.items():
             attributes, why = None, ""
             try:
                 attributes = source_attributes_of(found[key]) if key in found else None
             except ValueError as error:
                 why = damaged_words(f"{self.uri}/{key}", error)
-            lost = attributes is not None and checksums.get(key, key) not in found  # or was there never one?
-            if not self._indexed and (why or lost):
+            if why and not self._indexed:
                 self._load_by_index(source_ids)
                 return
             self.damaged.pop(name, None)
@@ -398,11 +391,5 @@ class Store:
         if root is None:
             raise store_away(self.uri)
         self._indexed = True
-        self._take_index(root)
+        self._attributes = root.groups() | self._attributes
         self._load(source_ids)
-
-    def _take_index(self, root: Root) -> None:
-        groups = root.groups()
-        self._attributes = groups | self._attributes
-        # Sources of an earlier version, whose segments were committed without checksums, and still are.
-        self._unchecked |= {source_id for source_id in groups if f"{source_id}/checksum" not in root.members}

@@ -167,8 +167,7 @@ class Temporal:
 
     def digest(self) -> str:
         """Of the labels: what it was computed from is known by this."""
-        name = "checksum" if "checksum" in self.store.arrays(self.source_id) else "status"
-        values = np.ascontiguousarray(self.store.numbers(self.source_id, name))
+        values = np.ascontiguousarray(self.store.numbers(self.source_id, "checksum"))
         return hashlib.sha256(values.tobytes()).hexdigest()
 
     def pending(self, what: str) -> list[Segment]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,13 +13,7 @@ import numpy.typing as npt
 
 from depthmill.pipeline.store.checked import decoded, wrong
 from depthmill.pipeline.store.files import json_bytes
-from depthmill.pipeline.store.layout import (
-    Document,
-    file_key,
-    group_document,
-    segment_files,
-    source_arrays,
-)
+from depthmill.pipeline.store.layout import Document, file_key, group_document, segment_files
 from depthmill.pipeline.store.metadata import source_attributes_of
 from depthmill.pipeline.store.root import METADATA, Root, read_root, source_members, write_root
 from depthmill.pipeline.store.store import Store
@@ -59,8 +53,6 @@ class Verified:
     Attributes:
         sources: Sources that could be looked at.
         segments: Committed segments.
-        unchecked: Those of them that were committed without checksums, by an earlier version: only that their files
-            are there and decode is known.
         files: Files of labels that were read.
         bytes: Of those files.
         damage: What was found, by source and frame.
@@ -68,7 +60,6 @@ class Verified:
 
     sources: int
     segments: int
-    unchecked: int
     files: int
     bytes: int
     damage: tuple[Damage, ...]
@@ -129,7 +120,6 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
     return Verified(
         sources=len(ids),
         segments=len(checked),
-        unchecked=sum(one.unchecked for one in checked),
         files=sum(one.files for one in checked),
         bytes=sum(one.bytes for one in checked),
         damage=tuple(damage),
@@ -152,8 +142,6 @@ def as_text(found: Verified, repair: bool) -> str:
         f"committed segments: {found.segments:,}, sources: {found.sources:,}, files: {found.files:,}, bytes: "
         f"{found.bytes:,}; damaged: {len(found.damage):,}"
     )
-    if found.unchecked:
-        lines.append(f"segments without checksums: {found.unchecked:,}; that their files decode is all that is known")
     if any(one.repaired for one in found.damage):
         lines.append("run the same `depthmill label`, or `depthmill smooth`, again to do what was un-committed")
     return "\n".join(lines)
@@ -162,7 +150,6 @@ def as_text(found: Verified, repair: bool) -> str:
 @dataclass(frozen=True)
 class _Checked:
     segment: Segment
-    unchecked: bool
     files: int
     bytes: int
     damage: tuple[Damage, ...]
@@ -174,8 +161,7 @@ class _Check:
     def __init__(self, store: Store, source_id: str) -> None:
         self._store = store
         self._length = store.segment_frames(source_id)
-        self._arrays = source_arrays(store.attributes(source_id), store.layout)
-        self._has_checksums = "checksum" in store.arrays(source_id)
+        self._arrays = store.arrays(source_id)
 
     def __call__(self, segment: Segment) -> _Checked:
         keys = segment_files(segment, self._arrays)
@@ -203,20 +189,17 @@ class _Check:
         sums = None
         if sums_key in data:
             sums = values("checksum", sums_key, data[sums_key], slice(number, number + 1))
-        elif self._has_checksums:
+        else:
             found.append((sums_key, segment.start, segment.stop, "is missing"))
+        # Without them nothing tells what its files were.
         expected = {} if sums is None else dict(zip(keys, map(int, sums[0]), strict=False))
         reasons = None
-        for together in _groups(keys, expected):
+        for together in _groups(expected):
             data = self._store.directory.read_all(together)
             files, size = files + len(data), size + sum(map(len, data.values()))
             for key in together:
                 (name, start, stop), file = keys[key], data.pop(key, None)
-                labelled = status is not None and bool(
-                    (status[start - segment.start : stop - segment.start] == LABELLED).any()
-                )
-                # Without checksums: what holds labels, or says why there are none, cannot be all fill.
-                if why := wrong(file, expected.get(key), needed=labelled and name != "reason"):
+                if why := wrong(file, expected[key]):
                     found.append((key, start, stop, why))
                     continue
                 held = values(name, key, file, slice(start, stop))
@@ -226,19 +209,18 @@ class _Check:
             found.append((status_key, segment.start, segment.stop, "does not agree with the reasons of failures"))
         return _Checked(
             segment,
-            unchecked=not self._has_checksums,
             files=files,
             bytes=size,
             damage=tuple(Damage(segment.source_id, start, stop, key, reason) for key, start, stop, reason in found),
         )
 
 
-def _groups(keys: Iterable[str], checksums: Mapping[str, int]) -> Iterator[list[str]]:
-    """The keys, as many together as may be in memory at once; a file without a checksum counts as an eighth of that."""
+def _groups(checksums: Mapping[str, int]) -> Iterator[list[str]]:
+    """Keys of files, whose checksums are given, as many together as may be in memory at once."""
     group: list[str] = []
     size = 0
-    for key in keys:
-        expected = checksums[key] >> 32 if checksums else _AT_ONCE_BYTES // 8
+    for key, checksum in checksums.items():
+        expected = checksum >> 32
         if group and size + expected > _AT_ONCE_BYTES:
             yield group
             group, size = [], 0
@@ -267,7 +249,7 @@ def _verify_metadata(store: Store, source_id: str, found: Mapping[str, bytes], r
     name = "key" if "key" in arrays else "time"
     key = file_key(source_id, name, arrays[name], 0)
     data = store.directory.read(key)
-    reason = wrong(data, attributes.get(f"{name}_checksum"), needed=False)
+    reason = wrong(data, attributes.get(f"{name}_checksum", 0))
     if not reason:
         try:
             values = decoded(arrays[name], data, slice(None))
@@ -366,5 +348,4 @@ def _uncommit(store: Store, segment: Segment) -> None:
     arrays = store.arrays(segment.source_id)
     number = segment.start // store.segment_frames(segment.source_id)
     store.directory.delete(file_key(segment.source_id, "status", arrays["status"], segment.start))
-    if "checksum" in arrays:
-        store.directory.delete(file_key(segment.source_id, "checksum", arrays["checksum"], number))
+    store.directory.delete(file_key(segment.source_id, "checksum", arrays["checksum"], number))

@@ -77,7 +77,7 @@ class SegmentWriter:
         self._status = np.full(segment.frames, PENDING, np.uint8)
         self._size = np.zeros((segment.frames, 2), np.int32)
         self._reasons = [""] * segment.frames
-        self._checksums = np.zeros(documents["checksum"]["shape"][1] if "checksum" in documents else 0, np.uint64)
+        self._checksums = np.zeros(documents["checksum"]["shape"][1], np.uint64)
         self._number = segment.start // rows_per_file(documents["status"])
         self._kept: frozenset[int] = frozenset()  # rows whose labels stay as they were committed
         if redo is not None:
@@ -169,11 +169,10 @@ class SegmentWriter:
         if "size" in self._documents:
             self._write("size", start, self._size)
         self._write("reason", start, np.array(self._reasons, dtype=object))
-        if "checksum" in self._documents:
-            for column, key in enumerate(self._keys):
-                if key in self._written:
-                    self._checksums[column] = self._written[key]
-            self._write("checksum", self._number, self._checksums[None])
+        for column, key in enumerate(self._keys):
+            if key in self._written:
+                self._checksums[column] = self._written[key]
+        self._write("checksum", self._number, self._checksums[None])
         self._write("status", start, self._status)
         return sum(value >> 32 for value in self._written.values())
 
@@ -202,19 +201,14 @@ class SegmentWriter:
             if ((kept < 1) | (kept > (self._height, self._width))).any():
                 path = f"{self._segment.source_id}/size"
                 raise damaged(self._directory.uri, path, "pictures with labels have no size")
-        if "checksum" in self._documents:
-            self._checksums = self._read("checksum", self._number, self._number + 1)[0]
+        self._checksums = self._read("checksum", self._number, self._number + 1)[0]
         for row in again:
             self._reasons[row], self._size[row] = "", 0
 
     def _last_keys(self) -> list[str]:
         """The files that are written after the labels."""
         rows = {"checksum": self._number, "status": self._segment.start}
-        return [
-            file_key(self._segment.source_id, name, self._documents[name], row)
-            for name, row in rows.items()
-            if name in self._documents
-        ]
+        return [file_key(self._segment.source_id, name, self._documents[name], row) for name, row in rows.items()]
 
     def _free_row(self, index: int) -> int:
         if not self._segment.start <= index < self._segment.stop:
@@ -302,11 +296,8 @@ class SegmentWriter:
         except ValueError as error:
             raise damaged(self._directory.uri, key, str(error)) from error
         kept = {row: chunk for row, chunk in chunks.items() if rows.start + row in self._kept}
-        sound = data is not None
-        if "checksum" in self._documents:
-            sums = _checksum(data), _checksum(assemble(kept, document))
-            sound = int(self._checksums[self._keys.index(key)]) in sums
-        if not sound:
+        sums = _checksum(data), _checksum(assemble(kept, document))
+        if int(self._checksums[self._keys.index(key)]) not in sums:
             why = "it is missing" if data is None else "it has other bytes than were written"
             raise damaged(self._directory.uri, key, why)
         return kept

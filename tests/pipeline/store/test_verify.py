@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import warnings
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ from depthmill.pipeline.store.checked import stored_rows
 from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import Segment
-from depthmill.tests.pipeline.store.samples import IMAGES, VIDEO, files, write
+from depthmill.tests.pipeline.store.samples import IMAGES, files, write
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_a_sound_store_is_found_sound(done):
     before = files(done.uri)
     report = verify(done, repair=True)
     assert report.damage == ()
-    assert (report.sources, report.segments, report.unchecked) == (2, 3, 0)
+    assert (report.sources, report.segments) == (2, 3)
     # Shards of depth and normals: 2 + 1 (the failed one has none) + 2; reasons where there are some; size, checksum,
     # status.
     assert report.files == 2 * (2 + 1 + 2) + 2 + 1 + 3 + 3
@@ -220,41 +221,29 @@ def test_what_users_add_to_metadata_and_an_index_of_zarrs_own_are_sound(done):
     assert verify(stores.open_store(done.uri)).damage == ()
 
 
-def test_a_store_without_checksums_is_checked_as_far_as_can_be(store):
-    """One of an earlier version, whose root names no checksums; more is committed into it as it was then."""
-    path = Path(store.uri)
-    root = json.loads((path / "zarr.json").read_text())
-    members = root["consolidated_metadata"]["metadata"]
-    for source_id, coordinate in (("video", "time"), ("images", "key")):
-        del members[f"{source_id}/checksum"]
-        del members[source_id]["attributes"][f"{coordinate}_checksum"]
-        (path / source_id / "zarr.json").write_text(json.dumps(members[source_id]))
-        (path / source_id / "checksum/zarr.json").unlink()
-        (path / source_id / "checksum").rmdir()
-    (path / "zarr.json").write_text(json.dumps(root, indent=1))
-    old = stores.open_store(path, index=False)
-    for segment in old.segments("video"):
-        write(old, segment)
-    assert not [key for key in files(path) if "checksum" in key]
-    old.add(dataclasses.replace(IMAGES, id="more"), VIDEO)
-    old = stores.open_store(path)
-    write(old, Segment("more", 0, 5))
-    report = verify(old)
-    assert (report.segments, report.unchecked, report.damage) == (4, 3, ())
-    for source_id, name in (("video", "depth"), ("more", "size")):
-        np.testing.assert_array_equal(list(stored_rows(old, source_id, name, 3, 5)), old.read(source_id, name, 3, 5))
-    for key in ("video/time/c/0", "video/depth/c/1/0/0"):
-        (path / key).unlink()
-    shard = path / "video/normals/c/2/0/0/0"
-    shard.write_bytes(shard.read_bytes()[:-20])
-    assert [(damage.file, damage.reason.split(":")[0]) for damage in verify(old).damage] == [
-        ("video/time/c/0", "lacks values"),
-        ("video/depth/c/1/0/0", "is missing"),
-        ("video/normals/c/2/0/0/0", "cannot be decoded"),
+@pytest.mark.parametrize("index", [True, False])
+def test_a_source_that_lost_its_checksums_and_their_line_in_the_root_is_labelled_again(done, index):
+    before = files(done.uri)
+    root = json.loads(before["zarr.json"])
+    del root["consolidated_metadata"]["metadata"]["video/checksum"]
+    (Path(done.uri) / "zarr.json").write_text(json.dumps(root))
+    shutil.rmtree(Path(done.uri) / "video/checksum")
+    store = stores.open_store(done.uri, index=index)
+    with pytest.raises(StoreDamagedError, match="video/depth/c/0/0/0"):
+        next(stored_rows(store, "video", "depth", 0, 18))
+    with pytest.raises(StoreDamagedError, match="video/depth/c/0/0/0"):
+        write(store, Segment("video", 0, 8), redo=[0])
+    found = [(damage.file, damage.reason, damage.repaired) for damage in verify(store, repair=True).damage]
+    assert found == [
+        ("video/checksum/zarr.json", "is missing", True),
+        ("zarr.json", "says of video/checksum that it is missing", True),
+        ("video/checksum/c/0/0", "is missing", True),
+        ("video/checksum/c/1/0", "is missing", True),
     ]
-    for name, frame in (("depth", 4), ("normals", 8)):
-        with pytest.raises(StoreDamagedError, match=f"video/{name}/c/"):
-            next(stored_rows(old, "video", name, frame, 18))
+    assert verify(store).damage == ()
+    write(store, Segment("video", 0, 8))
+    write(store, Segment("video", 8, 16), range(8, 12))
+    assert files(done.uri) == before
 
 
 def test_checksums_can_be_checked_without_us(done):
