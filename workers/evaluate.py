@@ -186,14 +186,14 @@ def claim(
     called = name if colours is None else f"{name}, {colours.__name__}"
     marker = out / "evaluation.json"
     names, checksums = (list(values) for values in zip(*pictures, strict=True))
+    made = {"set": called, "pictures": names, "checksums": checksums}
     if marker.is_file():
-        before = {} if overwrite else json.loads(marker.read_text(encoding="utf-8"))
-        if not overwrite and (before.get("set"), before.get("pictures")) != (called, names):
+        before = made if overwrite else json.loads(marker.read_text(encoding="utf-8"))
+        if "checksums" not in before or {**before, "checksums": checksums} != made:
             raise EvaluationError(
                 f"{out} was made of another set or split, or by another version: give another --out, or --overwrite"
             )
-        known = before.get("checksums", checksums)  # an earlier version's has none
-        if changed := [one for one, old, new in zip(names, known, checksums, strict=True) if old != new]:
+        if changed := [one for one, old, new in zip(names, before["checksums"], checksums, strict=True) if old != new]:
             raise EvaluationError(
                 f"{out} was made of other data: {some(changed)} changed since; expected the same pictures: give "
                 "another --out, or --overwrite"
@@ -204,8 +204,7 @@ def claim(
         )
     else:
         keep_figures(name, None, out, overwrite=overwrite)
-    text = json.dumps({"set": called, "pictures": names, "checksums": checksums}, indent=1) + "\n"
-    write_atomically(marker, text.encode())
+    write_atomically(marker, (json.dumps(made, indent=1) + "\n").encode())
 
 
 def keep_figures(name: str, predictions: Predictions | None, out: Path, *, overwrite: bool) -> None:

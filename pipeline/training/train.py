@@ -52,8 +52,6 @@ _FREE = (
 _FREE_OF_SETS = ("path", "render_processes")
 # and what a loss that is no longer a number asks for.
 _REMEDIES = ("learning_rate", "mixed_precision")
-# Options that runs of earlier versions were told, at what every run now has.
-_GONE = {"noise_discount": 0.9, "anchor": 0.0, "slopes": 0.0, "relative": 0.0}
 
 
 def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device: str | None = None) -> Path:
@@ -359,10 +357,9 @@ def _resume(accelerator: Accelerator, config: TrainConfig, output: Path) -> int:
     document = read_config(output)
     document.pop("pictures", None)
     before = document.pop("processes", 1)
-    gone = {name: document.pop(name, value) for name, value in _GONE.items()}
     # Validated, an option that a later version added has its default.
-    old = validated(TrainConfig, document, where=str(output / "config.json")).model_dump(mode="json") | gone
-    new = config.model_dump(mode="json") | _GONE
+    old = validated(TrainConfig, document, where=str(output / "config.json")).model_dump(mode="json")
+    new = config.model_dump(mode="json")
     # A step is the same on more processes if each accumulates less.
     for run, processes in ((old, before), (new, accelerator.num_processes)):
         run["accumulation x processes"] = run.pop("accumulation") * processes

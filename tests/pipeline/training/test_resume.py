@@ -163,19 +163,6 @@ def test_a_run_of_a_version_that_lacked_an_option_goes_on(scene_pool, tmp_path):
         train(config(scene_pool, steps=2, weight_decay=1), tmp_path)
 
 
-def test_a_run_of_a_version_that_had_more_options_goes_on_if_it_did_not_use_them(scene_pool, tmp_path):
-    train(config(scene_pool, steps=2), tmp_path)
-    path = tmp_path / "config.json"
-    unused = {"noise_discount": 0.9, "anchor": 0.0, "slopes": 0.0, "relative": 0.0}
-    old = json.loads(path.read_text()) | unused
-    path.write_text(json.dumps(old))
-    train(config(scene_pool, steps=2), tmp_path)
-    assert not unused.keys() & json.loads(path.read_text()).keys()
-    path.write_text(json.dumps(old | {"slopes": 1.0}))
-    with pytest.raises(TrainingError, match=r"another slopes \(1\.0, now 0\.0\): train into another folder"):
-        train(config(scene_pool, steps=2), tmp_path)
-
-
 def test_a_step_is_of_as_many_pictures_when_processes_change(scene_pool, tmp_path, caplog):
     settings = config(scene_pool, steps=2, accumulation=4)
     train(settings, tmp_path)
