@@ -122,7 +122,7 @@ def read_status(frames: int, folder: Path) -> dict[str, list[Spent]]:
         return way
 
     ways = {
-        "zarr": reads(lambda: store.read("video-0123abcd", "status")),
+        "zarr": reads(lambda: np.asarray(store.array("video-0123abcd", "status")[:])),
         "ours": reads(lambda: store.status("video-0123abcd")),
     }
     return interleave(ways, 5, torch.device("cpu"))

@@ -27,7 +27,7 @@ def stored_rows(store: Store, source_id: str, name: str, start: int, stop: int) 
         segment = Segment(source_id, first, min(first + length, frames))
         files = segment_files(segment, arrays)
         number = first // length
-        sums = dict(zip(files, map(int, store.numbers(source_id, "checksum", number, number + 1)[0]), strict=False))
+        sums = dict(zip(files, map(int, store.read(source_id, "checksum", number, number + 1)[0]), strict=False))
         for key, (of, begin, end) in files.items():
             if of != name or end <= start or begin >= stop:
                 continue

@@ -77,7 +77,7 @@ class SourceLabels:
             labels = self.rows[frame,]
             if self.store.attributes(self.source_id)["kind"] == "video":
                 return labels
-            height, width = self.store.numbers(self.source_id, "size", frame, frame + 1)[0]
+            height, width = self.store.read(self.source_id, "size", frame, frame + 1)[0]
             return labels[:height, :width]
 
 

@@ -85,8 +85,8 @@ def _compress(values: npt.NDArray[Any], blosc: Document) -> bytes:
     return bytes(codec.encode(np.ascontiguousarray(values, values.dtype.newbyteorder("<"))))
 
 
-def read_plain(directory: Directory, source_id: str, name: str, array: Document, wanted: slice) -> npt.NDArray[Any]:
-    """Rows of an array that is not sharded, of numbers or strings: there are many of `status`, for Zarr slow.
+def read_rows(directory: Directory, source_id: str, name: str, array: Document, wanted: slice) -> npt.NDArray[Any]:
+    """Rows of an array, of numbers or strings, out of whole files: there are many of `status`, for Zarr slow.
 
     Raises:
         StoreDamagedError: If a file of it cannot be decoded.

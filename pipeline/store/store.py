@@ -43,7 +43,7 @@ from depthmill.pipeline.store.root import (
     source_members,
     write_root,
 )
-from depthmill.pipeline.store.shard import read_plain, write_plain
+from depthmill.pipeline.store.shard import read_rows, write_plain
 from depthmill.pipeline.types import FAILED, LABELLED, Failure, Segment, Source
 
 if TYPE_CHECKING:
@@ -207,19 +207,11 @@ class Store:
 
     def status(self, source_id: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
         """What became of each frame, or of the frames [start, stop): uint8, one of PENDING, LABELLED, FAILED."""
-        return self.numbers(source_id, "status", start, stop)
-
-    def numbers(self, source_id: str, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """Rows of an array that is not sharded, as `read` has them, but sooner.
-
-        Raises:
-            StoreDamagedError: If a file of it cannot be decoded.
-        """
-        return read_plain(self.directory, source_id, name, self.arrays(source_id)[name], slice(start, stop))
+        return self.read(source_id, "status", start, stop)
 
     def keys(self, source_id: str) -> list[str]:
         """Names of a source's pictures."""
-        keys: list[str] = self.numbers(source_id, "key").tolist()
+        keys: list[str] = self.read(source_id, "key").tolist()
         return keys
 
     def reasons(self, source_id: str, frames: npt.NDArray[np.int64]) -> list[str]:
@@ -282,20 +274,15 @@ class Store:
         """One Zarr array of a source, as stored: packed, not decoded."""
         from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
 
-        document = self.arrays(source_id).get(name) or self.document(f"{source_id}/{name}")
-        if document is None:
-            raise StoreDamagedError(f"{self.uri} has no array {name!r} of source {source_id!r}")
-        return open_array(ZarrFiles(self.directory), f"{source_id}/{name}", document)
+        return open_array(ZarrFiles(self.directory), f"{source_id}/{name}", self._array(source_id, name))
 
     def read(self, source_id: str, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """Rows of an array of a source, as stored.
+        """Rows of an array of a source, as stored; meant for those that are not sharded.
 
         Raises:
             StoreDamagedError: If a file of it cannot be decoded.
         """
-        from depthmill.pipeline.store.zarr_files import read_rows
-
-        return read_rows(self.array(source_id, name), self.uri, slice(start, stop))
+        return read_rows(self.directory, source_id, name, self._array(source_id, name), slice(start, stop))
 
     def document(self, path: str) -> Document | None:
         """The zarr.json of a group or an array; None if there is none.
@@ -323,6 +310,12 @@ class Store:
                 self.directory.delete(name)
             self.directory.remove_root()
 
+    def _array(self, source_id: str, name: str) -> Document:
+        document = self.arrays(source_id).get(name) or self.document(f"{source_id}/{name}")
+        if document is None:
+            raise StoreDamagedError(f"{self.uri} has no array {name!r} of source {source_id!r}")
+        return document
+
     def _ways_out(self, source_id: str) -> str:
         return f"remove {self.uri}/{source_id} and run the same command again, or give another store to keep both"
 
@@ -348,7 +341,7 @@ class Store:
             return []
         keys: Sequence[str | None] = [None] * len(failed)
         if attributes["kind"] != "video":
-            keys = self.numbers(source_id, "key")[failed].tolist()
+            keys = self.read(source_id, "key")[failed].tolist()
         return [
             Failure(attributes["uri"], source_id, int(i), reason, key)
             for i, reason, key in zip(failed, self.reasons(source_id, failed), keys, strict=True)

@@ -167,7 +167,7 @@ class Temporal:
 
     def digest(self) -> str:
         """Of the labels: what it was computed from is known by this."""
-        values = np.ascontiguousarray(self.store.numbers(self.source_id, "checksum"))
+        values = np.ascontiguousarray(self.store.read(self.source_id, "checksum"))
         return hashlib.sha256(values.tobytes()).hexdigest()
 
     def pending(self, what: str) -> list[Segment]:
@@ -193,10 +193,10 @@ class Temporal:
         Those that are there again change nothing; of others the solution is un-committed before.
         """
         if self.solved():
-            there = [self.store.array(self.source_id, f"temporal/{name}") for name in ("edges", "score")]
+            given = {"temporal/edges": edges, "temporal/score": score}
             if all(
-                np.array_equal(one[segment.start : segment.stop], new, equal_nan=True)
-                for one, new in zip(there, (edges, score), strict=True)
+                np.array_equal(self.store.read(self.source_id, name, segment.start, segment.stop), new, equal_nan=True)
+                for name, new in given.items()
             ):
                 return
             self.uncommit_solution()

@@ -25,7 +25,7 @@ from depthmill.pipeline.store.layout import (
     segment_files,
 )
 from depthmill.pipeline.store.root import refuse_another
-from depthmill.pipeline.store.shard import assemble, encode_chunk, read_plain, split, write_plain
+from depthmill.pipeline.store.shard import assemble, encode_chunk, read_rows, split, write_plain
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Segment
 
 _MOST_THREADS = 8  # that compress: enough for several hundred frames a second of 640x480
@@ -182,7 +182,7 @@ class SegmentWriter:
 
     def _read(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         document = self._documents[name]
-        return read_plain(self._directory, self._segment.source_id, name, document, slice(start, stop))
+        return read_rows(self._directory, self._segment.source_id, name, document, slice(start, stop))
 
     def _keep(self, redo: Sequence[int]) -> None:
         """Take over what was committed of the rows that are not given anew."""

@@ -9,8 +9,6 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.array_spec import ArrayConfigParams
@@ -18,7 +16,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import StorePath
 
-from depthmill.pipeline.store.files import Directory, decoding
+from depthmill.pipeline.store.files import Directory
 from depthmill.pipeline.store.layout import Document
 
 
@@ -105,13 +103,3 @@ def _bounds(byte_range: ByteRequest | None) -> tuple[int | None, int | None]:
         case SuffixByteRequest(suffix):
             return -suffix, None
     return None, None
-
-
-def read_rows(array: zarr.Array[Any], uri: str, rows: slice) -> npt.NDArray[Any]:
-    """Rows of an array of the store at `uri`, as stored.
-
-    Raises:
-        StoreDamagedError: If a file of it cannot be decoded.
-    """
-    with decoding(uri, array.path):
-        return np.asarray(array[rows])

@@ -6,7 +6,7 @@ from depthmill.pipeline import store as stores
 from depthmill.pipeline.store import Layout
 from depthmill.pipeline.store.files import open_directory
 from depthmill.pipeline.store.layout import array_document, checksum, pack_depth, pack_normals, segment_files
-from depthmill.pipeline.store.shard import read_plain, write_plain
+from depthmill.pipeline.store.shard import read_rows, write_plain
 from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
 from depthmill.pipeline.types import FAILED, LABELLED, Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, files, labels
@@ -83,7 +83,7 @@ def test_plain_arrays_are_those_that_zarr_writes(tmp_path, fill, dtype, values):
     there = files(tmp_path / "ours")
     assert there == files(tmp_path / "theirs")
     assert sums == {key: checksum(there[key]) if key in there else 0 for key in (f"video/x/c/{i}" for i in range(3))}
-    read = read_plain(ours, "video", "x", document, slice(1, 8))
+    read = read_rows(ours, "video", "x", document, slice(1, 8))
     assert np.array_equal(read, given[1:8], equal_nan=dtype == "float32")
 
 
