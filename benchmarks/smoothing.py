@@ -32,6 +32,7 @@ from depthmill.pipeline.smoothing.filter import FilterFrame, filter_frames
 from depthmill.pipeline.smoothing.solve import solve
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.training import clips
+from depthmill.tests.pipeline.smoothing import worlds
 
 Floats = npt.NDArray[np.float32]
 Pictures = npt.NDArray[np.uint8]
@@ -180,8 +181,8 @@ def rendered(seeds: range, frames: int, height: int) -> dict[str, list[tuple[cli
         found[camera] = []
         for seed in seeds:
             clip = clips.render_clip(seed, camera, frames, height, height * 4 // 3)
-            calm = clips.normalised(clip.depth_m, clip.valid)
-            found[camera].append((clip, calm, clips.disturbed(calm, np.random.default_rng(seed))[0]))
+            calm = worlds.normalised(clip.depth_m, clip.valid, beyond=2)
+            found[camera].append((clip, calm, worlds.disturbed(calm, seed)[0]))
     return found
 
 

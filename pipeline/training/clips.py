@@ -1,7 +1,6 @@
 """Clips of the project's scenes, with exact depth, normals and camera: what smoothing is held against.
 
-A scene stands still; its camera does too, or turns, or goes forward. Disturbed, a clip's depth is what a model that
-flickers would say of it.
+A scene stands still; its camera does too, or turns, or goes forward.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from PIL import Image
 from depthmill.pipeline.errors import EvaluationError
 from depthmill.pipeline.store import write_atomically
 from depthmill.pipeline.store.files import json_bytes
-from depthmill.pipeline.store.layout import DEPTH_STEP
 from depthmill.pipeline.training import props, scenes
 from depthmill.pipeline.training.raycast import concatenate, render
 from depthmill.pipeline.training.shapes import Scene
@@ -182,40 +180,3 @@ def _path(scene: Scene, camera: Camera, frames: int) -> list[Scene]:
     forward = -scene.rotation[:, 2]
     places = scene.position + np.outer(steps / max(frames - 1, 1) * travel_m, forward)
     return [replace(scene, position=place.astype(np.float32)) for place in places]
-
-
-def normalised(depth_m: Floats, valid: npt.NDArray[np.bool_]) -> Floats:
-    """Depth as a perfect model would give it: in [0, 1], by one affine map for the whole clip.
-
-    Args:
-        depth_m: (N, H, W) metres.
-        valid: (N, H, W) bool.
-
-    Returns:
-        (N, H, W) float32: the 2nd and 98th percentile at 0.25 and 0.75, so that little of it leaves [0, 1] when it is
-        disturbed; what is nearer than 0 or farther than 1 is clipped, and NaN where there is no depth.
-    """
-    near, far = np.percentile(depth_m[valid], [2, 98])
-    mapped = 0.25 + 0.5 * (depth_m - near) / max(far - near, 1e-6)
-    return np.where(valid, np.clip(mapped, 0, 1), np.nan).astype(np.float32)
-
-
-def disturbed(
-    depth: Floats, rng: np.random.Generator, *, noise: float = 0.01
-) -> tuple[Floats, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Depth as a model that flickers would give it, and a store would keep it.
-
-    Args:
-        depth: (N, H, W) from `normalised`.
-        rng: Draws.
-        noise: Standard deviation of a pixel's, as a share of the range (0.5). A frame's shift has 0.05 of it, its
-            log-scale 0.08, about the middle of the range.
-
-    Returns:
-        Depth (N, H, W) float32, clipped to [0, 1] and in the store's steps; and what each frame's was multiplied
-        by, and then added to it, (N,) each.
-    """
-    scales = np.exp(rng.normal(0, 0.08, len(depth)))
-    shifts = 0.5 * (1 - scales) + rng.normal(0, 0.5 * 0.05, len(depth))
-    values = depth * scales[:, None, None] + shifts[:, None, None] + rng.normal(0, 0.5 * noise, depth.shape)
-    return (np.round(np.clip(values, 0, 1) / DEPTH_STEP) * DEPTH_STEP).astype(np.float32), scales, shifts

@@ -7,7 +7,7 @@ from PIL import Image
 
 from depthmill.pipeline.errors import EvaluationError
 from depthmill.pipeline.training import scenes
-from depthmill.pipeline.training.clips import SEEDS, check_version, disturbed, export_clips, normalised, render_clip
+from depthmill.pipeline.training.clips import SEEDS, check_version, export_clips, render_clip
 from depthmill.pipeline.training.from_scratch.train import HELD_OUT_SEED
 from depthmill.pipeline.training.raycast import render
 
@@ -47,17 +47,6 @@ def test_only_a_camera_that_moves_changes_the_picture():
     np.testing.assert_allclose(moved / np.linalg.norm(moved), forward.poses[0, :3, 2], atol=1e-5)
     lengths = np.linalg.norm(forward.normals[forward.valid], axis=-1)
     np.testing.assert_allclose(lengths, 1, atol=1e-4)
-
-
-def test_disturbed_depth_is_the_depth_scaled_and_shifted():
-    clip = render_clip(3, "forward", 4, 48, 64)
-    depth = normalised(clip.depth_m, clip.valid)
-    assert np.nanmin(depth) >= 0
-    assert np.nanmax(depth) <= 1
-    got, scales, shifts = disturbed(depth, np.random.default_rng(0), noise=0)
-    inside = np.isfinite(got) & (got > 0) & (got < 1)
-    expected = depth * scales[:, None, None] + shifts[:, None, None]
-    np.testing.assert_allclose(got[inside], expected[inside], atol=1.01e-4)
 
 
 def test_an_unknown_camera_is_refused():
