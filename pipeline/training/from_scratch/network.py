@@ -51,7 +51,10 @@ class Network:
     x0_factor: float
 
     def encode(self, picture: Tensor) -> Tensor:
-        """Mean of the VAE's latents, scaled: (B, 3, H, W) in [-1, 1] -> (B, latent channels, h, w)."""
+        """Mean of the VAE's latents, scaled: (B, 3, H, W) in [-1, 1] -> (B, latent channels, h, w).
+
+        H and W are multiples of what the architecture divides by.
+        """
         vae = self.parts.vae
         latent: Tensor = vae.encode(picture).latent_dist.mean * vae.config.scaling_factor
         return latent
@@ -69,19 +72,12 @@ class Network:
         answer: Tensor = self.x0_factor * v
         return torch.cat(answer.chunk(len(MODALITIES), dim=1))
 
-    def predict(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
-        """Both answers, as they come out of the decoder.
-
-        Args:
-            rgb: (B, 3, H, W) in [0, 1], H and W multiples of what the architecture divides by.
+    def answers(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """What `step`'s latents (2B, C, h, w) are decoded to.
 
         Returns:
             Depth (B, H, W), near -1 and far +1, not clipped; normals (B, 3, H, W), of any length.
         """
-        return self.answers(self.step(self.encode(rgb * 2 - 1)))
-
-    def answers(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """What `step`'s latents (2B, C, h, w) are decoded to: as `predict` returns it."""
         depth, normals = self.decode(latents).chunk(2)
         return depth.mean(1), normals
 

@@ -302,7 +302,8 @@ def draw(net: Network, views: Views, path: Path) -> str:
     A column a scene: the picture; depth, true then predicted, near bright; normals, true then predicted.
     """
     net.modules.eval()
-    depth, normals = (part.cpu() for part in net.predict(views.rgb.to(net.prompt.device)))
+    rgb = views.rgb.to(net.prompt.device)
+    depth, normals = (part.cpu() for part in net.answers(net.step(net.encode(rgb * 2 - 1))))
     net.modules.train()
     relative = abs_rel(depth, views.depth, views.mask, DEPTH_RANGE_M)
     angle = mean_angle_deg(normals, views.normals, views.mask)
