@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthmill.pipeline.model.checkpoint import Checkpoint
+from depthmill.pipeline.model.hashes import hash_files
 
 _MATRIX = {"cpu": 2048, "cuda": 8192}  # rows: large enough that more are no faster
 _MATMULS = {"cpu": 2, "cuda": 50}
@@ -77,7 +76,8 @@ def label_flops(checkpoints: Sequence[Checkpoint], height: int, width: int) -> i
             width,
             prompt_tokens=77 if checkpoint.description.prompt_padding == "max_length" else 2,
         )
-        encoders[_weights(checkpoint.directory / "vae")] = one.encode
+        vae = checkpoint.directory / "vae"
+        encoders[hash_files(vae, sorted(vae.glob("*.safetensors")))] = one.encode
         total += one.unet + one.decode
     return total + sum(encoders.values())
 
@@ -100,11 +100,3 @@ def _count(call: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
     return int(counter.get_total_flops())
-
-
-def _weights(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
