@@ -46,7 +46,7 @@ UNREAD = -1.0
 _VERSION = 2  # of the computation: raised when the same configuration gives other bytes
 _LEFT_OUT = "left_out"  # attribute: why the last run could not go on with it
 _NAMED = 3  # sources in an error
-_COMMITS = {"edges": "edges", "solution": "shot", "filter": "filtered"}
+_COMMITS = {"edges": "edges", "filter": "filtered"}
 _FILTER_ARRAYS = ("depth_smooth", "normals_smooth")
 
 Lost = Literal["", "solution", "edges"]  # what other options, or labels, make void
@@ -106,17 +106,14 @@ class Temporal:
                 document = group_document({**there, _LEFT_OUT: why})
                 self._directory.write(f"{self._root}/{METADATA}", json_bytes(document))
 
-    def left_out(self) -> bool:
-        """Whether the last run left it out, and none before it solved it as it is now."""
-        return _LEFT_OUT in (self.attributes() or {}) and not self.current()
-
     def usable(self) -> bool:
         """Whether there are smoothed labels to be read: not of a source that is not smoothed, or had to be left out.
 
         Raises:
             StoreError: If it is unfinished, or of other labels.
         """
-        if self.attributes() is None or self.left_out():
+        there = self.attributes()
+        if there is None or (_LEFT_OUT in there and not self.current()):
             return False
         self.check_current()
         return True
