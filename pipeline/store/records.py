@@ -76,15 +76,12 @@ def unopened(directory: Directory) -> list[str]:
         ) from error
 
 
-def write_failures(directory: Directory, failures: Iterable[Failure]) -> str:
+def write_failures(directory: Directory, failures: Iterable[Failure]) -> None:
     """Write `failures.jsonl`, if it changes: one line for each frame or source without labels, and why.
 
     Args:
         directory: The store's.
         failures: Its own (`Store.failures`), and those that it cannot know: inputs that could not be opened.
-
-    Returns:
-        The file's path or URL.
     """
     lines = [
         json.dumps(
@@ -97,4 +94,3 @@ def write_failures(directory: Directory, failures: Iterable[Failure]) -> str:
     data = "".join(f"{line}\n" for line in lines).encode()
     if directory.read(FAILURES) != data:  # a finished store may be where nothing can be written
         directory.write(FAILURES, data)
-    return f"{directory.uri}/{FAILURES}"

@@ -102,7 +102,8 @@ def test_failed_frames_keep_their_reason(store):
     dataset = depthmill.open(store.uri)["images"]
     assert np.isnan(dataset["depth"][1].values).all()
     assert dataset["reason"].values.tolist() == ["", "picture 1 is öken", "", "picture 3 is öken", ""]
-    path = Path(write_failures(store.directory, [*store.failures(), Failure("/in/a.mp4", None, None, "no such file")]))
+    write_failures(store.directory, [*store.failures(), Failure("/in/a.mp4", None, None, "no such file")])
+    path = Path(store.uri, "failures.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["uri"], line["frame"], line.get("key")) for line in lines] == [
         ("/in/a.mp4", None, None),
@@ -118,7 +119,8 @@ def test_failed_frames_keep_their_reason(store):
 def test_failures_that_are_told_are_not_written_again(store):
     """A finished store may be where nothing can be written."""
     write(store, Segment("images", 0, 5), failed={2})
-    path = Path(write_failures(store.directory, store.failures()))
+    write_failures(store.directory, store.failures())
+    path = Path(store.uri, "failures.jsonl")
     before = path.stat().st_ino
     write_failures(store.directory, store.failures())
     assert path.stat().st_ino == before
