@@ -63,7 +63,7 @@ def score(labeler: Labeler, count: int, guessed: tuple[torch.Tensor, torch.Tenso
                 if not mask.any():
                     continue
                 p, t = depth[i].numpy()[mask], views.depth[i].numpy()[mask]
-                figures = metrics.depth_metrics(p, t, *metrics.fit_affine(p, t), DEPTH_RANGE_M)
+                figures = metrics.depth_metrics(p, t, *metrics.Moments.of(p, t).affine, DEPTH_RANGE_M)
                 n_p, n_t = (one[i].permute(1, 2, 0).numpy()[mask] for one in (normals, views.normals))
                 angle = float(metrics.angles_deg(n_p, n_t).mean())
                 rows[name].append({"abs_rel": figures["abs_rel"], "delta1": figures["delta1"], "normals": angle})

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from depthmill.pipeline.colours import depth_rgb, normals_rgb
-from depthmill.pipeline.evaluation.metrics import depth_metrics, fit_affine
+from depthmill.pipeline.evaluation.metrics import Moments, depth_metrics
 from depthmill.pipeline.model.labeler import Labeler, Labels
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.training.raycast import DEPTH_RANGE_M
@@ -94,7 +94,7 @@ def figures(depth: npt.NDArray[np.float32], truth: npt.NDArray[np.float32]) -> t
     """AbsRel and δ1 after affine least-squares alignment."""
     known = np.isfinite(truth)
     p, t = depth[known], truth[known]
-    result = depth_metrics(p, t, *fit_affine(p, t), DEPTH_RANGE_M)
+    result = depth_metrics(p, t, *Moments.of(p, t).affine, DEPTH_RANGE_M)
     return result["abs_rel"], result["delta1"]
 
 

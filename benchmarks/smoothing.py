@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from depthmill.pipeline.config import Preset, SmoothConfig
-from depthmill.pipeline.evaluation.metrics import depth_metrics, fit_affine
+from depthmill.pipeline.evaluation.metrics import Moments, depth_metrics
 from depthmill.pipeline.evaluation.temporal import alignment_error
 from depthmill.pipeline.smoothing.edges import segment_edges, view
 from depthmill.pipeline.smoothing.filter import FilterFrame, filter_frames
@@ -124,7 +124,7 @@ METHODS: dict[str, Callable[[Pictures, Floats], Floats]] = {
 def fit(of: Floats, to: Floats) -> tuple[float, float]:
     """Scale and shift of the least squares from one set of depths to another, where both are finite."""
     known = np.isfinite(of) & np.isfinite(to)
-    return fit_affine(of[known], to[known])
+    return Moments.of(of[known], to[known]).affine
 
 
 def affine(of: Floats, to: Floats) -> Floats:

@@ -31,7 +31,7 @@ import torch
 import yaml
 
 from depthmill.pipeline.bench.timing import Spent, interleave, ratio, typical
-from depthmill.pipeline.evaluation.metrics import angles_deg, depth_metrics, fit_affine
+from depthmill.pipeline.evaluation.metrics import Moments, angles_deg, depth_metrics
 from depthmill.pipeline.model.backend import pick_device, pick_dtype
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.store import write_atomically
@@ -176,7 +176,7 @@ class Paper:
             angles = [angles_deg(p[m], t[m]).mean() for p, t, m in zip(labels.normals, truth, mask, strict=True)]
             return {"angle": [float(angle) for angle in angles]}
         rows = [
-            depth_metrics(p, t, *fit_affine(p, t), DEPTH_RANGE_M)
+            depth_metrics(p, t, *Moments.of(p, t).affine, DEPTH_RANGE_M)
             for prediction, truth, valid in zip(labels.depth, views.depth.numpy(), mask, strict=True)
             for p, t in [(prediction[valid], truth[valid])]
         ]

@@ -61,23 +61,14 @@ class Moments:
 
     @property
     def affine(self) -> tuple[float, float]:
-        """Scale and shift that bring the predictions nearest to the truths; scale 0 where they are constant."""
+        """Scale and shift that bring the predictions nearest to the truths, by least squares.
+
+        From the centred normal equations, scale = cov(p, t) / var(p), which lose no digits where the mean is large
+        against the spread. Constant predictions get scale 0 and the truths' mean.
+        """
         rounding = 4 * np.finfo(np.float64).eps * abs(self.p)  # what a mean may be off by
         scale = self.pt / self.pp if self.pp > self.count * rounding**2 else 0.0
         return scale, self.t - scale * self.p
-
-
-def fit_affine(prediction: Floats, truth: Floats) -> tuple[float, float]:
-    """Scale and shift that bring a prediction nearest to the truth, by least squares.
-
-    From the centred normal equations, scale = cov(p, t) / var(p), which lose no digits where the mean is large against
-    the spread. A constant prediction gets scale 0 and the truth's mean.
-
-    Args:
-        prediction: (N,), N >= 1, finite.
-        truth: (N,), finite.
-    """
-    return Moments.of(prediction, truth).affine
 
 
 def unscorable(prediction: Floats) -> npt.NDArray[np.bool_]:

@@ -17,9 +17,9 @@ from depthmill.pipeline.evaluation.decode import Floats
 from depthmill.pipeline.evaluation.metrics import (
     DEPTH_METRICS,
     AnglePool,
+    Moments,
     angles_deg,
     depth_metrics,
-    fit_affine,
     normals_metrics,
     thin_columns,
     unscorable,
@@ -152,6 +152,6 @@ def _score_one(
             raise UnscorableError(
                 f"none of its {len(p)} valid pixels is in the columns that the alignment is fitted on"
             )
-    scale, shift = fit_affine(fit_prediction[fit_mask], fit_truth[fit_mask])
+    scale, shift = Moments.of(fit_prediction[fit_mask], fit_truth[fit_mask]).affine
     metrics = depth_metrics(p, t, scale, shift, wanted.valid_range)
     return Row(sample.name, metrics, len(p), truth.nan_pixels, scale, shift), None

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from depthmill.pipeline.evaluation.metrics import angles_deg, depth_metrics, fit_affine
+from depthmill.pipeline.evaluation.metrics import Moments, angles_deg, depth_metrics
 from depthmill.pipeline.store import write_atomically
 
 
@@ -69,7 +69,8 @@ def abs_rel(prediction: Tensor, depth: Tensor, mask: Tensor, depth_range: tuple[
     figures = []
     for p, t, valid in zip(*(part.cpu().numpy() for part in (prediction.float(), depth, mask)), strict=True):
         if valid.any():
-            figures.append(depth_metrics(p[valid], t[valid], *fit_affine(p[valid], t[valid]), depth_range)["abs_rel"])
+            affine = Moments.of(p[valid], t[valid]).affine
+            figures.append(depth_metrics(p[valid], t[valid], *affine, depth_range)["abs_rel"])
     return float(np.mean(figures)) if figures else float("nan")
 
 

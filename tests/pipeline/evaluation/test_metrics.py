@@ -13,7 +13,6 @@ from depthmill.pipeline.evaluation.metrics import (
     Moments,
     angles_deg,
     depth_metrics,
-    fit_affine,
     normals_metrics,
     thin_columns,
 )
@@ -23,15 +22,16 @@ def test_the_fit_is_least_squares():
     rng = np.random.default_rng(0)
     prediction, truth = rng.random(500).astype(np.float32), rng.uniform(1, 80, 500)
     expected = np.linalg.lstsq(np.stack([prediction, np.ones(500)], 1).astype(np.float64), truth, rcond=None)[0]
-    assert fit_affine(prediction, truth) == pytest.approx(expected)
-    assert fit_affine(np.full(500, 0.25, np.float32), truth) == pytest.approx((0, truth.mean()))
-    assert fit_affine(np.full(7, 0.1), np.linspace(1, 5, 7)) == pytest.approx((0, 3))  # its mean is off by rounding
-    assert fit_affine(np.array([0.5]), np.array([3.0])) == (0, 3)
+    assert Moments.of(prediction, truth).affine == pytest.approx(expected)
+    assert Moments.of(np.full(500, 0.25, np.float32), truth).affine == pytest.approx((0, truth.mean()))
+    rounded = Moments.of(np.full(7, 0.1), np.linspace(1, 5, 7))  # its mean is off by rounding
+    assert rounded.affine == pytest.approx((0, 3))
+    assert Moments.of(np.array([0.5]), np.array([3.0])).affine == (0, 3)
 
 
 def test_the_fit_keeps_its_digits_far_from_zero():
     prediction = 1e6 + np.arange(100.0)
-    assert fit_affine(prediction, 2 * prediction + 5) == pytest.approx((2, 5), rel=1e-6)
+    assert Moments.of(prediction, 2 * prediction + 5).affine == pytest.approx((2, 5), rel=1e-6)
 
 
 def test_pooled_moments_are_the_whole_ones():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from depthmill.pipeline.config import SmoothConfig
-from depthmill.pipeline.evaluation.metrics import fit_affine
+from depthmill.pipeline.evaluation.metrics import Moments
 from depthmill.pipeline.smoothing.edges import segment_edges, view
 from depthmill.pipeline.smoothing.solve import solve
 from depthmill.pipeline.training.clips import render_clip
@@ -33,7 +33,7 @@ def absrel(depth, clip):
     """With one scale and shift for the clip."""
     valid = clip.valid & np.isfinite(depth)
     found, truth = depth[valid].astype(np.float64), clip.depth_m[valid].astype(np.float64)
-    scale, shift = fit_affine(found, truth)
+    scale, shift = Moments.of(found, truth).affine
     return float(np.mean(np.abs(np.maximum(scale * found + shift, 1e-3) - truth) / truth))
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from depthmill.pipeline.evaluation.metrics import depth_metrics, fit_affine
+from depthmill.pipeline.evaluation.metrics import Moments, depth_metrics
 from depthmill.pipeline.smoothing.edges import GAPS, segment_edges, view
 from depthmill.pipeline.smoothing.solve import solve
 from depthmill.tests.pipeline.smoothing import worlds
@@ -20,7 +20,7 @@ def applied(solution, depth):
 
 
 def figures(depth, metres):
-    return depth_metrics(depth.ravel(), metres.ravel(), *fit_affine(depth.ravel(), metres.ravel()), (1e-3, 1e3))
+    return depth_metrics(depth.ravel(), metres.ravel(), *Moments.of(depth.ravel(), metres.ravel()).affine, (1e-3, 1e3))
 
 
 def left(scale, error=0.002):
@@ -114,7 +114,7 @@ def test_another_affine_per_frame_changes_one_affine_per_shot():
     errors = []
     for leak in (LEAK, 0.0):
         one, two = (applied(smooth(images, d, leak), d).ravel() for d in (depth, other))
-        fit = fit_affine(two, one)
+        fit = Moments.of(two, one).affine
         errors.append(np.abs(fit[0] * two + fit[1] - one).max())
     assert errors[1] < 1e-3 < errors[0]
 
