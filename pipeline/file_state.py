@@ -1,4 +1,4 @@
-"""What a file system says of a file, by which it is seen to be as it was without being read."""
+"""What a file system says of files without reading them: whether one is as it was, whether there are any."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def file_state(path: str | os.PathLike[str]) -> str:
     if max(found.st_mtime_ns, found.st_ctime_ns) >= time.time_ns() - _TICK_NS:
         return ""
     return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+
+def holds_files(folder: str | os.PathLike[str]) -> bool:
+    """Whether there is anything in a folder, and it can be listed: not where a mount is away."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(entries)
+    except OSError:
+        return False

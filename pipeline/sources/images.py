@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from depthmill.pipeline.errors import SourceChangedError, SourceError
+from depthmill.pipeline.file_state import holds_files
 from depthmill.pipeline.objects import is_url, path_of
 from depthmill.pipeline.sources.limits import check_frames, check_range
 from depthmill.pipeline.sources.naming import canonical_uri, natural_key, readable, unique_names
-from depthmill.pipeline.sources.opening import file_size, files_below, holds_files, kind_of, list_files, unanswered
+from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files, unanswered
 from depthmill.pipeline.sources.pictures import (
     Encoded,
     Header,

@@ -189,15 +189,6 @@ def files_below(folder: Path) -> tuple[list[Path], OSError | None]:
     return files, errors[0] if errors else None
 
 
-def holds_files(folder: Path) -> bool:
-    """Whether there is anything in a folder, and it can be listed."""
-    try:
-        with os.scandir(folder) as entries:
-            return any(entries)
-    except OSError:
-        return False
-
-
 def unanswered(name: object, error: OSError) -> SourceError:
     """What to raise where a file could not be read for a reason that is not its own: on another try it may be."""
     return SourceError(

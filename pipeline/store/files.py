@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreForbiddenError, StoreFullError
+from depthmill.pipeline.file_state import holds_files
 
 _PARTIAL = "partial"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -138,7 +139,7 @@ class LocalDirectory:
         try:
             write_atomically(path, data, self.uri)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and not _holds_files(self.uri):
+            if isinstance(error, FileNotFoundError) and not holds_files(self.uri):
                 raise store_away(self.uri) from error
             if error.errno in FULL:
                 raise StoreFullError(
@@ -268,7 +269,7 @@ def _make_folder(folder: str, root: str | None) -> None:
         _mkdir(folder)
     except FileNotFoundError:
         above = os.path.dirname(folder)
-        if above in (root, folder) or (os.path.dirname(above) == root and not _holds_files(root)):
+        if above in (root, folder) or (os.path.dirname(above) == root and not holds_files(root)):
             raise
         _make_folder(above, root)
         _mkdir(folder)
@@ -296,14 +297,6 @@ def _sizes(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
         elif not _is_partial(entry.name):
             with suppress(FileNotFoundError):
                 yield prefix + entry.name, entry.stat().st_size
-
-
-def _holds_files(folder: str) -> bool:
-    try:
-        with os.scandir(folder) as entries:
-            return any(entries)
-    except FileNotFoundError:
-        return False
 
 
 def _partials(path: str) -> str:

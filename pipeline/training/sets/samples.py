@@ -16,7 +16,8 @@ from pydantic import Field
 
 from depthmill.pipeline.config import StrictModel
 from depthmill.pipeline.errors import SampleError, SourceError, TrainingError
-from depthmill.pipeline.sources.opening import AWAY_ERRORS, holds_files
+from depthmill.pipeline.file_state import holds_files
+from depthmill.pipeline.sources.opening import AWAY_ERRORS
 from depthmill.pipeline.sources.pictures import decode_image
 from depthmill.pipeline.training.batch import Batch
 from depthmill.pipeline.types import MAX_PIXELS

@@ -61,6 +61,19 @@ def test_a_folder_that_may_not_be_written_is_told_from_one_that_is_away(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOTCONN])
+def test_a_store_that_goes_away_while_a_file_of_it_is_written_is_told_as_that(tmp_path, monkeypatch, code):
+    """What is left of a mount may not be there, nor be listed."""
+
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "scandir", fail)
+    for key in ("zarr.json", "a/b/zarr.json"):
+        with pytest.raises(StoreError, match="is gone, or there is nothing in it"):
+            LocalDirectory(tmp_path / "labels.zarr").write(key, b"{}")
+
+
 def test_sizes_are_of_whole_files_and_of_none_behind_links(tmp_path):
     directory, elsewhere = LocalDirectory(tmp_path / "store"), tmp_path / "elsewhere"
     directory.make_root()
