@@ -9,14 +9,10 @@ from depthmill.pipeline.model.packed import PackedConvolution, PackedLinear, can
 from depthmill.pipeline.model.specialize import Specialized
 from depthmill.tests.pipeline.model.test_specialize import CPU, head, pictures
 
-pytestmark = pytest.mark.skipif(not can_pack(), reason="this CPU does not multiply bfloat16")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(0)
-        yield
+pytestmark = [
+    pytest.mark.skipif(not can_pack(), reason="this CPU does not multiply bfloat16"),
+    pytest.mark.usefixtures("seeded"),
+]
 
 
 def random(*shape):

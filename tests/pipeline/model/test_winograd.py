@@ -11,12 +11,7 @@ from depthmill.pipeline.model.specialize import Specialized, _doubling
 from depthmill.pipeline.model.winograd import Winograd, use_winograd
 from depthmill.tests.pipeline.model.test_specialize import CPU, errors, head, pictures
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def channels_last(*shape):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from depthmill.pipeline.sources import open_source, prefetch, source_id
-from depthmill.pipeline.types import Frame, FrameSource
+from depthmill.pipeline.types import Frame, FrameSource, Source
 
 
 def content(frames: list[Frame]) -> list[tuple[int, bytes | None, tuple[int, ...], str]]:
@@ -24,12 +24,16 @@ def content(frames: list[Frame]) -> list[tuple[int, bytes | None, tuple[int, ...
     ]
 
 
-def read_all(path: Path) -> list[Frame]:
-    source = open_source(path)
+def probe_and_read(path: Path, **options: int) -> tuple[Source, list[Frame]]:
+    source = open_source(path, **options)
     try:
-        return list(source.read(0, source.probe().frames))
+        return source.probe(), list(source.read(0, source.probe().frames))
     finally:
         source.close()
+
+
+def read_all(path: Path) -> list[Frame]:
+    return probe_and_read(path)[1]
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,17 +10,8 @@ from PIL import Image
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources import open_source, tar_members, webdataset
-from depthmill.pipeline.types import Frame, Source
 from depthmill.tests import media as make
-from depthmill.tests.pipeline.sources.contract import SourceContract
-
-
-def probe_and_read(path: Path, **options: int) -> tuple[Source, list[Frame]]:
-    source = open_source(path, **options)
-    try:
-        return source.probe(), list(source.read(0, source.probe().frames))
-    finally:
-        source.close()
+from depthmill.tests.pipeline.sources.contract import SourceContract, probe_and_read
 
 
 def special(name: str, kind: bytes, target: str = "") -> tuple[tarfile.TarInfo, bytes]:
