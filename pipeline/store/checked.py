@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from depthmill.pipeline.store.files import damaged, decoding
 from depthmill.pipeline.store.layout import Document, checksum, rows_per_file, segment_files
-from depthmill.pipeline.store.shard import decode_rows
+from depthmill.pipeline.store.shard import decode_rows, empty_rows
 from depthmill.pipeline.store.store import Store
 from depthmill.pipeline.types import Segment
 
@@ -59,7 +58,6 @@ def decoded(document: Document, data: bytes | None, rows: slice) -> npt.NDArray[
     """Rows of an array, as stored, out of the one file that holds them; whatever codecs raise of it."""
     start, stop, _ = rows.indices(document["shape"][0])
     if data is None:
-        dtype = object if document["data_type"] == "string" else document["data_type"]
-        return np.full((stop - start, *document["shape"][1:]), document["fill_value"], dtype)
+        return empty_rows(document, stop - start)
     first = start - start % rows_per_file(document)
     return decode_rows(data, document, slice(start - first, stop - first))

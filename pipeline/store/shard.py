@@ -54,9 +54,9 @@ def write_plain(
     Returns:
         The key of each file and its checksum (`layout.checksum`); 0 where all is fill, of which there is no file.
     """
-    rows, shape, sums = rows_per_file(array), array["shape"][1:], {}
+    rows, sums = rows_per_file(array), {}
     for row in range(0, len(values), rows):
-        chunk = np.full((rows, *shape), array["fill_value"], values.dtype)
+        chunk = empty_rows(array, rows)
         chunk[: len(values) - row] = values[row : row + rows]
         key = file_key(source_id, name, array, start + row)
         if _is_fill(chunk, array["fill_value"]):
@@ -91,16 +91,21 @@ def read_rows(directory: Directory, source_id: str, name: str, array: Document, 
     Raises:
         StoreDamagedError: If a file of it cannot be decoded.
     """
-    rows, shape = rows_per_file(array), array["shape"]
-    start, stop, _ = wanted.indices(shape[0])
+    rows = rows_per_file(array)
+    start, stop, _ = wanted.indices(array["shape"][0])
     first = start - start % rows
     chunks = {file_key(source_id, name, array, row): row - first for row in range(first, stop, rows)}
-    dtype = object if array["data_type"] == "string" else array["data_type"]
-    values = np.full((len(chunks) * rows, *shape[1:]), array["fill_value"], dtype)
+    values = empty_rows(array, len(chunks) * rows)
     for key, data in directory.read_all(chunks).items():
         with decoding(directory.uri, f"{source_id}/{name}"):
             values[chunks[key] : chunks[key] + rows] = decode_rows(data, array, slice(None))
     return values[start - first : stop - first]
+
+
+def empty_rows(array: Document, count: int) -> npt.NDArray[Any]:
+    """Rows of an array that hold nothing but fill."""
+    dtype = object if array["data_type"] == "string" else array["data_type"]
+    return np.full((count, *array["shape"][1:]), array["fill_value"], dtype)
 
 
 def decode_rows(data: bytes, array: Document, rows: slice) -> npt.NDArray[Any]:

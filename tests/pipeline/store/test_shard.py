@@ -1,7 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import zarr
 
+import depthmill
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.store import Layout
 from depthmill.pipeline.store.files import open_directory
@@ -9,7 +12,7 @@ from depthmill.pipeline.store.layout import array_document, checksum, pack_depth
 from depthmill.pipeline.store.shard import read_rows, write_plain
 from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
 from depthmill.pipeline.types import FAILED, LABELLED, Segment
-from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, files, labels
+from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, VIDEO, files, labels
 
 
 def rows(normals_dtype):
@@ -85,6 +88,13 @@ def test_plain_arrays_are_those_that_zarr_writes(tmp_path, fill, dtype, values):
     assert sums == {key: checksum(there[key]) if key in there else 0 for key in (f"video/x/c/{i}" for i in range(3))}
     read = read_rows(ours, "video", "x", document, slice(1, 8))
     assert np.array_equal(read, given[1:8], equal_nan=dtype == "float32")
+
+
+def test_times_are_stored_as_the_array_has_them_whatever_they_are_given_as(store):
+    times = np.arange(18)
+    store.add_source(dataclasses.replace(VIDEO, id="whole", time_s=times))
+    assert store.read("whole", "time").tolist() == times.tolist()
+    assert depthmill.open(store.uri, sources=["whole"])["whole"]["time"].values.tolist() == times.tolist()
 
 
 def test_a_row_of_nothing_but_negative_zeros_is_stored(tmp_path):
