@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from depthmill.pipeline.errors import EvaluationError, UnscorableError
+from depthmill.pipeline.errors import EvaluationError, RunStoppedError, UnscorableError
 from depthmill.pipeline.evaluation import decode
 from depthmill.pipeline.evaluation.archive import Archive
 from depthmill.pipeline.evaluation.datasets import Colours, Crop, EvaluationSet
@@ -115,33 +115,55 @@ def read_truth(wanted: EvaluationSet, archive: Archive, sample: Sample) -> Truth
 def write_picture(data: bytes, path: Path, *, crop: Crop | None = None, colours: Colours | None = None) -> Path:
     """Write a picture as the model is to see it, and return where: `path`, with `.png` if it had to be changed.
 
-    What need not be cut, turned or coloured is written as it is, byte for byte, as is what cannot be decoded: labelling
-    says what is wrong with it. The reference evaluation reads pixels as they lie, whatever a picture's EXIF orientation
-    says.
+    What need not be cut, turned or coloured is written as it is, byte for byte, as is what cannot be decoded, or cut:
+    labelling, or scoring, says what is wrong with it. The reference evaluation reads pixels as they lie, whatever a
+    picture's EXIF orientation says.
+
+    Raises:
+        RunStoppedError: If memory does not suffice: what is wrong is not the picture, and nothing is written.
     """
-    buffer = io.BytesIO()
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if crop is None and colours is None and image.getexif().get(0x0112, 1) == 1:
-                write_atomically(path, data)
-                return path
-            pixels: npt.NDArray[Any] = np.asarray(image.convert("RGB"))
-        if crop is not None:
-            pixels = pixels[crop(*pixels.shape[:2])]
-        if colours is not None:
-            pixels = colours(pixels)
-        Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    except Exception:  # see above
-        write_atomically(path, data)
-        return path
-    path = path.with_suffix(".png")
-    write_atomically(path, buffer.getvalue())
+        prepared = _prepared(data, crop, colours)
+    except MemoryError as error:
+        raise RunStoppedError(
+            f"{path.name} cannot be prepared, since no memory is left: free some, and run again; what is prepared stays"
+        ) from error
+    if prepared is not None:
+        path, data = path.with_suffix(".png"), prepared
+    write_atomically(path, data)
     return path
 
 
 def some(names: list[str]) -> str:
     """The first names of a list, and how many more there are: for messages."""
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _prepared(data: bytes, crop: Crop | None, colours: Colours | None) -> bytes | None:
+    """A picture as the PNG that the model is to see; None if that is the picture as it is, or it is damaged.
+
+    Raises:
+        MemoryError: If memory does not suffice.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if crop is None and colours is None and image.getexif().get(0x0112, 1) == 1:
+                return None
+            pixels: npt.NDArray[Any] = np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        if "out of memory" in str(error):  # an OSError of theirs
+            raise MemoryError(str(error)) from error
+        return None
+    if crop is not None:
+        try:
+            pixels = pixels[crop(*pixels.shape[:2])]
+        except ValueError:  # too small for that
+            return None
+    buffer = io.BytesIO()
+    Image.fromarray(pixels if colours is None else colours(pixels)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def _samples(wanted: EvaluationSet, archive: Archive) -> list[Sample]:

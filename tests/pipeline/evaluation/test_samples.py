@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from depthmill.pipeline.errors import EvaluationError, UnscorableError
+from depthmill.pipeline.errors import EvaluationError, RunStoppedError, UnscorableError
 from depthmill.pipeline.evaluation.datasets import SETS, find
 from depthmill.pipeline.evaluation.samples import open_samples, read_truth, write_picture
 from depthmill.tests.pipeline.evaluation import layouts
@@ -249,3 +249,38 @@ def test_pictures_are_shown_as_their_pixels_lie(tmp_path):
     assert (decode_image(path, 10_000) == np.asarray(Image.open(buffer))).all()
     damaged = write_picture(b"no picture", tmp_path / "b.png", crop=SETS["kitti"].crop)
     assert damaged.read_bytes() == b"no picture"
+    small = layouts.png(np.zeros((350, 1242, 3), np.uint8))
+    assert write_picture(small, tmp_path / "c.png", crop=SETS["kitti"].crop).read_bytes() == small
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("decoded", MemoryError()),
+        ("decoded", OSError("out of memory when reading image file")),
+        ("coloured", MemoryError("Unable to allocate 34.3 MiB")),
+        ("encoded", MemoryError()),
+    ],
+)
+def test_a_picture_for_which_memory_does_not_suffice_is_not_shown_otherwise(tmp_path, monkeypatch, where, error):
+    """Reruns keep what is written, and a model that sees other colours has other figures."""
+
+    def fail(*_, **more):
+        raise error
+
+    data = layouts.png(np.zeros((4, 4, 3), np.uint8))
+    if where != "coloured":
+        monkeypatch.setattr(Image.Image, "convert" if where == "decoded" else "save", fail)
+    with pytest.raises(RunStoppedError, match=r"^a\.png cannot be prepared, since no memory is left: "):
+        write_picture(data, tmp_path / "a.png", colours=fail if where == "coloured" else SETS["ibims"].colours)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shown", ["crop", "colours"])
+def test_a_mistake_in_what_prepares_a_picture_shows_no_other(tmp_path, shown):
+    def mistaken(*_):
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        write_picture(layouts.png(np.zeros((4, 4, 3), np.uint8)), tmp_path / "a.png", **{shown: mistaken})
+    assert not list(tmp_path.iterdir())
