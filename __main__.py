@@ -1,5 +1,25 @@
-"""`python -m depthmill`."""
+"""`python -m depthmill`, and the command: what signals do is settled before anything is imported that takes time."""
 
-from depthmill.cli import main
+import os
+from contextlib import suppress
+from typing import NoReturn
 
-main()
+from depthmill.workers.stopping import stoppable
+
+
+def main() -> NoReturn:
+    """Run a command: see `cli.main`."""
+    with stoppable() as stopped:
+        try:
+            from depthmill.cli import main as run
+        except BaseException:  # what is imported may make anything of a signal
+            if not stopped.is_set():
+                raise
+            with suppress(OSError):
+                os.write(2, b"depthmill: stopped before it began\n")
+            os._exit(130)
+        run()
+
+
+if __name__ == "__main__":
+    main()

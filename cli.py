@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 from depthmill import __version__
 from depthmill.pipeline.errors import ConfigError, DepthmillError, RunStoppedError, StoreFullError, printable
+from depthmill.workers.stopping import stoppable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -63,6 +64,7 @@ _Address = Annotated[
 _FrameLimit = Annotated[float | None, typer.Option(help="Seconds that a frame may take, at most.")]
 
 SOME_FAILED, NOT_STARTED, CRASHED, STOPPED = 1, 2, 70, 130
+_INTERRUPTED = "stopped; what is committed stays"
 
 
 def main() -> NoReturn:
@@ -70,19 +72,26 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name can be any bytes, and a terminal ASCII
-    try:
-        app()
-    except (RunStoppedError, StoreFullError) as error:
-        _stopped(error)
-    except DepthmillError as error:
-        _say(error)
-        sys.exit(NOT_STARTED)
-    except KeyboardInterrupt:
-        _stopped("stopped; what is committed stays")
-    except Exception:  # Python's own status for it would say that some frames failed
-        traceback.print_exc()
-        sys.exit(CRASHED)
-    sys.exit(0)
+    with stoppable() as stopped:
+        try:
+            app()
+        except (RunStoppedError, StoreFullError) as error:
+            _stopped(error)
+        except DepthmillError as error:
+            _say(error)
+            sys.exit(NOT_STARTED)
+        except KeyboardInterrupt:
+            _stopped(_INTERRUPTED)
+        except SystemExit as end:
+            if end.code == STOPPED:  # which is what the parser makes of a KeyboardInterrupt
+                _stopped(_INTERRUPTED)
+            raise
+        except Exception:  # Python's own status for it would say that some frames failed
+            if stopped.is_set():  # a library that was being imported, say, made this of it
+                _stopped(_INTERRUPTED)
+            traceback.print_exc()
+            sys.exit(CRASHED)
+        sys.exit(0)
 
 
 def _stopped(why: object) -> NoReturn:
@@ -349,7 +358,7 @@ def preview(
 ) -> None:
     """Draw a contact sheet (PNG) and a side-by-side video (MP4) of frames, depth and normals.
 
-    Exit status: 0 all drawn, 1 some sources not drawn, or not whole, 2 nothing could start.
+    Exit status: 0 all drawn, 1 some sources not drawn, or not whole, 2 nothing could start, 130 stopped.
     """
     from depthmill.pipeline.preview import preview as draw
 
@@ -427,20 +436,31 @@ def train(
     """
     import logging
 
-    from depthmill.pipeline.config_files import load_config, load_yaml
     from depthmill.workers.progress import quiet_libraries
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("depthmill").setLevel(logging.INFO)
     quiet_libraries()
     folder = out or Path("runs") / Path(config).stem
+    trained = None
+    with suppress(KeyboardInterrupt):
+        trained = _train(config, folder, overwrite, device)
+    if trained is None:  # and all it held is gone, such as processes that read pictures, and what is shared with them
+        again = "the same command again, without --overwrite," if overwrite else "the same command again"
+        raise RunStoppedError(
+            f"stopped: what is saved in {folder} stays, as do rendered scenes; run {again} to go on from there"
+        )
+    _show(trained)
+
+
+def _train(config: str, folder: Path, overwrite: bool, device: str | None) -> Path:
+    from depthmill.pipeline.config_files import load_config, load_yaml
+
     if "stages" in load_yaml(config):
         from depthmill.pipeline.training.from_scratch.config import StagedConfig
         from depthmill.pipeline.training.from_scratch.train import train as run_stages
 
-        staged = load_config(StagedConfig, config, {})
-        _show(run_stages(staged, folder, overwrite=overwrite, device=device))
-        return
+        return run_stages(load_config(StagedConfig, config, {}), folder, overwrite=overwrite, device=device)
     from depthmill.pipeline.training.config import TrainConfig
 
     try:
@@ -449,7 +469,7 @@ def train(
         raise ConfigError(
             f"training needs {error.name}, which is not installed: pip install 'depthmill[train]'"
         ) from error
-    _show(run(load_config(TrainConfig, config, {}), folder, overwrite=overwrite, device=device))
+    return run(load_config(TrainConfig, config, {}), folder, overwrite=overwrite, device=device)
 
 
 @app.command(cls=_Command)

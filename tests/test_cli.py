@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -445,3 +447,75 @@ def test_how_a_stopped_run_ends_without_standard_output(raised, monkeypatch, cap
         main()
     assert end.value.code == 130
     assert capsys.readouterr().err == "depthmill: a\\x1b[2J.mp4\n"
+
+
+@pytest.fixture
+def stopped(cli, monkeypatch):
+    """What a command says that a signal stops, and its exit status."""
+
+    def ended(status):
+        raise SystemExit(status)
+
+    def call(number, where, *arguments):
+        def interrupted(*_, **options):
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+        def unhandled(number, frame):
+            pytest.fail("nobody handles the signal")
+
+        monkeypatch.setattr("depthmill.cli.os._exit", ended)
+        monkeypatch.setattr(where, interrupted)
+        before = signal.signal(number, unhandled)
+        try:
+            done = cli(*arguments)
+            assert signal.getsignal(number) is unhandled
+        finally:
+            signal.signal(number, before)
+        return done.returncode, done.stderr
+
+    return call
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_stops_any_command_in_a_line(stopped, tmp_path, number):
+    said = stopped(number, "depthmill.pipeline.store.open_store", "inspect", tmp_path)
+    assert said == (130, "depthmill: stopped; what is committed stays\n")
+
+
+def test_what_a_library_makes_of_a_signal_is_no_bug(stopped, tmp_path, monkeypatch):
+    monkeypatch.setattr("depthmill.workers.stopping.KeyboardInterrupt", ImportError, raising=False)
+    said = stopped(signal.SIGTERM, "depthmill.pipeline.store.open_store", "inspect", tmp_path)
+    assert said == (130, "depthmill: stopped; what is committed stays\n")
+
+
+@pytest.mark.parametrize("stages", [True, False])
+def test_training_that_is_stopped_says_what_stays_and_how_to_go_on(stopped, tmp_path, stages):
+    config, where = tmp_path / "a.yaml", "depthmill.pipeline.training.train.train"
+    config.write_text("{start: demo, sets: [{kind: scenes, scenes: 100}]}")
+    if stages:
+        config.write_text((Path(depthmill.__file__).parent / "configs" / "train-demo.yaml").read_text())
+        where = "depthmill.pipeline.training.from_scratch.train.train"
+    for options, again in (((), ""), (("--overwrite",), ", without --overwrite,")):
+        status, said = stopped(signal.SIGTERM, where, "train", config, "--out", tmp_path / "run", *options)
+        assert status == 130
+        assert said.splitlines()[-1] == (  # behind what libraries say
+            f"depthmill: stopped: what is saved in {tmp_path / 'run'} stays, as do rendered scenes; run the same "
+            f"command again{again} to go on from there"
+        )
+
+
+def test_a_signal_before_the_command_line_is_there_stops_as_any():
+    code = """
+        import os, signal, sys, time
+        class Finder:
+            def find_spec(self, name, *more):
+                if name == "typer":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(5)
+        sys.meta_path.insert(0, Finder())
+        from depthmill.__main__ import main
+        main()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "depthmill: stopped before it began\n")

@@ -11,13 +11,14 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 _SAME_SIGNAL_S = 1.0
+_entered: list[threading.Event] = []  # of the one that handles signals now, if there is one
 
 
 @contextmanager
 def stoppable() -> Iterator[threading.Event]:
     """Let SIGINT (Ctrl-C), SIGTERM and, unless it is ignored, SIGHUP (a terminal that closes) end the run alike.
 
-    A no-op outside the main thread, where no signal arrives.
+    A no-op outside the main thread, where no signal arrives; inside another, that one's event.
 
     The first raises KeyboardInterrupt, and sets the event for the driver: one raised inside a callback of Ray's is lost
     there. Others are ignored for a second, since some come in pairs, while workers are being ended; then one ends the
@@ -26,6 +27,9 @@ def stoppable() -> Iterator[threading.Event]:
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
+        return
+    if _entered:
+        yield _entered[0]
         return
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -47,9 +51,11 @@ def stoppable() -> Iterator[threading.Event]:
     if before[signal.SIGHUP] == signal.SIG_IGN:  # under nohup
         del before[signal.SIGHUP]
     try:
+        _entered.append(stopped)
         for number in before:
             signal.signal(number, stop)
         yield stopped
     finally:
+        _entered.clear()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -2,18 +2,22 @@
 
 A pool is a folder of shards, each `SHARD` consecutive seeds at one size, of one version of the scenes, or the first few
 of them; a shard appears under its name only when it is complete, so that any number of processes may fill one pool and
-any may be killed.
+any may be killed. What a killed one had begun to write goes when the pool is opened an hour later.
 """
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import random
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +32,7 @@ from depthmill.pipeline.training.raycast import MEASURED_M, Views
 logger = logging.getLogger(__name__)
 
 SHARD = 100
+_LEFT_S = 3600  # after which what was being written is no longer: that takes seconds
 # One row is one pixel, 8 bytes; float16 keeps depth to 0.05 %, int8 keeps normals to a quarter of a degree.
 _PIXEL = np.dtype([("rgb", np.uint8, 3), ("depth", np.float16), ("normals", np.int8, 3)])
 
@@ -86,6 +91,7 @@ def open_pool(
     """
     folder = directory / f"v{scenes.VERSION}-{height}x{width}"
     folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
     seeds = [range(start, min(start + SHARD, first + count)) for start in range(first, first + count, SHARD)]
     paths = [folder / f"{each.start:07d}.npy" for each in seeds]
     if len(seeds[-1]) < SHARD and not paths[-1].exists():
@@ -96,11 +102,23 @@ def open_pool(
     if missing:
         started = time.monotonic()
         # Spawned, since a forked child of a process that has used OpenMP may hang.
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as executor:
-            for done, future in enumerate(as_completed([executor.submit(_fill, *job) for job in missing]), 1):
-                future.result()
-                pace = done * len(missing[0][1]) / (time.monotonic() - started)
-                logger.info("rendered %d of %d shards, %.1f scenes/s", done, len(missing), pace)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_end_with_parent) as executor:
+            try:
+                # They start with the first job, and inherit this: Ctrl-C, which all get, is for this process to answer.
+                heard = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+                try:
+                    futures = [executor.submit(_fill, *job) for job in missing]
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+                for done, future in enumerate(as_completed(futures), 1):
+                    future.result()
+                    pace = done * len(missing[0][1]) / (time.monotonic() - started)
+                    logger.info("rendered %d of %d shards, %.1f scenes/s", done, len(missing), pace)
+            except BaseException:  # nobody waits for the shards that are left
+                for process in (getattr(executor, "_processes", None) or {}).values():  # public from Python 3.14 on
+                    process.terminate()
+                raise
     return Pool(tuple(np.load(path, mmap_mode="r")[: len(each)] for path, each in zip(paths, seeds, strict=True)))
 
 
@@ -117,6 +135,26 @@ def render(seeds: Sequence[int], height: int, width: int, device: str = "cpu") -
 def _bytes(pixels: npt.NDArray[np.void]) -> Tensor:
     """(…) of `_PIXEL` as (…, 8) uint8, without a copy."""
     return torch.from_numpy(pixels.view(np.uint8).reshape(*pixels.shape, _PIXEL.itemsize))
+
+
+def _end_with_parent() -> None:
+    """See that this process, which renders, ends when its parent does, however that ends."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what killed processes left half written, and nothing that another may still be writing."""
+    for left in folder.glob(".*.npy.*"):
+        with suppress(OSError):  # it is another's, or gone
+            if time.time() - left.stat().st_mtime > _LEFT_S:
+                left.unlink()
 
 
 def _fill(path: Path, seeds: range, height: int, width: int, device: str = "cpu") -> None:

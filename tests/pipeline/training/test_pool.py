@@ -1,3 +1,11 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -56,3 +64,76 @@ def test_processes_that_fill_one_pool_begin_with_different_shards(tmp_path, monk
             pool.open_pool(tmp_path, 50 * pool.SHARD, 3, 4, processes=1)
     assert sorted(orders[0]) == sorted(orders[1])
     assert orders[0] != orders[1]
+
+
+RENDERS = """
+import os, time
+from pathlib import Path
+import numpy as np
+from depthmill.pipeline.training import pool
+
+def quick(seeds, *size):  # in the processes, too, which run this file
+    Path(f"pid-{os.getpid()}").touch()
+    if seeds[0] > 0:
+        time.sleep(60)
+    return np.zeros((len(seeds), 2, 2), pool._PIXEL)
+
+pool.render = quick
+if __name__ == "__main__":
+    try:
+        pool.open_pool(Path("pool"), 50 * pool.SHARD, 2, 2, processes=2)
+    except KeyboardInterrupt:
+        print("stopped")
+"""
+
+
+def runs(pid):
+    """Whether a process does, and is not just waiting to be noticed."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
+@pytest.mark.parametrize("how", ["Ctrl-C", "kill -9"])
+def test_processes_that_render_end_with_the_one_that_asked_them(tmp_path, how):
+    """Ctrl-C goes to all of them; it fails no shard, and no shard that is left is waited for."""
+    (tmp_path / "fill.py").write_text(RENDERS)
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, "fill.py"], cwd=tmp_path, stdout=said, stderr=said, start_new_session=True
+        )
+    try:
+        until_s = time.monotonic() + 120
+        while len(rendering := [int(path.name[4:]) for path in tmp_path.glob("pid-*")]) < 2:
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            assert time.monotonic() < until_s
+            time.sleep(0.05)
+        assert all(map(runs, rendering))
+        if how == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(30) == 0
+            assert (tmp_path / "said").read_text() == "stopped\n"
+        else:
+            process.kill()
+            process.wait(30)
+        until_s = time.monotonic() + 20
+        while any(map(runs, rendering)):
+            assert time.monotonic() < until_s
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_what_a_killed_process_left_half_written_goes_and_what_another_writes_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "render", lambda seeds, *size: np.zeros((len(seeds), 3, 4), pool._PIXEL))
+    folder = tmp_path / f"v{pool.scenes.VERSION}-3x4"
+    folder.mkdir()
+    pool._fill(folder / "0000000.npy", range(pool.SHARD), 3, 4)
+    left, written = (folder / f".{name}.npy.{'0' * 32}" for name in ("0000000", "0000100"))
+    for path in (left, written):
+        path.touch()
+    os.utime(left, (time.time() - 2 * 3600,) * 2)
+    assert len(pool.open_pool(tmp_path, pool.SHARD, 3, 4, processes=1)) == pool.SHARD
+    assert set(folder.iterdir()) == {folder / "0000000.npy", written}
