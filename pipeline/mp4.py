@@ -28,7 +28,7 @@ def write_mp4(
         rate: Frames a second, about.
         pixel_aspect: Width over height of a pixel as it is shown.
     """
-    partial = path.with_suffix(".partial.mp4")
+    partial = path.with_name(f".{path.name}")  # of a preview, still one by its name, if this is killed
     try:
         with av.open(str(partial), "w", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})

@@ -22,8 +22,9 @@ from rich.progress import track
 
 from depthmill.pipeline.colours import GREY, Rgb, depth_rgb, normals_rgb
 from depthmill.pipeline.config import make_folder
-from depthmill.pipeline.errors import ConfigError, DepthmillError, SourceError, StoreError
+from depthmill.pipeline.errors import ConfigError, DepthmillError, RunStoppedError, SourceError, StoreError
 from depthmill.pipeline.mp4 import write_mp4
+from depthmill.pipeline.room import room_in
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.sources.naming import preview_name
 from depthmill.pipeline.sources.video_container import open_container
@@ -117,6 +118,7 @@ def preview(
     Raises:
         StoreError: If there is no such store or source, or it is not smoothed and `smooth` asks for that.
         ConfigError: If the folder cannot be written, or an option makes no sense.
+        RunStoppedError: If the disk is full.
     """
     if frames < 1 or max_width < 64:
         raise ConfigError(f"preview of {frames} frames, {max_width} pixels wide: give at least 1 frame and 64 pixels")
@@ -136,7 +138,7 @@ def preview(
     drawn = Drawn([], {**store.damaged, **lost})
     for name in datasets:
         try:
-            with _viewed(store, name, datasets[name], smoothed.get(name)) as view:
+            with room_in(out_dir), _viewed(store, name, datasets[name], smoothed.get(name)) as view:
                 timeline = _timeline(store, view) if name in smoothed else None
                 drawn.files.append(_write_contact_sheet(view, timeline, out_dir / preview_name(name, ".png"), frames))
                 if "time" in view.dataset and video:
@@ -146,6 +148,8 @@ def preview(
                         drawn.files.append(_write_video(view, shown, start_s, path, max_width))
                     else:
                         log.warning("%s: it has no frame from %g to %g s; it gets no video", name, start_s, stop_s)
+        except RunStoppedError:
+            raise
         except Exception as error:  # codecs and libav raise whatever they stumble over
             why = f"{type(error).__name__}: {error}; `depthmill verify {store.uri}` says whether its labels are damaged"
             drawn.left_out[name] = str(error) if isinstance(error, DepthmillError) else why

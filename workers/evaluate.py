@@ -24,6 +24,7 @@ from depthmill.pipeline.evaluation.score import Row, Scores, score
 from depthmill.pipeline.geometry import STORED_AXES
 from depthmill.pipeline.model.checkpoint import DEFAULT_RESOLUTION
 from depthmill.pipeline.model.labeler import open_checkpoints
+from depthmill.pipeline.room import room_in
 from depthmill.pipeline.sources.naming import canonical_uri
 from depthmill.pipeline.store import write_atomically
 from depthmill.workers.label import label
@@ -77,11 +78,12 @@ def evaluate(
 
     Raises:
         EvaluationError: If files are missing, not one picture can be scored, or `out` is another evaluation's.
+        RunStoppedError: If the disk is full, or memory.
         DepthmillError: Also whatever labelling raises.
     """
     console = console or RunConsole(highlight=False)
     archive, samples = open_samples(wanted, data, split)
-    with closing(archive):
+    with closing(archive), room_in(out):
         if isinstance(what, LabelConfig):
             what = _configure(wanted, what)
             make_folder(out)
@@ -96,12 +98,12 @@ def evaluate(
         with progress_on(console) as progress:
             task = progress.add_task("scoring", total=len(samples))
             scores = score(wanted, archive, samples, predictions, advance=lambda: progress.advance(task))
-    config = what.model_dump(mode="json") if isinstance(what, LabelConfig) else None
-    write_report(out, wanted, scores, predictions, config)
-    console.print(table(wanted, scores, predictions))
-    for line in reasons(scores):
-        warn(console, line)
-    console.print(f"written: {out / 'metrics.json'}, {out / 'per_image.csv'}", soft_wrap=True)
+        config = what.model_dump(mode="json") if isinstance(what, LabelConfig) else None
+        write_report(out, wanted, scores, predictions, config)
+        console.print(table(wanted, scores, predictions))
+        for line in reasons(scores):
+            warn(console, line)
+        console.print(f"written: {out / 'metrics.json'}, {out / 'per_image.csv'}", soft_wrap=True)
     return scores
 
 

@@ -20,6 +20,7 @@ from depthmill.pipeline.evaluation.datasets import find
 from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, from_store
 from depthmill.pipeline.evaluation.samples import Sample, write_picture
 from depthmill.pipeline.evaluation.score import Scores
+from depthmill.pipeline.room import room_in
 from depthmill.pipeline.store import open_store
 from depthmill.workers.evaluate import Folder, LabelledStore, claim, keep_figures
 from depthmill.workers.label import label
@@ -51,6 +52,7 @@ def evaluate_clips(
     Raises:
         EvaluationError: If files are missing, of another version of the scenes, not one clip can be scored, or `out` is
             another evaluation's.
+        RunStoppedError: If the disk is full, or memory.
         DepthmillError: Also whatever labelling raises.
     """
     console = RunConsole(highlight=False)
@@ -64,7 +66,8 @@ def evaluate_clips(
 
         total = len(SEEDS) * len(CAMERAS)
         console.print(f"rendering {total} clips to {data}, which takes minutes each; a rerun goes on", soft_wrap=True)
-        with progress_on(console) as progress:
+        make_folder(data)
+        with room_in(data), progress_on(console) as progress:
             for _ in progress.track(export_clips(data), total=total, description="rendering"):
                 pass
     else:
@@ -74,6 +77,19 @@ def evaluate_clips(
             check_version(index.parent)
     clips = open_clips(wanted, data)
     make_folder(out)
+    with room_in(out):
+        return _evaluate(wanted, clips, out, what, overwrite, console)
+
+
+def _evaluate(
+    wanted: ClipSet,
+    clips: tuple[TrueClip, ...],
+    out: Path,
+    what: LabelConfig | LabelledStore | Folder,
+    overwrite: bool,
+    console: Console,
+) -> dict[str, Scores[ClipRow]]:
+    name = wanted.name
     frames = [frame for clip in clips for frame in clip.frames]
     samples = [frame.sample for frame in frames]
     if isinstance(what, Folder):

@@ -27,10 +27,11 @@ from depthmill.pipeline.config import make_folder
 from depthmill.pipeline.config_files import validated
 from depthmill.pipeline.errors import ConfigError, TrainingError
 from depthmill.pipeline.model.backend import pick_device
+from depthmill.pipeline.room import room_in
 from depthmill.pipeline.training import start
 from depthmill.pipeline.training.batch import Batch, concatenate
 from depthmill.pipeline.training.config import TrainConfig
-from depthmill.pipeline.training.folder import read_config, room_in, write_config
+from depthmill.pipeline.training.folder import read_config, write_config
 from depthmill.pipeline.training.loader import MicroBatches, augmented, load
 from depthmill.pipeline.training.mixing import read_usable
 from depthmill.pipeline.training.objectives import Objective

@@ -1,4 +1,7 @@
+import errno
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -10,9 +13,10 @@ from PIL import Image
 
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.colours import GREY, SPECTRAL, depth_rgb, normals_rgb
-from depthmill.pipeline.errors import ConfigError, StoreError
+from depthmill.pipeline.errors import ConfigError, RunStoppedError, StoreError
+from depthmill.pipeline.mp4 import write_mp4
 from depthmill.pipeline.preview import preview
-from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources import expand_inputs, open_source
 from depthmill.pipeline.sources.naming import preview_name
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.tests import media
@@ -290,3 +294,38 @@ def test_colours():
         [GREY] * 3,
         [0, 128, 128],
     ]
+
+
+@pytest.mark.parametrize("written", ["_write_contact_sheet", "_write_video"])
+def test_a_full_disk_ends_a_preview_and_is_not_put_down_to_labels(
+    video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    asked = []
+
+    def full(*_: object) -> None:
+        asked.append(written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    labelled(video, tmp_path / "store.zarr").add(open_source(shutil.copy(video, tmp_path / "more.mp4")).probe())
+    monkeypatch.setattr(f"depthmill.pipeline.preview.{written}", full)
+    with pytest.raises(RunStoppedError, match=rf"^{tmp_path / 'out'} cannot be written: the disk is full"):
+        preview(tmp_path / "store.zarr", tmp_path / "out")
+    assert len(asked) == 1
+
+
+def test_a_video_that_was_being_drawn_is_no_input(tmp_path: Path) -> None:
+    """What is there while it is, is there if it is killed."""
+    there: list[Path] = []
+
+    def frames() -> Iterator[tuple[float, np.ndarray]]:
+        for index in range(100):  # the encoder looks ahead before it writes any
+            yield index / 25, np.zeros((H, W, 3), np.uint8)
+            there.extend(tmp_path.iterdir())
+
+    write_mp4(tmp_path / preview_name("clip", ".mp4"), frames(), (W, H), Fraction(25), Fraction(1))
+    assert there
+    for path in (*there, tmp_path / "real.mp4"):
+        path.touch()
+    for one in (tmp_path, f"{tmp_path}/*.mp4", f"{tmp_path}/**"):
+        assert list(expand_inputs([str(one)])) == [str(tmp_path / "real.mp4")]
+    assert list(expand_inputs([f"{tmp_path}/.*.mp4"])) == [f"{tmp_path}/.*.mp4"], "nothing"

@@ -1,7 +1,9 @@
 """`depthmill evaluate`, whole: in this process, with networks of random weights."""
 
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +16,7 @@ from typer.testing import CliRunner
 
 from depthmill.cli import app
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import ConfigError, DepthmillError, EvaluationError, SourceError
+from depthmill.pipeline.errors import ConfigError, DepthmillError, EvaluationError, RunStoppedError, SourceError
 from depthmill.pipeline.evaluation.datasets import SETS
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.sources import pictures
@@ -200,6 +202,24 @@ def test_figures_of_other_predictions_are_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "evaluations/ibims/metrics.json").write_text('{"accuracy": 1}')
     with pytest.raises(EvaluationError, match="another program"):
         run("--predictions", "yours")
+
+
+@pytest.mark.parametrize("written", ["write_atomically", "write_picture", "write_report"])
+def test_a_full_disk_is_said_in_a_line(checkpoints, tmp_path, monkeypatch, written):
+    def full(*_, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    wanted, files, samples = layouts.ibims(np.random.default_rng(0))
+    data = layouts.write_folder(tmp_path / "data", files)
+    what = config(wanted, checkpoints)
+    if written == "write_report":
+        for one in samples:
+            (tmp_path / "npy" / one.name).parent.mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / "npy" / f"{one.name}.npy", one.truth)
+        what = Folder(tmp_path / "npy")
+    monkeypatch.setattr(module, written, full)
+    with pytest.raises(RunStoppedError, match=r"^.*/out cannot be written: the disk is full.*make room and run again"):
+        evaluate(wanted, data, tmp_path / "out", what, console=console())
 
 
 def test_labels_of_pictures_in_their_own_colours_are_not_taken_for_the_papers(checkpoints, tmp_path):

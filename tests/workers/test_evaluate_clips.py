@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from depthmill.cli import app
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import DepthmillError, EvaluationError
+from depthmill.pipeline.errors import DepthmillError, EvaluationError, RunStoppedError
 from depthmill.pipeline.evaluation.clips import CLIP_SETS, open_clips, read_true_depth
 from depthmill.pipeline.training import scenes
 from depthmill.pipeline.training.clips import export_clips
@@ -164,6 +164,22 @@ def test_clips_are_rendered_where_there_are_none(tmp_path, monkeypatch):
     assert "rendering 12 clips to" in output
     assert "0 of 6 pictures" in " ".join(output.split())
     assert (tmp_path / "made/rendered_video.json").is_file()
+
+
+@pytest.mark.parametrize("written", ["made", "pictures"])
+def test_a_full_disk_is_said_in_a_line(rendered, tmp_path, monkeypatch, written):
+    from depthmill.pipeline.training import clips
+
+    def full(*_, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(clips.export_clips, "__defaults__", ((3,), 2, 32, 48))
+    monkeypatch.setattr(*((clips, "write_atomically") if written == "made" else (module, "write_picture")), full)
+    data, out = (tmp_path / "made", "made") if written == "made" else (rendered, "out")
+    with pytest.raises(RunStoppedError, match=rf"^.*/{out} cannot be written: the disk is full"):
+        module.evaluate_clips(
+            "rendered", data, tmp_path / "out", LabelConfig(checkpoint="demo", labels=("depth",), workers=0)
+        )
 
 
 def test_clips_of_another_version_of_the_scenes_are_not_taken_for_these(rendered, tmp_path, monkeypatch):

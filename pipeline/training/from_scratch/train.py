@@ -24,9 +24,10 @@ from depthmill.pipeline.config import make_folder
 from depthmill.pipeline.config_files import validated
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.model.backend import pick_device
+from depthmill.pipeline.room import room_in
 from depthmill.pipeline.sources.prefetch import prefetch
 from depthmill.pipeline.training import losses, scenes
-from depthmill.pipeline.training.folder import read_config, room_in, write_config
+from depthmill.pipeline.training.folder import read_config, write_config
 from depthmill.pipeline.training.from_scratch import data, network
 from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
 from depthmill.pipeline.training.from_scratch.network import MODALITIES, Network
