@@ -232,10 +232,9 @@ def save(
             beside normals always. Left out, all as it would be assumed.
     """
     modules: dict[str, Any] = {
-        # Module.to itself: diffusers' own warns that some models, which these are not, have parts to keep in float32.
-        "unet": torch.nn.Module.to(deepcopy(parts.unet), dtype),
-        "vae": torch.nn.Module.to(deepcopy(parts.vae), dtype),
-        "text_encoder": deepcopy(parts.text_encoder).to(dtype),
+        "unet": cast(parts.unet, dtype),
+        "vae": cast(parts.vae, dtype),
+        "text_encoder": cast(parts.text_encoder, dtype),
         "scheduler": parts.scheduler,
         "tokenizer": parts.tokenizer,
     }
@@ -271,6 +270,12 @@ def save(
         said |= {"prompt_padding": told.prompt_padding}
     if said:
         (directory / DESCRIPTION_FILE).write_text(json.dumps(said, indent=2) + "\n")
+
+
+def cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A module with weights of a dtype: itself if it has, else a copy."""
+    # Module.to itself: diffusers' own warns that some models, which these are not, have parts to keep in float32.
+    return module if module.dtype == dtype else torch.nn.Module.to(deepcopy(module), dtype)
 
 
 def create(

@@ -41,7 +41,7 @@ def test_truth_is_the_renderers(config: SceneOptions, seed: int) -> None:
 def test_no_more_scenes_are_rendered_than_asked_for(
     scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", lambda count, **_: ThreadPoolExecutor(count))
     few = SceneOptions(path=tmp_path, scenes=2, height=H, width=W)
     new = open_set(few, "depth")
     (file,) = tmp_path.rglob("*.npy")
