@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,14 @@ def test_processes_that_cannot_be_started_are_said(scene_pool: Path, monkeypatch
     monkeypatch.setattr(loader_module, "DataLoader", Loader)
     with pytest.raises(TrainingError, match=r"Read-only file system.*loader_workers: 0"):
         next(load(MicroBatches(config(scene_pool)), [0], workers=1, pin=False))
+
+
+def test_sets_have_their_shares_and_an_autoencoder_sees_depth_and_normals(scene_pool: Path, odd_pool: Path) -> None:
+    often = {"kind": "scenes", "path": scene_pool, "scenes": 100, "height": 24, "width": 32, "ratio": 3}
+    seldom = {"kind": "scenes", "path": odd_pool, "scenes": 100, "height": 25, "width": 34}
+    batches = MicroBatches(config("unused", objective="autoencoder", sets=[often, seldom]))
+    seen = Counter(tuple(batches[number].batch.target.shape[1:3]) for number in range(8))
+    assert seen == {(1, 24): 3, (3, 24): 3, (1, 25): 1, (3, 25): 1}
 
 
 @pytest.mark.slow

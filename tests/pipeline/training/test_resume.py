@@ -104,6 +104,7 @@ def test_a_full_disk_ends_the_run_and_keeps_its_state(scene_pool, tmp_path, monk
     assert "000002" in {path.name for path in (tmp_path / "states").iterdir()}
     train(config(scene_pool), tmp_path)
     assert [path.name for path in (tmp_path / "states").iterdir()] == ["000004"]
+    assert [row["step"] for row in table(tmp_path)] == list("1234"), "steps that are done again have one row"
 
 
 def test_a_run_of_another_configuration_is_refused(scene_pool, tmp_path, monkeypatch):

@@ -50,8 +50,9 @@ def test_the_papers_whole_way(scene_pool, tmp_path):
         latents = torch.cat([vae.encode(pictures.read(i).rgb * 2 - 1).latent_dist.mean for i in range(20)])
     assert vae.config.scaling_factor * latents.std() == pytest.approx(1, abs=0.1)
 
-    clips = [open_checkpoint(str(run), "normals").description.clip_normals for run in runs[2:]]
-    assert clips == [True, False], "end to end, their length is free"
+    said = [open_checkpoint(str(run), "normals").description for run in runs]
+    assert [one.modality for one in said] == [None, None, "normals", "normals"]
+    assert [one.clip_normals for one in said[2:]] == [True, False], "end to end, their length is free"
     frames = np.random.default_rng(0).integers(0, 256, (2, 24, 32, 3), np.uint8)
     labels = Labeler.from_pretrained(runs[-1], runs[-1], labels=("normals",), device="cpu")(frames)
     pipe = diffusers.MarigoldNormalsPipeline.from_pretrained(runs[-1])
@@ -110,7 +111,11 @@ def test_scenes_that_are_held_out_are_scored_in_their_range_of_depths(scene_pool
     scored = Objective(start.load(settings), settings)
     pictures = train_module._held_out(settings)
     monkeypatch.setattr(scored, "answer", lambda rgb, draws: pictures.target.expand_as(rgb) / 100 - 1)  # perfect
+    sheets = []
+    monkeypatch.setattr(train_module, "draw_sheet", lambda rows, path: sheets.append(rows))
     assert train_module.score(scored, pictures, tmp_path / "a.png")["AbsRel"] < 1e-4
+    depth, shown = (one[0, 0][pictures.mask[0]] for one in (pictures.target, sheets[0][1]))
+    assert (shown[depth.argmin()], shown[depth.argmax()]) == (1, 0), "near is bright"
     beyond = replace(pictures, target=2 * pictures.target + 80)  # of what a scene's may be
     error = (1 - 80 / beyond.target)[beyond.mask[:, None]].mean()
     assert train_module.score(scored, beyond, tmp_path / "b.png")["AbsRel"] == pytest.approx(float(error), rel=0.1)
@@ -155,13 +160,23 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(scene_pool, tmp_pat
     assert error < 2e-4  # of two steps of AdamW, which makes much of gradients near 0
 
 
-def test_the_average_is_what_is_saved(scene_pool, tmp_path):
+def test_the_average_is_what_is_scored_and_saved(scene_pool, tmp_path, monkeypatch):
     settings = {"steps": 3, "save_steps": 1, "picture_steps": 1}
     train(config(scene_pool, **settings), tmp_path / "raw")
-    train(config(scene_pool, ema=0.999, **settings), tmp_path / "average")
+    held_out = {"kind": "scenes", "path": scene_pool, "scenes": 100, "height": 24, "width": 32}
+    settings |= {"ema": 0.999, "held_out": held_out, "held_out_pictures": 1}
+    score, scored = train_module.score, []
+
+    def noted(objective, *given):
+        scored.append(objective.unet.conv_in.weight.clone())
+        return score(objective, *given)
+
+    monkeypatch.setattr(train_module, "score", noted)
+    train(config(scene_pool, **settings), tmp_path / "average")
     first = start.load(config(scene_pool)).parts.unet.state_dict()["conv_in.weight"]
     raw, average = (weights(tmp_path / name)["conv_in.weight"] for name in ("raw", "average"))
     assert 0 < (average - first).abs().max() < (raw - first).abs().max()
+    assert torch.equal(scored[-1], average)
     assert table(tmp_path / "average") == table(tmp_path / "raw"), "it is not what is trained on"
 
 
@@ -290,15 +305,16 @@ def test_the_device_that_was_asked_for_is_trained_on(scene_pool, tmp_path, monke
 
 
 def test_what_is_saved_is_what_was_trained(scene_pool, tmp_path):
-    begun = train(config(scene_pool, steps=1), tmp_path / "start")
-    (begun / "depthmill.json").write_text('{"prompt_padding": "max_length"}')
+    begun = train(config(scene_pool, steps=1, modality="normals"), tmp_path / "start")
+    (begun / "depthmill.json").write_text('{"prompt_padding": "max_length", "normals_axes": "left-up-towards"}')
     schedule = begun / "scheduler" / "scheduler_config.json"
     changes = {"clip_sample": True, "timestep_spacing": "leading"}
     schedule.write_text(json.dumps(json.loads(schedule.read_text()) | changes))
-    options = {"processing_resolution": 40, "save_dtype": "float16"}
+    options = {"processing_resolution": 40, "save_dtype": "float16", "modality": "normals"}
     made = train(config(scene_pool, steps=1, start=str(begun), **options), tmp_path / "made")
-    opened = open_checkpoint(str(made), "depth")
-    assert (opened.processing_resolution, opened.description.prompt_padding) == (40, "max_length")
+    opened = open_checkpoint(str(made), "normals")
+    assert opened.processing_resolution == 40
+    assert (opened.description.prompt_padding, opened.description.normals_axes) == ("max_length", "left-up-towards")
     saved = json.loads((made / "scheduler" / "scheduler_config.json").read_text())
     assert (saved["clip_sample"], saved["timestep_spacing"]) == (False, "trailing")
     assert weights(tmp_path / "made")["conv_in.weight"].dtype == torch.float16

@@ -58,10 +58,10 @@ def test_a_scene_of_sky_alone_and_one_with_nan(tmp_path: Path) -> None:
     pixels = np.tile(pool.render([4], H, W), (pool.SHARD, 1, 1))
     pixels["depth"][3] = np.inf
     pixels["depth"][5, 2, 2] = np.nan
-    np.save(folder / "0000000.npy", pixels)
-    pictures = open_set(SceneOptions(path=tmp_path, scenes=pool.SHARD, height=H, width=W), "depth")
+    np.save(folder / "0000100.npy", pixels)
+    pictures = open_set(SceneOptions(path=tmp_path, scenes=pool.SHARD, first=100, height=H, width=W), "depth")
     assert pictures.read(4).mask.any()
-    with pytest.raises(SampleError, match=r"scene 3 .*near enough"):
+    with pytest.raises(SampleError, match=r"scene 103 .*near enough"):
         pictures.read(3)
-    with pytest.raises(SampleError, match=r"scene 5 .*NaN"):
+    with pytest.raises(SampleError, match=r"scene 105 .*NaN"):
         pictures.read(5)

@@ -118,9 +118,10 @@ def test_a_folder_that_cannot_be_listed_is_none_without_pictures(
 def test_resizing_keeps_picture_and_truth_in_step() -> None:
     depth = (1 + 3 * np.arange(32) + 2 * np.arange(24)[:, None]).astype(np.float32)
     rgb = np.repeat(depth.astype(np.uint8)[..., None], 3, axis=2)
-    for size in ((12, 16), (6, 8), (48, 64), (24, 20), (10, 32)):
+    for size in ((12, 16), (6, 8), (48, 64), (24, 20), (8, 10), (10, 32)):
         batch = sample("here", rgb, depth, depth > 0, size)
         assert batch.rgb.shape[2:] == batch.mask.shape[1:] == size
         off = (batch.rgb[0, 0] * 255 - batch.target[0, 0])[1:-1, 1:-1]
-        assert off.abs().max() <= 3  # half a pixel each way, and the rounding of colours
+        # Half a pixel each way, or none where 3 x 3 make one; and the rounding of colours.
+        assert off.abs().max() <= (1 if size == (8, 10) else 3)
     assert batch.target[0, 0, :, 0].tolist() == [15 + 2 * row for row in range(10)], "the middle rows, of 24 the 7th on"
