@@ -277,6 +277,17 @@ def test_what_is_warned_of_is_reported_once(start, monkeypatch):
     assert worker.label(tasks[1]).warnings == ()
 
 
+def test_what_the_labeler_rounds_is_rounded(start, monkeypatch):
+    worker, tasks = start("some")
+    rounded, submit = [], Labeler.submit
+    monkeypatch.setattr(Labeler, "rounds", lambda *_: True)
+    monkeypatch.setattr(
+        Labeler, "submit", lambda *given, **how: rounded.append(how["rounded"]) or submit(*given, **how)
+    )
+    worker.label(tasks[0])
+    assert set(rounded) == {True}
+
+
 def test_a_worker_can_be_closed_in_the_middle(start):
     worker, tasks = start("some")
     worker.label(tasks[0], tasks[1])

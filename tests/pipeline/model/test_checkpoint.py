@@ -35,11 +35,14 @@ def test_a_checkpoint_describes_itself(checkpoints):
     assert depth.sha256 == open_checkpoint(str(checkpoints / "depth"), "depth").sha256
 
 
-def test_the_sha256_sees_one_changed_weight_and_one_changed_name(depth):
+def test_the_sha256_sees_one_changed_weight_one_changed_name_and_a_description(depth):
     before = open_checkpoint(str(depth), "depth").sha256
     renamed = (depth / "tokenizer" / "vocab.json").rename(depth / "tokenizer" / "vocab2.json")
     assert open_checkpoint(str(depth), "depth").sha256 != before
     renamed.rename(depth / "tokenizer" / "vocab.json")
+    (depth / "depthmill.json").write_text("{}")
+    assert open_checkpoint(str(depth), "depth").sha256 != before
+    (depth / "depthmill.json").unlink()
     assert open_checkpoint(str(depth), "depth").sha256 == before
     weights = load_file(depth / WEIGHTS)
     next(iter(weights.values())).view(-1)[0] += 1
@@ -271,9 +274,11 @@ def test_a_file_is_no_checkpoint(tmp_path):
 def test_axes_of_the_published_and_of_others(checkpoints):
     from depthmill.pipeline.model import checkpoint as module
 
-    published = module._PUBLISHED["GonzaloMG/marigold-e2e-ft-normals"]
-    assert published.normals_axes == "left-up-towards"
-    assert module._PUBLISHED["prs-eth/marigold-normals-v1-1"].normals_axes == "right-up-towards"
+    published = module._PUBLISHED.items()
+    e2e = {f"GonzaloMG/{name}-normals" for name in ("marigold-e2e-ft", "stable-diffusion-e2e-ft", "marigold")}
+    assert {name for name, one in published if one.normals_axes == "left-up-towards"} == e2e
+    assert {name for name, one in published if not one.clip_normals} == e2e
+    assert all(f"-{one.modality}" in name for name, one in published)
     given = open_checkpoint(str(checkpoints / "normals"), "normals", normals_axes="right-down-away")
     assert given.description.normals_axes == "right-down-away"
     with pytest.raises(ConfigError, match="sideways"):

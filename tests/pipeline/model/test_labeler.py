@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.backend import cpu_kind
-from depthmill.pipeline.model.checkpoint import Description
+from depthmill.pipeline.model.checkpoint import Description, open_checkpoint
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
 from depthmill.pipeline.model.single_step import SingleStep, decode_normals, load_heads
 from depthmill.pipeline.store import layout
@@ -181,6 +182,12 @@ def test_a_labeler_has_all_options_of_a_run(checkpoints):
     labeler = Labeler(open_checkpoints(config), config)
     found = (labeler.processing_resolution, labeler.batch_size, labeler.round_aspect, labeler.sampling)
     assert found == (40, 3, False, config.sampling)
+
+
+def test_the_first_checkpoint_says_the_resolution(checkpoints):
+    depth, normals = (open_checkpoint(str(checkpoints / name), name) for name in ("depth", "normals"))
+    labeler = Labeler([depth, replace(normals, processing_resolution=64)], LabelConfig(device="cpu"))
+    assert labeler.processing_resolution == 48
 
 
 def test_no_picture_is_rescaled_by_its_own_range(labeler):
