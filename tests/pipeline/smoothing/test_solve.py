@@ -23,10 +23,10 @@ def figures(depth, metres):
     return depth_metrics(depth.ravel(), metres.ravel(), *Moments.of(depth.ravel(), metres.ravel()).affine, (1e-3, 1e3))
 
 
-def left(scale, error=0.002):
-    """What smoothing leaves of the log-scales of a video whose edges are off by 0.001, and what it takes off.
+def left(scale, error=0.002, wrong=0.0):
+    """What smoothing leaves of the log-scales of a video whose edges are off by 0.001, and how much it corrects.
 
-    The edges say that they are off by `error` for each frame between theirs.
+    The edges say that they are off by `error` for each frame between theirs; a share of them is `wrong`, by 0.5.
     """
     frames, rng = len(scale), np.random.default_rng(0)
     edges = np.full((frames, len(GAPS), 6), np.nan, np.float32)
@@ -34,10 +34,11 @@ def left(scale, error=0.002):
         ratio = np.log(scale[:-gap] / scale[gap:])
         middle, weight = np.full(len(ratio), 0.5), np.full(len(ratio), 1 / (error * gap) ** 2)
         noise = rng.normal(0, (0.001, 0.0001), (len(ratio), 2)).T * (ratio != 0)
+        noise[0] += 0.5 * (np.random.default_rng(gap).random(len(ratio)) < wrong)
         fields = ratio + noise[0], middle, middle + noise[1], weight, 25 * weight, np.full(len(ratio), 0.9)
         edges[gap:, row] = np.stack(fields, -1)
     solution = solve(edges, np.full(frames, 0.02, np.float32), np.ones(frames, bool), leak=0.1)
-    return np.log(scale * solution.scale), np.log(solution.scale)
+    return np.log(scale * solution.scale), np.abs(np.log(solution.scale)) + np.abs(solution.shift)
 
 
 @pytest.mark.parametrize(("camera", "times"), [("static", 50), ("pan", 50), ("forward", 20)])
@@ -87,6 +88,12 @@ def test_a_frozen_picture_is_no_measure_of_flicker():
     scale = np.exp(np.random.default_rng(0).normal(0, 0.08, 40))
     log_scale, _ = left(np.append(scale, np.full(200, scale[-1])))
     assert np.diff(log_scale[:40]).std() < 0.05 * np.diff(np.log(scale)).std()
+
+
+def test_edges_that_are_wrong_are_not_followed():
+    scale = np.exp(np.random.default_rng(1).normal(0, 0.08, 200))
+    log_scale, _ = left(scale, wrong=0.05)
+    assert np.diff(log_scale).std() < 0.05 * np.diff(np.log(scale)).std()
 
 
 def test_scales_that_flat_depth_cannot_tell_are_not_followed():

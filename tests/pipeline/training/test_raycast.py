@@ -140,7 +140,14 @@ def test_empty_sky_is_masked() -> None:
     assert not views.mask.any()
     assert torch.isinf(views.depth).all()
     assert (views.normals == 0).all()
-    assert torch.isfinite(views.rgb).all()
+    torch.testing.assert_close(views.rgb, torch.full((1, 3, H, W), 0.5 ** (1 / 2.2)))
+
+
+def test_what_is_farther_than_80_m_has_no_truth() -> None:
+    for distance, seen in ((79.9, True), (80.1, False)):
+        views = one(solid("box", (0, distance + 0.5, 0), (500, 0.5, 500)))
+        assert (views.mask == seen).all()
+        assert (views.normals.norm(dim=1) == seen).all()
 
 
 def test_shadow_falls_away_from_the_sun() -> None:
