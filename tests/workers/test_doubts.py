@@ -1,5 +1,7 @@
 """Failures of the environment against simulated workers: they are not committed as failures of the data."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from depthmill.pipeline.errors import (
@@ -13,7 +15,10 @@ from depthmill.pipeline.errors import (
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Report, Segment, WorkerState
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, all_frames, drive, labels
-from depthmill.workers.doubts import Doubts
+from depthmill.workers.crew import Running
+from depthmill.workers.doubts import Check, Doubts
+from depthmill.workers.pace import Limits
+from depthmill.workers.pool import Event
 
 
 def failing(ledger, fails, *, frame_s=0.1):
@@ -344,3 +349,30 @@ def test_some_of_the_frames_that_a_worker_in_doubt_tries_have_labels():
         segment = Segment("a", start, start + 64)
         doubts.committed(Task("a.mp4", "f", segment), Report(segment, 64 - failed, failed))
         assert (doubts.sample.segment.start, doubts.sample.segment.stop) == tried
+
+
+@pytest.mark.parametrize("part", [{"only": (3,)}, {"skip": ((3, "it kills"),)}])
+def test_segments_in_which_a_frame_was_searched_for_are_not_tried(part):
+    doubts, segment = Doubts(None, pytest.fail, replace=True), Segment("a", 0, 64)
+    doubts.committed(Task("a.mp4", "f", segment, **part), Report(segment, 1, 63))
+    assert doubts.sample is None
+
+
+@pytest.mark.parametrize(
+    ("error", "failures", "lost", "counts"),
+    [
+        (POISONED, 1, False, True),
+        (POISONED, 2, False, False),
+        (POISONED, 1, True, False),
+        (AWAY, 1, False, False),
+        (OSError("stale file handle"), 1, False, False),
+    ],
+)
+def test_what_a_worker_dies_of_afterwards_counts_if_it_may_have_spoilt_it(error, failures, lost, counts):
+    doubts, task = Doubts(SimpleNamespace(now_s=0.0), pytest.fail, replace=True), Task("a", "f", Segment("a", 0, 8))
+    doubts.committed(task, Report(task.segment, 8, 0))
+    held = Running(task, 0.0, Limits()), Event(0, error=error)
+    for _ in range(failures):
+        assert doubts.failed(*held, attempts=1)
+    died = Event(0, error=RuntimeError("the actor died"), died=True, lost=lost)
+    assert doubts.checked(Check(doubts.sample), died) == (held, counts)

@@ -74,6 +74,19 @@ def test_what_is_away_before_anything_is_labelled_is_waited_for_and_never_failed
     assert len([line for line in ledger.said if "waiting until" in line]) <= 1
 
 
+def test_segments_without_any_label_make_up_for_none():
+    sources = ["good", *(f"away{i // 9}" if i % 9 == 0 else f"broken{i}" for i in range(45))]
+    ledger = Ledger(dict.fromkeys(sources, (64, 64)))
+    behave = away(ledger, 1e9, set(sources[1::9]))
+
+    def act(pool, worker, method, argument):
+        broken = method == "label" and argument.uri.startswith("broken")
+        return (0.1, ledger.fail(argument, "no picture")) if broken else behave(pool, worker, method, argument)
+
+    with pytest.raises(RunStoppedError, match=r"hardly the fault.*run the same command again"):
+        drive(SimulatedPool(lambda: 1, act), ledger, attempts=1)
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 def test_an_input_that_stays_away_while_others_are_there_is_failed_alone(workers):
     ledger = Ledger({"bad": (640, 64), "good": (640, 64)})

@@ -1,6 +1,7 @@
 """Inputs on their way into the store, by simulated workers."""
 
 import re
+from unittest.mock import Mock
 
 import pytest
 
@@ -158,6 +159,22 @@ def test_what_was_opened_before_the_run_tells_an_outage_from_its_start():
         inputs.failed(inputs.take(0.0), Event(0, None, SourceError("gone")), 0.0)
         assert inputs.left_out() == []
     assert inputs.take(0.0) == Probe("good", anew=True)
+
+
+def test_probers_that_fail_at_once_meet_one_outage():
+    inputs = Inputs([], 3, print)
+    for worker in range(20):  # as many outages would end the run
+        inputs.failed(Probe(f"s{worker}"), Event(worker, None, StoreError("503")), 0.0)
+
+
+def test_listings_that_work_again_between_their_failures_are_no_long_outage():
+    listing = Mock(side_effect=[*[SourceError("away")] * 6, "s"] * 3)
+    inputs = Inputs(iter(listing, None), 3, print)
+    for second in range(200):
+        inputs.read(inputs.unprobed + 1, float(second))
+        if inputs.unprobed == 3:
+            break
+    assert inputs.unprobed == 3
 
 
 def test_a_list_of_which_half_is_missing_is_gone_through():

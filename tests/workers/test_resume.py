@@ -15,6 +15,7 @@ from depthmill.pipeline.errors import RunStoppedError, SourceError, StoreError
 from depthmill.pipeline.sources.images import ImageSource
 from depthmill.pipeline.sources.video import VideoSource
 from depthmill.pipeline.store.files import LocalDirectory
+from depthmill.pipeline.store.root import Root, read_root, write_root
 from depthmill.tests import media
 from depthmill.workers.label import label
 from depthmill.workers.progress import print_summary
@@ -115,7 +116,8 @@ def test_tells_failures_again(tmp_path, config):
     store = tmp_path / "out.zarr"
     once = label([str(folder)], store, config)
     assert once.failures
-    assert finished([str(folder)], store, config).failures == once.failures
+    found = finished([str(folder)], store, config)
+    assert (found.failures, found.labelled) == (once.failures, 1)
     assert finished([str(folder)], store, config, retry_failed=True) is None
 
 
@@ -196,6 +198,15 @@ def test_no_run_is_finished_whose_inputs_cannot_be_listed(tmp_path, clip, config
     refuse["in/"] = 2
     assert len(unsmoothed_videos(given, store)) == 2
     assert slept_s == [1, 2]
+
+
+def test_a_source_that_the_root_does_not_name_is_named(store, clip, config):
+    """As where a run was killed whose labels were all committed."""
+    directory = LocalDirectory(store)
+    before = read_root(directory)
+    write_root(directory, Root(before.attributes, {}))
+    assert finished([str(clip)], store, config)
+    assert read_root(directory) == before
 
 
 def test_an_input_that_changed_is_for_label(store, clip, config):

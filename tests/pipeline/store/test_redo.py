@@ -39,11 +39,12 @@ def test_frames_done_again_leave_the_labels_of_a_store_in_which_they_never_faile
 
 
 def test_chunks_that_are_kept_stay_where_a_reader_has_found_them(store):
-    write(store, VIDEO_SEGMENT, failed={0, 2})
-    shards = [Path(store.uri) / f"video/{name}" for name in ("depth/c/0/0/0", "normals/c/0/0/0/0")]
-    for redo in ([2], [0]):
+    segment = Segment("video", 8, 16)
+    write(store, segment, failed={8, 10})
+    shards = [Path(store.uri) / f"video/{name}" for name in ("depth/c/2/0/0", "normals/c/2/0/0/0")]
+    for redo in ([10], [8]):
         before = [shard.read_bytes()[: -16 * LAYOUT.shard_frames - 4] for shard in shards]
-        write(store, VIDEO_SEGMENT, redo=redo)
+        write(store, segment, redo=redo)
         for shard, chunks in zip(shards, before, strict=True):
             assert shard.read_bytes().startswith(chunks)
 

@@ -18,13 +18,15 @@ def under_way(store):
 
 def test_nothing_of_another_configuration_is_committed_into_it(store):
     before = open_store(store.uri, index=False)
-    writer = under_way(before)
+    writer, written = under_way(before), under_way(before)
+    written.put(15, *labels(15))
+    written._finish_writing()  # all but the commit
     other = create(store.uri, LAYOUT, {**IDENTITY, "processing_resolution": 1024}, overwrite=True)
     other.add(VIDEO)
     write(other, Segment("video", 8, 16))
     there = files(store.uri)
     writer.put(15, *labels(1))
-    for step in (writer.commit, lambda: before.add_source(IMAGES), lambda: before.publish(["video"])):
+    for step in (writer.commit, written.commit, lambda: before.add_source(IMAGES), lambda: before.publish(["video"])):
         with pytest.raises(StoreReplacedError, match=r"processing_resolution: .*1024 now"):
             step()
     assert files(store.uri) == there
