@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from PIL import ImageDraw
 
 from depthmill.pipeline.timeline import Timeline, _nice, _number, draw_timeline
 
@@ -56,6 +57,22 @@ def test_cuts_and_frames_without_labels_part_the_curves():
     assert covered[310:390].all()
     assert (sheet[RAW, 300] == 255).all(), "the cut crosses the pictures too"
     assert (sheet[RAW, 110:190] == 0).mean() > 0.99, "what has no depth has its colour, and no contour"
+
+
+def test_the_axis_is_of_times_if_there_are_any(monkeypatch):
+    text, said = ImageDraw.ImageDraw.text, {}
+
+    def noted(draw, at, words, *more, **how):
+        said[words] = at[0]
+        text(draw, at, words, *more, **how)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    times_s = np.append(np.arange(20) / 10, np.arange(100, 120) / 10)
+    for times, unit, ten in ((times_s, "time, s", 20), (None, "frame", 10)):
+        said.clear()
+        drawn(timeline(np.ones(N, np.float32), np.zeros(N, np.int32), times))
+        assert said.keys() & {"time, s", "frame"} == {unit}
+        assert said["10"] == MARGIN + (ten + 0.5) * WIDTH / N, "in the middle of the frame of that time"
 
 
 def test_cuts_that_would_hide_the_pictures_are_not_drawn():
