@@ -202,6 +202,9 @@ class SegmentWriter:
                 path = f"{self._segment.source_id}/size"
                 raise damaged(self._directory.uri, path, "pictures with labels have no size")
         self._checksums = self._read("checksum", self._number, self._number + 1)[0]
+        if self._kept and not self._checksums.any():
+            path = f"{self._segment.source_id}/checksum"
+            raise damaged(self._directory.uri, path, f"the checksums of {self._segment} are missing")
         for row in again:
             self._reasons[row], self._size[row] = "", 0
 

@@ -111,6 +111,14 @@ def test_damage_of_what_is_kept_is_told_and_stays_to_be_found(store, file, chang
     assert file in [damage.file for damage in verify(store).damage]
 
 
+def test_labels_that_are_lost_with_their_checksums_are_damage(store):
+    write(store, VIDEO_SEGMENT, failed={1})
+    for file in ("checksum/c/0/0", "depth/c/0/0/0", "normals/c/0/0/0/0"):
+        (Path(store.uri) / "video" / file).unlink()
+    with pytest.raises(StoreDamagedError, match=r"checksum is damaged .the checksums of .* are missing"):
+        write(store, VIDEO_SEGMENT, redo=[1])
+
+
 def test_a_size_larger_than_that_of_its_source_is_damage(store):
     write(store, IMAGES_SEGMENT, failed={1})
     store.array("images", "size")[0] = 25, 32
