@@ -110,7 +110,7 @@ def test_workers_and_driver_meet_in_a_bucket(s3):
     assert driver.pending("images") == [Segment("images", 0, 5)]
 
 
-@pytest.mark.parametrize("stride", [15, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [19, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_and_run_again_leaves_the_same_bytes(s3, tmp_path, stride):
     kill_store.run(tmp_path / "local")
     script = Path(__file__).with_name("kill_objects.py")

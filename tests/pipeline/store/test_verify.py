@@ -231,7 +231,7 @@ def test_a_source_that_lost_its_checksums_and_their_line_in_the_root_is_labelled
     store = stores.open_store(done.uri, index=index)
     with pytest.raises(StoreDamagedError, match="video/depth/c/0/0/0"):
         next(stored_rows(store, "video", "depth", 0, 18))
-    with pytest.raises(StoreDamagedError, match="video/depth/c/0/0/0"):
+    with pytest.raises(StoreDamagedError, match=r"the checksums of .* are missing"):
         write(store, Segment("video", 0, 8), redo=[0])
     found = [(damage.file, damage.reason, damage.repaired) for damage in verify(store, repair=True).damage]
     assert found == [
