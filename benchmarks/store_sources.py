@@ -1,4 +1,4 @@
-"""Measure what it takes to add many sources to a store, to open it, and to read what is committed of a long one.
+"""Measure what it takes to add many sources to a store, to open it, and to read and write small arrays.
 
     python benchmarks/store_sources.py [--sources 10000] [--folder FOLDER] [--quick]
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 OUT = Path(__file__).resolve().parent / "store_sources.md"
 KEYS = tuple(f"picture-{i:06d}.jpg" for i in range(100))
+ROUNDS, SEGMENTS = 5, 20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,8 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from depthmill.pipeline.bench.timing import ratio, typical
 
         frames = 1_000 if options.quick else 100_000
-        spent = read_status(frames, Path(made))
-    zarr, ours = (typical(spent[name]) for name in ("zarr", "ours"))
+        both = {
+            f"reading the status of a video of {frames:,} frames": read_status(frames, Path(made)),
+            "writing the small arrays of a segment of one picture": write_small(Path(made)),
+        }
+    rows = []
+    for what, spent in both.items():
+        cells = [f"{1e3 * one.wall_s:.1f}, {1e3 * one.cpu_s:.1f}" for one in (typical(s) for s in spent.values())]
+        ratios = [f"{ratio(spent['zarr'], spent['ours'], clock):.1f}" for clock in ("wall_s", "cpu_s")]
+        rows.append(f"| {what} | {' | '.join(cells + ratios)} |")
     report = f"""# Many sources in a store
 
 Written by `benchmarks/store_sources.py`, {datetime.date.today()}, on {os.cpu_count()} cores of {platform.machine()},
@@ -62,13 +70,12 @@ and publishes them whenever half as many again are new.
 | ---: | ---: | ---: | ---: | ---: | ---: |
 {row}
 
-The status of a video of {frames:,} frames, read by Zarr and by `Store.status`, in turn, {len(spent["ours"])} rounds:
-how many times as long Zarr takes, the median, with the smallest and the largest.
+By Zarr and by the store itself, in turn, {ROUNDS} rounds: how many times as long Zarr takes, the median, with the
+smallest and the largest.
 
-| by Zarr, ms: wall, CPU | by `Store.status`, ms: wall, CPU | wall | CPU |
-| ---: | ---: | ---: | ---: |
-| {1e3 * zarr.wall_s:.0f}, {1e3 * zarr.cpu_s:.0f} | {1e3 * ours.wall_s:.0f}, {1e3 * ours.cpu_s:.0f} | \
-{ratio(spent["zarr"], spent["ours"]):.1f} | {ratio(spent["zarr"], spent["ours"], "cpu_s"):.1f} |
+| | by Zarr, ms: wall, CPU | by the store, ms: wall, CPU | wall | CPU |
+| --- | ---: | ---: | ---: | ---: |
+{chr(10).join(rows)}
 """
     if options.quick and options.out == OUT:
         print(report)
@@ -125,7 +132,38 @@ def read_status(frames: int, folder: Path) -> dict[str, list[Spent]]:
         "zarr": reads(lambda: np.asarray(store.array("video-0123abcd", "status")[:])),
         "ours": reads(lambda: store.status("video-0123abcd")),
     }
-    return interleave(ways, 5, torch.device("cpu"))
+    return interleave(ways, ROUNDS, torch.device("cpu"))
+
+
+def write_small(folder: Path) -> dict[str, list[Spent]]:
+    """Time what each commit writes beside labels, and each source of one picture, which is one commit, so often."""
+    import torch
+
+    from depthmill.pipeline.bench.timing import interleave
+
+    store = stores.create(folder / "picture.zarr", stores.Layout(), {})
+    store.add(Source("picture", "/in/picture.png", "images", 1, 48, 64, None, "f" * 64, keys=("picture.png",)))
+    documents = store.arrays("picture")
+    values: dict[str, npt.NDArray[Any]] = {
+        "size": np.array([[48, 64]], np.int32),
+        "reason": np.array(["broken"], object),
+        "checksum": np.ones((1, documents["checksum"]["shape"][1]), np.uint64),
+        "status": np.array([LABELLED], np.uint8),
+    }
+
+    def by_zarr() -> int:
+        for _ in range(SEGMENTS):
+            for name, rows in values.items():
+                store.array("picture", name)[:] = rows
+        return SEGMENTS
+
+    def by_us() -> int:
+        for _ in range(SEGMENTS):
+            for name, rows in values.items():
+                write_plain(store.directory, "picture", name, documents[name], 0, rows)
+        return SEGMENTS
+
+    return interleave({"zarr": by_zarr, "ours": by_us}, ROUNDS, torch.device("cpu"))
 
 
 if __name__ == "__main__":
