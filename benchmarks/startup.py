@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # where it is installed, byte code is there
         rounds = 1 if options.quick else options.rounds
         spent = measure(Path(folder), rounds)
         known = [open_weights(Path(folder), rounds, 1000 if options.quick else 1)]
