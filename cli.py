@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -385,13 +386,17 @@ def verify(
 
     What smoothing wrote can be made again, and has no checksums: that it is there and decodes is all that is checked.
 
-    Exit status: 0 all sound, 1 damage found, repaired or not, 2 not a store.
+    Exit status: 0 all sound, 1 damage found, repaired or not, 2 not a store, 130 stopped.
     """
     from depthmill.pipeline.store import open_store
     from depthmill.pipeline.store.verify import as_text
     from depthmill.pipeline.store.verify import verify as check
 
-    found = check(open_store(store), repair=repair, workers=threads)
+    try:
+        found = check(open_store(store), repair=repair, workers=threads)
+    except KeyboardInterrupt:
+        so_far = "; what was found damaged by then may be un-committed" if repair else ""
+        raise RunStoppedError(f"stopped before all was checked{so_far}: run the same command again") from None
     _show(as_text(found, repair))
     if found.damage:
         raise typer.Exit(SOME_FAILED)
@@ -442,15 +447,26 @@ def train(
     logging.getLogger("depthmill").setLevel(logging.INFO)
     quiet_libraries()
     folder = out or Path("runs") / Path(config).stem
-    trained = None
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # in C it waits for others, and hears no handler of Python's
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    before, trained = _began(folder), None
     with suppress(KeyboardInterrupt):
         trained = _train(config, folder, overwrite, device)
     if trained is None:  # and all it held is gone, such as processes that read pictures, and what is shared with them
-        again = "the same command again, without --overwrite," if overwrite else "the same command again"
+        begun = overwrite and _began(folder) not in (None, before)  # until then what is to be replaced is there
+        again = "the same command again, without --overwrite," if begun else "the same command again"
         raise RunStoppedError(
             f"stopped: what is saved in {folder} stays, as do rendered scenes; run {again} to go on from there"
         )
     _show(trained)
+
+
+def _began(folder: Path) -> int | None:
+    """When the run in a folder was begun, or gone on with, in nanoseconds; None if there is none."""
+    try:
+        return (folder / "config.json").stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _train(config: str, folder: Path, overwrite: bool, device: str | None) -> Path:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 import uuid
 from functools import cache, lru_cache
@@ -10,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as behind a script's `&`: what is started here would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.disable()  # until all is imported: nothing of that is garbage
 # Before anything imports them: no test asks a hub, and none waits for one.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

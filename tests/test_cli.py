@@ -13,6 +13,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -490,19 +491,31 @@ def test_what_a_library_makes_of_a_signal_is_no_bug(stopped, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("stages", [True, False])
-def test_training_that_is_stopped_says_what_stays_and_how_to_go_on(stopped, tmp_path, stages):
+def test_training_that_is_stopped_says_what_stays_and_how_to_go_on(stopped, tmp_path, monkeypatch, stages):
     config, where = tmp_path / "a.yaml", "depthmill.pipeline.training.train.train"
     config.write_text("{start: demo, sets: [{kind: scenes, scenes: 100}]}")
     if stages:
         config.write_text((Path(depthmill.__file__).parent / "configs" / "train-demo.yaml").read_text())
         where = "depthmill.pipeline.training.from_scratch.train.train"
-    for options, again in (((), ""), (("--overwrite",), ", without --overwrite,")):
+    over = ("--overwrite",)  # what is there is the run that is to be replaced, until another has begun
+    for options, began, again in (((), (1, 2), ""), (over, (1, 1), ""), (over, (1, 2), ", without --overwrite,")):
+        monkeypatch.setattr("depthmill.cli._began", Mock(side_effect=began))
         status, said = stopped(signal.SIGTERM, where, "train", config, "--out", tmp_path / "run", *options)
         assert status == 130
         assert said.splitlines()[-1] == (  # behind what libraries say
             f"depthmill: stopped: what is saved in {tmp_path / 'run'} stays, as do rendered scenes; run the same "
             f"command again{again} to go on from there"
         )
+
+
+def test_one_process_of_many_that_train_can_be_killed_while_it_waits_for_others(cli, tmp_path, monkeypatch):
+    handlers = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(
+        "depthmill.cli._train", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)) or tmp_path
+    )
+    assert cli("train", "a.yaml").returncode == 0
+    assert handlers == [signal.SIG_DFL]
 
 
 def test_a_signal_before_the_command_line_is_there_stops_as_any():

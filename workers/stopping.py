@@ -16,9 +16,10 @@ _entered: list[threading.Event] = []  # of the one that handles signals now, if 
 
 @contextmanager
 def stoppable() -> Iterator[threading.Event]:
-    """Let SIGINT (Ctrl-C), SIGTERM and, unless it is ignored, SIGHUP (a terminal that closes) end the run alike.
+    """Let SIGINT (Ctrl-C), SIGTERM and SIGHUP (a terminal that closes) end the run alike.
 
-    A no-op outside the main thread, where no signal arrives; inside another, that one's event.
+    Those that are ignored stay so, as SIGHUP is under nohup, and SIGINT behind a script's `&`. A no-op outside the main
+    thread, where no signal arrives; inside another, that one's event.
 
     The first raises KeyboardInterrupt, and sets the event for the driver: one raised inside a callback of Ray's is lost
     there. Others are ignored for a second, since some come in pairs, while workers are being ended; then one ends the
@@ -48,8 +49,7 @@ def stoppable() -> Iterator[threading.Event]:
         raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    if before[signal.SIGHUP] == signal.SIG_IGN:  # under nohup
-        del before[signal.SIGHUP]
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
     try:
         _entered.append(stopped)
         for number in before:

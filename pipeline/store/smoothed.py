@@ -32,8 +32,10 @@ def smoothed(store: Store, datasets: Mapping[str, xarray.Dataset], *, named: boo
         if temporal.usable():
             found[source_id] = _applied(temporal, dataset)
     if not found:
-        by_themselves = any(store.attributes(source_id)["kind"] == "video" for source_id in datasets)
-        raise not_smoothed(store, () if by_themselves and not named else list(datasets))
+        asked = list(datasets) if named else store.sources()
+        if not named and any(store.attributes(source_id)["kind"] == "video" for source_id in asked):
+            asked = []  # it is smoothed without being named
+        raise not_smoothed(store, asked)
     return found
 
 

@@ -111,9 +111,14 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
             Damage(source_id, 0, 0, key := f"{source_id}/{METADATA}", why.removeprefix(f"{store.uri}/{key} "))
             for source_id, why in store.damaged.items()
         ]
-        for of_source, damaged in outer.map(check, ids):
-            checked += [replace(one, damage=()) for one in of_source]
-            damage += damaged
+        try:
+            for of_source, damaged in outer.map(check, ids):
+                checked += [replace(one, damage=()) for one in of_source]
+                damage += damaged
+        except BaseException:  # nobody waits for what is left, and nothing more is repaired
+            for pool in (outer, inner):
+                pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if repair and lines:
         root = _root(store)
         write_root(store.directory, Root(root.attributes, {**root.members, **lines}))

@@ -163,20 +163,21 @@ def test_a_second_signal_ends_at_once_what_the_first_could_not():
     assert "what is committed stays" in said
 
 
-def test_a_closed_terminal_ends_a_run_unless_that_is_ignored():
-    """A run under nohup outlives its terminal."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_a_run_unless_it_is_ignored(number):
+    """A run under nohup outlives its terminal, one behind a script's `&` the Ctrl-C that is meant for another."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with stoppable():
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) == signal.SIG_IGN
+        signal.signal(number, signal.SIG_DFL)
         with pytest.raises(KeyboardInterrupt), stoppable() as stopped:
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), number)
         assert stopped.is_set()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        assert signal.getsignal(number) == signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from depthmill.pipeline.errors import StoreError, StoreFullError
 from depthmill.pipeline.store import open_datasets
 from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.layout import DEPTH_INVALID
+from depthmill.pipeline.store.smoothed import smoothed as apply_smoothing
 from depthmill.pipeline.store.temporal import Temporal, pack_smooth_depth
 from depthmill.pipeline.store.verify import verify
 from depthmill.tests.pipeline.store.samples import files, labels, write
@@ -68,6 +69,8 @@ def test_named_sources_that_are_not_smoothed_are_named(store):
     shutil.rmtree(f"{store.uri}/video")  # of pictures alone none is smoothed unless it is named
     with pytest.raises(StoreError, match=r"smoothed source among images: run `depthmill smooth .* --source images`$"):
         open_datasets(store.uri, smooth=True)
+    with pytest.raises(StoreError, match="--source images"):
+        apply_smoothing(store, {})  # of those that are smoothed, as previews have it
 
 
 @pytest.mark.parametrize("name", ["edges", "score", "scale", "shift", "shot", "filtered"])

@@ -1,7 +1,10 @@
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -243,6 +246,26 @@ def test_a_source_that_lost_its_checksums_and_their_line_in_the_root_is_labelled
     assert verify(store).damage == ()
     write(store, Segment("video", 0, 8))
     write(store, Segment("video", 8, 16), range(8, 12))
+    assert files(done.uri) == before
+
+
+def test_a_signal_ends_it_and_nothing_more_is_repaired(done, monkeypatch):
+    looked_at, check = [], verifying._Check.__call__
+
+    def interrupted(self, segment):
+        looked_at.append(segment)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        return check(self, segment)
+
+    monkeypatch.setattr(verifying._Check, "__call__", interrupted)
+    for path in (Path(done.uri) / "video/depth/c").rglob("0"):
+        if path.is_file():
+            path.write_bytes(b"damaged")
+    before = files(done.uri)
+    with pytest.raises(KeyboardInterrupt):
+        verify(done, repair=True, workers=1)
+    assert len(looked_at) == 1
     assert files(done.uri) == before
 
 
