@@ -99,6 +99,21 @@ def loaded_once():
         yield
 
 
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """The command line inside this process, which has imported everything already."""
+    from depthmill.cli import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["depthmill", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=end.value.code or 0, stdout=said.out, stderr=said.err)
+
+    return call
+
+
 def pytest_collection_modifyitems(items):
     """Skip, visibly, what needs a GPU where there is none."""
     gpu = [item for item in items if item.get_closest_marker("gpu")]

@@ -287,3 +287,8 @@ def write_parquet(path: Path, columns: dict[str, Any], *, rows_in_group: int = 1
         table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
     parquet.write_table(table, path, row_group_size=rows_in_group, write_page_checksum=True)
     return path
+
+
+def noise(*shape: int, seed: int = 0) -> Picture:
+    """Pictures of nothing, (B, H, W, 3) or one of them."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
