@@ -15,6 +15,7 @@ often decoded as if it were a picture.
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -32,7 +33,7 @@ from depthmill.pipeline.sources.limits import check_range
 from depthmill.pipeline.sources.naming import canonical_uri, source_id
 from depthmill.pipeline.sources.parked import Parked
 from depthmill.pipeline.sources.versions import Version, changed, check_unchanged, settled, version_of
-from depthmill.pipeline.sources.video_container import reason
+from depthmill.pipeline.sources.video_container import check_resources, reason
 from depthmill.pipeline.sources.video_decode import DamageError, Decoder, LostPlaceError, starts_badly
 from depthmill.pipeline.sources.video_packets import Group, PacketTable, fingerprint, scan
 from depthmill.pipeline.sources.video_pixels import to_rgb, upright_size
@@ -209,6 +210,7 @@ class VideoSource:
                         threads=self._threads,
                     )
                 except (av.FFmpegError, ValueError) as problem:
+                    check_resources(problem, errno.EAGAIN, errno.ENOMEM)
                     yield Frame(frame, None, f"{picture.format.name} cannot be converted: {reason(problem)}")
                 else:
                     yield Frame(frame, image)

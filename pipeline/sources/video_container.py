@@ -132,6 +132,19 @@ def decoder_limits(max_pixels: int) -> dict[str, str]:
     return {"max_pixels": str(min(max_pixels + (1 << 20), (1 << 31) - 1))}  # it counts whole blocks, in a C int
 
 
+def check_resources(error: Exception, *codes: int) -> None:
+    """Say that libav can start no thread, or has no memory, which is no frame's fault; `codes` are those that mean it.
+
+    Raises:
+        RuntimeError: If that is what went wrong.
+    """
+    if isinstance(error, av.FFmpegError) and error.errno in codes:
+        raise RuntimeError(
+            f"FFmpeg can start no thread or has no memory left ({error.strerror}): raise the limits (`ulimit -u`, "
+            "`ulimit -v`, the container's)"
+        ) from error
+
+
 def reason(error: BaseException) -> str:
     """What went wrong, in libav's own short words."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,14 @@ import av
 import av.video.frame
 import numpy as np
 
-from depthmill.pipeline.sources.video_container import decoder_limits, demux, is_intra, open_container, reason
+from depthmill.pipeline.sources.video_container import (
+    check_resources,
+    decoder_limits,
+    demux,
+    is_intra,
+    open_container,
+    reason,
+)
 from depthmill.pipeline.sources.video_packets import NO_VALUE, Group, PacketTable
 
 # Codecs reorder by at most 16 frames: when more wait for one, that one is not coming.
@@ -147,7 +155,8 @@ class Decoder:
             decoded = self._stream.codec_context.decode(packet)
         except av.FFmpegError as error:
             if errors is None:
-                raise DamageError from error
+                raise DamageError from error  # for a closer look, on a single thread
+            check_resources(error, errno.EAGAIN)  # of damage, too, a decoder may say that memory is short
             errors.setdefault(ordinal, reason(error))
             return []
         known = range(len(self._table.size))

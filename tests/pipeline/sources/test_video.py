@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from fractions import Fraction
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from depthmill.pipeline.errors import SourceChangedError, SourceError
-from depthmill.pipeline.sources import open_source, video_container, video_packets
+from depthmill.pipeline.sources import open_source, video, video_container, video_packets
 from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import SourceContract, content, read_all
@@ -369,6 +370,22 @@ def test_a_disk_that_fails_does_not_shorten_a_video(
         assert content(list(again.read(middle, FRAMES))) == content(whole[middle:])
         again.close()
     source.close()
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.ENOMEM])
+def test_too_few_threads_or_too_little_memory_are_no_frames_fault(
+    code: int, clips: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = av.error.err_check  # what libav's own codes are made into
+
+    def convert(*frame: object, **how: object) -> None:
+        error(-code)
+
+    with closing(open_source(clips("b_frames.mp4"))) as source, monkeypatch.context() as patch:
+        source.probe()
+        patch.setattr(video, "to_rgb", convert)
+        with pytest.raises(RuntimeError, match=rf"no memory left \({os.strerror(code)}\): raise the limits"):
+            list(source.read(0, 3))
 
 
 def test_broken_video_is_quiet(clips: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
