@@ -93,10 +93,13 @@ class _Job:
         self._lock = threading.Lock()
 
     def begin(self) -> None:
-        """Start to read."""
+        """Start to read; what keeps it from that, such as a limit on threads, is said to whoever labels it."""
         with self._lock:
             if not self._dropped:
-                self._frames = Prefetch(self._read(), self._ahead, lambda frame: frame.nbytes)
+                try:
+                    self._frames = Prefetch(self._read(), self._ahead, lambda frame: frame.nbytes)
+                except Exception as error:
+                    self._source.set_exception(error)
 
     def source(self) -> FrameSource:
         """The source, once it is open."""

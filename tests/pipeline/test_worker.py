@@ -9,6 +9,7 @@ import pytest
 
 from depthmill.pipeline import stages
 from depthmill.pipeline import store as stores
+from depthmill.pipeline import worker as pipeline_worker
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import CheckpointError, SourceChangedError, SourceError
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
@@ -245,6 +246,24 @@ def test_what_goes_wrong_is_said_of_the_task_that_it_went_wrong_with(start):
         SourceError, match=r"changed since it was labelled, or was to be; .* put it back, or label it anew"
     ):
         fresh.label(gone)
+
+
+def test_a_thread_that_cannot_be_started_fails_what_it_was_for(start, monkeypatch):
+    worker, tasks = start("some")
+    real, left = pipeline_worker.Prefetch, [1]
+
+    def prefetch(*arguments):
+        left[0] -= 1
+        if left[0] == -1:  # begun by whoever has read the task before
+            raise RuntimeError("can't start new thread")
+        return real(*arguments)
+
+    monkeypatch.setattr(pipeline_worker, "Prefetch", prefetch)
+    assert worker.label(tasks[0], tasks[1]).labelled == 8
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        worker.label(tasks[1], tasks[2])
+    assert worker.label(tasks[2]).labelled == 8
+    assert worker.label(tasks[1]).labelled == 8
 
 
 @pytest.mark.parametrize("call", ["label", "try_task"])
