@@ -54,7 +54,7 @@ class StoreClosedError(StoreError):
 
 
 class StoreFullError(StoreClosedError):
-    """No space is left for a store."""
+    """No space is left for a store, or for a file of its size."""
 
 
 class StoreForbiddenError(StoreClosedError):

@@ -20,7 +20,7 @@ from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreForbid
 from depthmill.pipeline.file_state import holds_files
 
 _PARTIAL = "partial"
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _RACED = (errno.ENOENT, errno.EEXIST, errno.ESTALE)  # another writer of the same file removed the folder
 _TRIES = 100
@@ -142,9 +142,12 @@ class LocalDirectory:
             if isinstance(error, FileNotFoundError) and not holds_files(self.uri):
                 raise store_away(self.uri) from error
             if error.errno in FULL:
+                limited = "a file may not be as long: raise that limit (`ulimit -f`)"
+                full = f"{_free(path):,} are free there: make space"
                 raise StoreFullError(
-                    f"{path} cannot be written: {error.strerror}; it takes {len(data):,} bytes and {_free(path):,} are "
-                    "free there: make space, and run the same command again; what is committed stays"
+                    f"{path} cannot be written: {error.strerror}; it takes {len(data):,} bytes and "
+                    f"{limited if error.errno == errno.EFBIG else full}, and run the same command again; what is "
+                    "committed stays"
                 ) from error
             kind = StoreForbiddenError if error.errno in _FORBIDDEN else StoreError
             raise kind(
