@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # OpenCV and SciPy come with it, which labelling has no use f
 
 TOO_LONG = "it takes longer than its time limit (frame_limit_s)"
 DIED = "its worker dies of it"
+WHOLE = ", but of no part of it: is its memory too small for all? --retry-failed labels it again"
 _FOR_ALL = (StoreFullError, StoreReplacedError, ConfigError, CheckpointError)
 _EXCUSED = 10  # losses of a machine with which something has nothing to do
 

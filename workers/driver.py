@@ -28,7 +28,7 @@ from depthmill.pipeline.errors import (
 from depthmill.pipeline.plan import Planned, Task
 from depthmill.pipeline.types import Report
 from depthmill.workers.backlog import Probe
-from depthmill.workers.causes import after, cause_of, fault_of, words_of
+from depthmill.workers.causes import DIED, WHOLE, after, cause_of, fault_of, words_of
 from depthmill.workers.crew import Crew, Running
 from depthmill.workers.deferred import Failer, Publisher
 from depthmill.workers.doubts import Check, Doubts
@@ -333,7 +333,9 @@ class Driver:
                     self._work.search(suspect.task, suspect.why)
                 case _:
                     times = "once" if self._options.attempts == 1 else f"{self._options.attempts} times"
-                    self._failer.add(suspect.task, f"the segment was tried {times}: {suspect.why}")
+                    cleared = suspect.task.searched and not suspect.task.skip and suspect.why == DIED
+                    why = suspect.why + (WHOLE if cleared else "")
+                    self._failer.add(suspect.task, f"the segment was tried {times}: {why}")
 
     def _tried(self, trial: Trial, running: Running, event: Event) -> None:
         if event.error is None:

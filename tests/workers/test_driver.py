@@ -54,6 +54,21 @@ def test_bad_frames_are_found_and_the_rest_is_labelled(outcome, workers):
     assert all(word in reason for reason in ledger.failed.values())
 
 
+def test_a_segment_that_kills_its_workers_only_as_a_whole_says_so():
+    """As pictures do that fit into memory a few at a time."""
+    ledger = Ledger({"a": (32, 32), "b": (32, 16)})
+    behave = labels(ledger)
+
+    def kill(pool, worker, method, argument):
+        whole = method in ("label", "try_task") and argument.segment.stop - argument.segment.start == 32
+        return (0.1, "die") if whole else behave(pool, worker, method, argument)
+
+    drive(SimulatedPool(lambda: 1, kill), ledger)
+    words = "the segment was tried 3 times: its worker dies of it, but of no part of it: is its memory too small"
+    assert {words in reason for (source, _), reason in ledger.failed.items()} == {True}
+    assert {source for source, _ in ledger.failed} == {"a"}
+
+
 def test_many_bad_frames_in_a_row_end_too():
     ledger = Ledger({"a": (256, 256)})
     bad = {("a", frame): "die" for frame in range(50, 256)}
