@@ -10,7 +10,7 @@ alone says which frames are lost, and since it does not depend on where reading 
 decoded behind the first damaged packet of a group counts as lost up to the next keyframe: the decoder would invent
 those pictures from damaged ones, and labels of invented pictures are worse than none. So does the packet before the
 first that the decoder objects to: most codecs have no checksums, and damage that begins in the middle of a packet is
-often decoded as if it were a picture.
+often decoded as if it were a picture. Where the demuxer says that bytes are missing, damage is known to begin there.
 """
 
 from __future__ import annotations
@@ -264,10 +264,10 @@ class VideoSource:
                 bad = frame.is_corrupt or (first == group.first and starts_badly(group, ordinal, frame))
                 (flawed if bad else whole).add(ordinal)
         for before, ordinal in pairwise([packets[0], *packets]):
-            if ordinal in errors:
-                return _Verdict(first, before, ordinal, f"the decoder rejects it ({errors[ordinal]})")
             if table.corrupt[ordinal]:
                 return _Verdict(first, ordinal, ordinal, "bytes of it are missing in the file")
+            if ordinal in errors:
+                return _Verdict(first, before, ordinal, f"the decoder rejects it ({errors[ordinal]})")
             if ordinal in flawed:
                 return _Verdict(first, before, ordinal, "the decoder met errors in it")
             if ordinal not in whole:

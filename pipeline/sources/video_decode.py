@@ -77,7 +77,7 @@ class Decoder:
         self._container.close()
 
     def frames(self, group: Group, start: int, stop: int) -> Iterator[tuple[int, av.video.frame.VideoFrame]]:
-        """Yield the frames [start, stop) of a group, each once all that it may depend on has been decoded.
+        """Yield the frames [start, stop) of a group, each once all that may say that it is lost has been decoded.
 
         Raises:
             DamageError: If any of the group's packets did not give its picture.
@@ -96,7 +96,8 @@ class Decoder:
             while True:
                 while done < len(packets) and packets[done] in self._whole:
                     done += 1
-                reached = done == len(packets) or packets[done] > self._table.order[index]
+                # With the packet behind it, too: where that is damaged, this frame counts as lost.
+                reached = done == len(packets) or (done > 0 and packets[done - 1] > self._table.order[index])
                 if reached and index in self._waiting:
                     break
                 self._take_output(group, index, afresh)

@@ -30,6 +30,7 @@ TIMES_MS = [40 * index + 13 * (index % 3) for index in range(FRAMES)]
 
 GOOD = {
     "b_frames.mp4": {},
+    "no_b_frames.mp4": {"bframes": 0},
     "open_gop.mp4": {"bframes": 3, "options": OPEN_GOP},
     "intra_refresh.mp4": {"gop": 12, "options": INTRA_REFRESH},
     "ten_bit.mkv": {"pix_fmt": "yuv420p10le"},
@@ -58,6 +59,7 @@ def cut_head(path: Path) -> Path:
 BROKEN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "truncated mp4": ("b_frames.mp4", make.truncate),
     "truncated avi": ("no_pts.avi", make.truncate),
+    "broken mp4 without B-frames": ("no_b_frames.mp4", lambda path: make.break_middle(path, 0.6, 3000)),
     "broken mp4": ("b_frames.mp4", lambda path: make.break_middle(path, 0.6, 3000)),
     "broken open gop": ("open_gop.mp4", lambda path: make.break_middle(path, 0.6, 3000)),
     "broken intra refresh": ("intra_refresh.mp4", lambda path: make.break_middle(path, 0.7, 3000)),
