@@ -77,14 +77,15 @@ def test_an_input_that_is_replaced_is_another_one(
         assert [make.read_index(frame.image) for frame in source.read(2, COUNT)] == list(range(2, COUNT))
 
 
+@pytest.mark.parametrize("kept", [0.5, 0.0])
 @pytest.mark.parametrize("kind", ["shard.tar.gz", "rows.parquet", "clip.mp4"])
-def test_an_input_of_which_less_is_there_is_another_one(tmp_path: Path, kind: str) -> None:
+def test_an_input_of_which_less_is_there_is_another_one(tmp_path: Path, kind: str, kept: float) -> None:
     """Its frames do not fail: they would be committed under the name of what they are not of."""
     place = local(tmp_path)
     place.put(write(tmp_path, kind, 0))
     source = open_source(f"{place.url}/{kind}")
     source.probe()
-    make.truncate(tmp_path / "in" / kind)
+    make.truncate(tmp_path / "in" / kind, kept)
     with pytest.raises(SourceChangedError, match="changed since"):
         list(source.read(0, COUNT))
 

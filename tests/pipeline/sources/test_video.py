@@ -3,7 +3,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
@@ -244,13 +244,17 @@ def test_a_damaged_video_that_is_another_by_now_is_to_be_started_again(
             list(source.read(0, FRAMES))
 
 
-def test_the_frame_before_one_that_the_decoder_rejects_is_lost_too(
-    clips: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "said"), [("broken mp4", "the decoder rejects it"), ("broken mpg", "the decoder met errors in it")]
+)
+def test_the_frame_before_one_that_the_decoder_objects_to_is_lost_too(
+    name: str, said: str, clips: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    path = tmp_path / "clip.mp4"
-    path.write_bytes(clips("b_frames.mp4").read_bytes())
-    errors = [frame.error for frame in read_all(make.break_middle(path, 0.6, 3000))]
-    assert any("may be damaged" in error and "rejects" in error for error in errors)
+    clip, damage = BROKEN[name]
+    path = tmp_path / clip
+    path.write_bytes(clips(clip).read_bytes())
+    errors = [frame.error for frame in read_all(damage(path))]
+    assert any("may be damaged" in error and said in error for error in errors)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -276,6 +280,23 @@ def test_a_seek_that_finds_nothing_falls_back_to_the_start(
     source = open_source(path)
     assert [make.read_index(frame.image) for frame in source.read(20, 30)] == list(range(20, 30))
     source.close()
+
+
+def test_packets_that_are_others_after_a_seek_are_read_from_the_start(
+    clips: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from depthmill.pipeline.sources.video_decode import Decoder, LostPlaceError
+
+    numbered = Decoder._numbered
+
+    def lost(self: Decoder, packets: Iterator[av.Packet], start: int, first: int) -> Iterator[tuple[int, av.Packet]]:
+        if start:
+            raise LostPlaceError
+        return numbered(self, packets, start, first)
+
+    monkeypatch.setattr(Decoder, "_numbered", lost)
+    with closing(open_source(clips("b_frames.mp4"))) as source:
+        assert [make.read_index(frame.image) for frame in source.read(20, 30)] == list(range(20, 30))
 
 
 def test_packets_that_are_passed_over_are_told_of(tmp_path: Path) -> None:

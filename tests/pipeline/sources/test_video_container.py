@@ -13,6 +13,7 @@ import pytest
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources import open_source, video_container
+from depthmill.pipeline.sources.video_decode import Decoder
 from depthmill.tests import media as make
 from depthmill.tests.pipeline.sources.contract import read_all
 
@@ -106,8 +107,11 @@ def test_too_many_frames(tmp_path: Path) -> None:
         open_source(path, max_frames=8).probe()
 
 
-def test_too_many_pixels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sized", [True, False], ids=["by its header", "by its first picture"])
+def test_too_many_pixels(sized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make.write_video(tmp_path / "clip.mp4", frames=3)
+    if not sized:
+        monkeypatch.setattr(Decoder, "describe", lambda self: (0, 0, "h264", 25.0))
     assert open_source(path, max_pixels=48 * 64).probe().frames == 3
     with pytest.raises(SourceError, match=r"64x48 is 3072 pixels a frame; at most 3071 are read.*max_pixels"):
         open_source(path, max_pixels=48 * 64 - 1).probe()
