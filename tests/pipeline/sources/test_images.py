@@ -135,21 +135,23 @@ def test_a_picture_that_vanishes_fails_alone(tmp_path: Path) -> None:
     assert "001.png" in frames[1].error
 
 
-def test_a_picture_that_became_larger_is_a_changed_source(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("height", "width"), [(50, 64), (48, 66)])
+def test_a_picture_that_became_larger_is_a_changed_source(tmp_path: Path, height: int, width: int) -> None:
     """The store has no room for it: that is no fault of the store's, for which a run would stop."""
     make.write_image_folder(tmp_path, count=3, suffixes=(".jpg",))
 
-    def write(height: int) -> None:
-        picture, comment = make.encode(1, ".jpg", height=height), b"\xff\xfe\x20\x02" + bytes(0x2000)
+    def write(height: int, width: int) -> None:
+        picture = make.encode(1, ".jpg", height=height, width=width)
+        comment = b"\xff\xfe\x20\x02" + bytes(0x2000)
         (tmp_path / "001.jpg").write_bytes((picture[:2] + comment + picture[2:]).ljust(1 << 15, b"\0"))
 
-    write(48)
+    write(48, 64)
     source = open_source(tmp_path)
     source.probe()
-    write(50)  # neither its size nor its ends tell
+    write(height, width)  # neither its size nor its ends tell
     frames = source.read(0, 3)
     assert make.read_index(next(frames).image) == 0
-    with pytest.raises(SourceChangedError, match=r"001\.jpg is larger \(64x50\) than any"):
+    with pytest.raises(SourceChangedError, match=rf"001\.jpg is larger \({width}x{height}\) than any"):
         next(frames)
 
 
@@ -365,6 +367,9 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert open_source(tmp_path).probe().fingerprint == before
     make.write_image(tmp_path / "001.png", 9)
     assert open_source(tmp_path).probe().fingerprint != before
+    make.write_image(tmp_path / "001.png", 1)
+    (tmp_path / "001.png").rename(tmp_path / "001b.png")
+    assert open_source(tmp_path).probe().fingerprint != before, "the same pictures, another key"
 
 
 def test_one_picture_is_probed_without_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
