@@ -1,6 +1,7 @@
 """What probing makes of an input."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -52,12 +53,14 @@ def test_an_input_of_which_nothing_is_left_to_do_is_read_only_if_it_may_have_cha
     write(store, segment, failed={2}, size=(media.HEIGHT, media.WIDTH))
     done = planned()
     assert (done.labelled, done.failed, done.segments, done.stamp) == (2, 1, 0, first.stamp)
+    assert done.frames_left == 0
     assert not read
     prober = Prober(store.uri, 1 << 27, 3, False)
     prober.load()
     assert prober.probe(str(clip), anew=True) == done
     assert read
-    assert planned(retry_failed=True).segments == 1
+    again = planned(retry_failed=True)
+    assert (again.segments, again.frames_left) == (1, 1)
     assert read
     with pytest.raises(SourceError, match="more than 2 frames"):
         planned(max_frames=2)
@@ -80,3 +83,6 @@ def test_an_input_of_which_nothing_is_left_to_do_is_read_only_if_it_may_have_cha
     Path(store.uri, "stamps.json").write_text("[broken")
     assert planned() == touched
     assert read
+    records.write_stamps(store.directory, {first.id: touched.stamp})
+    shutil.rmtree(Path(store.uri, first.id))
+    assert planned().segments == 1, "what was removed by hand is labelled anew"
