@@ -183,6 +183,17 @@ def test_edit_lists_cut_frames_off(tmp_path: Path) -> None:
     source.close()
 
 
+def test_packets_that_are_not_shown_are_no_frames(tmp_path: Path) -> None:
+    """Alternate references of VP8, which a libvpx that is run once makes none of: one is written by hand."""
+    path = make.write_video(tmp_path / "clip.webm", codec="libvpx", bframes=0)
+    with av.open(str(path)) as container:
+        packet = next(packet for number, packet in enumerate(container.demux(video=0)) if number == 7)
+    data = bytearray(path.read_bytes())
+    data[data.index(bytes(packet))] &= ~0x10
+    path.write_bytes(data)
+    assert indices(path) == [index for index in range(FRAMES) if index != 7]
+
+
 class TestBrokenVideo(SourceContract):
     @pytest.fixture(params=BROKEN)
     def media(self, request: pytest.FixtureRequest, clips: Callable[[str], Path]) -> Path:

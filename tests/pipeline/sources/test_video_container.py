@@ -100,8 +100,9 @@ def test_no_video_at_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert capfd.readouterr().err == ""
 
 
-def test_too_many_frames(tmp_path: Path) -> None:
-    path = make.write_video(tmp_path / "clip.mp4", frames=9)
+@pytest.mark.parametrize("suffix", [".mp4", ".ts"])  # with an index that counts the packets, and without
+def test_too_many_frames(suffix: str, tmp_path: Path) -> None:
+    path = make.write_video(tmp_path / f"clip{suffix}", frames=9)
     assert open_source(path, max_frames=9).probe().frames == 9
     with pytest.raises(SourceError, match=r"more than 8 frames.*max_frames"):
         open_source(path, max_frames=8).probe()

@@ -21,6 +21,10 @@ def test_a_raw_stream_has_the_rate_that_its_header_says(codec: str, name: str, t
     np.testing.assert_allclose(source.time_s, np.arange(12) / 60, atol=1e-6)
 
 
+def test_one_frame_has_the_rate_of_its_header(tmp_path: Path) -> None:
+    assert open_source(make.write_video(tmp_path / "clip.mkv", frames=1, fps=30)).probe().fps == pytest.approx(30)
+
+
 def strip_times(path: Path, kept: Sequence[int]) -> Path:
     """Take the timestamps out of a transport stream, but for those of the packets `kept`."""
     data, at, number = bytearray(path.read_bytes()), 0, 0
@@ -65,3 +69,11 @@ def test_columns_of_packets_take_half_the_bytes_where_that_holds_them(tmp_path: 
     assert {column.dtype for column in (table.pts, table.pos, table.size, table.ticks)} == {np.dtype(np.int32)}
     assert table.find(int(table.pts[2]), int(table.pos[2]), int(table.size[2])) == 2
     assert table.find(video_packets.NO_VALUE, 2**40, 1) is None
+
+
+def test_joined_clocks_follow_each_other_as_shown() -> None:
+    """Of reordered packets neither the first of a file need be shown first, nor the last last."""
+    none = video_packets.NO_VALUE
+    pts, dts = np.array([0, 3, 1, none, 2, 12, 10, none, 11]), np.array([-1, 0, 1, none, 2, -1, 0, none, 1])
+    clock = video_packets._one_clock(pts, dts, 1.0, rate=1.0)
+    assert clock.tolist() == [0, 3, 1, none, 2, 6, 4, none, 5]
