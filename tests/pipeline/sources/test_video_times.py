@@ -77,3 +77,8 @@ def test_joined_clocks_follow_each_other_as_shown() -> None:
     pts, dts = np.array([0, 3, 1, none, 2, 12, 10, none, 11]), np.array([-1, 0, 1, none, 2, -1, 0, none, 1])
     clock = video_packets._one_clock(pts, dts, 1.0, rate=1.0)
     assert clock.tolist() == [0, 3, 1, none, 2, 6, 4, none, 5]
+
+
+def test_times_between_coarse_timestamps_are_not_rounded() -> None:
+    ticks, tick_s = video_packets._times(np.array([0, video_packets.NO_VALUE, 1]), 1.0, rate=2.0)
+    np.testing.assert_array_equal(ticks * tick_s, [0, 0.5, 1])
