@@ -139,6 +139,13 @@ def test_a_wrong_member_is_outvoted():
         assert torch.isfinite(depth).all()
 
 
+def test_nothing_is_turned_upside_down_by_a_wrong_member_of_more_contrast():
+    truth = scene()
+    depth, uncertainty = ensemble_depth(torch.stack([0.1 * truth, 0.1 * truth, 1 - truth]))
+    assert depth.std() < 1e-6
+    assert uncertainty.abs().max() < 1e-6
+
+
 def test_flat_members_give_their_mean():
     members = torch.tensor([0.2, 0.3, 0.7])[:, None, None].expand(3, 4, 5)
     depth, uncertainty = ensemble_depth(members)
