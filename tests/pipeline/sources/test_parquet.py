@@ -118,6 +118,7 @@ def test_a_file_without_a_clear_column_is_refused(columns: dict[str, object], re
         ({"key": ["a", "b", "a"]}, ("a", "b", "a~2")),
         ({"key": ["a", None, "1"]}, ("a", "1", "1~2")),
         ({"key": ["a", "b", "a"], "url": ["x", "y", "z"]}, ("x", "y", "z")),
+        ({"key": ["a", "b", "a"], "url": ["x", "x", "z"]}, ("a", "b", "a~2")),
         ({"Key": ["a", "b", "c"]}, ("a", "b", "c")),
         ({"key": pyarrow.array(["a", "b", "c"]).dictionary_encode()}, ("a", "b", "c")),
         ({"key": [None] * 3}, ("0", "1", "2")),
