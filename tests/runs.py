@@ -80,6 +80,14 @@ def is_worker(process):
         return False
 
 
+def name(process):
+    """What it is called; nothing if it is gone."""
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
+
+
 def memory(process):
     """Bytes that it has in memory; 0 if it is gone."""
     try:

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._private import worker
 
 from depthmill.pipeline.config import LabelConfig, SmoothConfig
-from depthmill.pipeline.errors import ConfigError
+from depthmill.pipeline.errors import ConfigError, RunStoppedError
 from depthmill.pipeline.machine import cores
 from depthmill.workers.causes import reason
 
 _REACHABLE_S = 10.0
 _STARTS = 3  # of a cluster on this machine: Ray grants its processes 30 s, which is little where cores are starved
+_NEEDED = ("gcs_server", "raylet")  # processes of a cluster without which nothing works, as Ray calls them
 
 
 @contextmanager
@@ -56,6 +58,25 @@ def connect(config: LabelConfig | SmoothConfig) -> Iterator[int]:
         yield _gpus()
     finally:
         ray.shutdown()
+
+
+def see_that_it_runs() -> None:
+    """See that the cluster does, if this process started it; that takes some microseconds, and asks Ray for nothing.
+
+    Ray itself waits for a raylet for ever, and ends this process a minute after the GCS has ended. Of a cluster at an
+    address nothing is known here: its head and its machines may come back.
+
+    Raises:
+        RunStoppedError: If it has ended: nothing brings it back.
+    """
+    node = getattr(worker, "_global_node", None)  # private: a Ray that has it no more is not watched
+    for name, process in getattr(node, "dead_processes", list)():
+        if name in _NEEDED:
+            raise RunStoppedError(
+                f"Ray's {name} on this machine has ended (exit status {process.returncode}: killed? out of memory?), "
+                "and the run with it; what is committed stays: see to that, then run the same command again to go on "
+                "from there"
+            )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ray import exceptions
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from depthmill.pipeline.types import WorkerState
+from depthmill.workers.cluster import see_that_it_runs
 from depthmill.workers.pool import Event, Kind
 
 _ASK_CAPACITY_EVERY_S = 2.0
@@ -47,6 +48,7 @@ class RayPool:
     def capacity(self) -> int:
         """The cluster's GPUs, cores or machines."""
         if self.now() - self._capacity_s > _ASK_CAPACITY_EVERY_S:
+            see_that_it_runs()  # without a GCS, no answer comes
             self._capacity_s = self.now()
             if self._per == "machine":  # a head often offers no core
                 self._capacity = sum(node["Resources"].get("CPU", 0) >= 1 for node in _alive())
@@ -69,7 +71,11 @@ class RayPool:
         self._calls[worker].future().add_done_callback(lambda future: self._ended.put((worker, future)))
 
     def wait(self, timeout_s: float) -> list[Event]:
-        """What has ended; callbacks fill a queue, so this costs the same however many workers there are."""
+        """What has ended; callbacks fill a queue, so this costs the same however many workers there are.
+
+        Raises:
+            RunStoppedError: If the cluster was started for the run, and has ended.
+        """
         ended = []
         try:
             ended.append(self._ended.get(timeout=timeout_s))
@@ -77,6 +83,7 @@ class RayPool:
                 ended.append(self._ended.get_nowait())
         except queue.Empty:
             pass
+        see_that_it_runs()
         return [self._event(worker, future) for worker, future in ended if worker in self._actors]
 
     def state(self, worker: int) -> WorkerState:

@@ -1,13 +1,15 @@
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import ray
+from ray._private import worker
 
 from depthmill.pipeline.config import LabelConfig, SmoothConfig
-from depthmill.pipeline.errors import ConfigError
+from depthmill.pipeline.errors import ConfigError, RunStoppedError
 from depthmill.workers import actors, smooth_actors
-from depthmill.workers.cluster import connect
+from depthmill.workers.cluster import connect, see_that_it_runs
 
 
 @pytest.mark.parametrize(("late", "starts"), [(2, 3), (3, 3)])
@@ -67,6 +69,22 @@ def test_sigterm_does_what_it_did_before_ray_started(monkeypatch, at_start):
         assert signal.getsignal(signal.SIGTERM) is stop
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_cluster_of_this_process_that_has_ended_stops_the_run(monkeypatch, name):
+    dead = [("dashboard", SimpleNamespace(returncode=1))]
+    monkeypatch.setattr(worker, "_global_node", SimpleNamespace(dead_processes=lambda: dead))
+    see_that_it_runs()  # without its dashboard it does
+    dead.append((name, SimpleNamespace(returncode=-9)))
+    with pytest.raises(RunStoppedError, match=rf"Ray's {name} on this machine has ended \(exit status -9: .*again"):
+        see_that_it_runs()
+
+
+@pytest.mark.parametrize("node", [None, object()], ids=["at an address", "of a Ray that tells nothing"])
+def test_other_clusters_are_waited_for(monkeypatch, node):
+    monkeypatch.setattr(worker, "_global_node", node)
+    see_that_it_runs()
 
 
 def refuse(monkeypatch, error):

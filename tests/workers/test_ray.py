@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -117,6 +118,33 @@ def test_a_stop_keeps_what_is_committed_and_says_how_to_go_on(undisturbed, tmp_p
     assert runs.contents(store) == expected
     assert f"{FRAMES - 1} of {FRAMES} frames" in done.stdout
     assert "failures.jsonl" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_run_ends_with_the_cluster_that_it_started(undisturbed, tmp_path, checkpoints, name):
+    inputs, expected = undisturbed
+    store = tmp_path / "labels.zarr"
+    with (tmp_path / "log").open("w+") as log:
+        process = runs.start(inputs, store, checkpoints, log=log)
+        runs.wait_for_commits(store, 2, process)
+        family = {one: runs.name(one) for one in runs.family(process)}
+        runs.kill([one for one in family if family[one] == name])
+        try:
+            assert process.wait(60) == 130  # Ray would end it by itself, with another status
+            # Ray's agents wait for the GCS for a minute themselves, then end.
+            _, left = psutil.wait_procs([one for one in family if not family[one].endswith("Agent")], timeout=20)
+        finally:
+            runs.kill([one for one in family if one.is_running()])
+        assert not left
+        log.seek(0)
+        said = log.read()
+    assert f"Ray's {name} on this machine has ended" in said
+    assert "Traceback" not in said
+    assert runs.commits(store) >= 2
+    done = runs.run(inputs, store, checkpoints, "--workers", "1")
+    assert done.returncode == 1, done.stderr
+    assert runs.contents(store) == expected
 
 
 @pytest.mark.slow

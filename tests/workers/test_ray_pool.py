@@ -7,6 +7,7 @@ import pytest
 import ray
 import torch
 from ray import exceptions
+from ray._private import worker
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -15,7 +16,7 @@ from ray.exceptions import (
 )
 
 from depthmill.pipeline.config import LabelConfig
-from depthmill.pipeline.errors import ConfigError
+from depthmill.pipeline.errors import ConfigError, RunStoppedError
 from depthmill.workers import actors
 from depthmill.workers.causes import words_of
 from depthmill.workers.label import _resolve
@@ -86,6 +87,19 @@ def test_a_head_without_cores_is_no_machine(monkeypatch):
     ]
     monkeypatch.setattr(ray, "nodes", lambda: machines)
     assert RayPool({}, per="machine").capacity() == 2
+
+
+def test_a_cluster_that_has_ended_is_asked_for_nothing(monkeypatch, killed):
+    dead = [("gcs_server", SimpleNamespace(returncode=-9))]
+    monkeypatch.setattr(worker, "_global_node", SimpleNamespace(dead_processes=lambda: dead))
+    monkeypatch.setattr(ray, "nodes", lambda: pytest.fail("asked, which waits for ever"))
+    pool, died = RayPool({}, per="machine"), Future()
+    died.set_exception(ActorDiedError())
+    pool._actors[0], pool._nodes[0] = "the actor", "its machine"
+    pool._ended.put((0, died))
+    for asked in (pool.capacity, lambda: pool.wait(0.0)):
+        with pytest.raises(RunStoppedError, match="gcs_server"):
+            asked()
 
 
 @pytest.mark.parametrize(("device", "strategy"), [("cpu", "SPREAD"), ("cuda", "DEFAULT")])
