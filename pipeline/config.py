@@ -99,8 +99,8 @@ class LabelConfig(StrictModel):
             checkpoint describes itself (`pipeline/model/checkpoint.py`).
         domain: The scene that a GeoWizard checkpoint is told of; left out, `indoor`. Other checkpoints have none.
         processing_resolution: Longer side in pixels at which the model sees a frame; left out, the checkpoint's own.
-        batch_size: Frames a forward pass; `auto` is 8 on a CPU, and on CUDA as many as fit, by the memory that passes
-            of one and of two frames take.
+        batch_size: Frames a forward pass; `auto` is 8 on a CPU, fewer of large frames (in Stable Diffusion 1 at 768
+            pixels), and on CUDA as many as fit, by the memory that passes of one and of two frames take.
         compile: Whether full batches run compiled: `auto` on CUDA, where that can be done, once a worker has labelled
             5000 frames of a shape, since it takes minutes. What was compiled is kept in the user's cache, and of such
             shapes `auto` runs the first full batch compiled.

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from depthmill.pipeline.model.checkpoint import Checkpoint
 from depthmill.pipeline.model.hashes import hash_files
+from depthmill.pipeline.model.modules import vae_factor
 
 _MATRIX = {"cpu": 2048, "cuda": 8192}  # rows: large enough that more are no faster
 _MATMULS = {"cpu": 2, "cuda": 50}
@@ -47,7 +48,7 @@ def network_flops(
     with torch.device("meta"), torch.inference_mode():
         coder = AutoencoderKL.from_config(vae)
         denoiser = UNet2DConditionModel.from_config(unet)
-        factor = 2 ** (len(coder.config.block_out_channels) - 1)
+        factor = vae_factor(coder)
         size = (height // factor, width // factor)
         latent = torch.empty(1, denoiser.config.in_channels, *size)
         prompt = torch.empty(1, prompt_tokens, denoiser.config.cross_attention_dim)

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# On CPUs from 4 frames on a batch is as fast as any; twice that is what corpora of many sizes still fill.
-CPU_BATCH = 8
+# On CPUs from 4 small frames on a batch is as fast as any; twice that is what corpora of many sizes still fill.
+_CPU_BATCH = 8
+# Of a CPU's batch, the largest tensor; a pass takes some six of them. Frames as large as that are as fast one by one.
+_CPU_TENSOR_BYTES = 256 * 2**20
 # More would only be slower to fill: a GPU is busy with far fewer frames of this kind.
 _MOST = 32
 # Of the free memory: what compiled passes hold in their graphs is not there for the others, which need as much again.
@@ -170,6 +172,17 @@ def compile_network(network: Specialized, device: torch.device, wanted: Compile,
             return network.folded(pictures)  # type: ignore[no-any-return]
 
     network.compiled = run
+
+
+def cpu_batch(frame_bytes: int) -> int:
+    """Frames in one forward pass on a CPU, at least 1: 8, and fewer of large frames.
+
+    A machine's memory does not count: with other batches, others would round differently.
+
+    Args:
+        frame_bytes: What the largest tensor takes that the network makes of one frame.
+    """
+    return max(1, min(_CPU_BATCH, _CPU_TENSOR_BYTES // frame_bytes))
 
 
 def fitting_batch(used_bytes: Callable[[int], int], free_bytes: int, key: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from transformers import CLIPVisionModelWithProjection
 from depthmill.pipeline.config import Sampling
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.model.checkpoint import Checkpoint, read_json
-from depthmill.pipeline.model.modules import load_part, load_scheduler, load_unet, load_vae
+from depthmill.pipeline.model.modules import load_part, load_scheduler, load_unet, load_vae, vae_factor, vae_width
 from depthmill.pipeline.model.single_step import decode_depth, decode_normals, x0_factor
 from depthmill.pipeline.types import Domain, Modality
 
@@ -104,7 +104,7 @@ class GeoWizard(torch.nn.Module):
                 for name, processor in self.unet.attn_processors.items()
             }
         )
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.factor, self.width = vae_factor(self.vae), vae_width(self.vae)
         # Channels last is what tensor cores want; on CPUs it measured no faster.
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.to(device, dtype)

@@ -17,8 +17,8 @@ from depthmill.pipeline.config_files import validated
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.geometry import padded_size, processed_size, rounded_size, to_network
 from depthmill.pipeline.model.backend import (
-    CPU_BATCH,
     compile_network,
+    cpu_batch,
     exact_float32,
     fitting_batch,
     named,
@@ -121,7 +121,8 @@ class Labeler:
             normals_axes: Where the normals checkpoint's axes point, as in `left-up-towards`, if it does not say.
             domain: `indoor` (a GeoWizard checkpoint's default), `outdoor` or `object`; other checkpoints have none.
             processing_resolution: Longer side in pixels at which the network sees a frame.
-            batch_size: Most frames in one forward pass; `auto` is 8 on a CPU and as many as fit on CUDA.
+            batch_size: Most frames in one forward pass; `auto` is 8 on a CPU, fewer of large ones, and on CUDA as many
+                as fit.
             compile: `on`, or `auto`, on CUDA after 5000 frames of a shape that was not compiled here before: full
                 batches run compiled, minutes later.
             device: `auto` (CUDA where there is one), or a torch device, or its name.
@@ -321,10 +322,10 @@ class Labeler:
         return max(1, min(self.batch_size, fit))
 
     def _fitting(self) -> int:
-        """Frames in a batch, by the device's memory: for squares, which no frame exceeds."""
-        if self.device.type != "cuda":
-            return CPU_BATCH
+        """Frames in a batch, on a GPU by its free memory: for squares, which no frame exceeds."""
         side = self.processing_resolution
+        if self.device.type != "cuda":
+            return cpu_batch(self._network.width * side**2 * self.dtype.itemsize)
         blank = np.zeros((side, side, 3), np.uint8)
 
         def used_bytes(frames: int) -> int:

@@ -55,6 +55,16 @@ def load_vae(checkpoint: Checkpoint) -> AutoencoderKL:
     return vae
 
 
+def vae_factor(vae: AutoencoderKL) -> int:
+    """How many times smaller than the picture a latent is."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def vae_width(vae: AutoencoderKL) -> int:
+    """Channels of the largest that decoding makes: what the last block but one hands on at the picture's size."""
+    return int(max(vae.config.block_out_channels[:2]))
+
+
 def load_unet(checkpoint: Checkpoint) -> UNet2DConditionModel:
     """The UNet, float32, on the CPU, frozen.
 

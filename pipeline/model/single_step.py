@@ -15,7 +15,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from depthmill.pipeline.errors import CheckpointError
 from depthmill.pipeline.geometry import axes_signs
 from depthmill.pipeline.model.checkpoint import DESCRIPTION_FILE, Checkpoint, Description, read_json
-from depthmill.pipeline.model.modules import empty_prompt, load_scheduler, load_unet, load_vae, same
+from depthmill.pipeline.model.modules import (
+    empty_prompt,
+    load_scheduler,
+    load_unet,
+    load_vae,
+    same,
+    vae_factor,
+    vae_width,
+)
 from depthmill.pipeline.types import Modality
 
 # What a UNet's configuration has where it is conditioned on more than a time step and a prompt.
@@ -93,11 +101,6 @@ class Head:
         """Whether the UNet is given [picture, noisy label], not the picture's latent alone."""
         return bool(self.unet.config.in_channels == 2 * self.unet.config.out_channels)
 
-    @property
-    def factor(self) -> int:
-        """How many times smaller than the picture a latent is."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
-
 
 def load_heads(checkpoints: Sequence[Checkpoint]) -> list[Head]:
     """Load one or two checkpoints, of different modalities, float32, on the CPU; bit-equal VAEs are kept once.
@@ -109,7 +112,7 @@ def load_heads(checkpoints: Sequence[Checkpoint]) -> list[Head]:
     heads = [_load(checkpoint) for checkpoint in checkpoints]
     if len(heads) == 2 and same(heads[0].vae, heads[1].vae):
         heads[1] = replace(heads[1], vae=heads[0].vae)
-    factors = {head.factor for head in heads}
+    factors = {vae_factor(head.vae) for head in heads}
     if len(factors) != 1:
         raise CheckpointError(
             f"the VAEs of {' and '.join(checkpoint.name for checkpoint in checkpoints)} shrink pictures by "
@@ -174,7 +177,8 @@ class SingleStep(torch.nn.Module):
     def __init__(self, heads: Sequence[Head], device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.encoders = list({id(head.vae): head.vae for head in heads}.values())
-        self.factor = heads[0].factor
+        self.factor = vae_factor(heads[0].vae)
+        self.width = max(vae_width(vae) for vae in self.encoders)
         # Channels last is what tensor cores want; on CPUs it measured no faster.
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         modules = [*self.encoders, *(head.unet for head in heads)]

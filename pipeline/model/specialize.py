@@ -39,7 +39,7 @@ from depthmill.pipeline.model.blocks import (
     replace,
     use_channels_last_norms,
 )
-from depthmill.pipeline.model.modules import same
+from depthmill.pipeline.model.modules import same, vae_factor, vae_width
 from depthmill.pipeline.model.packed import can_pack, packed
 from depthmill.pipeline.model.single_step import Head, decode_depth, decode_normals
 from depthmill.pipeline.model.winograd import use_winograd
@@ -86,7 +86,8 @@ class Specialized(nn.Module):
 
     def __init__(self, heads: Sequence[Head], device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.factor = heads[0].factor
+        self.factor = vae_factor(heads[0].vae)
+        self.width = max(vae_width(head.vae) for head in heads)
         self.dtype = dtype
         self._kinds = [(head.modality, head.description) for head in heads]
         with torch.no_grad():

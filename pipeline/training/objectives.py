@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.geometry import axes_signs
+from depthmill.pipeline.model.modules import vae_factor
 from depthmill.pipeline.model.sampling import draw_noise, pyramid_noise
 from depthmill.pipeline.training import losses
 from depthmill.pipeline.training.batch import Batch
@@ -77,7 +78,7 @@ class Objective(torch.nn.Module):
         Raises:
             TrainingError: Then.
         """
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        factor = vae_factor(self.vae)
         height, width = pictures.shape[2:]
         if height % factor or width % factor:
             raise TrainingError(
