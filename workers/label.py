@@ -178,7 +178,8 @@ def label(
 
 
 def _options(config: LabelConfig) -> Options:
-    options = Options(config.attempts, config.frame_limit_s, config.workers, _PROBERS)
+    frame_limit_s = config.frame_limit_s * config.steps * config.ensemble
+    options = Options(config.attempts, frame_limit_s, config.workers, _PROBERS)
     if config.workers == 0:  # nothing can be interrupted, and a call's time runs while it waits for the one before it
         return replace(options, frame_limit_s=inf, least_limit_s=inf)
     # Each shape is compiled in the middle of a segment, which can take minutes, and more where many workers do so. By

@@ -67,6 +67,11 @@ def test_workers_race_only_where_what_they_compiled_is_alike(device, compiled, r
     assert _options(LabelConfig(device=device, compile=compiled, workers=2)).race == race
 
 
+def test_each_step_of_each_member_has_the_time_of_a_frame():
+    config = LabelConfig(checkpoint="x", labels=("depth",), noise="gaussian", steps=4, ensemble=10, frame_limit_s=3.0)
+    assert _options(config).frame_limit_s == 120
+
+
 def test_one_gpu_of_several_is_for_this_process_alone(video, tmp_path, config):
     with pytest.raises(ConfigError, match=r"cuda:1.*--workers 0.*CUDA_VISIBLE_DEVICES=1 and --device cuda"):
         run([video], tmp_path / "out.zarr", config.model_copy(update={"device": "cuda:1", "workers": None}))
