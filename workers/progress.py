@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,10 +104,10 @@ def _lines(console: Console, rate: Rate) -> Iterator[Show]:
         running = sum(state.frames for state in workers.values())
         speed = rate(counts.done + running)
         left = counts.total - counts.before - counts.done - running
-        eta = f"{left / speed:.0f} s left" if speed > 0 else "time left unknown"
+        eta = f"{timedelta(seconds=round(left / speed))} left" if speed > 0 else "time left unknown"
         doing = ", ".join(f"{name} {_words(state)}" for name, state in workers.items())
         console.print(
-            f"{counts.before + counts.done + running}/{counts.total} frames, {speed:.1f} frames/s, {eta}, "
+            f"{counts.before + counts.done + running}/{counts.total} frames, {_speed(speed)}, {eta}, "
             f"{counts.failed} failed; {doing}",
             highlight=False,
             soft_wrap=True,
@@ -121,7 +122,7 @@ def _lines(console: Console, rate: Rate) -> Iterator[Show]:
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.fields['rate']:.1f} frames/s")
+        return Text(_speed(task.fields["rate"]))
 
 
 @contextmanager
@@ -155,6 +156,11 @@ def _words(state: WorkerState) -> str:
     return f"{state.doing} {state.frames}/{state.of}" if state.of else state.doing
 
 
+def _speed(rate: float) -> str:
+    """Frames a second in words, two digits at least: a large model on a CPU takes minutes a frame."""
+    return f"{rate:.1f} frames/s" if rate >= 1 else f"{rate:.2g} frames/s"
+
+
 def count(number: int, noun: str) -> str:
     """`1 source`, `2 sources`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
@@ -163,7 +169,7 @@ def count(number: int, noun: str) -> str:
 def print_summary(summary: Summary) -> None:
     """Say how a run ended, the reasons of its failures most frequent first."""
     console = RunConsole(highlight=False, soft_wrap=True)
-    speed = f", {summary.frames_per_s:.2f} frames/s ({summary.device})" if summary.committed else ""
+    speed = f", {_speed(summary.frames_per_s)} ({summary.device})" if summary.committed else ""
     console.print(
         f"{summary.labelled} of {count(summary.frames, 'frame')} of {count(summary.sources, 'source')} labelled in "
         f"{summary.store}; {summary.committed} done in this run, in {summary.seconds:.1f} s{speed}",

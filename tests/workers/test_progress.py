@@ -41,8 +41,18 @@ def test_lines_say_all_there_is_to_know_and_not_too_often(steady_clock):
         show(COUNTS, WORKERS)
     first, last = out.file.getvalue().splitlines()
     # 20 of an earlier run, 30 committed, 4 under way; 34 in 10 s; 46 left at that rate.
-    assert first == "54/100 frames, 3.4 frames/s, 14 s left, 2 failed; worker 0 clip[50:60] 4/10, worker 1 idle"
+    assert first == "54/100 frames, 3.4 frames/s, 0:00:14 left, 2 failed; worker 0 clip[50:60] 4/10, worker 1 idle"
     assert last == first
+
+
+def test_a_slow_run_s_pace_and_its_days_can_be_read(steady_clock):
+    out, rate = console(False), Rate()
+    rate.start()
+    with open_display(out, rate) as show:
+        steady_clock[0] += 109
+        show(Counts(before=0, done=1, failed=0, total=10_000), {})
+    first = out.file.getvalue().splitlines()[0]
+    assert first == "1/10000 frames, 0.0092 frames/s, 12 days, 14:44:51 left, 0 failed; "
 
 
 def test_the_live_display_shows_the_same(steady_clock):
