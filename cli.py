@@ -233,7 +233,8 @@ def label(
     normals_dtype: Annotated[str | None, typer.Option(help="Of stored normals.")] = None,
     shard_frames: Annotated[int | None, typer.Option(help="Frames in a shard file.")] = None,
     segment_frames: Annotated[
-        int | None, typer.Option(help="Frames in a unit of work and commit; default: about 64, of corpora 2048.")
+        int | None,
+        typer.Option(help="Frames in a unit of work and commit; default: 64 or so, of corpora on GPUs 2048."),
     ] = None,
     round_aspect: Annotated[
         bool | None,

@@ -110,8 +110,10 @@ class LabelConfig(StrictModel):
             resumed on a machine that would choose otherwise must be told.
         normals_dtype: Of the stored normals; int8 is good to 0.4°.
         shard_frames: Frames in one shard file.
-        segment_frames: Frames in one unit of work and commit, a multiple of `shard_frames`; left out, about 64, and of
-            a corpus about 2048, which fill the batches. A corpus is tars, Parquet files, and folders of 1024 pictures.
+        segment_frames: Frames in one unit of work and commit, a multiple of `shard_frames`; left out, as many as the
+            store was begun with: about 64, and of a corpus on a GPU about 2048, which fill its batches (as many as take
+            2048 UNet calls, if a frame takes several, but not less than 64). A corpus is tars, Parquet files, and
+            folders of 1024 pictures.
         round_aspect: Whether pictures (never videos) are resized for the model to aspect ratios rounded to few, from
             which their labels come back at their own: only frames of one processed shape share a batch. The shorter
             side becomes a twelfth of the longer, or several (thinner than 1:2, 24ths, and so on): no picture is
@@ -223,11 +225,12 @@ class LabelConfig(StrictModel):
 
     @property
     def segment_lengths(self) -> tuple[int, int | None]:
-        """Frames in a segment, and in a corpus's, if that differs."""
+        """Frames in a segment, and in a corpus's, if that differs; the device decides, once it is settled."""
         if self.segment_frames is not None:
             return self.segment_frames, None
-        usual, corpus = (-(-frames // self.shard_frames) * self.shard_frames for frames in (64, 2048))
-        return usual, corpus
+        corpus = 1 if self.device == "cpu" else 2048 // (self.steps * self.ensemble)
+        usual, corpus = (-(-frames // self.shard_frames) * self.shard_frames for frames in (64, max(64, corpus)))
+        return usual, corpus if corpus != usual else None
 
     @property
     def checkpoints(self) -> dict[Modality, str]:

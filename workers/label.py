@@ -90,7 +90,9 @@ def label(
             given = _if_one_is_there(given)
             if gpus is None and config.workers != 0:  # what may not start is started before anything is removed
                 stack.enter_context(_cluster(config))
-        store = create(store_uri, layout(config), identity(config, checkpoints), overwrite=overwrite)
+        own_segments = config.segment_frames is None
+        decisive = layout(config), identity(config, checkpoints)
+        store = create(store_uri, *decisive, overwrite=overwrite, own_segments=own_segments)
         here = None
         if config.workers == 0:  # what is probed here is labelled here
             here = OpenSources(config.max_pixels, config.max_frames)

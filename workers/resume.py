@@ -103,7 +103,8 @@ def finished(
         checkpoints = open_named(config)
         if config.dtype == "auto":
             config = config.model_copy(update={"dtype": store.identity.get("dtype")})
-        store = create(store_uri, layout(config), identity(config, checkpoints))  # another job's is refused
+        decisive = layout(config), identity(config, checkpoints)  # another job's store is refused
+        store = create(store_uri, *decisive, own_segments=config.segment_frames is None)
         prober = Prober(store.uri, config.max_pixels, config.max_frames, retry_failed)
         uris, planned = planned_here(expand_inputs(inputs), store, prober)
         sources = {source.id: source for source in planned}

@@ -146,7 +146,8 @@ def bench(
         speed = thread.submit(measure_speed, labeler, pictures, rounds, compiled=compiled).result()
         feed = None
         if source is not None:
-            probed, layout = source.probe(), job.layout(config)
+            probed = source.probe()
+            layout = job.layout(config.model_copy(update={"device": labeler.device.type}))
             of_corpus = layout.corpus_segment_frames
             if of_corpus is not None and is_corpus(probed.kind, probed.frames):  # the few frames measured may be none
                 layout = replace(layout, segment_frames=of_corpus)

@@ -36,7 +36,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def create(uri: str | Path, layout: Layout, identity: Mapping[str, Any], *, overwrite: bool = False) -> Store:
+def create(
+    uri: str | Path,
+    layout: Layout,
+    identity: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    own_segments: bool = False,
+) -> Store:
     """Make a store, or open the one that an earlier run of the same configuration left there.
 
     Args:
@@ -44,6 +51,7 @@ def create(uri: str | Path, layout: Layout, identity: Mapping[str, Any], *, over
         layout: How labels are laid out.
         identity: Whatever else decides the bytes in the store (options, checkpoints and their hashes), as JSON.
         overwrite: Remove the depthmill store that is there, if any, and start anew.
+        own_segments: Whether the store that is there keeps its lengths of segments, whatever `layout` has.
 
     Raises:
         StoreMismatchError: If the store there was made with another layout, identity or version.
@@ -62,11 +70,14 @@ def create(uri: str | Path, layout: Layout, identity: Mapping[str, Any], *, over
     elif overwrite or root.being_removed:
         remove(directory)
         root = None
-    elif differences(_decisive(root.header), _decisive(header)):
-        raise StoreMismatchError(
-            f"{uri} was made by another run:\n{differences(root.header, header)}\n"
-            "Give --overwrite to replace it, or another path to keep both."
-        )
+    else:
+        if own_segments:
+            header["layout"] = _with_segments(layout.document(), root.header.get("layout", {}))
+        if differences(_decisive(root.header), _decisive(header)):
+            raise StoreMismatchError(
+                f"{uri} was made by another run:\n{differences(root.header, header)}\n"
+                "Give --overwrite to replace it, or another path to keep both."
+            )
     for name in (METADATA, *RECORDS):
         directory.clear_partial(name)
     if root is not None:
@@ -179,6 +190,15 @@ def _decoded(store: Store, source_id: str, group: xarray.Dataset | None, files: 
         # scale, float16, becomes float32 by one of 1.
         attributes["scale_factor"] = np.float32(attributes.get("scale_factor", 1))
     return xarray.decode_cf(dataset)
+
+
+def _with_segments(layout: Document, of: Document) -> Document:
+    """A layout with the lengths of segments of another."""
+    lengths = ("segment_frames", "corpus_segment_frames")
+    return {
+        **{key: value for key, value in layout.items() if key not in lengths},
+        **{key: of[key] for key in lengths if key in of},
+    }
 
 
 def _decisive(header: Document) -> Document:

@@ -50,6 +50,9 @@ def test_labels_come_in_one_order_however_they_are_given():
         ({"shard_frames": 10}, (70, 2050)),
         ({"shard_frames": 100}, (100, 2100)),
         ({"segment_frames": 256}, (256, None)),
+        ({"device": "cpu"}, (64, None)),
+        ({"noise": "gaussian", "steps": 4}, (64, 512)),
+        ({"noise": "gaussian", "steps": 4, "ensemble": 10}, (64, None)),
     ],
 )
 def test_segments_left_out_are_long_for_a_corpus_and_of_whole_shards(options, lengths):

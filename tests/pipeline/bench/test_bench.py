@@ -106,6 +106,7 @@ def test_what_is_measured_is_what_a_run_does(config, tmp_path, monkeypatch):
     for index, size in enumerate(sizes):
         Image.new("RGB", size, (index, 0, 0)).save(tmp_path / f"{index}.png")
     monkeypatch.setattr("depthmill.pipeline.types.CORPUS_PICTURES", len(sizes))
+    monkeypatch.setattr(LabelConfig, "segment_lengths", (64, 2048))  # which is a GPU's
     asked, layouts = [], []
     submit, create = Labeler.submit, feed.create
 

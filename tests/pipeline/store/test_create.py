@@ -127,6 +127,16 @@ def test_the_order_in_which_labels_were_named_does_not_matter(tmp_path):
         stores.create(tmp_path, Layout(("depth",)), IDENTITY)
 
 
+def test_segments_that_nobody_asked_for_are_as_long_as_the_store_s(tmp_path):
+    stores.create(tmp_path, Layout(segment_frames=32, corpus_segment_frames=64), IDENTITY)
+    again = stores.create(tmp_path, Layout(), IDENTITY, own_segments=True)
+    assert (again.layout.segment_frames, again.layout.corpus_segment_frames) == (32, 64)
+    with pytest.raises(StoreMismatchError, match=r"other run:\n  layout\.shard_frames: 16 there, 8 now\nGive"):
+        stores.create(tmp_path, Layout(shard_frames=8), IDENTITY, own_segments=True)
+    anew = stores.create(tmp_path, Layout(), IDENTITY, own_segments=True, overwrite=True)
+    assert (anew.layout.segment_frames, anew.layout.corpus_segment_frames) == (64, None)
+
+
 def test_overwrite_starts_anew(store, tmp_path):
     write(store, Segment("video", 0, 8))
     write_failures(store.directory, store.failures())
