@@ -8,6 +8,7 @@ in nothing that is shown, stored or raised.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from typing import Any
@@ -29,6 +30,8 @@ _BESIDE_SIGNATURE = re.compile(
 # What may be a secret, or the name of something: it tells URLs apart, without being told.
 _MAYBE_SECRET = re.compile(r".*(sign|token|key|secret|passw|cred|auth)")
 _HASHED = re.compile(r"~[0-9a-f]{12}")
+
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of whatever it raises
 
 _signed: dict[str, str] = {}  # URL without secrets -> the URL that was given
 

@@ -79,12 +79,15 @@ class ObjectDirectory:
 
     def children(self, key: str = "") -> list[str]:
         """See `Directory`."""
+        path = self._path(key)
         with self._translated(key, "listed"):
             try:
-                entries = self._fs.ls(self._path(key), detail=True, refresh=True)
+                entries = self._fs.ls(path, detail=True, refresh=True)
             except FileNotFoundError:
                 return []
-        names = (_name(entry) + ("/" if entry["type"] == "directory" else "") for entry in entries if _counts(entry))
+        # A marker of this very folder has its name, in gcsfs's words.
+        below = (entry for entry in entries if _counts(entry) and entry["name"].rstrip("/") != path)
+        names = (_name(entry) + ("/" if entry["type"] == "directory" else "") for entry in below)
         return sorted(name for name in names if name.strip("/"))
 
     def sizes(self, key: str = "") -> Iterator[tuple[str, int]]:
@@ -148,7 +151,7 @@ def _contents(found: bytes | Exception) -> bytes | None:
 
 
 def _counts(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry is more than the empty object `folder/` by which S3's console shows a folder."""
+    """Whether an entry is more than the empty object `folder/` by which consoles show a folder."""
     return entry["type"] == "directory" or not entry["name"].endswith("/")
 
 

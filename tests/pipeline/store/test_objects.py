@@ -1,5 +1,6 @@
 """Stores in object storage, on a server of S3's protocol on loopback."""
 
+import logging
 import multiprocessing
 import subprocess
 import sys
@@ -165,6 +166,15 @@ def test_the_marker_of_an_empty_folder_is_nothing(s3):
     assert stores.create(f"{s3.url}/s", LAYOUT, IDENTITY).new
 
 
+def test_the_marker_of_a_folder_is_none_of_what_is_in_it(s3, monkeypatch):
+    """As gcsfs lists it: by the folder's own name."""
+    directory = open_directory(f"{s3.url}/s")
+    path = f"{s3.url}/s".removeprefix("s3://")
+    entries = [{"name": name, "type": "directory"} for name in (path, f"{path}/video")]
+    monkeypatch.setattr(directory._fs, "ls", lambda *args, **options: entries)
+    assert directory.children() == ["video/"]
+
+
 def test_what_is_no_store_of_ours_is_never_touched(s3):
     directory = open_directory(f"{s3.url}/photos")
     directory.write("holiday/beach.jpg", b"dear")
@@ -208,6 +218,10 @@ def test_a_library_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(StoreError, match=r"pip install 'depthmill\[gs\]'"):
         stores.open_store("gs://bucket/s")
+
+
+def test_what_a_library_raises_it_does_not_print_as_well():
+    assert not logging.getLogger("gcsfs").isEnabledFor(logging.ERROR)
 
 
 @pytest.mark.slow
