@@ -268,7 +268,7 @@ def _files(name: str, directory: Path) -> list[Path]:
 def _check_whole(name: str, path: Path) -> None:
     """Refuse weights that are not as long as their header says; nothing of them is read."""
     try:
-        with safe_open(path, "numpy"):
+        with path.open("rb"), safe_open(path, "numpy"):  # which says of any that it cannot open that it is not there
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(

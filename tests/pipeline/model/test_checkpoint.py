@@ -95,6 +95,19 @@ def test_weights_must_fit_exactly(depth, part, damage):
         (load_unet if part == "unet" else load_vae)(checkpoint)
 
 
+def test_why_weights_cannot_be_read(depth, monkeypatch):
+    opened = Path.open
+
+    def refuse(path, *args, **options):
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"\.safetensors cannot be read \(.*Permission denied"):
+        open_checkpoint(str(depth), "depth")
+
+
 @pytest.mark.parametrize("damage", ["missing", "left over"])
 def test_weights_of_shards_must_fit_exactly(depth, damage):
     unet = UNet2DConditionModel.from_pretrained(depth / "unet")
