@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass, replace
 from functools import cache
@@ -212,7 +213,15 @@ def _locate(name: str, modality: Modality) -> Path:
     if name == DEMO:
         return Path(str(resources.files("depthmill.pipeline.model"))) / "demo" / modality
     if name and Path(name).is_dir():
-        return Path(name).resolve()
+        directory = Path(name).resolve()
+        for folder in (directory, *(directory / part for part in {*_PARTS, *_JOINT_PARTS})):
+            for path in (folder, *folder.glob("*.json"), *folder.glob("*.txt")):
+                if os.path.exists(path) and not os.access(path, os.R_OK):  # noqa: PTH110 (a refused Path raises)
+                    raise CheckpointError(
+                        f"checkpoint {name}: {path} may not be read; expected files of this user's, or for all to "
+                        "read: change its permissions, or copy it"
+                    )
+        return directory
     if name and Path(name).exists():
         raise CheckpointError(
             f"checkpoint {name} is a file; expected a directory with {', '.join(_PARTS)} in it (diffusers layout)"

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -105,6 +106,13 @@ def test_why_weights_cannot_be_read(depth, monkeypatch):
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(CheckpointError, match=r"\.safetensors cannot be read \(.*Permission denied"):
+        open_checkpoint(str(depth), "depth")
+
+
+@pytest.mark.parametrize("name", ["depth", "unet", "unet/config.json", "tokenizer/vocab.json"])
+def test_what_may_not_be_read_is_named(depth, monkeypatch, name):
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith(name))
+    with pytest.raises(CheckpointError, match=f"{name} may not be read"):
         open_checkpoint(str(depth), "depth")
 
 
