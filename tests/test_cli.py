@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import depthmill
-from depthmill.cli import _warn_of_demo
+from depthmill.cli import _warn_of_demo, main
 from depthmill.pipeline.sources import expand_inputs, open_source
 from depthmill.tests import media, runs
 from depthmill.tests.pipeline.store.samples import files
@@ -234,6 +234,17 @@ def test_an_error_that_was_not_foreseen_is_no_failed_frame(cli, tmp_path, monkey
     done = cli("inspect", tmp_path)
     assert done.returncode == 70
     assert "RuntimeError: unforeseen" in done.stderr
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_the_network_s_threads_wait_asleep_unless_told_otherwise(monkeypatch, given, kept):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr("depthmill.cli.app", lambda: None)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert os.environ["OMP_WAIT_POLICY"] == kept
 
 
 def test_a_set_of_clips_without_video(cli, tmp_path):
