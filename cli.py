@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 
 from depthmill import __version__
 from depthmill.pipeline.errors import ConfigError, DepthmillError, RunStoppedError, StoreFullError, printable
+from depthmill.pipeline.machine import short_of_memory
 from depthmill.workers.stopping import stoppable
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ _Address = Annotated[
 _FrameLimit = Annotated[float | None, typer.Option(help="Seconds that a frame may take, at most.")]
 
 SOME_FAILED, NOT_STARTED, CRASHED, STOPPED = 1, 2, 70, 130
-_INTERRUPTED = "stopped; what is committed stays"
+_KEPT = "what is committed stays"
+_INTERRUPTED = f"stopped; {_KEPT}"
 
 
 def main() -> NoReturn:
@@ -90,9 +92,11 @@ def main() -> NoReturn:
             if end.code == STOPPED:  # which is what the parser makes of a KeyboardInterrupt
                 _stopped(_INTERRUPTED)
             raise
-        except Exception:  # Python's own status for it would say that some frames failed
+        except Exception as error:  # Python's own status for it would say that some frames failed
             if stopped.is_set():  # a library that was being imported, say, made this of it
                 _stopped(_INTERRUPTED)
+            if short_of_memory(error):
+                _stopped(f"no memory is left ({error}): free some, or raise the limit on it, and run again; {_KEPT}")
             traceback.print_exc()
             sys.exit(CRASHED)
         sys.exit(0)

@@ -21,6 +21,7 @@ from depthmill.pipeline.errors import EvaluationError, UnscorableError
 from depthmill.pipeline.evaluation.datasets import Colours
 from depthmill.pipeline.evaluation.decode import Floats, depth_png
 from depthmill.pipeline.evaluation.samples import Sample, some
+from depthmill.pipeline.machine import check_memory
 
 Doubles = npt.NDArray[np.float64]
 
@@ -164,6 +165,7 @@ def read_true_depth(wanted: ClipSet, frame: ClipFrame) -> Floats:
     try:
         whole = depth_png(frame.truth.read_bytes(), steps_per_m=frame.factor)
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        check_memory(error)
         raise UnscorableError(f"{frame.truth} cannot be read: {str(error) or type(error).__name__}") from error
     valid = (whole > 1e-3) & (whole < wanted.cap_m)
     scored = wanted.rows, wanted.columns

@@ -16,6 +16,7 @@ from depthmill.pipeline.errors import EvaluationError, StoreDamagedError, Unscor
 from depthmill.pipeline.evaluation.decode import Floats
 from depthmill.pipeline.evaluation.samples import Sample, some
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
+from depthmill.pipeline.machine import check_memory
 from depthmill.pipeline.store import open_store
 from depthmill.pipeline.store.rows import open_labels
 from depthmill.pipeline.store.temporal import Temporal, not_smoothed
@@ -85,6 +86,7 @@ def from_folder(
             with path.open("rb") as file:
                 values = np.load(file, allow_pickle=False)
         except Exception as error:  # what NumPy takes for an archive, zipfile's
+            check_memory(error)
             raise UnscorableError(f"its prediction cannot be read: {error}") from error
         if not isinstance(values, np.ndarray):
             raise UnscorableError(

@@ -18,6 +18,7 @@ from depthmill.pipeline.evaluation.archive import Archive
 from depthmill.pipeline.evaluation.datasets import Colours, Crop, EvaluationSet
 from depthmill.pipeline.evaluation.decode import Floats
 from depthmill.pipeline.geometry import axes_signs
+from depthmill.pipeline.machine import check_memory
 from depthmill.pipeline.store import write_atomically
 
 _SHOWN = 3
@@ -90,6 +91,7 @@ def read_truth(wanted: EvaluationSet, archive: Archive, sample: Sample) -> Truth
         if wanted.crop is not None:
             values = values[wanted.crop(*values.shape[:2])]
     except Exception as error:  # Pillow's and FFmpeg's decoders raise whatever they stumble over
+        check_memory(error)
         raise UnscorableError(f"its ground truth cannot be read: {str(error) or type(error).__name__}") from error
     H, W = values.shape[:2]
     if wanted.modality == "normals":
@@ -150,11 +152,8 @@ def _prepared(data: bytes, crop: Crop | None, colours: Colours | None) -> bytes 
             if crop is None and colours is None and image.getexif().get(0x0112, 1) == 1:
                 return None
             pixels: npt.NDArray[Any] = np.asarray(image.convert("RGB"))
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        if "out of memory" in str(error):  # an OSError of theirs
-            raise MemoryError(str(error)) from error
+        check_memory(error)
         return None
     if crop is not None:
         try:

@@ -36,6 +36,7 @@ from PIL import (  # noqa: F401 (a plugin registers its format when it is import
 )
 
 from depthmill.pipeline.errors import MissingError, SourceError
+from depthmill.pipeline.machine import check_memory
 from depthmill.pipeline.sources.limits import refusal
 from depthmill.pipeline.sources.naming import source_id
 from depthmill.pipeline.sources.opening import AWAY_ERRORS, OWN_ERRORS, open_binary, read_whole, unanswered
@@ -155,6 +156,7 @@ def decode_image(picture: Path | BinaryIO, max_pixels: int) -> npt.NDArray[np.ui
     Raises:
         SourceError: If it cannot be read, or has more than `max_pixels`, or more than its bytes can hold.
         OSError: If a file cannot be read for a reason that is not its own: on another try it may be.
+        MemoryError: If memory does not suffice, which is not the picture's fault either.
     """
     try:
         with _open_image(picture) as image:
@@ -174,6 +176,7 @@ def decode_image(picture: Path | BinaryIO, max_pixels: int) -> npt.NDArray[np.ui
             what = "a TIFF that is damaged, or whose pixels are of a kind that is not read (as RGB in floats)"
         raise SourceError(f"{what}; expected one of {', '.join(_FORMATS)}: replace it or leave it out") from error
     except Exception as error:  # Pillow's decoders raise whatever they stumble over: SyntaxError, struct.error …
+        check_memory(error)
         if isinstance(error, OSError) and error.errno not in _OWN_ERRORS:
             raise
         raise SourceError(f"cannot be decoded ({error or type(error).__name__}): replace it or leave it out") from error

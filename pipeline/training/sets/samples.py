@@ -17,6 +17,7 @@ from pydantic import Field
 from depthmill.pipeline.config import StrictModel
 from depthmill.pipeline.errors import SampleError, SourceError, TrainingError
 from depthmill.pipeline.file_state import holds_files
+from depthmill.pipeline.machine import check_memory
 from depthmill.pipeline.sources.opening import AWAY_ERRORS
 from depthmill.pipeline.sources.pictures import decode_image
 from depthmill.pipeline.training.batch import Batch
@@ -106,6 +107,7 @@ def read_16_bit(path: Path) -> npt.NDArray[np.uint16]:
         with Image.open(path, formats=["PNG"]) as image:
             mode, values = image.mode, np.asarray(image)
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        check_memory(error)
         _check_own(path, error)
         raise SampleError(f"{path}: cannot be decoded ({error or type(error).__name__}): replace it") from error
     if not mode.startswith("I"):

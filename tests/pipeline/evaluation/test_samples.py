@@ -4,6 +4,7 @@ import gzip
 import io
 import re
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -274,6 +275,15 @@ def test_a_picture_for_which_memory_does_not_suffice_is_not_shown_otherwise(tmp_
     with pytest.raises(RunStoppedError, match=r"^a\.png cannot be prepared, since no memory is left: "):
         write_picture(data, tmp_path / "a.png", colours=fail if where == "coloured" else SETS["ibims"].colours)
     assert not list(tmp_path.iterdir())
+
+
+def test_truth_is_not_damaged_for_lack_of_memory(nyu):
+    """It would be missing in the figures."""
+    wanted, files, _, data = nyu
+    archive, samples = open_samples(wanted, layouts.write_tar(data, files))
+    with pytest.raises(MemoryError, match="no memory is left"):
+        read_truth(replace(wanted, decode=Mock(side_effect=MemoryError())), archive, samples[0])
+    archive.close()
 
 
 @pytest.mark.parametrize("shown", ["crop", "colours"])

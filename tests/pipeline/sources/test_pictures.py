@@ -3,11 +3,12 @@ from __future__ import annotations
 import io
 import struct
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import PIL
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources import open_source, pictures
@@ -287,6 +288,16 @@ def test_a_reason_says_that_a_mended_picture_makes_another_input(tmp_path: Path)
     assert frame.error.endswith(": replace it or leave it out, and label its input anew")
     Image.new("RGB", (1, 1)).save(tmp_path / "a" / "a.png")
     assert open_source(tmp_path / "a").probe().fingerprint != source.probe().fingerprint
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory when reading image file")], ids=repr)
+def test_a_picture_is_not_damaged_for_lack_of_memory(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its own damage it would be committed as failed, and left out of training."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", Mock(side_effect=error))
+    with pytest.raises(MemoryError, match="no memory is left"):
+        decode_image(buffer, LIMIT)
 
 
 def test_a_digest_is_of_the_size_and_both_ends() -> None:
