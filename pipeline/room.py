@@ -1,7 +1,8 @@
-"""Words for a disk that is full."""
+"""Words for a disk that is full, or away."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,10 +17,10 @@ _NO_ROOM = 1 << 20  # bytes
 
 @contextmanager
 def room_in(folder: Path) -> Iterator[None]:
-    """Say in a line that something could not be written because the disk is full.
+    """Say in a line that something could not be written because the disk is full, or the folder no longer usable.
 
     Raises:
-        RunStoppedError: If it is.
+        RunStoppedError: If so.
     """
     try:
         yield
@@ -29,6 +30,11 @@ def room_in(folder: Path) -> Iterator[None]:
         number = int(told[1]) if told else getattr(error, "errno", None)
         filled = isinstance(error, RuntimeError) and folder.exists() and shutil.disk_usage(folder).free < _NO_ROOM
         if number not in FULL and not filled:
+            if isinstance(error, OSError) and f"{folder}{os.sep}" in str(error):
+                raise RunStoppedError(
+                    f"{folder} can no longer be used ({error}); expected it as it was, on a mount that is there: see "
+                    "to that, and run again to go on from what is saved in it"
+                ) from error
             raise
         where = getattr(error, "filename", None) or folder
         raise RunStoppedError(

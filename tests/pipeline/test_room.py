@@ -36,6 +36,12 @@ def test_a_full_disk_is_said_in_a_line(
         raise error
 
 
+def test_a_folder_that_goes_away_is_said_in_a_line(tmp_path: Path) -> None:
+    """Tensorboard names files in bytes."""
+    with pytest.raises(RunStoppedError, match=r"can no longer be used .*gone/events"), room_in(tmp_path / "gone"):
+        open(os.fsencode(tmp_path / "gone" / "events"), "ab")  # noqa: PTH123, SIM115
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("a bug"), OSError(errno.EIO, "I/O"), OSError("?")], ids=lambda error: type(error).__name__
 )
