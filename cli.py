@@ -96,7 +96,7 @@ def main() -> NoReturn:
             if stopped.is_set():  # a library that was being imported, say, made this of it
                 _stopped(_INTERRUPTED)
             if short_of_memory(error):
-                _stopped(f"no memory is left ({error}): free some, or raise the limit on it, and run again; {_KEPT}")
+                _stopped(f"no memory, or no thread, is left ({error}): raise what limits it, and run again; {_KEPT}")
             traceback.print_exc()
             sys.exit(CRASHED)
         sys.exit(0)

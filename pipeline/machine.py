@@ -44,13 +44,14 @@ def give_back_freed_memory() -> None:
 
 
 def short_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory does not suffice: Pillow, libavif and torch have errors of their own for it."""
+    """Whether an error says that memory, or threads, do not suffice: many libraries have errors of their own for it."""
     words = str(error).lower()
     return (
         isinstance(error, MemoryError)
         or isinstance(error.__cause__, MemoryError)
         or "out of memory" in words
         or "can't allocate memory" in words
+        or "can't start new thread" in words
     )
 
 

@@ -30,10 +30,10 @@ def room_in(folder: Path) -> Iterator[None]:
         number = int(told[1]) if told else getattr(error, "errno", None)
         filled = isinstance(error, RuntimeError) and folder.exists() and shutil.disk_usage(folder).free < _NO_ROOM
         if number not in FULL and not filled:
-            if isinstance(error, OSError) and f"{folder}{os.sep}" in str(error):
+            if number is not None and f"{folder}{os.sep}" in str(error):
                 raise RunStoppedError(
-                    f"{folder} can no longer be used ({error}); expected it as it was, on a mount that is there: see "
-                    "to that, and run again to go on from what is saved in it"
+                    f"{folder} can no longer be used ({error}); expected it as it was, on a mount that is there, and "
+                    "no other run in it: see to that, and run again to go on from what is saved in it"
                 ) from error
             raise
         where = getattr(error, "filename", None) or folder

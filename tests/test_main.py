@@ -134,7 +134,7 @@ def test_what_a_library_makes_of_a_signal_is_no_bug(stopped, tmp_path, monkeypat
     assert said == (130, "depthmill: stopped; what is committed stays\n")
 
 
-@pytest.mark.parametrize("error", [MemoryError("72 MiB"), RuntimeError("can't allocate memory: 72 MiB")], ids=repr)
+@pytest.mark.parametrize("error", [MemoryError("72 MiB"), RuntimeError("can't start new thread")], ids=repr)
 def test_lack_of_memory_stops_any_command_in_a_line(cli, tmp_path, monkeypatch, error):
     def ended(status):
         raise SystemExit(status)
@@ -142,7 +142,7 @@ def test_lack_of_memory_stops_any_command_in_a_line(cli, tmp_path, monkeypatch, 
     monkeypatch.setattr("depthmill.cli.os._exit", ended)
     monkeypatch.setattr("depthmill.pipeline.store.open_store", Mock(side_effect=error))
     done = cli("verify", tmp_path)
-    assert (done.returncode, done.stderr[:28]) == (130, "depthmill: no memory is left")
+    assert (done.returncode, done.stderr[:28]) == (130, "depthmill: no memory, or no ")
 
 
 @pytest.mark.parametrize("stages", [True, False])

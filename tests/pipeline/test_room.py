@@ -36,10 +36,17 @@ def test_a_full_disk_is_said_in_a_line(
         raise error
 
 
-def test_a_folder_that_goes_away_is_said_in_a_line(tmp_path: Path) -> None:
-    """Tensorboard names files in bytes."""
-    with pytest.raises(RunStoppedError, match=r"can no longer be used .*gone/events"), room_in(tmp_path / "gone"):
-        open(os.fsencode(tmp_path / "gone" / "events"), "ab")  # noqa: PTH123, SIM115
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file", b"/gone/events"),  # tensorboard's
+        SafetensorError('I/O error: No such file or directory (os error 2) at path "/gone/states/.tmp"'),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_folder_that_goes_away_is_said_in_a_line(error: Exception) -> None:
+    with pytest.raises(RunStoppedError, match=r"^/gone can no longer be used "), room_in(Path("/gone")):
+        raise error
 
 
 @pytest.mark.parametrize(
