@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from depthmill.pipeline.machine import check_memory
 from depthmill.pipeline.store.checked import decoded, wrong
 from depthmill.pipeline.store.files import json_bytes
 from depthmill.pipeline.store.layout import Document, file_key, group_document, segment_files
@@ -181,6 +182,7 @@ class _Check:
             try:
                 return decoded(self._arrays[name], file, part)
             except Exception as error:  # whatever codecs raise of broken bytes
+                check_memory(error)
                 frames = rows if name == "checksum" else part
                 found.append((key, frames.start, frames.stop, f"cannot be decoded: {type(error).__name__}: {error}"))
                 return None
@@ -262,6 +264,7 @@ def _verify_metadata(store: Store, source_id: str, found: Mapping[str, bytes], r
             lost = np.isnan(values) if name == "time" else values == ""
             reason = "lacks values" if lost.sum() > (attributes["kind"] == "parquet") else ""
         except Exception as error:  # whatever codecs raise of broken bytes
+            check_memory(error)
             reason = f"cannot be decoded: {type(error).__name__}: {error}"
     if reason:
         yield Damage(source_id, 0, frames, key, reason)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from depthmill.pipeline.errors import StoreError
+from depthmill.pipeline.machine import check_memory
 from depthmill.pipeline.store.layout import Document, file_key, rows_per_file
 from depthmill.pipeline.store.root import METADATA
 from depthmill.pipeline.store.shard import decode_rows
@@ -88,6 +89,7 @@ def _wrong(store: Store, name: str, array: Document, rows: Segment) -> Iterator[
         except StoreError:
             raise
         except Exception as error:  # whatever codecs raise of broken bytes
+            check_memory(error)
             reason = f"cannot be decoded: {type(error).__name__}: {error}"
         if reason:
             yield key, start, stop, reason

@@ -8,6 +8,7 @@ import time
 import warnings
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -50,6 +51,14 @@ def test_nothing_is_read_through_zarr(done, monkeypatch):
     """It takes a millisecond and more for each array, and for each chunk: of many small sources, most of the time."""
     monkeypatch.delattr(zarr.Array, "__getitem__")
     assert verify(done).damage == ()
+
+
+def test_nothing_is_un_committed_for_lack_of_memory(done, monkeypatch):
+    before = files(done.uri)
+    monkeypatch.setattr(verifying, "decoded", Mock(side_effect=MemoryError()))
+    with pytest.raises(MemoryError, match="no memory is left"):
+        verify(done, repair=True)
+    assert files(done.uri) == before
 
 
 def flip(data):
