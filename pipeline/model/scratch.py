@@ -262,6 +262,8 @@ def save(
         for key, weight in modules["text_encoder"].state_dict().items()
     }
     save_file(text, directory / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    for weights in directory.glob("*/*.safetensors"):  # safetensors' are for their owner alone, whatever the umask
+        weights.chmod((weights.parent / "config.json").stat().st_mode)
     told, assumed = description or Description(), Description()
     said: dict[str, Any] = {}
     if modality == "normals":
