@@ -1,4 +1,6 @@
 import dataclasses
+import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ import depthmill
 from depthmill.pipeline import store as stores
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.store import Layout
+from depthmill.pipeline.store.layout import FORMAT, checksum, segment_files, source_arrays, source_attributes
 from depthmill.pipeline.types import CORPUS_PICTURES, Segment
-from depthmill.tests.pipeline.store.samples import IMAGES, files, labels, write
+from depthmill.tests.pipeline.store.samples import IMAGES, VIDEO, files, labels, write
 
 
 @pytest.mark.parametrize(
@@ -36,6 +39,8 @@ def test_huge_pictures_get_shards_that_fit_in_memory():
     assert layout.frames_per_shard(2160, 3840) == 4
     assert layout.frames_per_shard(8000, 6250) == 1
     assert (layout.frames_per_shard(3000, 4000), Layout(uncertainty=True).frames_per_shard(3000, 4000)) == (4, 2)
+    assert Layout(normals_dtype="int16").frames_per_shard(3000, 4000) == 2
+    assert Layout(("depth",)).frames_per_shard(2048, 4096) == 16, "as large as one may be"
     assert layout.frames_per_segment({"kind": "images", "frames": 5, "size": [8000, 6250]}) == 4
 
 
@@ -67,3 +72,16 @@ def test_huge_pictures_are_written_in_small_shards(tmp_path):
     dataset = depthmill.open(store.uri)["images"]
     assert np.abs(dataset["depth"][4, :100].values - labels(4, 100, 6250)[0]).max() <= 1e-4
     assert sum(map(len, files(store.uri).values())) < 4e6, "the empty canvas costs next to nothing"
+
+
+def test_where_files_are_and_what_is_in_them_stays_as_long_as_the_format():
+    """What was written before is read by this: whoever changes it raises FORMAT."""
+    told = [checksum(b"a file")]
+    for source in (VIDEO, IMAGES):
+        for layout in (Layout(uncertainty=True), Layout(normals_dtype="float16")):
+            arrays = source_arrays(source_attributes(source), layout)
+            for array in arrays.values():
+                del array["attributes"]["long_name"]
+            told += [sorted(arrays.items()), list(segment_files(Segment(source.id, 0, 5), arrays).items())]
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    assert (FORMAT, digest[:16]) == (1, "247567c1c3c6663b")
