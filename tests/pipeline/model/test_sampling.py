@@ -164,8 +164,9 @@ def test_the_padding_has_no_say_in_how_an_ensemble_is_aligned(trained_for, monke
     real = sampling.ensemble_depth
     monkeypatch.setattr(sampling, "ensemble_depth", lambda one: shapes.append(tuple(one.shape)) or real(one))
     sampled.label([frames(1)[0], frames(1, 35, 50)[0]])
+    sampled.label([frames(1, 50, 35)[0]])
     assert sampled.batch_shape(*SHAPE) == (34, 48)
-    assert shapes == [(3, 34, 48), (3, 33, 48)]
+    assert shapes == [(3, 34, 48), (3, 33, 48), (3, 48, 33)]
 
 
 def test_the_same_picture_under_another_key_is_another_draw(trained_for):
@@ -213,6 +214,7 @@ def test_noise_has_unit_variance_and_no_mean(kind):
 
 def test_noise_is_each_member_s_own():
     names = [(0, "a/1", 0, "depth"), (1, "a/1", 0, "depth"), (0, "a/2", 0, "depth"), (0, "a/1", 1, "depth")]
+    names += [(1, "a/1", 11, "depth"), (11, "a/1", 1, "depth")]
     drawn = [draw_noise("gaussian", (4, 8, 8), generator(*name)) for name in [*names, (0, "a/1", 0, "normals")]]
     again = draw_noise("gaussian", (4, 8, 8), generator(*names[0]))
     assert torch.equal(drawn[0], again)
