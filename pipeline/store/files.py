@@ -122,7 +122,7 @@ class LocalDirectory:
                     file.seek(max(start, -os.fstat(file.fileno()).st_size), os.SEEK_END)
                     return file.read()
                 file.seek(start or 0)
-                return file.read() if stop is None else file.read(max(0, stop - (start or 0)))
+                return file.read() if stop is None else file.read(stop - (start or 0))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:

@@ -240,7 +240,7 @@ class SegmentWriter:
     def _finish_row(self, row: int, status: int) -> None:
         self._status[row] = status
         start = row - row % self._shard_frames
-        stop = min(start + self._shard_frames, self._segment.frames)
+        stop = start + self._shard_frames
         if (self._status[start:stop] == PENDING).any():
             return
         given = {one: self._rows.pop(one) for one in range(start, stop) if one in self._rows}
