@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from depthmill.pipeline.errors import StoreError, StoreForbiddenError
-from depthmill.pipeline.store.files import LocalDirectory, write_atomically
+from depthmill.pipeline.store.files import LocalDirectory, decoding, write_atomically
 
 """Files on a local disk: whole or absent, however many write them."""
 
@@ -72,6 +72,40 @@ def test_a_store_that_goes_away_while_a_file_of_it_is_written_is_told_as_that(tm
     for key in ("zarr.json", "a/b/zarr.json"):
         with pytest.raises(StoreError, match="is gone, or there is nothing in it"):
             LocalDirectory(tmp_path / "labels.zarr").write(key, b"{}")
+
+
+@pytest.mark.parametrize("key", ["a/zarr.json", "a/b/zarr.json"])
+def test_no_folder_is_made_in_what_a_mount_has_left(tmp_path, key):
+    with pytest.raises(StoreError, match="is gone, or there is nothing in it"):
+        LocalDirectory(tmp_path).write(key, b"{}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.EEXIST, errno.ESTALE])
+def test_a_write_whose_folder_went_with_another_begins_again(tmp_path, monkeypatch, code):
+    replace, errors = os.replace, [OSError(code, os.strerror(code))]
+
+    def fail_once(*paths):
+        if errors:
+            raise errors.pop()
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    write_atomically(tmp_path / "zarr.json", b"{}")
+    assert (tmp_path / "zarr.json").read_bytes() == b"{}"
+
+
+def test_parts_of_a_file(tmp_path):
+    directory = LocalDirectory(tmp_path)
+    directory.write("zarr.json", b"0123456789")
+    parts = {(): b"0123456789", (3,): b"3456789", (3, 5): b"34", (0, 1): b"0", (8, 99): b"89", (-4,): b"6789"}
+    parts[-99,] = parts[()]  # an index that is longer than what is left of its file
+    assert {part: directory.read("zarr.json", *part) for part in parts} == parts
+
+
+def test_memory_that_does_not_suffice_is_no_damage():
+    with pytest.raises(MemoryError), decoding("labels.zarr", "video/depth"):
+        raise MemoryError
 
 
 def test_sizes_are_of_whole_files_and_of_none_behind_links(tmp_path):

@@ -51,6 +51,10 @@ def test_chunks_that_are_kept_stay_where_a_reader_has_found_them(store):
 
 def test_what_fails_again_has_its_new_reason(store, other):
     write(store, IMAGES_SEGMENT, failed={1, 3})
+    status = Path(store.uri) / "images/status/c/0"
+    before = status.read_bytes()
+    write(store, IMAGES_SEGMENT, redo=[1, 3])
+    status.write_bytes(before)  # as if killed there
     writer = store.writer(IMAGES_SEGMENT, [1, 3])
     writer.fail(3, "still broken")
     writer.put(1, *labels(1))

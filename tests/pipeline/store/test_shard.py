@@ -9,7 +9,7 @@ from depthmill.pipeline import store as stores
 from depthmill.pipeline.store import Layout
 from depthmill.pipeline.store.files import open_directory
 from depthmill.pipeline.store.layout import array_document, checksum, pack_depth, pack_normals, segment_files
-from depthmill.pipeline.store.shard import read_rows, write_plain
+from depthmill.pipeline.store.shard import assemble, read_rows, split, write_plain
 from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
 from depthmill.pipeline.types import FAILED, LABELLED, Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, VIDEO, files, labels
@@ -88,6 +88,19 @@ def test_plain_arrays_are_those_that_zarr_writes(tmp_path, fill, dtype, values):
     assert sums == {key: checksum(there[key]) if key in there else 0 for key in (f"video/x/c/{i}" for i in range(3))}
     read = read_rows(ours, "video", "x", document, slice(1, 8))
     assert np.array_equal(read, given[1:8], equal_nan=dtype == "float32")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:-1], lambda data: data[:-20] + b"\1" + data[-19:], lambda _: b""]
+)
+def test_a_shard_whose_index_is_broken_has_no_chunks(change):
+    document = array_document(
+        shape=(4, 2, 2), rows=4, dtype="uint8", fill=0, dimensions=("frame", "y", "x"), attributes={}, sharded=True
+    )
+    data = assemble({2: b"chunk"}, document)
+    assert split(data, document) == {2: b"chunk"}
+    with pytest.raises(ValueError, match="index"):
+        split(change(data), document)
 
 
 def test_times_are_stored_as_the_array_has_them_whatever_they_are_given_as(store):

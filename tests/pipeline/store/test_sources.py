@@ -250,7 +250,9 @@ def test_the_root_tells_what_a_damaged_file_of_a_source_was(store, lost, index):
 
 def test_a_damaged_source_that_no_root_names_is_told_and_hides_no_other(store):
     store.add_source(dataclasses.replace(VIDEO, id="new"))
-    (Path(store.uri) / "new/zarr.json").write_bytes(b"")
+    path = Path(store.uri) / "new/zarr.json"
+    whole = path.read_bytes()
+    path.write_bytes(b"")
     worker = stores.open_store(store.uri, index=False)
     with pytest.raises(StoreDamagedError, match=r"new/zarr.json is damaged .*remove the directory"):
         worker.progress("new")
@@ -260,3 +262,8 @@ def test_a_damaged_source_that_no_root_names_is_told_and_hides_no_other(store):
     assert driver.sources() == ["images", "video"]
     assert list(driver.damaged) == ["new"]
     assert [(failure.source_id, failure.frame) for failure in driver.failures()] == [("new", None)]
+    path.write_bytes(whole)
+    assert worker.progress("new").labelled == 0
+    shutil.rmtree(path.parent)
+    assert driver.sources() == ["images", "video"]
+    assert not driver.damaged

@@ -14,6 +14,7 @@ from depthmill.pipeline.store import layout
 from depthmill.pipeline.store import writer as writing
 from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.records import write_failures
+from depthmill.pipeline.store.verify import verify
 from depthmill.pipeline.types import FAILED, LABELLED, PENDING, Failure, Segment
 from depthmill.tests.pipeline.store.samples import IDENTITY, IMAGES, LAYOUT, VIDEO, files, labels, write
 
@@ -82,6 +83,7 @@ def test_no_two_segments_share_a_file(store):
         written.append(files(store.uri).keys() - before.keys())
         assert files(store.uri).items() >= before.items()
     assert sum(map(len, written)) == len(set.union(*map(set, written)))
+    assert verify(store).damage == (), "each has its checksums, the short one at the end too"
 
 
 def test_failed_frames_keep_their_reason(store):
@@ -180,6 +182,8 @@ def test_misuse_is_refused(store):
     images = store.writer(Segment("images", 0, 5))
     with pytest.raises(StoreError, match=r"not at most \(24, 32\)"):
         images.put(0, *labels(0, 25, 32))
+    with pytest.raises(StoreError, match=r"not at most \(24, 32\)"):
+        images.put(0, *labels(0, 24, 33))
     with pytest.raises(StoreError, match="different sizes"):
         images.put(0, labels(0, 10, 10)[0], labels(0, 10, 11)[1])
     for segment in (Segment("video", 0, 4), Segment("video", 16, 24)):
