@@ -87,11 +87,18 @@ def test_segments_without_any_label_make_up_for_none():
         drive(SimulatedPool(lambda: 1, act), ledger, attempts=1)
 
 
+@pytest.mark.parametrize("probe_s", [0.01, 200])
 @pytest.mark.parametrize("workers", [1, 4])
-def test_an_input_that_stays_away_while_others_are_there_is_failed_alone(workers):
+def test_an_input_that_stays_away_while_others_are_there_is_failed_alone(workers, probe_s):
     ledger = Ledger({"bad": (640, 64), "good": (640, 64)})
-    pool = SimulatedPool(lambda: workers, away(ledger, 1e9, {"bad"}))
+    behave = away(ledger, 1e9, {"bad"})
+
+    def act(pool, worker, method, argument):
+        seconds, outcome = behave(pool, worker, method, argument)
+        return (probe_s if (method, argument) == ("probe", "good") else seconds), outcome
+
+    pool = SimulatedPool(lambda: workers, act)
     drive(pool, ledger)
     assert set(ledger.failed) == {("bad", frame) for frame in range(640)}
     assert set(ledger.labelled) == all_frames(ledger) - set(ledger.failed)
-    assert pool.clock_s < 120, "nobody rests for it"
+    assert pool.clock_s < 120 + probe_s, "nobody rests for it"
