@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from depthmill.pipeline.smoothing.edges import FIELDS, GAPS, segment_edges, view
+from depthmill.pipeline.smoothing.edges import FIELDS, GAPS, _difference, _fit, segment_edges, view
 from depthmill.tests.pipeline.smoothing import worlds
 
 
@@ -56,6 +56,31 @@ def test_flat_depth_tells_a_shift_and_no_scale(clip):
     edge = dict(zip(FIELDS, segment_edges(views(images[:2], flat), 0)[0][1, 0], strict=True))
     assert edge["scale_weight"] < 100 < edge["shift_weight"]
     assert edge["earlier"] - edge["later"] == pytest.approx(-0.1, abs=1e-3)
+
+
+def test_depths_that_run_opposite_ways_tell_no_scale():
+    depth = np.linspace(0.2, 0.8, 200)
+    log_scale, _, _, scale_weight, shift_weight = _fit(depth, 1 - depth, 0.002)
+    assert log_scale == scale_weight == 0 < shift_weight
+
+
+def test_a_few_pixels_tell_nothing(clip):
+    images, depth = (part[:2] for part in clip)
+    few = np.full_like(depth, np.nan)
+    few[:, 30:40, 30:40] = depth[:, 30:40, 30:40]
+    edge = dict(zip(FIELDS, segment_edges(views(images, few), 0)[0][1, 0], strict=True))
+    assert np.isnan(edge["log_scale"])
+    assert edge["scale_weight"] == edge["shift_weight"] == 0 < edge["coverage"]
+
+
+def test_scenes_of_the_same_brightness_differ():
+    one, other = (np.tile(np.array([low, 255 - low], np.uint8), (8, 4)) for low in (40, 100))
+    assert _difference(one, other) == 1
+
+
+def test_a_view_of_a_large_picture_is_small():
+    seen = view(np.zeros((400, 1600, 3), np.uint8), np.full((400, 1600), 0.5, np.float32))
+    assert seen.grey.shape == seen.depth.shape == (128, 512)
 
 
 def test_the_further_apart_two_frames_are_the_less_their_edge_is_believed(clip):

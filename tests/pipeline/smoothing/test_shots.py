@@ -57,6 +57,15 @@ def test_a_cut_behind_missing_frames():
     assert starts((score, edges, labelled)) == [20]
 
 
+def test_missing_frames_at_the_start_are_no_shot():
+    score, edges, labelled = video()
+    labelled[:3] = False
+    score[:4] = np.nan
+    for row, gap in enumerate(GAPS):
+        edges[: 3 + gap, row] = np.nan
+    assert starts((score, edges, labelled)) == []
+
+
 def test_frames_that_could_not_be_read_again_are_no_shots_of_their_own():
     score, edges, labelled = video(frames=120)
     score[20:85] = np.nan

@@ -3,7 +3,7 @@ import pytest
 
 from depthmill.pipeline.evaluation.metrics import Moments, depth_metrics
 from depthmill.pipeline.smoothing.edges import GAPS, segment_edges, view
-from depthmill.pipeline.smoothing.solve import solve
+from depthmill.pipeline.smoothing.solve import _track, _trusted, solve
 from depthmill.tests.pipeline.smoothing import worlds
 
 LEAK = 0.05
@@ -99,6 +99,20 @@ def test_edges_that_are_wrong_are_not_followed():
 def test_scales_that_flat_depth_cannot_tell_are_not_followed():
     _, said = left(np.exp(np.random.default_rng(0).normal(0, 0.08, 40)), error=0.2)
     assert not said.any()
+
+
+def test_which_way_time_runs_makes_no_difference_to_what_is_kept():
+    correction = np.random.default_rng(0).normal(0, 0.01, 400)
+    np.testing.assert_allclose(_trusted(correction[::-1], 0.005), _trusted(correction, 0.005)[::-1], rtol=1e-9)
+
+
+def test_what_leads_out_of_a_shot_has_no_say():
+    rng = np.random.default_rng(0)
+    step, weight = 0.01 * rng.standard_t(1.5, (40, len(GAPS))), rng.uniform(1, 9, (40, len(GAPS)))
+    inside = step.copy()
+    for row, gap in enumerate(GAPS):
+        inside[:gap, row] = np.nan
+    np.testing.assert_array_equal(_track(step, weight), _track(inside, weight))
 
 
 def test_joined_clips_give_what_each_gives():
