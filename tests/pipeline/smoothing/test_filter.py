@@ -120,6 +120,15 @@ def test_labels_that_say_another_thing_have_no_say():
         assert angles_deg(got.normals, frames[i].normals).max() < 5  # of 63
 
 
+def test_what_looks_another_has_no_say():
+    image, aside = texture(0) // 2, np.broadcast_to(unit(np.float32([0.2, 0, 1])), (H, W, 3))
+    frames = [FilterFrame(image, np.full((H, W), 0.5, np.float32), TOWARDS, 0) for _ in range(5)]
+    frames[2] = FilterFrame(image + np.uint8(100), np.full((H, W), 0.51, np.float32), aside, 0)
+    got = run(frames)[2]
+    np.testing.assert_allclose(got.depth, 0.51, atol=1e-4)
+    np.testing.assert_allclose(got.normals, aside, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("there", "back", "grey", "sure"),
     [
@@ -138,6 +147,7 @@ def test_how_sure_a_correspondence_is(there, back, grey, sure):
         pair: np.broadcast_to(np.float32([shift, 0]), (H // 2, W // 2, 2)).copy()
         for pair, shift in (((own, other), there), ((other, own), back))
     }
+    flows[other, own][:, : W // 8 + 1] = 7  # not from where it came
     at, weight = _correspondence(own, other, flows, "fast")
     assert at[10, 20].tolist() == [20 + 2 * there, 10]
     assert weight[H // 2, W // 4] == pytest.approx(sure, abs=1e-3)
