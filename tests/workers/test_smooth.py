@@ -223,7 +223,7 @@ def test_depth_alone_and_pictures_of_one_size(tmp_path):
     store, name = labelled(tmp_path / "a.zarr", tmp_path / "photos", labels=("depth",))
     assert run(store).smoothed == ()  # pictures are no video, unless they are named
     console = Console(file=io.StringIO())
-    done = smooth(store.uri, SmoothConfig(workers=0, filter=True), sources=[name], console=console)
+    done = smooth(store.uri, SmoothConfig(workers=0, filter=True), sources=[name, name], console=console)
     assert done.smoothed == (name,)
     assert "smoothing" not in console.file.getvalue()  # lines say what each worker does
     found = open_datasets(store.uri, smooth=True)[name]

@@ -87,6 +87,9 @@ def test_links_in_circles_end(tree: Path) -> None:
     assert expand(tree, "photos/**/more/**/*.mkv") == ["photos/more/more/clip3.mkv"]
     assert expand(tree, "deep/la*/**/clip2.mp4") == ["deep/latest/clip2.mp4"]
     assert expand(tree, "other/**") == ["other/more/clip3.mkv"]
+    (tree / "deep" / "latest").unlink()
+    (tree / "deep" / "gone.mkv").symlink_to("nowhere")
+    assert expand(tree, "deep") == ["deep/er/clip1.mkv", "deep/linked.mkv"]
 
 
 def test_what_stars_match(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +98,7 @@ def test_what_stars_match(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree)
     for pattern in (
         *("**", "**/*", "**/**/*.mkv", "*/**/*.mkv", "**/er", "**/deep/**", "deep/**", "p*/**/*.png", "./**/*.mp4"),
+        *("*/", "cl*/", "deep/**/"),
         *("**/.hidden/*", "cl**.mp4", f"{tree}/**", f"{tree}/de*p/**/clip*"),
     ):
         expected = {Path(match) for match in glob.glob(pattern, recursive=True)}  # noqa: PTH207
@@ -220,6 +224,9 @@ def test_duplicates_are_dropped(tree: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_braces_name_all_whether_they_exist_or_not(tree: Path) -> None:
     assert expand(tree, "clip{9..10}.mp4") == ["clip9.mp4", "clip10.mp4"]
     assert expand(tree, "s-{008..011}.tar") == ["s-008.tar", "s-009.tar", "s-010.tar", "s-011.tar"]
+    assert expand(tree, "s-{8..010}") == ["s-008", "s-009", "s-010"]
+    assert expand(tree, "{9..-01}")[-2:] == ["000", "-01"]
+    assert expand(tree, "{0..10}") == [str(number) for number in range(11)]
     assert expand(tree, "{3..1}{a,b}") == ["3a", "3b", "2a", "2b", "1a", "1b"]
     assert expand(tree, "{a,b{1,2}}") == ["a", "b1", "b2"]
     assert expand(tree, "{clip2,clip10}*.mp4") == ["clip2.mp4", "clip10.mp4"]
