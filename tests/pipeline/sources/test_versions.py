@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
+from typing import Any
+
 import pytest
 
-from depthmill.pipeline.sources.versions import Version
+from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.sources.versions import Version, is_another
 
 OLD, NEW = "Mon, 02 Nov 2026 10:00:00 GMT", "Mon, 30 Nov 2026 10:00:00 GMT"
 
@@ -33,3 +38,18 @@ OLD, NEW = "Mon, 02 Nov 2026 10:00:00 GMT", "Mon, 30 Nov 2026 10:00:00 GMT"
 )
 def test_versions_that_may_be_the_same(before: Version, now: Version, same: bool) -> None:
     assert before.same(now) == now.same(before) == same
+
+
+class Failing(io.BytesIO):
+    code = errno.ENOENT
+
+    def seek(self, *_: Any) -> int:
+        raise OSError(self.code, "no answer")
+
+
+def test_a_picture_that_cannot_be_read_for_no_reason_of_its_own_is_not_taken_for_the_same() -> None:
+    picture = Failing()
+    assert not is_another(picture, "")
+    picture.code = errno.EIO
+    with pytest.raises(SourceError, match="no answer"):
+        is_another(picture, "")
