@@ -89,7 +89,7 @@ def thin_columns(width: int, wanted: int) -> npt.NDArray[np.intp]:
     """
     if width <= wanted:
         return np.arange(width)
-    return np.minimum((np.arange(wanted) * (width / wanted)).astype(np.intp), width - 1)
+    return (np.arange(wanted) * (width / wanted)).astype(np.intp)
 
 
 def depth_metrics(

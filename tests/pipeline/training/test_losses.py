@@ -85,6 +85,12 @@ def test_depth_loss_is_in_metres() -> None:
     torch.testing.assert_close(tenfold, 10 * once)
 
 
+def test_what_is_flat_does_not_depend_on_the_unit() -> None:
+    depth = torch.stack([torch.linspace(2, top, 64).view(8, 8) for top in (2.0005, 3)])
+    for unit in (1e-4, 1, 1e4):
+        assert losses.clip_depth(unit * depth, everywhere(depth))[1].tolist() == [False, True]
+
+
 def test_percentiles_clip_outliers() -> None:
     depth = torch.linspace(1, 2, 400).view(1, 20, 20).clone()
     depth[0, 0, 0], depth[0, -1, -1] = 1e-3, 1e4
