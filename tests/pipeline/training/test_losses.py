@@ -153,7 +153,7 @@ def unit(degrees: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("degrees", [1.0, 10.0, 45.0, 90.0, 135.0, 179.0])
 def test_normals_loss_is_the_angle_whatever_the_length(degrees: float) -> None:
-    mask = torch.ones(1, 2, 2, dtype=torch.bool)
+    mask = torch.tensor([[[True, False], [True, True]]])
     loss = losses.normals_loss(3.7 * unit(degrees), unit(0), mask)
     assert math.degrees(float(loss)) == pytest.approx(degrees, abs=0.1)
 

@@ -51,6 +51,7 @@ def test_a_batch_is_its_own_whenever_it_is_asked_for() -> None:
     assert batches(1, range(60, 80)) == batches(1, range(80))[60:]
     assert batches(1, range(20)) != batches(2, range(20))
     assert plan((59_543, 21_260), (9, 1), 2, 0, 10**9)[0] in (0, 1)
+    assert plan((50, 50), (1, 1), 50, 0, 0)[1] != plan((50, 50), (1, 1), 50, 0, 1)[1], "each set has its own order"
 
 
 def test_a_batch_larger_than_its_set() -> None:

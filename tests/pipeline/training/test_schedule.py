@@ -20,3 +20,4 @@ def test_learning_rate_rises_to_its_peak_and_decays(schedule):
     assert rates[-1] == pytest.approx(0.02)
     ratios = np.array(rates[11:]) / rates[10:-1]
     assert np.ptp(ratios) < 1e-9  # exponential
+    assert learning_rate(schedule.model_copy(update={"steps": 11}), 10) == 2.0
