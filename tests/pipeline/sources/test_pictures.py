@@ -10,7 +10,7 @@ import PIL
 import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
-from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.errors import SourceChangedError, SourceError
 from depthmill.pipeline.sources import open_source, pictures
 from depthmill.pipeline.sources.pictures import Encoded, decode_ahead, decode_image, read_header
 from depthmill.tests import media as make
@@ -348,3 +348,13 @@ def test_the_densest_pictures_there_are_can_be_read(
         pytest.skip(f"Pillow {PIL.__version__} writes no TIFF in zstd here: {error}")
     assert read_header(file, LIMIT).width == side
     assert decode_image(file, LIMIT).shape == (side, side, 3)
+
+
+def test_a_picture_that_was_broken_since_it_was_probed_is_no_failed_frame(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    make.write_image(path)
+    digest = read_header(path, LIMIT).digest
+    path.write_bytes(b"half")
+    given = (one for one in [Encoded(0, path, digest=digest)])
+    with pytest.raises(SourceChangedError, match=r"a\.png changed"):
+        list(decode_ahead(given, LIMIT, 1))
