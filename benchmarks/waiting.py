@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 from depthmill.pipeline.bench.timing import Ratio
 from depthmill.pipeline.machine import cores
@@ -64,16 +65,14 @@ def spin() -> None:
 @contextmanager
 def labelers(policy: str | None, count: int) -> Iterator[list[Connection]]:
     """Processes that `label`, with OpenMP told so: it reads its environment when torch is imported."""
-    before = os.environ.pop("OMP_WAIT_POLICY", None)
-    if policy:
-        os.environ["OMP_WAIT_POLICY"] = policy
     pipes = [_CONTEXT.Pipe() for _ in range(count)]
     processes = [_CONTEXT.Process(target=label, args=(theirs,), daemon=True) for _, theirs in pipes]
-    for process in processes:
-        process.start()
-    os.environ.pop("OMP_WAIT_POLICY", None)
-    if before is not None:
-        os.environ["OMP_WAIT_POLICY"] = before
+    with patch.dict(os.environ):
+        os.environ.pop("OMP_WAIT_POLICY", None)
+        if policy is not None:
+            os.environ["OMP_WAIT_POLICY"] = policy
+        for process in processes:
+            process.start()
     try:
         yield [ours for ours, _ in pipes]
     finally:
@@ -123,10 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(f"| {beside} | {median(itself):.1f} | {median(asleep):.1f} | {ratio} |")
     report = f"""# How the network's CPU threads wait for each other
 
-Written by `benchmarks/waiting.py`, {datetime.date.today()}, on {cores()} cores of {platform.machine()}, {machine}; load
-average {load:.1f} when it began. Batches of {BATCH} pictures of {SIZE[1]}x{SIZE[0]}, depth and normals, the embedded
-network, in {cores()} threads; {rounds} rounds in turn of {seconds:g} s each, medians, with the smallest and the largest
-ratio.
+Written by `benchmarks/waiting.py`, {datetime.date.today()}, on {cores()} cores of {platform.machine()},
+{machine}; load average {load:.1f} when it began.
+Batches of {BATCH} pictures of {SIZE[1]}x{SIZE[0]}, depth and normals, the embedded network, in {cores()} threads;
+{rounds} rounds in turn of {seconds:g} s each, medians, with the smallest and the largest ratio.
 
 | beside | as OpenMP does by itself, pictures/s | asleep | times |
 | --- | ---: | ---: | ---: |

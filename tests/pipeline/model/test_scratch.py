@@ -86,6 +86,12 @@ def test_the_files_that_transformers_4_reads_are_the_tokenizers_own(tmp_path: Pa
     assert read.pad_token == "!"
 
 
+def test_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path: Path) -> None:
+    scratch.create(tmp_path, scratch.Architecture(), "depth", seed=0)
+    modes = {path.stat().st_mode for path in tmp_path.glob("*/*") if path.suffix in (".json", ".safetensors")}
+    assert modes == {(tmp_path / "model_index.json").stat().st_mode}
+
+
 def test_text_encoders_have_the_names_that_every_transformers_reads(tmp_path: Path) -> None:
     scratch.create(tmp_path, scratch.Architecture(), "depth", seed=0)
     for checkpoint in (tmp_path, DEMO / "depth", DEMO / "normals"):
