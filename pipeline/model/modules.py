@@ -61,7 +61,7 @@ def vae_factor(vae: AutoencoderKL) -> int:
 
 
 def vae_width(vae: AutoencoderKL) -> int:
-    """Channels of the largest that decoding makes: what the last block but one hands on at the picture's size."""
+    """Channels of the largest tensor within it: what the decoder's last block but one hands on, at full size."""
     return int(max(vae.config.block_out_channels[:2]))
 
 
