@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import re
-import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -235,10 +234,3 @@ def test_the_length_benchmark_writes_its_table(tmp_path):
     load("length").main(["--quick", "--out", str(out)])
     assert "for 2,560 frames" in out.read_text()
     assert "frames a second of CPU time" in out.read_text()
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_threads_that_wait_writes_its_table(tmp_path):
-    script, out = Path(__file__).parents[3] / "benchmarks" / "waiting.py", tmp_path / "waiting.md"
-    subprocess.run([sys.executable, script, "--quick", "--out", out], check=True)  # its processes import it by its path
-    assert re.search(r"\| a second labeler \| \d+\.\d \| \d+\.\d \| \d", out.read_text())
