@@ -17,8 +17,14 @@ import typer
 from typer.core import TyperCommand
 
 from depthmill import __version__
-from depthmill.pipeline.errors import ConfigError, DepthmillError, RunStoppedError, StoreFullError, printable
-from depthmill.pipeline.machine import short_of_memory
+from depthmill.pipeline.errors import (
+    ConfigError,
+    DepthmillError,
+    RunStoppedError,
+    StoreFullError,
+    printable,
+    short_of_memory,
+)
 from depthmill.workers.stopping import stoppable
 
 if TYPE_CHECKING:

@@ -87,3 +87,25 @@ class UnscorableError(EvaluationError):
 
 class RunStoppedError(DepthmillError):
     """A run was stopped from outside, or can make no progress; what was committed stays."""
+
+
+def short_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, or threads, do not suffice: many libraries have errors of their own for it."""
+    words = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or isinstance(error.__cause__, MemoryError)
+        or "out of memory" in words
+        or "can't allocate memory" in words
+        or "can't start new thread" in words
+    )
+
+
+def check_memory(error: Exception) -> None:
+    """See that it is not for lack of memory that something cannot be decoded: then it may be as whole as any.
+
+    Raises:
+        MemoryError: If it is.
+    """
+    if short_of_memory(error):
+        raise MemoryError(f"no memory is left ({str(error) or type(error).__name__})") from error

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from depthmill.pipeline.errors import EvaluationError, UnscorableError
+from depthmill.pipeline.errors import EvaluationError, UnscorableError, check_memory
 from depthmill.pipeline.evaluation.datasets import Colours
 from depthmill.pipeline.evaluation.decode import Floats, depth_png
 from depthmill.pipeline.evaluation.samples import Sample, some
-from depthmill.pipeline.machine import check_memory
 
 Doubles = npt.NDArray[np.float64]
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from depthmill.pipeline.errors import EvaluationError, StoreDamagedError, UnscorableError
+from depthmill.pipeline.errors import EvaluationError, StoreDamagedError, UnscorableError, check_memory
 from depthmill.pipeline.evaluation.decode import Floats
 from depthmill.pipeline.evaluation.samples import Sample, some
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
-from depthmill.pipeline.machine import check_memory
 from depthmill.pipeline.store import open_store
 from depthmill.pipeline.store.rows import open_labels
 from depthmill.pipeline.store.temporal import Temporal, not_smoothed

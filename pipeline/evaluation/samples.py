@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from depthmill.pipeline.errors import EvaluationError, RunStoppedError, UnscorableError
+from depthmill.pipeline.errors import EvaluationError, RunStoppedError, UnscorableError, check_memory
 from depthmill.pipeline.evaluation import decode
 from depthmill.pipeline.evaluation.archive import Archive
 from depthmill.pipeline.evaluation.datasets import Colours, Crop, EvaluationSet
 from depthmill.pipeline.evaluation.decode import Floats
 from depthmill.pipeline.geometry import axes_signs
-from depthmill.pipeline.machine import check_memory
 from depthmill.pipeline.store import write_atomically
 
 _SHOWN = 3

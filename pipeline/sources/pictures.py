@@ -35,8 +35,7 @@ from PIL import (  # noqa: F401 (a plugin registers its format when it is import
     WebPImagePlugin,
 )
 
-from depthmill.pipeline.errors import MissingError, SourceError
-from depthmill.pipeline.machine import check_memory
+from depthmill.pipeline.errors import MissingError, SourceError, check_memory
 from depthmill.pipeline.sources.limits import refusal
 from depthmill.pipeline.sources.naming import source_id
 from depthmill.pipeline.sources.opening import AWAY_ERRORS, OWN_ERRORS, open_binary, read_whole, unanswered

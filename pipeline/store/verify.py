@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from depthmill.pipeline.machine import check_memory
+from depthmill.pipeline.errors import check_memory
 from depthmill.pipeline.store.checked import decoded, wrong
 from depthmill.pipeline.store.files import json_bytes
 from depthmill.pipeline.store.layout import Document, file_key, group_document, segment_files

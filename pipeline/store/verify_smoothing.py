@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from depthmill.pipeline.errors import StoreError
-from depthmill.pipeline.machine import check_memory
+from depthmill.pipeline.errors import StoreError, check_memory
 from depthmill.pipeline.store.layout import Document, file_key, rows_per_file
 from depthmill.pipeline.store.root import METADATA
 from depthmill.pipeline.store.shard import decode_rows

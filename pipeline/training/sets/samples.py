@@ -15,9 +15,8 @@ from PIL import Image
 from pydantic import Field
 
 from depthmill.pipeline.config import StrictModel
-from depthmill.pipeline.errors import SampleError, SourceError, TrainingError
+from depthmill.pipeline.errors import SampleError, SourceError, TrainingError, check_memory
 from depthmill.pipeline.file_state import holds_files
-from depthmill.pipeline.machine import check_memory
 from depthmill.pipeline.sources.opening import AWAY_ERRORS
 from depthmill.pipeline.sources.pictures import decode_image
 from depthmill.pipeline.training.batch import Batch
