@@ -78,9 +78,6 @@ _INTERRUPTED = f"stopped; {_KEPT}"
 
 def main() -> NoReturn:
     """Run a command; its exit status: 0 all well, 1 some failed, 2 nothing could start, 70 a bug, 130 stopped."""
-    # Read when torch is imported, here and by workers. Threads that turn round while they wait for others take the core
-    # of whoever they wait for, where there are more threads than cores: `benchmarks/waiting.md`.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name can be any bytes, and a terminal ASCII

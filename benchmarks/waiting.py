@@ -3,10 +3,10 @@
     python benchmarks/waiting.py [--rounds 5] [--seconds 4] [--quick]
 
 By itself GNU's OpenMP has a thread that is done before the others turn round for a while, in case they are about to be
-done: quicker where each has a core to itself, and where others want that core, it is theirs that it takes. The command
-line asks for sleep (`OMP_WAIT_POLICY=PASSIVE`, unless the environment says otherwise). Writes waiting.md: pictures/s of
-the embedded network, and the ratio, with nothing else to do for the cores; beside as many busy processes as there are
-cores; and of two labelers at once, as two workers are.
+done: quicker where each has a core to itself, and where others want that core, it is theirs that it takes. Commands
+and workers ask for sleep (`OMP_WAIT_POLICY=PASSIVE`, unless the environment says otherwise). Writes waiting.md:
+pictures/s of the embedded network, and the ratio, with nothing else to do for the cores; beside as many busy processes
+as there are cores; and of two labelers at once, as two workers are.
 """
 
 from __future__ import annotations

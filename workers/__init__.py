@@ -1,1 +1,7 @@
 """Running segments on Ray: the only folder that imports it."""
+
+import os
+
+# Read when torch is imported, by commands and by each worker. Threads that turn round while they wait for others take
+# the core of whoever they wait for, where there are more threads than cores: `benchmarks/waiting.md`.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -201,7 +201,7 @@ def as_text(found: Inspection, most: int = 20) -> str:
         frames = run.get("committed", 0)
         lines.append(
             f"last run     {run.get('started', '?')}: {frames:,} {'frame' if frames == 1 else 'frames'} in "
-            f"{run.get('seconds', 0):.1f} s, {run.get('frames_per_s', 0):.2f} frames/s "
+            f"{run.get('seconds', 0):.1f} s, {run.get('frames_per_s', 0):.4g} frames/s "
             f"({run.get('device') or 'nothing to do'})"
         )
     for title, reasons in (("failed frames", found.failures), ("inputs that could not be opened", found.unopened)):
