@@ -58,7 +58,8 @@ _Resolution = Annotated[
 _Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, xpu or mps; with --workers 0 also cuda:1.")]
 _Dtype = Annotated[str | None, typer.Option(help="Of the network.")]
 _Workers = Annotated[
-    int | None, typer.Option(help="Ray workers; 0 labels in this process; default: one for each GPU, or one.")
+    int | None,
+    typer.Option(help="Ray workers; 0 labels in this process; default: one for each GPU; on CPUs, for 8 cores."),
 ]
 _Threads = Annotated[
     int | None, typer.Option(help="CPU threads of each worker; default: one for each core, at most 8.")
@@ -69,7 +70,6 @@ _Address = Annotated[
         help="An existing Ray cluster: auto, or ray://host:10001; default: RAY_ADDRESS, else one for this run."
     ),
 ]
-_FrameLimit = Annotated[float | None, typer.Option(help="Seconds that a frame may take, at most.")]
 
 SOME_FAILED, NOT_STARTED, CRASHED, STOPPED = 1, 2, 70, 130
 _KEPT = "what is committed stays"
@@ -257,7 +257,9 @@ def label(
     threads: _Threads = None,
     address: _Address = None,
     attempts: Annotated[int | None, typer.Option(help="Attempts per segment, then per failing frame.")] = None,
-    frame_limit_s: _FrameLimit = None,
+    frame_limit_s: Annotated[
+        float | None, typer.Option(help="Seconds that a frame may take, at most; default: 60, on CPUs 600.")
+    ] = None,
     max_pixels: Annotated[
         int | None, typer.Option(help="Pixel limit: larger images fail, larger videos are skipped.")
     ] = None,
@@ -306,9 +308,8 @@ def label(
         from depthmill.pipeline.config import SmoothConfig
         from depthmill.workers.resume import unsmoothed_videos
 
-        shared = settings.model_dump(include=set(SmoothConfig.model_fields))
         if videos := unsmoothed_videos(inputs, store):
-            smoothed = _smooth(store, SmoothConfig(**shared), videos)
+            smoothed = _smooth(store, SmoothConfig.beside(settings), videos)
     if summary.failures or not smoothed:
         raise typer.Exit(SOME_FAILED)
 
@@ -329,7 +330,7 @@ def smooth_store(
     ] = None,
     address: _Address = None,
     attempts: Annotated[int | None, typer.Option(help="Attempts per segment.")] = None,
-    frame_limit_s: _FrameLimit = None,
+    frame_limit_s: Annotated[float | None, typer.Option(help="Seconds that a frame may take, at most.")] = None,
     max_pixels: Annotated[int | None, typer.Option(help="As in depthmill label.")] = None,
     max_frames: Annotated[int | None, typer.Option(help="As in depthmill label.")] = None,
 ) -> None:

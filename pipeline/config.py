@@ -120,18 +120,21 @@ class LabelConfig(StrictModel):
             stretched by more than 1 in 12 and the rounding to the VAE's factor, most of a camera's (1:1, 4:3, 3:2, 2:1)
             not at all. Left out, it holds for corpora. Without it, pictures are seen as Marigold sees them. What either
             does to labels and batches: `benchmarks/batches.md`.
-        workers: Ray workers; 0 labels in this process; left out, one for each GPU, or one on a machine without.
-        threads: CPU threads of each worker's network; left out, the cores this process may use, at most 8. It does not
-            depend on the number of workers, since rounding depends on it: that way any number writes the same bytes
+        workers: Ray workers; 0 labels in this process; left out, one for each GPU; on machines without, as many on
+            each as its cores have room for with their threads, and its memory with three times the weights and 2 GiB
+            each, but one at least.
+        threads: CPU threads of each worker's network; left out, the cores of a machine that labels, at most 8. It does
+            not depend on the number of workers, since rounding depends on it: that way any number writes the same bytes
             on CPUs of one kind. On CUDA, workers that compile by `auto`, or whose batches differ, round differently.
         address: An existing Ray cluster (`auto`, `ray://host:10001`); left out, that of the environment's RAY_ADDRESS,
             or else one is started for the run.
         attempts: How often a segment is tried before the frames that make it fail are searched for, and how often one
             of those is tried before it is marked as failed.
-        frame_limit_s: Most seconds that a frame may take, for each of its steps in each member of its ensemble. A
-            segment that takes longer than all its frames may is ended with its worker; less is granted, but a second a
-            frame at least (30 on CUDA, unless `compile` is off), once the run has measured its own pace, unless no
-            frame of the segment was found to be at fault. With `workers` 0 there is no limit: nothing could be ended.
+        frame_limit_s: Most seconds that a frame may take, for each of its steps in each member of its ensemble; left
+            out, 60, and 600 on CPUs, where a large network may take more than a minute. A segment that takes longer
+            than all its frames may is ended with its worker; less is granted, but a second a frame at least (30 on
+            CUDA, unless `compile` is off), once the run has measured its own pace, unless no frame of the segment was
+            found to be at fault. With `workers` 0 there is no limit: nothing could be ended.
         max_pixels: Pictures larger than this are marked as failed instead of read; such videos are left out.
         max_frames: An input with more frames is refused.
         steps: UNet calls for a label; this and the next four are `Sampling`'s, where each is explained.
@@ -159,7 +162,7 @@ class LabelConfig(StrictModel):
     threads: Whole | None = Field(default=None, ge=1)
     address: str | None = Field(default_factory=lambda: os.environ.get("RAY_ADDRESS"))
     attempts: Whole = Field(default=3, ge=1)
-    frame_limit_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    frame_limit_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_pixels: Whole = Field(default=MAX_PIXELS, ge=1)
     max_frames: Whole = Field(default=MAX_FRAMES, ge=1)
     steps: Whole = Field(default=1, ge=1)
@@ -279,6 +282,14 @@ class SmoothConfig(StrictModel):
         if 0 < leak < 1e-3:
             raise ValueError("0, or at least 0.001, below which float64 has too few digits")
         return leak
+
+    @classmethod
+    def beside(cls, config: LabelConfig) -> Self:
+        """What the options of labelling say of smoothing, too; a limit that the device settles says nothing of it."""
+        shared = config.model_dump(include=set(cls.model_fields))
+        if config.frame_limit_s is None:
+            del shared["frame_limit_s"]
+        return cls(**shared)
 
 
 def make_folder(folder: Path, option: str = "--out") -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ from ray.exceptions import RayError
 
 from depthmill.pipeline.config import DEMO, LabelConfig
 from depthmill.pipeline.errors import ConfigError
-from depthmill.pipeline.model.backend import pick_dtype
+from depthmill.pipeline.model.backend import default_threads, pick_dtype
+from depthmill.pipeline.model.checkpoint import Checkpoint, count_weights
 from depthmill.pipeline.store.files import located
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.causes import reason
 from depthmill.workers.probe_actors import ProbeWorker
-from depthmill.workers.ray_pool import RayPool, remote, this_node
+from depthmill.workers.ray_pool import Machines, RayPool, remote, this_node, total
 
+_BESIDE_WEIGHTS = 2 << 30  # bytes
 _PATIENCE_S = 20.0  # before it is said what is waited for
 
 
@@ -30,16 +34,18 @@ class LabelWorker(Worker):
         return this_node()
 
 
-def labelers(config: LabelConfig, store: str, digests: tuple[str, ...], retry_failed: bool) -> RayPool:
+def labelers(config: LabelConfig, store: str, checkpoints: Sequence[Checkpoint], retry_failed: bool) -> RayPool:
     """A pool of workers that label, and of probers.
 
     Args:
         config: The run's, `device`, `dtype` and `threads` settled.
         store: Where the store is.
-        digests: sha256 of the run's checkpoints.
+        checkpoints: The run's, whose sha256 each worker compares with what it finds.
         retry_failed: Whether frames that failed in earlier runs are planned again.
     """
     gpu = config.device.startswith("cuda")
+    digests = tuple(checkpoint.sha256 for checkpoint in checkpoints)
+    fit = partial(_fit, config.threads or 1, 0 if gpu else _memory(config, checkpoints))
     store, config = located(store), config.model_copy(update=_located_checkpoints(config))
     labeler = remote(LabelWorker, max_concurrency=2, **_room(gpu))
     prober = remote(ProbeWorker, num_cpus=0, scheduling_strategy="SPREAD")
@@ -49,8 +55,35 @@ def labelers(config: LabelConfig, store: str, digests: tuple[str, ...], retry_fa
             "labeler": lambda: labeler.remote(config, store, digests),
             "prober": lambda: prober.remote(store, *limits),
         },
-        per="GPU" if gpu else "machine",
+        total("GPU") if gpu else fit,
     )
+
+
+def _fit(threads: int, memory: int, machines: Machines) -> int:
+    """How many labelers there is room for on machines without GPUs; one on each that offers a core, at least.
+
+    Ray spreads them evenly, so the machine that has room for the fewest decides for all.
+
+    Args:
+        threads: Of each labeler's network.
+        memory: Bytes of each labeler.
+        machines: What each has.
+    """
+    rooms = [
+        min(machine["CPU"] // threads, machine.get("memory", inf) // memory)
+        for machine in machines
+        if machine.get("CPU", 0) >= 1  # a head often offers none
+    ]
+    return len(rooms) * max(1, int(min(rooms, default=0)))
+
+
+def _memory(config: LabelConfig, checkpoints: Sequence[Checkpoint]) -> int:
+    """Bytes that a labeler may take on a CPU.
+
+    Generously: of Stable Diffusion 2's size, depth alone, in bfloat16, it took 5.9 GB, where this says 7.8.
+    """
+    weights = sum(count_weights(checkpoint) for checkpoint in checkpoints)
+    return _BESIDE_WEIGHTS + 3 * weights * int(getattr(torch, config.dtype).itemsize)
 
 
 def _located_checkpoints(config: LabelConfig) -> dict[str, str]:
@@ -59,12 +92,13 @@ def _located_checkpoints(config: LabelConfig) -> dict[str, str]:
     return {key: str(Path(name).absolute()) for key, name in given.items() if name != DEMO and Path(name).is_dir()}
 
 
-def dtype_there(device: torch.device, say: Callable[[str], None]) -> torch.dtype:
-    """What `auto` stands for on a cluster, as the first machine has it that has room for a worker.
+def backend_there(dtype: str, device: torch.device, say: Callable[[str], None]) -> tuple[torch.dtype, int]:
+    """What a dtype (`auto`) and the default threads are on a cluster, by its first machine with room for a worker.
 
     It is waited for, however long all are busy, as the run's workers would be: a guess would stay in the store.
 
     Args:
+        dtype: As the configuration has it.
         device: Of the workers.
         say: Told, after a while, what is waited for.
 
@@ -72,25 +106,32 @@ def dtype_there(device: torch.device, say: Callable[[str], None]) -> torch.dtype
         ConfigError: If none can tell.
     """
     gpu = device.type == "cuda"
-    asked = ray.remote(pick_dtype).options(**_room(gpu)).remote("auto", device)
+    asked = ray.remote(_backend_here).options(**_room(gpu)).remote(dtype, device)
     if not ray.wait([asked], timeout=_PATIENCE_S)[0]:
         say(
-            f"waiting for a free {'GPU' if gpu else 'core'} of the cluster, to ask for the dtype that is best there; "
-            "--dtype (on GPUs bfloat16, before 2020 float16; on CPUs float32) starts without"
+            "waiting for a free GPU of the cluster, to ask for the dtype that is best there; --dtype (bfloat16, before "
+            "2020 float16) starts without"
+            if gpu
+            else "waiting for a free core of the cluster, to ask for the dtype and the number of threads that are best "
+            "there; --dtype (float32) and --threads start without"
         )
     try:
-        answer: torch.dtype = ray.get(asked)
+        answer: tuple[torch.dtype, int] = ray.get(asked)
     except RayError as error:
         raise ConfigError(
             f"the cluster's machines cannot tell what dtype is best there ({reason(error)}); expected the same Python, "
-            "Ray and depthmill on each: install them, or give --dtype"
+            "Ray and depthmill on each: install them, or give --dtype (and --threads on CPUs)"
         ) from error
     return answer
+
+
+def _backend_here(dtype: str, device: torch.device) -> tuple[torch.dtype, int]:
+    return pick_dtype(dtype, device), default_threads()
 
 
 def _room(gpu: bool) -> dict[str, Any]:
     """What a labeler asks of a cluster.
 
-    Ray packs actors onto few machines if they do not say otherwise; on CPUs, one takes up a whole machine.
+    Ray packs actors onto few machines if they do not say otherwise; on CPUs, one takes up many of a machine's cores.
     """
     return {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "scheduling_strategy": "DEFAULT" if gpu else "SPREAD"}

@@ -166,13 +166,13 @@ class Doubts:
         if self._stalls.times == 1:
             self._say(f"{event.error}: it is waited for, longer each time")
 
-    def check(self, limits: Callable[[Task], Limits], to_open: Limits) -> None:
+    def check(self, limits: Callable[[Task], Limits], for_noise: Limits) -> None:
         """Have workers in doubt try the sample; noise, if there is none, and nobody is at work who could label one.
 
         Args:
             limits: How long a task may take. Workers have the time of the whole segment: it is the first that a new one
                 does, and that takes longer.
-            to_open: How long noise may take.
+            for_noise: How long noise may take.
         """
         for worker in [worker for worker in self.workers if worker in self._crew.idle]:
             failing = self._failing[worker]
@@ -183,7 +183,7 @@ class Doubts:
             elif self.sample is not None:
                 self._crew.call(worker, Check(self.sample), limits(self._whole), "try_task", self.sample)
             elif not any(isinstance(running.item, Task) for running in self._crew.running.values()):
-                self._crew.call(worker, Check(None), to_open, "try_noise")
+                self._crew.call(worker, Check(None), for_noise, "try_noise")
 
     def checked(self, check: Check, event: Event) -> tuple[Held | None, bool]:
         """Take the outcome of a check.

@@ -82,7 +82,7 @@ class Driver:
         self._given_up = GivenUp(self._say_once)
         self._said: set[str] = set()
         self._publisher, self._failer = Publisher(calls.publish), Failer(calls.fail)
-        self._pace = Pace(options.frame_limit_s, options.least_limit_s)
+        self._pace = Pace(options.frame_limit_s, options.least_limit_s, options.open_limit_s)
         self._probe_s: dict[str, float] = {}  # source -> what probing it took
         self._backends: set[str] = set()  # how workers use their devices, by their own account
         self._loading = Loading(self._crew, self._say_once, lambda: options.attempts * self._most_labelers)
@@ -164,7 +164,7 @@ class Driver:
             crew.call(crew.idle_probers.pop(), probe, self._pace.to_open(), "probe", probe.uri, probe.anew)
         if not self.inputs.left:
             crew.dismiss_idle_probers()
-        self._doubts.check(self._limits, self._pace.to_open())
+        self._doubts.check(self._limits, self._pace.to_do(1))
         if not self._given_up.rests.over(crew.now_s):
             return
         alone = crew.ready - len(self._doubts.workers) == 1

@@ -157,8 +157,7 @@ def _label(
             write_picture(_read(frame.picture), path, colours=wanted.colours)
     inputs = [str(pictures / clip.name) for clip in clips]
     label(inputs, store, config, overwrite=overwrite, retry_failed=True, console=console)
-    options = SmoothConfig(**config.model_dump(include=set(SmoothConfig.model_fields)))
-    done = smooth(store, options, sources=open_store(store).sources(), console=console)
+    done = smooth(store, SmoothConfig.beside(config), sources=open_store(store).sources(), console=console)
     for source_id, why in {**done.left_out, **done.unread}.items():
         warn(console, f"not smoothed: {source_id}: {why}")
     return store

@@ -33,6 +33,7 @@ from depthmill.pipeline.store import Store, create, records
 from depthmill.pipeline.types import Failure
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.driver import Driver
+from depthmill.workers.pace import OPEN_FRAMES
 from depthmill.workers.pool import InProcess, Pool
 from depthmill.workers.progress import Rate, RunConsole, count, open_display, warn
 from depthmill.workers.resume import Summary, list_failures, patiently, planned_here
@@ -43,6 +44,7 @@ from depthmill.workers.terms import Calls, Options
 if TYPE_CHECKING:
     from depthmill.workers.metrics import Metrics
 
+_LIMIT_S, _CPU_LIMIT_S = 60.0, 600.0  # what a frame may take if nobody says so: Stable Diffusion 2 takes two cores 70 s
 _PROBERS = 4  # sources probed at once: each is mostly waiting for a disk or a network
 
 
@@ -117,7 +119,7 @@ def label(
                 from depthmill.workers.actors import labelers
                 from depthmill.workers.metrics import Metrics
 
-                pool, metrics = labelers(config, store.uri, digests, retry_failed), Metrics()
+                pool, metrics = labelers(config, store.uri, checkpoints, retry_failed), Metrics()
             stack.callback(pool.close)
 
             def show(standing: Standing) -> None:
@@ -180,10 +182,16 @@ def label(
 
 
 def _options(config: LabelConfig) -> Options:
-    frame_limit_s = config.frame_limit_s * config.steps * config.ensemble
-    options = Options(config.attempts, frame_limit_s, config.workers, _PROBERS)
     if config.workers == 0:  # nothing can be interrupted, and a call's time runs while it waits for the one before it
-        return replace(options, frame_limit_s=inf, least_limit_s=inf)
+        return Options(config.attempts, inf, inf, config.workers, _PROBERS, least_limit_s=inf)
+    limit_s = config.frame_limit_s or (_CPU_LIMIT_S if config.device == "cpu" else _LIMIT_S)
+    options = Options(
+        config.attempts,
+        frame_limit_s=limit_s * config.steps * config.ensemble,
+        open_limit_s=OPEN_FRAMES * (config.frame_limit_s or _LIMIT_S),
+        workers=config.workers,
+        probers=_PROBERS,
+    )
     # Each shape is compiled in the middle of a segment, which can take minutes, and more where many workers do so. By
     # `auto` each worker does so after as many frames of its own: until then, it rounds otherwise than the others.
     compiles = config.device.startswith("cuda") and config.compile != "off"
@@ -230,14 +238,14 @@ def _resolve(config: LabelConfig, gpus: int | None, say: Callable[[str], None]) 
         import torch
 
         device = torch.device(("cuda" if gpus else "cpu") if config.device == "auto" else config.device)
-    if gpus is None or config.dtype != "auto":
-        dtype = pick_dtype(config.dtype, device)
+    if gpus is None or (config.dtype != "auto" and (config.threads or device.type == "cuda")):
+        dtype, threads = pick_dtype(config.dtype, device), default_threads()
     else:
-        from depthmill.workers.actors import dtype_there
+        from depthmill.workers.actors import backend_there
 
-        dtype = dtype_there(device, say)
+        dtype, threads = backend_there(config.dtype, device, say)
     update = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
-    return config.model_copy(update={**update, "threads": config.threads or default_threads()})
+    return config.model_copy(update={**update, "threads": config.threads or threads})
 
 
 def _write_run(

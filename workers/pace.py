@@ -8,7 +8,7 @@ from dataclasses import dataclass
 # _STEP_FRAMES times that: labelling a batch, writing the last shard.
 _START_FRAMES = 16
 _STEP_FRAMES = 32
-_OPEN_FRAMES = 30.0  # frames' limits that opening a source may take, of which no pace tells anything
+OPEN_FRAMES = 30.0  # frames' limits that opening a source may take, of which no pace tells anything
 _PACES = 20.0  # times the measured pace is too long
 
 
@@ -69,15 +69,16 @@ class Limits:
 class Pace:
     """The measured pace of a run, and limits after it."""
 
-    def __init__(self, frame_limit_s: float, least_limit_s: float) -> None:
+    def __init__(self, frame_limit_s: float, least_limit_s: float, open_limit_s: float) -> None:
         """Nothing is measured yet.
 
         Args:
             frame_limit_s: Most seconds that a frame may take.
             least_limit_s: What a frame is granted at least, however quick the others were, if `frame_limit_s` is not
                 less.
+            open_limit_s: Most seconds that opening a source may take.
         """
-        self._frame_limit_s, self._least_limit_s = frame_limit_s, least_limit_s
+        self._frame_limit_s, self._least_limit_s, self._open_limit_s = frame_limit_s, least_limit_s, open_limit_s
         self._seconds = self._frames = 0.0
 
     def add(self, frames: int, seconds: float) -> None:
@@ -93,7 +94,7 @@ class Pace:
 
     def to_open(self) -> Limits:
         """For opening a source."""
-        return Limits(_OPEN_FRAMES * self._frame_limit_s)
+        return Limits(self._open_limit_s)
 
     def to_do(self, frames: int, probe_s: float | None = None, leave: float = 1.0) -> Limits:
         """For so many frames, and for opening their source.
@@ -103,7 +104,7 @@ class Pace:
             probe_s: What opening it took before; None if nobody knows.
             leave: Times that it may take what the pace lets expect, up to what the configuration grants.
         """
-        frame_s, open_s = self._frame_limit_s, self.to_open().all_s
+        frame_s, open_s = self._frame_limit_s, self._open_limit_s
         if self._frames:
             frame_s = min(frame_s, leave * max(_PACES * self.frame_s, self._least_limit_s))
         if probe_s is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from depthmill.pipeline.types import WorkerState
 from depthmill.workers.cluster import see_that_it_runs
 from depthmill.workers.pool import Event, Kind
+
+Machines = Sequence[Mapping[str, float]]  # what each has of CPU, GPU and memory, which Ray gives in bytes
 
 _ASK_CAPACITY_EVERY_S = 2.0
 # What stands for an exception that cannot be unpickled here; Ray 2.40 has none.
@@ -28,14 +30,14 @@ class RayPool:
     actor that there is no room for yet is what makes an autoscaling cluster grow; one starts wherever room appears.
     """
 
-    def __init__(self, make: Mapping[Kind, Callable[[], Any]], per: Literal["GPU", "CPU", "machine"]) -> None:
+    def __init__(self, make: Mapping[Kind, Callable[[], Any]], fit: Callable[[Machines], int]) -> None:
         """Nothing is started yet.
 
         Args:
             make: Asks the cluster for an actor of each kind.
-            per: What there is room for one labeler on.
+            fit: How many labelers there is room for on the cluster's machines.
         """
-        self._make, self._per = make, per
+        self._make, self._fit = make, fit
         self._actors: dict[int, Any] = {}
         self._calls: dict[int, Any] = {}  # a call's reference is held until it has ended
         self._ended: queue.SimpleQueue[tuple[int, Future[Any]]] = queue.SimpleQueue()
@@ -46,14 +48,11 @@ class RayPool:
         self._capacity, self._capacity_s = 0, float("-inf")
 
     def capacity(self) -> int:
-        """The cluster's GPUs, cores or machines."""
+        """Labelers that the cluster has room for."""
         if self.now() - self._capacity_s > _ASK_CAPACITY_EVERY_S:
             see_that_it_runs()  # without a GCS, no answer comes
             self._capacity_s = self.now()
-            if self._per == "machine":  # a head often offers no core
-                self._capacity = sum(node["Resources"].get("CPU", 0) >= 1 for node in _alive())
-            else:
-                self._capacity = int(ray.cluster_resources().get(self._per, 0))
+            self._capacity = self._fit([node["Resources"] for node in _alive()])
         return self._capacity
 
     def start(self, kind: Kind) -> int:
@@ -140,6 +139,11 @@ class RayPool:
 
         self._asked[worker] = getattr(self._actors[worker], method).remote()
         self._asked[worker].future().add_done_callback(answered)
+
+
+def total(resource: Literal["CPU", "GPU"]) -> Callable[[Machines], int]:
+    """One labeler for each of the machines' cores, or GPUs."""
+    return lambda machines: int(sum(machine.get(resource, 0) for machine in machines))
 
 
 def remote(worker: type, **options: Any) -> Any:

@@ -38,7 +38,7 @@ from depthmill.workers.causes import after, cause_of, words_of
 from depthmill.workers.crew import Crew
 from depthmill.workers.loading import Loading
 from depthmill.workers.looks import Looks
-from depthmill.workers.pace import Pace, Rests
+from depthmill.workers.pace import OPEN_FRAMES, Pace, Rests
 from depthmill.workers.pool import Event, InProcess, Pool
 from depthmill.workers.progress import Rate, RunConsole, open_display, warn
 from depthmill.workers.standing import Counts
@@ -144,7 +144,8 @@ class _Run:
         self.left_out: dict[str, str] = {}
         self.unread: dict[str, str] = {}
         self.rate = Rate()
-        self._limits = Pace(config.frame_limit_s, config.frame_limit_s)  # phases differ too much in pace to learn it
+        limit_s = config.frame_limit_s
+        self._limits = Pace(limit_s, limit_s, OPEN_FRAMES * limit_s)  # phases differ too much in pace to learn it
         self.display: Any = None
         self.done = 0  # frames, once a phase
         self._ahead: dict[str, int] = {}  # the same that is left of a source, as far as is known

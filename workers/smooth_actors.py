@@ -5,7 +5,7 @@ from __future__ import annotations
 from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.smoothing.stage import Smoother
 from depthmill.pipeline.store.files import located
-from depthmill.workers.ray_pool import RayPool, remote, this_node
+from depthmill.workers.ray_pool import RayPool, remote, this_node, total
 
 
 class SmoothWorker(Smoother):
@@ -19,4 +19,4 @@ class SmoothWorker(Smoother):
 def smoothers(config: SmoothConfig, store: str) -> RayPool:
     """A pool of workers that smooth: a core each."""
     smoother = remote(SmoothWorker, num_cpus=1, max_concurrency=2)
-    return RayPool({"labeler": lambda: smoother.remote(config, located(store))}, per="CPU")
+    return RayPool({"labeler": lambda: smoother.remote(config, located(store))}, total("CPU"))

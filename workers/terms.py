@@ -17,6 +17,7 @@ class Options:
     Attributes:
         attempts: How often something is tried before it counts as failed.
         frame_limit_s: Most seconds that a frame may take.
+        open_limit_s: Most seconds that opening a source may take.
         workers: Labelers to ask for; None for as many as there is room for, at any time.
         probers: Sources probed at once, by few workers; by many, one for every few labelers.
         least_limit_s: What a frame is granted at least, however quick the others were, if `frame_limit_s` is not less.
@@ -25,6 +26,7 @@ class Options:
 
     attempts: int
     frame_limit_s: float
+    open_limit_s: float
     workers: int | None
     probers: int
     least_limit_s: float = 1.0

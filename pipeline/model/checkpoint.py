@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -369,6 +370,21 @@ def _published(name: str, directory: Path) -> Description | None:
 @cache  # a run opens its checkpoints several times
 def _warn(message: str) -> None:
     log.warning("%s", message)
+
+
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of a part's weights; their files' headers are read, no more."""
+    shapes = dict[str, list[int]]()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def count_weights(checkpoint: Checkpoint) -> int:
+    """How many numbers the parts have that see each picture: not the prompt's, which is encoded once."""
+    parts = [checkpoint.directory / part for part in _parts(checkpoint.directory) if part != "text_encoder"]
+    return sum(prod(shape) for part in parts for shape in weight_shapes(part).values())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from depthmill.pipeline.errors import CheckpointError
-from depthmill.pipeline.model.checkpoint import Checkpoint, read_json
+from depthmill.pipeline.model.checkpoint import Checkpoint, read_json, weight_shapes
 
 _MAX_TIMESTEPS = 100_000  # of a schedule, which has an array of them; they are 1000 as a rule
 
@@ -217,10 +217,7 @@ def _check_number(key: str, value: object, most: float = 1e9) -> None:
 
 def _check_sizes(folder: Path) -> None:
     """Refuse more or wider layers than there are weights of: to make them could take hours, or all memory."""
-    config, shapes = read_json(folder / "config.json"), dict[str, list[int]]()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "numpy") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    config, shapes = read_json(folder / "config.json"), weight_shapes(folder)
     layers = 1 + max((int(number) for name in shapes for number in re.findall(r"\d+", name)), default=0)
     widest = max((side for shape in shapes.values() for side in shape), default=0)
     for key, most in [*((key, layers) for key in _LAYERS), *((key, widest) for key in _WIDTHS)]:

@@ -195,7 +195,7 @@ def drive(pool, ledger, *, workers=None, attempts=3, frame_limit_s=10.0, probers
         return False
 
     calls = Calls(ledger.publish, ledger.fail, lambda standing: None, ledger.said.append, stopped)
-    options = Options(attempts, frame_limit_s, workers, probers, race=race)
+    options = Options(attempts, frame_limit_s, 30 * frame_limit_s, workers, probers, race=race)
     driver = Driver(pool, options, calls, iter(ledger.sources) if uris is None else uris, ())
     driver.run()
     return driver

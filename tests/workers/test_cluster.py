@@ -106,10 +106,10 @@ def test_workers_are_told_whole_paths(monkeypatch, checkpoints):
 
     for module in (actors, smooth_actors):
         monkeypatch.setattr(module, "remote", lambda *_, **__: Actor())
-        monkeypatch.setattr(module, "RayPool", lambda kinds, **_: [kind() for kind in kinds.values()])
+        monkeypatch.setattr(module, "RayPool", lambda kinds, _: [kind() for kind in kinds.values()])
     monkeypatch.chdir(checkpoints.parent)
     names = {"checkpoint": f"{checkpoints.name}/depth", "normals_checkpoint": "owner/name"}
-    actors.labelers(LabelConfig(device="cpu", **names), "a.zarr", (), False)
+    actors.labelers(LabelConfig(device="cpu", dtype="float32", **names), "a.zarr", (), False)
     smooth_actors.smoothers(SmoothConfig(), "s3://bucket/a.zarr")
     (config, store, _), (probed, *_), (_, smoothed) = told
     assert (config.checkpoint, config.normals_checkpoint) == (str(checkpoints / "depth"), "owner/name")

@@ -69,7 +69,15 @@ def test_workers_race_only_where_what_they_compiled_is_alike(device, compiled, r
 
 def test_each_step_of_each_member_has_the_time_of_a_frame():
     config = LabelConfig(checkpoint="x", labels=("depth",), noise="gaussian", steps=4, ensemble=10, frame_limit_s=3.0)
-    assert _options(config).frame_limit_s == 120
+    options = _options(config)
+    assert options.frame_limit_s == 120
+    assert options.open_limit_s == 90, "opening a source takes no steps"
+
+
+def test_a_cpu_has_more_time_for_a_frame_than_a_gpu_but_not_for_opening_a_source():
+    cpu, gpu = (_options(LabelConfig(device=device)) for device in ("cpu", "cuda"))
+    assert (cpu.frame_limit_s, gpu.frame_limit_s) == (600, 60)
+    assert cpu.open_limit_s == gpu.open_limit_s == 1800
 
 
 def test_one_gpu_of_several_is_for_this_process_alone(video, tmp_path, config):

@@ -2,11 +2,11 @@
 
 from depthmill.workers.pace import Limits, Pace
 
-OPEN_S = 30 * 60.0  # what opening a source may take, where no frame may take more than a minute
+OPEN_S = 1800.0
 
 
 def test_limits_follow_the_pace_between_what_is_granted_and_what_is_allowed():
-    pace = Pace(60.0, 1.0)
+    pace = Pace(60.0, 1.0, OPEN_S)
     unmeasured = Limits((64 + 16) * 60.0 + OPEN_S, 32 * 60.0, OPEN_S)
     assert pace.to_do(64) == unmeasured
     pace.add(0, 1000.0)  # broken pictures tell nothing

@@ -20,7 +20,7 @@ from depthmill.pipeline.errors import ConfigError, RunStoppedError
 from depthmill.workers import actors
 from depthmill.workers.causes import words_of
 from depthmill.workers.label import _resolve
-from depthmill.workers.ray_pool import RayPool
+from depthmill.workers.ray_pool import RayPool, total
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def killed(monkeypatch):
     ids=lambda value: type(value).__name__,
 )
 def test_an_actor_is_dead_whatever_ray_calls_it(killed, error, died, lost):
-    pool = RayPool({}, per="GPU")
+    pool = RayPool({}, total("GPU"))
     pool._actors[0] = "the actor"
     future = Future()
     future.set_exception(error)
@@ -56,7 +56,7 @@ def test_an_exception_that_cannot_be_unpickled_ends_no_worker_and_is_told(killed
     unserializable = getattr(exceptions, "UnserializableException", None)
     if unserializable is None:
         pytest.skip("Ray is too old")
-    pool, future = RayPool({}, per="GPU"), Future()
+    pool, future = RayPool({}, total("GPU")), Future()
     pool._actors[0] = "the actor"
     future.set_exception(unserializable("Traceback (most recent call last):\n  …\ncuda.LostError: GPU 3\n"))
     event = pool._event(0, future)
@@ -72,28 +72,51 @@ def test_workers_of_both_kinds_go_with_their_machine(monkeypatch, killed, kind):
 
     actor = SimpleNamespace(load=answers(""), node=answers("gone"))
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "gone", "Alive": False}, {"NodeID": "b", "Alive": True}])
-    pool = RayPool({kind: lambda: actor}, per="GPU")
+    pool = RayPool({kind: lambda: actor}, total("GPU"))
     died = Future()
     died.set_exception(ActorDiedError())
     assert pool._event(pool.start(kind), died).lost
 
 
-def test_a_head_without_cores_is_no_machine(monkeypatch):
-    machines = [
-        {"NodeID": "head", "Alive": True, "Resources": {"memory": 1.0}},
-        {"NodeID": "a", "Alive": True, "Resources": {"CPU": 16.0}},
-        {"NodeID": "b", "Alive": True, "Resources": {"CPU": 16.0}},
-        {"NodeID": "gone", "Alive": False, "Resources": {"CPU": 16.0}},
-    ]
-    monkeypatch.setattr(ray, "nodes", lambda: machines)
-    assert RayPool({}, per="machine").capacity() == 2
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("machines", "fit"),
+    [
+        ([], 0),
+        ([{"memory": 99.0 * GIB}], 0),  # a head without cores is no machine
+        ([{"CPU": 2.0, "memory": 99.0 * GIB}], 1),  # fewer cores than threads
+        ([{"CPU": 15.0, "memory": 99.0 * GIB}], 1),
+        ([{"CPU": 16.0, "memory": 99.0 * GIB}], 2),
+        ([{"CPU": 64.0, "memory": 15.0 * GIB}], 3),  # what its memory has room for
+        ([{"CPU": 64.0, "memory": 3.0 * GIB}], 1),  # one is tried, however little there is
+        ([{"CPU": 64.0, "memory": 99.0 * GIB}, {"CPU": 17.0, "memory": 99.0 * GIB}, {"memory": 1.0}], 4),
+    ],
+)
+def test_labelers_on_cpus_have_their_threads_and_memory(monkeypatch, machines, fit):
+    monkeypatch.setattr(actors, "remote", lambda worker, **options: None)
+    monkeypatch.setattr(actors, "count_weights", lambda checkpoint: GIB // 6)  # half a GiB as bfloat16, times 3
+    config, pair = LabelConfig(device="cpu", dtype="bfloat16", threads=8), (SimpleNamespace(sha256=""),) * 2
+    pool = actors.labelers(config, "store", pair, retry_failed=False)
+    nodes = [{"NodeID": str(i), "Alive": True, "Resources": machine} for i, machine in enumerate(machines)]
+    gone = {"NodeID": "gone", "Alive": False, "Resources": {"CPU": 1.0, "memory": 0.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, gone])
+    assert pool.capacity() == fit
+
+
+@pytest.mark.parametrize("resource", ["GPU", "CPU"])
+def test_others_have_a_gpu_or_a_core_each(monkeypatch, resource):
+    nodes = [{"NodeID": str(i), "Alive": i != 2, "Resources": {"memory": 1.0, resource: i + 1.0}} for i in range(3)]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"NodeID": "head", "Alive": True, "Resources": {}}])
+    assert RayPool({}, total(resource)).capacity() == 3
 
 
 def test_a_cluster_that_has_ended_is_asked_for_nothing(monkeypatch, killed):
     dead = [("gcs_server", SimpleNamespace(returncode=-9))]
     monkeypatch.setattr(worker, "_global_node", SimpleNamespace(dead_processes=lambda: dead))
     monkeypatch.setattr(ray, "nodes", lambda: pytest.fail("asked, which waits for ever"))
-    pool, died = RayPool({}, per="machine"), Future()
+    pool, died = RayPool({}, total("CPU")), Future()
     died.set_exception(ActorDiedError())
     pool._actors[0], pool._nodes[0] = "the actor", "its machine"
     pool._ended.put((0, died))
@@ -103,17 +126,17 @@ def test_a_cluster_that_has_ended_is_asked_for_nothing(monkeypatch, killed):
 
 
 @pytest.mark.parametrize(("device", "strategy"), [("cpu", "SPREAD"), ("cuda", "DEFAULT")])
-def test_labelers_that_take_up_whole_machines_are_spread_over_them(monkeypatch, device, strategy):
+def test_labelers_on_cpus_are_spread_over_machines(monkeypatch, device, strategy):
     asked = {}
     monkeypatch.setattr(actors, "remote", lambda worker, **options: asked.update({worker.__name__: options}))
-    actors.labelers(LabelConfig(device=device), "store", (), retry_failed=False)
+    actors.labelers(LabelConfig(device=device, dtype="float32"), "store", (), retry_failed=False)
     assert asked["LabelWorker"]["scheduling_strategy"] == strategy
 
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """One whose machines answer the dtype that `answer` says, at once or late; `asked` is what they were asked with."""
-    state = SimpleNamespace(answer=torch.float16, late=False, asked={})
+    """One whose machines answer what `answer` says, at once or late; `asked` is what they were asked with."""
+    state = SimpleNamespace(answer=(torch.float16, 5), late=False, asked={})
 
     def get(answer):
         if isinstance(answer, Exception):
@@ -122,7 +145,7 @@ def cluster(monkeypatch):
 
     def options(**asked):
         state.asked.update(asked)
-        return SimpleNamespace(remote=lambda name, device: state.answer)
+        return SimpleNamespace(remote=lambda dtype, device: state.answer)
 
     monkeypatch.setattr(ray, "remote", lambda function: SimpleNamespace(options=options))
     monkeypatch.setattr(ray, "wait", lambda asked, timeout: ([], asked) if state.late else (asked, []))
@@ -132,10 +155,10 @@ def cluster(monkeypatch):
 
 @pytest.mark.parametrize(("gpus", "device", "answer"), [(2, "cuda", torch.float16), (0, "cpu", torch.bfloat16)])
 def test_the_dtype_is_best_on_the_machines_that_label(cluster, gpus, device, answer):
-    cluster.answer = answer
+    cluster.answer = answer, 5
     said = []
     config = _resolve(LabelConfig(device="auto", address="auto"), gpus, said.append)
-    assert (config.device, config.dtype) == (device, str(answer).removeprefix("torch."))
+    assert (config.device, config.dtype, config.threads) == (device, str(answer).removeprefix("torch."), 5)
     assert cluster.asked["num_gpus"] == min(gpus, 1)
     assert not said
 
@@ -148,10 +171,14 @@ def test_gpus_that_are_busy_are_waited_for_and_that_is_said(cluster):
     assert "--dtype" in said[0]
     said.clear()
     assert _resolve(LabelConfig(address="auto", dtype="bfloat16"), 2, said.append).dtype == "bfloat16"
+    on_cpus = LabelConfig(address="auto", dtype="float32", threads=3)
+    assert _resolve(on_cpus, 0, said.append).threads == 3
     assert not said, "nobody was asked"
+    assert _resolve(on_cpus.model_copy(update={"threads": None}), 0, said.append).threads == 5
+    assert "waiting for a free core" in said[0]
 
 
 def test_machines_that_cannot_tell_the_dtype(cluster):
-    cluster.answer = RayTaskError("pick_dtype", "Traceback", ModuleNotFoundError("No module named 'depthmill'"))
+    cluster.answer = RayTaskError("_backend_here", "Traceback", ModuleNotFoundError("No module named 'depthmill'"))
     with pytest.raises(ConfigError, match=r"No module named 'depthmill'.*--dtype"):
         _resolve(LabelConfig(address="auto"), 1, print)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.model import scratch
-from depthmill.pipeline.model.checkpoint import open_checkpoint
+from depthmill.pipeline.model.checkpoint import count_weights, open_checkpoint
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.model.modules import empty_prompt, load_scheduler, load_unet, load_vae
 from depthmill.pipeline.model.single_step import load_heads
@@ -424,3 +424,9 @@ def test_a_text_to_image_model_is_refused_unless_it_says_that_it_answers(tmp_pat
     edit_json(tmp_path / "sd" / "model_index.json", _class_name="StableDiffusionPipeline")
     (tmp_path / "sd" / "depthmill.json").write_text('{"modality": "depth"}')
     assert Labeler.from_pretrained(str(tmp_path / "sd"))
+
+
+def test_weights_are_counted_of_what_sees_each_picture(checkpoints):
+    checkpoint = open_checkpoint(str(checkpoints / "depth"), "depth")
+    parts = load_vae(checkpoint), load_unet(checkpoint)
+    assert count_weights(checkpoint) == sum(weight.numel() for part in parts for weight in part.state_dict().values())
