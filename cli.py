@@ -258,7 +258,7 @@ def label(
     address: _Address = None,
     attempts: Annotated[int | None, typer.Option(help="Attempts per segment, then per failing frame.")] = None,
     frame_limit_s: Annotated[
-        float | None, typer.Option(help="Seconds that a frame may take, at most; default: 60, on CPUs 600.")
+        float | None, typer.Option(help="Seconds that a frame may take; default: 60, a large network's on CPUs 600.")
     ] = None,
     max_pixels: Annotated[
         int | None, typer.Option(help="Pixel limit: larger images fail, larger videos are skipped.")

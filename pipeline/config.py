@@ -131,10 +131,10 @@ class LabelConfig(StrictModel):
         attempts: How often a segment is tried before the frames that make it fail are searched for, and how often one
             of those is tried before it is marked as failed.
         frame_limit_s: Most seconds that a frame may take, for each of its steps in each member of its ensemble; left
-            out, 60, and 600 on CPUs, where a large network may take more than a minute. A segment that takes longer
-            than all its frames may is ended with its worker; less is granted, but a second a frame at least (30 on
-            CUDA, unless `compile` is off), once the run has measured its own pace, unless no frame of the segment was
-            found to be at fault. With `workers` 0 there is no limit: nothing could be ended.
+            out, 60, of a network of more than 100 million weights on a CPU 600. A segment that takes longer than all
+            its frames may is ended with its worker; less is granted, but a second a frame at least (30 on CUDA, unless
+            `compile` is off), once the run has measured its own pace, unless no frame of the segment was found to be at
+            fault. With `workers` 0 there is no limit: nothing could be ended.
         max_pixels: Pictures larger than this are marked as failed instead of read; such videos are left out.
         max_frames: An input with more frames is refused.
         steps: UNet calls for a label; this and the next four are `Sampling`'s, where each is explained.

@@ -82,8 +82,7 @@ def _memory(config: LabelConfig, checkpoints: Sequence[Checkpoint]) -> int:
 
     Generously: of Stable Diffusion 2's size, depth alone, in bfloat16, it took 5.9 GB, where this says 7.8.
     """
-    weights = sum(count_weights(checkpoint) for checkpoint in checkpoints)
-    return _BESIDE_WEIGHTS + 3 * weights * int(getattr(torch, config.dtype).itemsize)
+    return _BESIDE_WEIGHTS + 3 * count_weights(checkpoints) * int(getattr(torch, config.dtype).itemsize)
 
 
 def _located_checkpoints(config: LabelConfig) -> dict[str, str]:

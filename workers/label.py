@@ -23,7 +23,7 @@ from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import ConfigError, RunStoppedError, SourceError
 from depthmill.pipeline.job import identity, layout
 from depthmill.pipeline.model.backend import default_threads, pick_device, pick_dtype
-from depthmill.pipeline.model.checkpoint import Checkpoint
+from depthmill.pipeline.model.checkpoint import Checkpoint, count_weights
 from depthmill.pipeline.model.labeler import open_checkpoints
 from depthmill.pipeline.plan import Prober
 from depthmill.pipeline.sources import expand_inputs, open_source
@@ -44,7 +44,9 @@ from depthmill.workers.terms import Calls, Options
 if TYPE_CHECKING:
     from depthmill.workers.metrics import Metrics
 
-_LIMIT_S, _CPU_LIMIT_S = 60.0, 600.0  # what a frame may take if nobody says so: Stable Diffusion 2 takes two cores 70 s
+# What a frame may take if nobody says so, the second of a large network on a CPU: Stable Diffusion 2's takes two cores
+# 70 s, and twice that beside another worker.
+_LIMIT_S, _SLOW_LIMIT_S, _LARGE = 60.0, 600.0, 100_000_000  # weights
 _PROBERS = 4  # sources probed at once: each is mostly waiting for a disk or a network
 
 
@@ -135,7 +137,7 @@ def label(
 
             driver = Driver(
                 pool,
-                _options(config),
+                _options(config, checkpoints),
                 Calls(publish, partial(fail_task, store=store), show, say, stopped.is_set),
                 uris or (),
                 planned,
@@ -181,10 +183,11 @@ def label(
     return summary
 
 
-def _options(config: LabelConfig) -> Options:
+def _options(config: LabelConfig, checkpoints: Sequence[Checkpoint]) -> Options:
     if config.workers == 0:  # nothing can be interrupted, and a call's time runs while it waits for the one before it
         return Options(config.attempts, inf, inf, config.workers, _PROBERS, least_limit_s=inf)
-    limit_s = config.frame_limit_s or (_CPU_LIMIT_S if config.device == "cpu" else _LIMIT_S)
+    slow = config.device == "cpu" and count_weights(checkpoints) > _LARGE
+    limit_s = config.frame_limit_s or (_SLOW_LIMIT_S if slow else _LIMIT_S)
     options = Options(
         config.attempts,
         frame_limit_s=limit_s * config.steps * config.ensemble,

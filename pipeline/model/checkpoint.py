@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -381,9 +382,10 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def count_weights(checkpoint: Checkpoint) -> int:
+def count_weights(checkpoints: Iterable[Checkpoint]) -> int:
     """How many numbers the parts have that see each picture: not the prompt's, which is encoded once."""
-    parts = [checkpoint.directory / part for part in _parts(checkpoint.directory) if part != "text_encoder"]
+    folders = [checkpoint.directory for checkpoint in checkpoints]
+    parts = [folder / part for folder in folders for part in _parts(folder) if part != "text_encoder"]
     return sum(prod(shape) for part in parts for shape in weight_shapes(part).values())
 
 

@@ -64,20 +64,24 @@ def test_what_waits_for_others_in_one_process_has_no_time_limit(tmp_path, config
     [("cpu", "auto", True), ("cuda", "auto", False), ("cuda", "on", True), ("cuda", "off", True)],
 )
 def test_workers_race_only_where_what_they_compiled_is_alike(device, compiled, race):
-    assert _options(LabelConfig(device=device, compile=compiled, workers=2)).race == race
+    assert _options(LabelConfig(device=device, compile=compiled, workers=2), ()).race == race
 
 
 def test_each_step_of_each_member_has_the_time_of_a_frame():
     config = LabelConfig(checkpoint="x", labels=("depth",), noise="gaussian", steps=4, ensemble=10, frame_limit_s=3.0)
-    options = _options(config)
+    options = _options(config, ())
     assert options.frame_limit_s == 120
     assert options.open_limit_s == 90, "opening a source takes no steps"
 
 
-def test_a_cpu_has_more_time_for_a_frame_than_a_gpu_but_not_for_opening_a_source():
-    cpu, gpu = (_options(LabelConfig(device=device)) for device in ("cpu", "cuda"))
-    assert (cpu.frame_limit_s, gpu.frame_limit_s) == (600, 60)
-    assert cpu.open_limit_s == gpu.open_limit_s == 1800
+@pytest.mark.parametrize(
+    ("device", "weights", "limit_s"), [("cpu", 10**8, 60), ("cpu", 10**8 + 1, 600), ("cuda", 10**9, 60)]
+)
+def test_a_large_network_has_more_time_for_a_frame_on_a_cpu(monkeypatch, device, weights, limit_s):
+    monkeypatch.setattr("depthmill.workers.label.count_weights", lambda checkpoints: weights)
+    options = _options(LabelConfig(device=device), ())
+    assert options.frame_limit_s == limit_s
+    assert options.open_limit_s == 1800, "as for any"
 
 
 def test_one_gpu_of_several_is_for_this_process_alone(video, tmp_path, config):

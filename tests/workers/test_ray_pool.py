@@ -96,9 +96,9 @@ GIB = 1 << 30
 )
 def test_labelers_on_cpus_have_their_threads_and_memory(monkeypatch, machines, fit):
     monkeypatch.setattr(actors, "remote", lambda worker, **options: None)
-    monkeypatch.setattr(actors, "count_weights", lambda checkpoint: GIB // 6)  # half a GiB as bfloat16, times 3
-    config, pair = LabelConfig(device="cpu", dtype="bfloat16", threads=8), (SimpleNamespace(sha256=""),) * 2
-    pool = actors.labelers(config, "store", pair, retry_failed=False)
+    monkeypatch.setattr(actors, "count_weights", lambda checkpoints: GIB // 3)  # 2 GiB as bfloat16, times 3
+    config = LabelConfig(device="cpu", dtype="bfloat16", threads=8)
+    pool = actors.labelers(config, "store", (), retry_failed=False)
     nodes = [{"NodeID": str(i), "Alive": True, "Resources": machine} for i, machine in enumerate(machines)]
     gone = {"NodeID": "gone", "Alive": False, "Resources": {"CPU": 1.0, "memory": 0.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, gone])

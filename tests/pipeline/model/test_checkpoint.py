@@ -427,6 +427,6 @@ def test_a_text_to_image_model_is_refused_unless_it_says_that_it_answers(tmp_pat
 
 
 def test_weights_are_counted_of_what_sees_each_picture(checkpoints):
-    checkpoint = open_checkpoint(str(checkpoints / "depth"), "depth")
-    parts = load_vae(checkpoint), load_unet(checkpoint)
-    assert count_weights(checkpoint) == sum(weight.numel() for part in parts for weight in part.state_dict().values())
+    pair = [open_checkpoint(str(checkpoints / name), name) for name in ("depth", "normals")]
+    parts = [load(checkpoint) for checkpoint in pair for load in (load_vae, load_unet)]
+    assert count_weights(pair) == sum(weight.numel() for part in parts for weight in part.state_dict().values())
