@@ -20,18 +20,14 @@ from depthmill.pipeline.store.files import located
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.causes import reason
 from depthmill.workers.probe_actors import ProbeWorker
-from depthmill.workers.ray_pool import Machines, RayPool, remote, this_node, total
+from depthmill.workers.ray_pool import Machines, OnRay, RayPool, remote, total
 
 _BESIDE_WEIGHTS = 2 << 30  # bytes
 _PATIENCE_S = 20.0  # before it is said what is waited for
 
 
-class LabelWorker(Worker):
-    """A worker that can say where it is."""
-
-    def node(self) -> str:
-        """Id of its machine."""
-        return this_node()
+class LabelWorker(OnRay, Worker):
+    """A worker that labels, as an actor."""
 
 
 def labelers(config: LabelConfig, store: str, checkpoints: Sequence[Checkpoint], retry_failed: bool) -> RayPool:

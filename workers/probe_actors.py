@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from depthmill.pipeline.plan import Prober
-from depthmill.workers.ray_pool import this_node
+from depthmill.workers.ray_pool import OnRay
 
 
-class ProbeWorker(Prober):
-    """A prober that can say where it is."""
-
-    def node(self) -> str:
-        """Id of its machine."""
-        return this_node()
+class ProbeWorker(OnRay, Prober):
+    """A prober, as an actor."""

@@ -151,9 +151,12 @@ def remote(worker: type, **options: Any) -> Any:
     return ray.remote(worker).options(max_restarts=0, max_task_retries=0, **options)
 
 
-def this_node() -> str:
-    """Id of the machine that this process is on."""
-    return str(ray.get_runtime_context().get_node_id())
+class OnRay:
+    """What an actor has beside what it does."""
+
+    def node(self) -> str:
+        """Id of the machine that it is on."""
+        return str(ray.get_runtime_context().get_node_id())
 
 
 def _alive() -> list[dict[str, Any]]:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from depthmill.pipeline.config import SmoothConfig
 from depthmill.pipeline.smoothing.stage import Smoother
 from depthmill.pipeline.store.files import located
-from depthmill.workers.ray_pool import RayPool, remote, this_node, total
+from depthmill.workers.ray_pool import OnRay, RayPool, remote, total
 
 
-class SmoothWorker(Smoother):
-    """A smoothing worker that can say where it is."""
-
-    def node(self) -> str:
-        """Id of its machine."""
-        return this_node()
+class SmoothWorker(OnRay, Smoother):
+    """A worker that smooths, as an actor."""
 
 
 def smoothers(config: SmoothConfig, store: str) -> RayPool:
