@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers.training_utils import EMAModel
 
 from depthmill.pipeline.config import make_folder
@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 _LOG_STEPS = 50
 _SCALE_BATCHES = 8
+# That processes wait for one that downloads, or writes 14 GB to a slow disk: NCCL's own ten minutes end the run.
+_WAIT = timedelta(hours=1)
 _OVERFLOWS = 30  # in a row: float16's first scale, 2^16, is halved by each, and gradients fit within a few
 # What may change when a run goes on: how long it takes and where, not what comes out;
 _FREE = (
@@ -145,6 +147,7 @@ def _accelerator(config: TrainConfig, output: Path, device: str | None) -> Accel
         log_with="tensorboard",
         project_dir=output / "tensorboard",
         cpu=device == "cpu",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_WAIT)],
     )
     alone = accelerator.num_processes == 1
     if asked is not None and (accelerator.device.type != asked.type or (asked.index is not None and not alone)):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 
 import diffusers
 import numpy as np
@@ -288,6 +289,22 @@ def test_float16_learns_on_a_gpu(scene_pool, tmp_path):
 def test_a_device_that_is_not_there_is_refused(scene_pool, tmp_path):
     with pytest.raises(ConfigError, match="device is 'cuda:99', which torch cannot use"):
         train(config(scene_pool), tmp_path, device="cuda:99")
+
+
+def test_processes_wait_for_one_that_writes_to_a_slow_disk(scene_pool, tmp_path, monkeypatch):
+    asked = {}
+
+    def join(**options):
+        asked.update(options)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(InterruptedError):
+        train_module._accelerator(config(scene_pool), tmp_path, "cpu")
+    assert asked["timeout"] >= timedelta(hours=1), "NCCL's own is 10 minutes, for a state of 14 GB"
 
 
 def test_a_device_that_accelerate_does_not_take_is_refused(scene_pool, tmp_path):
