@@ -8,6 +8,7 @@ average and the optimizer's moments are all there is to remember.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -324,11 +325,14 @@ def _held_out(config: TrainConfig) -> Batch | None:
 
 
 def _save_state(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Write what the run resumes from; the state before it goes once this one is whole."""
+    """Write what the run resumes from; the state before it goes once this one is whole, and on the disk."""
     partial = folder / f"{step:06d}.partial"
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        for file in partial.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())  # or a power cut takes it, when the one before it is gone
         older = [path for path in folder.iterdir() if path != partial]
         shutil.rmtree(folder / f"{step:06d}", ignore_errors=True)
         partial.rename(folder / f"{step:06d}")

@@ -145,6 +145,20 @@ def test_a_state_goes_once_the_next_is_whole(tmp_path, monkeypatch):
     assert [one.name for one in tmp_path.iterdir()] == ["000004"]
 
 
+def test_a_state_is_on_the_disk_before_the_one_before_it_goes(scene_pool, tmp_path, monkeypatch):
+    synced = {}
+
+    def sync(number):
+        states = (tmp_path / "states").glob("*")
+        synced[os.fstat(number).st_ino] = sorted(path.name for path in states)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    train(config(scene_pool), tmp_path)
+    state = [file for file in (tmp_path / "states" / "000004").iterdir() if file.stat().st_size]
+    assert {"model.safetensors", "optimizer.bin"} <= {file.name for file in state}
+    assert all(synced.get(file.stat().st_ino) == ["000002", "000004.partial"] for file in state)
+
+
 def test_what_is_drawn_depends_on_the_seed_and_the_batch():
     drawn = [train_module._draws(*one).initial_seed() for one in ((0, 1), (0, 2), (1, 1), (0, 1))]
     assert len(set(drawn)) == 3
