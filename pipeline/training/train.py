@@ -74,13 +74,20 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
     Raises:
         CheckpointError: If the start cannot be loaded.
         ConfigError: If `device` cannot be trained on.
-        TrainingError: If `output` holds a run of another configuration, a training set lacks files, the loss is no
-            longer a number, or float16's gradients keep overflowing.
+        TrainingError: If `output` holds a run of another configuration, a training set lacks files, a GPU's memory does
+            not suffice, the loss is no longer a number, or float16's gradients keep overflowing.
         RunStoppedError: If the disk is full, or a process that reads pictures was killed.
     """
     make_folder(output)
-    with room_in(output):
-        return _train(config, output, overwrite, device)
+    try:
+        with room_in(output):
+            return _train(config, output, overwrite, device)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"batch_size is {config.batch_size}, for which the GPU's memory does not suffice ({error}): free what "
+            "others hold of it, or set gradient_checkpointing: true or mixed_precision: bf16, and run again to go on "
+            "from the last saved state; or start over with a smaller batch_size and as much more accumulation"
+        ) from error
 
 
 def _train(config: TrainConfig, output: Path, overwrite: bool, device: str | None) -> Path:

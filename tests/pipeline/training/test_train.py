@@ -286,6 +286,15 @@ def test_float16_learns_on_a_gpu(scene_pool, tmp_path):
     assert "0" in {row["overflowed"] for row in table(tmp_path)}
 
 
+def test_a_gpu_that_is_too_small_ends_the_run_with_what_to_change(scene_pool, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(Objective, "forward", full)
+    with pytest.raises(TrainingError, match=r"batch_size is 2, .*Tried to allocate 20.00 GiB.*gradient_checkpointing"):
+        train(config(scene_pool), tmp_path)
+
+
 def test_a_device_that_is_not_there_is_refused(scene_pool, tmp_path):
     with pytest.raises(ConfigError, match="device is 'cuda:99', which torch cannot use"):
         train(config(scene_pool), tmp_path, device="cuda:99")
