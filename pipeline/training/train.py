@@ -337,7 +337,7 @@ def _save_state(accelerator: Accelerator, folder: Path, step: int) -> None:
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for file in partial.iterdir():
+        for file in filter(Path.is_file, partial.rglob("*")):
             with file.open("rb") as written:
                 os.fsync(written.fileno())  # or a power cut takes it, when the one before it is gone
         older = [path for path in folder.iterdir() if path != partial]
