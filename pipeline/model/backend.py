@@ -8,6 +8,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,8 +135,11 @@ def compile_network(network: Specialized, device: torch.device, wanted: Compile,
         return
     import torch._dynamo
 
+    # Who has no home has what torch compiles kept where torch does that by itself, and no notes.
+    with suppress(RuntimeError):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
     # The notes go with what they are of: who empties torch's cache removes them, too.
-    notes = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))) / "depthmill"
+    notes = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", os.devnull)) / "depthmill"
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _SHAPES)
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     compiled = torch.compile(network.folded, dynamic=False, mode=mode)

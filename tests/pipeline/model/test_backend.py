@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +102,16 @@ def test_what_is_compiled(checkpoints, monkeypatch, wanted, device, compiles):
     monkeypatch.setattr(torch, "compile", lambda *args, **options: network.folded)
     compile_network(network, device, wanted, ["x"])
     assert (network.compiled is not None) is compiles
+
+
+def test_who_has_no_home_can_compile(checkpoints, monkeypatch):
+    network = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1, dtype="float32")._network
+    for name in ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: network.folded)
+    compile_network(network, CUDA, "on", ["x"])
+    assert network(torch.zeros(1, 3, 16, 16), full=True)["depth"].shape == (1, 1, 16, 16)
 
 
 def test_auto_compiles_shapes_of_which_there_are_many(checkpoints, monkeypatch):
