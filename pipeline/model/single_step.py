@@ -73,7 +73,12 @@ def decode_normals(decoded: torch.Tensor, description: Description) -> torch.Ten
         decoded = decoded.clip(-1, 1)
     if not description.full_z_range:
         decoded = torch.cat([decoded[:, :2], decoded[:, 2:] * 0.5 + 0.5], dim=1)
-    return unit(decoded) * decoded.new_tensor(axes_signs(description.normals_axes))[:, None, None]
+    vectors = unit(decoded)
+    # No product with a tensor of the three signs: to send that to a GPU is to wait until all before it is done there.
+    for axis, sign in enumerate(axes_signs(description.normals_axes)):
+        if sign < 0:
+            vectors[:, axis].neg_()
+    return vectors
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:

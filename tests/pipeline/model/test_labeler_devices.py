@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.model.labeler import Labeler
@@ -88,6 +89,38 @@ def test_what_cannot_be_compiled_is_not_silently_left_so(checkpoints, monkeypatc
     with pytest.raises(ConfigError, match=r"compile is on.*--compile auto"):
         Labeler.from_pretrained(checkpoints / "depth", device="cpu", compile="on", **options)
     assert not Labeler.from_pretrained(checkpoints / "depth", device="cpu", compile="auto", **options).compiled
+
+
+def test_no_tensor_is_made_of_numbers_and_sent_to_the_device(labeler):
+    """Whoever sends one to CUDA waits until all is done that was queued there before: the whole network."""
+    ran = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            ran.append(operation)
+            return operation(*args, **(kwargs or {}))
+
+    with Spy():
+        labeler._network(torch.zeros(2, 3, 40, 48))
+    assert ran
+    assert torch.ops.aten.lift_fresh.default not in ran
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # float16 looks for overflows
+def test_a_batch_is_queued_on_cuda_without_waiting(checkpoints, dtype):
+    labeler = Labeler.from_pretrained(
+        checkpoints / "depth", checkpoints / "normals", device="cuda", dtype=dtype, batch_size=2
+    )
+    frames = list(noise(2, 40, 56, 3))
+    expected = labeler.label(frames, packing="int8")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = labeler.submit(frames, packing="int8")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for labels, one in zip(pending.result(), expected, strict=True):
+        assert np.array_equal(labels.normals, one.normals)
 
 
 @pytest.mark.gpu
