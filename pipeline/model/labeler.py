@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from traceback import clear_frames
 from typing import Literal, Self
 
 import numpy as np
@@ -291,10 +292,11 @@ class Labeler:
                 with torch.autocast(self.device.type, enabled=False):  # a caller's would round what is float32 here
                     done += self._forward(frames[part], keys[part], most, rounded, packing)
                 continue
-            except torch.cuda.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError as error:
                 tried = min(most, len(frames[part]) * self.sampling.ensemble)
                 if tried == 1:
                     self._pixels_that_fit = fit  # it is the picture that is too large, not the batch
+                    clear_frames(error.__traceback__)  # else who keeps the error keeps what the pass had allocated
                     raise
             # Not before the exception is gone: it holds what the pass had allocated.
             torch.cuda.empty_cache()

@@ -1,5 +1,7 @@
 """A labeler on its device: memory, compilation, CUDA."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,21 @@ def test_out_of_memory_halves_the_batch_and_remembers(checkpoints, monkeypatch):
     labeler(noise(7, 8, 24, 3))
     assert tried[7:] == [6, 3, 3, 1], "half the pixels, so twice the frames, until that is too many as well"
     assert labeler.batch_size == 8
+
+
+def test_an_error_for_want_of_gpu_memory_holds_none(checkpoints, monkeypatch):
+    labeler, held = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1), []
+
+    def no_memory(*frames):
+        pictures = torch.zeros(3)
+        held.append(weakref.ref(pictures))
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(labeler, "_forward", no_memory)
+    with pytest.raises(torch.cuda.OutOfMemoryError) as kept:
+        labeler(noise(1, 16, 24, 3))
+    assert kept.value.__traceback__
+    assert held[0]() is None
 
 
 @pytest.mark.parametrize("error", [MemoryError("host"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
