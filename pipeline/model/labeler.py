@@ -337,6 +337,7 @@ class Labeler:
             Pending(self._forward([blank] * frames, ["blank"] * frames, frames, False, None), None, 0.0).result()
             return torch.cuda.max_memory_allocated(self.device) - before
 
+        torch.cuda.empty_cache()  # what this process keeps of a labeler before this one is free, too
         free, _ = torch.cuda.mem_get_info(self.device)
         return fitting_batch(used_bytes, free, [*self._key, str(side)])
 

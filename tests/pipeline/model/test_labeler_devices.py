@@ -108,6 +108,17 @@ def test_what_cannot_be_compiled_is_not_silently_left_so(checkpoints, monkeypatc
     assert not Labeler.from_pretrained(checkpoints / "depth", device="cpu", compile="auto", **options).compiled
 
 
+def test_what_an_earlier_labeler_left_is_free(checkpoints, monkeypatch):
+    labeler, asked = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1), []
+    labeler.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append("asked") or (10, 20))
+    monkeypatch.setattr("depthmill.pipeline.model.labeler.fitting_batch", lambda used, free, key: free)
+    assert labeler._fitting() == 10
+    assert asked == ["emptied", "asked"]
+
+
 def test_no_tensor_is_made_of_numbers_and_sent_to_the_device(labeler):
     """Whoever sends one to CUDA waits until all is done that was queued there before: the whole network."""
     ran = []
