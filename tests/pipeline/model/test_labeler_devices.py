@@ -182,7 +182,7 @@ def test_the_batch_is_found_by_the_memory_on_cuda(checkpoints, tmp_path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sizes = {Labeler.from_pretrained(checkpoints / "depth", device="cuda").batch_size for _ in range(2)}
     assert sizes == {32}, "frames of 48 pixels: the most there is"
-    assert len(list(tmp_path.rglob("*.json"))) == 1
+    assert len(list((tmp_path / "depthmill" / "memory").iterdir())) == 1
 
 
 @pytest.mark.gpu
