@@ -204,11 +204,23 @@ def fitting_batch(used_bytes: Callable[[int], int], free_bytes: int, key: Sequen
     except (ValueError, TypeError):
         try:
             one, two = used_bytes(1), used_bytes(2)
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not lacks_gpu_memory(error):
+                raise
             return 1
         keep(name, [one, two])
     each = max(two - one, 1)
     return max(1, min(_MOST, 1 + int((_SHARE * free_bytes - one) // each)))
+
+
+def lacks_gpu_memory(error: RuntimeError) -> bool:
+    """Whether a pass ended for want of GPU memory; NVIDIA's libraries have words of their own for it.
+
+    A convolution tries one of cuDNN's engines after the other; if none has room for its workspace, torch says that it
+    found none. cuBLAS and cuDNN take memory beside torch's when they are first used.
+    """
+    words = str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "find an engine" in words or "STATUS_ALLOC_FAILED" in words
 
 
 def _name_of(key: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from depthmill.pipeline.model.backend import (
     cpu_batch,
     exact_float32,
     fitting_batch,
+    lacks_gpu_memory,
     named,
     pick_device,
     pick_dtype,
@@ -292,7 +293,9 @@ class Labeler:
                 with torch.autocast(self.device.type, enabled=False):  # a caller's would round what is float32 here
                     done += self._forward(frames[part], keys[part], most, rounded, packing)
                 continue
-            except torch.cuda.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not lacks_gpu_memory(error):
+                    raise
                 tried = min(most, len(frames[part]) * self.sampling.ensemble)
                 if tried == 1:
                     self._pixels_that_fit = fit  # it is the picture that is too large, not the batch

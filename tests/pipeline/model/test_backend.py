@@ -79,9 +79,12 @@ def test_what_another_version_measured_is_not_taken_over(tmp_path, monkeypatch):
     assert fitting_batch(lambda count: 50 * count, 1000, ["a"]) == 8
 
 
-def test_a_frame_that_does_not_fit_is_tried_alone(cache):
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("GET was unable to find an engine to …")]
+)
+def test_a_frame_that_does_not_fit_is_tried_alone(cache, error):
     def used(frames):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     assert fitting_batch(used, 1000, ["a"]) == 1
     assert not cache.exists()

@@ -35,6 +35,28 @@ def test_out_of_memory_halves_the_batch_and_remembers(checkpoints, monkeypatch):
     assert labeler.batch_size == 8
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "GET was unable to find an engine to execute this computation",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_other_words_for_want_of_gpu_memory(checkpoints, monkeypatch, words):
+    labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=4)
+    forward, tried = labeler._forward, []
+
+    def small_gpu(frames, *rest):
+        tried.append(len(frames))
+        if len(frames) > 2:
+            raise RuntimeError(words)
+        return forward(frames, *rest)
+
+    monkeypatch.setattr(labeler, "_forward", small_gpu)
+    labeler(noise(4, 16, 24, 3))
+    assert tried == [4, 2, 2]
+
+
 def test_an_error_for_want_of_gpu_memory_holds_none(checkpoints, monkeypatch):
     labeler, held = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1), []
 
