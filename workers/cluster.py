@@ -42,7 +42,7 @@ def connect(config: LabelConfig | SmoothConfig) -> Iterator[int]:
                 ray.init(config.address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 # Actors ask for one CPU each; on this machine the run alone decides how many share the cores.
-                _start(max(cores(), config.workers or 1))
+                _start(max(cores(), config.workers or _gpus_here(config)))
     except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
         if not config.address:
             raise ConfigError(
@@ -107,6 +107,15 @@ def _start(cpus: int) -> None:
                     f"Ray did not start on this machine in {_STARTS} times 30 s; expected cores that are free for it: "
                     "stop other work, or label without it (--workers 0)"
                 ) from error
+
+
+def _gpus_here(config: LabelConfig | SmoothConfig) -> int:
+    """GPUs of this machine that a run labels on: a container may grant it fewer cores than those."""
+    if isinstance(config, SmoothConfig) or config.device == "cpu":
+        return 0
+    import torch  # labelling has done so already, and smoothing has no use for it
+
+    return torch.cuda.device_count()
 
 
 def _check_reachable(address: str) -> None:

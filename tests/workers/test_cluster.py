@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 from ray._private import worker
 
 from depthmill.pipeline.config import LabelConfig, SmoothConfig
@@ -33,6 +34,28 @@ def test_ray_that_starts_too_slowly_is_started_again(monkeypatch, late, starts):
         with pytest.raises(ConfigError, match="--workers 0"), connect(LabelConfig()):
             pass
     assert len(calls) == starts
+
+
+@pytest.mark.parametrize(
+    ("config", "cpus"),
+    [
+        (LabelConfig(), 4),
+        (LabelConfig(device="cuda", workers=3), 3),
+        (LabelConfig(device="cpu"), 2),
+        (SmoothConfig(), 2),
+    ],
+)
+def test_each_gpu_has_a_worker_where_cores_are_fewer(monkeypatch, config, cpus):
+    asked = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("depthmill.workers.cluster.cores", lambda: 2)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *args, **options: asked.update(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 4.0})
+    with connect(config):
+        assert asked["num_cpus"] == cpus
 
 
 def test_what_else_ray_says_is_not_tried_again(monkeypatch):
