@@ -146,6 +146,7 @@ def compile_network(network: Specialized, device: torch.device, wanted: Compile,
 
     seen: Counter[torch.Size] = Counter()
     noted: dict[torch.Size, bool] = {}
+    ran: set[torch.Size] = set()
     network.compile_after = COMPILE_AFTER if wanted == "auto" else 0
 
     def note(shape: torch.Size) -> Path:
@@ -158,6 +159,10 @@ def compile_network(network: Specialized, device: torch.device, wanted: Compile,
         if not noted[shape] and seen[shape] < network.compile_after:
             seen[shape] += len(pictures)
             return network.folded(pictures)  # type: ignore[no-any-return]
+        if shape not in ran:
+            ran.add(shape)
+            # While torch prepares a graph it gives back nothing of what it keeps of other passes, and may run out.
+            torch.cuda.empty_cache()
         try:
             answers: list[torch.Tensor] = compiled(pictures)
             if not noted[shape]:

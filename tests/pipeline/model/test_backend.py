@@ -178,6 +178,17 @@ print(counted["fxgraph_cache_hit"], counted["fxgraph_cache_miss"])
     assert misses > 0
 
 
+def test_memory_that_other_passes_left_is_free_to_a_shape_that_is_compiled(checkpoints, monkeypatch):
+    network = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=2, dtype="float32")._network
+    ran = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: ran.append("emptied"))
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: lambda one: ran.append("ran") or network.folded(one))
+    compile_network(network, CUDA, "on", ["x"])
+    for shape in ((2, 3, 16, 24), (2, 3, 16, 24), (2, 3, 24, 16)):
+        network(torch.zeros(shape), full=True)
+    assert ran == ["emptied", "ran", "ran", "emptied", "ran"]
+
+
 def test_a_machine_that_cannot_compile(checkpoints, monkeypatch, caplog):
     labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1, dtype="float32")
     network = labeler._network
