@@ -169,16 +169,21 @@ def compile_network(network: Specialized, device: torch.device, wanted: Compile,
                 noted[shape] = True
                 keep(note(shape), list(shape))
             return answers
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except Exception as error:  # what a compiler needs may be missed as late as when its code is run
+            if lacks_gpu_memory(error):
+                raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if wanted == "on":
+                if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                    raise
                 raise ConfigError(
                     f"compile is on, and torch cannot compile the network here ({reason}); expected a C++ compiler, "
                     "and for CUDA Triton: install them, or leave compile at auto (--compile auto)"
                 ) from error
             log.warning("the network runs uncompiled, more slowly: torch cannot compile it here (%s)", reason)
             network.compiled = None
-            return network.folded(pictures)  # type: ignore[no-any-return]
+        # Not before the exception is gone: it holds what the pass had allocated.
+        return network.folded(pictures)  # type: ignore[no-any-return]
 
     network.compiled = run
 
@@ -218,7 +223,7 @@ def fitting_batch(used_bytes: Callable[[int], int], free_bytes: int, key: Sequen
     return max(1, min(_MOST, 1 + int((_SHARE * free_bytes - one) // each)))
 
 
-def lacks_gpu_memory(error: RuntimeError) -> bool:
+def lacks_gpu_memory(error: Exception) -> bool:
     """Whether a pass ended for want of GPU memory; NVIDIA's libraries have words of their own for it.
 
     A convolution tries one of cuDNN's engines after the other; if none has room for its workspace, torch says that it

@@ -189,6 +189,29 @@ def test_memory_that_other_passes_left_is_free_to_a_shape_that_is_compiled(check
     assert ran == ["emptied", "ran", "ran", "emptied", "ran"]
 
 
+@pytest.mark.parametrize("lacking", [AssertionError(), RuntimeError("Failed to find C compiler")])
+def test_a_machine_on_which_what_was_compiled_does_not_run(checkpoints, monkeypatch, caplog, lacking):
+    labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1, dtype="float32")
+    network, picture = labeler._network, torch.zeros(1, 3, 16, 16)
+    errors = [torch.cuda.OutOfMemoryError("CUDA out of memory"), lacking]
+
+    def broken(pictures):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: broken)
+    compile_network(network, CUDA, "auto", ["x"])
+    labeler.compile_at_once()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        network(picture, full=True)
+    assert torch.equal(network(picture, full=True)["depth"], network(picture)["depth"])
+    assert "the network runs uncompiled" in caplog.text
+    assert not labeler.compiled
+    errors.append(lacking)
+    compile_network(network, CUDA, "on", ["x"])
+    with pytest.raises(type(lacking)):
+        network(picture, full=True)
+
+
 def test_a_machine_that_cannot_compile(checkpoints, monkeypatch, caplog):
     labeler = Labeler.from_pretrained(checkpoints / "depth", device="cpu", batch_size=1, dtype="float32")
     network = labeler._network
