@@ -64,11 +64,11 @@ def align(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     z = torch.where(known[:, None], centred / deviations.clamp(min=_CONSTANT)[:, None], 0.0)
     apart = torch.stack([(z - one).square().mean(dim=1) for one in z]).cpu().double()  # (E, E): 2 - 2 correlation
     apart = torch.where((known[:, None] & known).cpu(), apart.clamp(max=2.0), 2.0).fill_diagonal_(0.0)
-    u = torch.ones(count, dtype=torch.float64)
+    u = torch.ones(count, dtype=torch.float64, device="cpu")
     # The least of uᵀ A u with Σ u = E, by its Lagrangian: [A 1; 1ᵀ 0] [u; λ] = [0; E].
-    system = torch.ones(count + 1, count + 1, dtype=torch.float64)
+    system = torch.ones(count + 1, count + 1, dtype=torch.float64, device="cpu")
     system[-1, -1] = 0.0
-    right = torch.zeros(count + 1, dtype=torch.float64)
+    right = torch.zeros(count + 1, dtype=torch.float64, device="cpu")
     right[-1] = count
     for _ in range(_ROUNDS):
         distance = ((u[:, None] - u).square() + u[:, None] * u * apart).sqrt()

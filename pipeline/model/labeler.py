@@ -75,16 +75,17 @@ class Labeler:
         self._pixels_that_fit: int | None = None  # in one forward pass, padding included; None: any that were tried
         self._network: Specialized | SingleStep | GeoWizard
         self._sampler: Sampler | None = None
-        if check_joint(checkpoints, self.sampling):
-            self._network = GeoWizard(list(checkpoints), self.device, self.dtype)
-        else:
-            heads = load_heads(checkpoints)
-            if self.sampling.is_single_step and all(map(can_specialize, heads)):
-                self._network = Specialized(heads, self.device, self.dtype)
+        with torch.device("cpu"):  # whatever a caller's default device is, weights are prepared here
+            if check_joint(checkpoints, self.sampling):
+                self._network = GeoWizard(list(checkpoints), self.device, self.dtype)
             else:
-                self._network = SingleStep(heads, self.device, self.dtype)
-                if not self.sampling.is_single_step:
-                    self._sampler = Sampler(self._network, self.sampling)
+                heads = load_heads(checkpoints)
+                if self.sampling.is_single_step and all(map(can_specialize, heads)):
+                    self._network = Specialized(heads, self.device, self.dtype)
+                else:
+                    self._network = SingleStep(heads, self.device, self.dtype)
+                    if not self.sampling.is_single_step:
+                        self._sampler = Sampler(self._network, self.sampling)
         self.batch_size = self._fitting() if config.batch_size == "auto" else config.batch_size
         if isinstance(self._network, Specialized):
             compile_network(self._network, self.device, config.compile, self._key)
@@ -395,6 +396,7 @@ def open_checkpoints(config: LabelConfig) -> list[Checkpoint]:
     checkpoints = open_named(config)
     check_joint(checkpoints, config.sampling)
     if not config.sampling.is_single_step:
-        for checkpoint in checkpoints:
-            schedule(load_scheduler(checkpoint), config.sampling)
+        with torch.device("cpu"):
+            for checkpoint in checkpoints:
+                schedule(load_scheduler(checkpoint), config.sampling)
     return checkpoints

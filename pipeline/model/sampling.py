@@ -154,9 +154,9 @@ def draw_noise(kind: Noise, shape: tuple[int, ...], generator: torch.Generator) 
     """
     match kind:
         case "zeros":
-            return torch.zeros(shape, dtype=torch.float32)
+            return torch.zeros(shape, dtype=torch.float32, device="cpu")
         case "gaussian":
-            return torch.randn(shape, generator=generator, dtype=torch.float32)
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         case "pyramid":
             return pyramid_noise(shape, generator)
 
@@ -179,11 +179,11 @@ def pyramid_noise(shape: tuple[int, ...], generator: torch.Generator, discount: 
         `shape` float32, on the CPU.
     """
     channels, height, width = shape
-    noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     for octave in range(_OCTAVES):
-        shrink = (2 + 2 * torch.rand((), generator=generator, dtype=torch.float32).item()) ** octave
+        shrink = (2 + 2 * torch.rand((), generator=generator, dtype=torch.float32, device="cpu").item()) ** octave
         height, width = max(1, math.floor(height / shrink)), max(1, math.floor(width / shrink))
-        small = torch.randn(1, channels, height, width, generator=generator, dtype=torch.float32)
+        small = torch.randn(1, channels, height, width, generator=generator, dtype=torch.float32, device="cpu")
         noise += discount**octave * F.interpolate(small, shape[1:], mode="bilinear")[0]
         if 1 in (height, width):
             break

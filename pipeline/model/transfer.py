@@ -58,7 +58,7 @@ class Pending:
 def to_device(frame: npt.NDArray[np.uint8], device: torch.device) -> torch.Tensor:
     """A frame on `device`; to CUDA by way of pinned memory, without waiting until it is there."""
     if device.type == "cuda":
-        pinned = torch.empty(frame.shape, dtype=torch.uint8, pin_memory=True)
+        pinned = torch.empty(frame.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
         np.copyto(pinned.numpy(), frame)
         return pinned.to(device, non_blocking=True)
     # torch warns of arrays that cannot be written to, such as views of a Pillow image, though nothing writes here; it
@@ -119,7 +119,7 @@ def from_device(label: torch.Tensor) -> torch.Tensor:
     """A label on the CPU; from CUDA into pinned memory, there once an event recorded after this has happened."""
     if label.device.type != "cuda":
         return label.cpu()
-    pinned = torch.empty_strided(label.shape, label.stride(), dtype=label.dtype, pin_memory=True)
+    pinned = torch.empty_strided(label.shape, label.stride(), dtype=label.dtype, device="cpu", pin_memory=True)
     return pinned.copy_(label, non_blocking=True)
 
 

@@ -328,3 +328,24 @@ def test_a_caller_s_default_dtype_changes_no_labels(checkpoints, options):
     for labels in found:
         for name in ("depth", "normals", "uncertainty"):
             np.testing.assert_array_equal(getattr(labels, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps": 2, "ensemble": 3, "noise": "gaussian"}, {"timestep_spacing": "leading", "noise": "pyramid"}],
+)
+def test_a_caller_s_default_device_changes_no_labels(checkpoints, options):
+    def load():
+        paths = checkpoints / "depth", checkpoints / "normals"
+        return Labeler.from_pretrained(*paths, device="cpu", dtype="float32", **options)
+
+    frames, labeler = noise(2, 40, 56, 3), load()
+    expected = labeler(frames)
+    torch.set_default_device("meta")
+    try:
+        found = [labeler(frames), load()(frames)]
+    finally:
+        torch.set_default_device(None)
+    for labels in found:
+        for name in ("depth", "normals", "uncertainty"):
+            np.testing.assert_array_equal(getattr(labels, name), getattr(expected, name))
