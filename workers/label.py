@@ -195,10 +195,11 @@ def _options(config: LabelConfig, checkpoints: Sequence[Checkpoint]) -> Options:
         workers=config.workers,
         probers=_PROBERS,
     )
-    # Each shape is compiled in the middle of a segment, which can take minutes, and more where many workers do so. By
-    # `auto` each worker does so after as many frames of its own: until then, it rounds otherwise than the others.
-    compiles = config.device.startswith("cuda") and config.compile != "off"
-    return replace(options, least_limit_s=30.0, race=config.compile == "on") if compiles else options
+    if not config.device.startswith("cuda"):
+        return options
+    # Workers round otherwise than others: by `auto` until each has compiled; in smaller batches, once memory ran out.
+    # Each shape is compiled in the middle of a segment, which can take minutes, and more where many do so.
+    return replace(options, least_limit_s=options.least_limit_s if config.compile == "off" else 30.0, race=False)
 
 
 def _cluster(config: LabelConfig) -> AbstractContextManager[int]:

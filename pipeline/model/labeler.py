@@ -343,7 +343,9 @@ class Labeler:
 
         torch.cuda.empty_cache()  # what this process keeps of a labeler before this one is free, too
         free, _ = torch.cuda.mem_get_info(self.device)
-        return fitting_batch(used_bytes, free, [*self._key, str(side)])
+        # Of tensors of more than 2^31 numbers some kernels say that they cannot; none is quicker for them.
+        most = max(1, (2**31 - 1) // (self._network.width * side**2))
+        return min(most, fitting_batch(used_bytes, free, [*self._key, str(side)]))
 
     def _forward(
         self,

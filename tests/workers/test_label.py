@@ -60,11 +60,12 @@ def test_what_waits_for_others_in_one_process_has_no_time_limit(tmp_path, config
 
 
 @pytest.mark.parametrize(
-    ("device", "compiled", "race"),
-    [("cpu", "auto", True), ("cuda", "auto", False), ("cuda", "on", True), ("cuda", "off", True)],
+    ("device", "compiled", "race", "least_s"),
+    [("cpu", "auto", True, 1), ("cuda", "auto", False, 30), ("cuda", "on", False, 30), ("cuda", "off", False, 1)],
 )
-def test_workers_race_only_where_what_they_compiled_is_alike(device, compiled, race):
-    assert _options(LabelConfig(device=device, compile=compiled, workers=2), ()).race == race
+def test_workers_race_only_where_all_round_alike(device, compiled, race, least_s):
+    options = _options(LabelConfig(device=device, compile=compiled, workers=2), ())
+    assert (options.race, options.least_limit_s) == (race, least_s)
 
 
 def test_each_step_of_each_member_has_the_time_of_a_frame():

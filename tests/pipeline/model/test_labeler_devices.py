@@ -139,6 +139,9 @@ def test_what_an_earlier_labeler_left_is_free(checkpoints, monkeypatch):
     monkeypatch.setattr("depthmill.pipeline.model.labeler.fitting_batch", lambda used, free, key: free)
     assert labeler._fitting() == 10
     assert asked == ["emptied", "asked"]
+    monkeypatch.setattr("depthmill.pipeline.model.labeler.fitting_batch", lambda *_: 10**6)
+    most = labeler._fitting()
+    assert most * 16 * 48**2 < 2**31 <= (most + 1) * 16 * 48**2, "no tensor's numbers are more than 32 bits count"
 
 
 def test_no_tensor_is_made_of_numbers_and_sent_to_the_device(labeler):
