@@ -70,7 +70,7 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
     """Read every file of every committed segment.
 
     While a store is being written, segments that are committed meanwhile may be left out, and those whose failed frames
-    are being labelled again may look damaged.
+    are being labelled again may look damaged. What is removed by hand meanwhile is neither damaged nor made again.
 
     Args:
         store: The store.
@@ -85,6 +85,11 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
     with ThreadPoolExecutor(workers, "verify-sources") as outer, ThreadPoolExecutor(workers, "verify") as inner:
 
         def check(source_id: str) -> tuple[list[_Checked], list[Damage]]:
+            checked, damage = look(source_id) if store.directory.children(source_id) else ([], [])
+            there = not damage or store.directory.children(source_id)
+            return (checked, damage) if there else ([], [])  # else it was removed by hand meanwhile
+
+        def look(source_id: str) -> tuple[list[_Checked], list[Damage]]:
             found = store.directory.read_all(_documents(store, source_id))
             disagreement = _group_disagrees(store, source_id, found) or _arrays_disagree(store, source_id, found)
             if disagreement:  # then nothing tells how to read the rest

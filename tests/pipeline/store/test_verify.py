@@ -258,6 +258,20 @@ def test_a_source_that_lost_its_checksums_and_their_line_in_the_root_is_labelled
     assert files(done.uri) == before
 
 
+@pytest.mark.parametrize(("where", "name"), [(verifying, "_root"), (verifying._Check, "__init__")])
+def test_what_is_removed_by_hand_meanwhile_is_neither_damaged_nor_made_again(done, monkeypatch, where, name):
+    called = getattr(where, name)
+
+    def removed(*given):
+        if given[-1] in (done, "video"):
+            shutil.rmtree(Path(done.uri) / "video")
+        return called(*given)
+
+    monkeypatch.setattr(where, name, removed)
+    assert verify(done, repair=True).damage == ()
+    assert [entry.name for entry in Path(done.uri).iterdir() if entry.is_dir()] == ["images"]
+
+
 def test_a_signal_ends_it_and_nothing_more_is_repaired(done, monkeypatch):
     looked_at, check = [], verifying._Check.__call__
 
