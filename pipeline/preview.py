@@ -125,6 +125,7 @@ def preview(
     if not 0 <= start_s < stop_s:
         raise ConfigError(f"a preview from {start_s} to {stop_s} s: give a start of at least 0, and a stop after it")
     store = open_store(store_path)
+    before = store.sources()  # those that are added, or removed, while others are opened are not damaged
     datasets = open_datasets(store_path, sources=None if source_id is None else [source_id])
     smoothed = {}
     if smooth and source_id is not None:
@@ -133,7 +134,7 @@ def preview(
     elif smooth:
         smoothed = apply_smoothing(store, {one: datasets[one] for one in _smoothed(store) if one in datasets})
     make_folder(out_dir)
-    names = store.sources() if source_id is None else [source_id]
+    names = [one for one in store.sources() if one in before] if source_id is None else [source_id]
     lost = {one: f"it cannot be opened: run `depthmill verify {store.uri}`" for one in names if one not in datasets}
     drawn = Drawn([], {**store.damaged, **lost})
     for name in datasets:

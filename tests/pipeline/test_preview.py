@@ -255,6 +255,23 @@ def test_one_source_of_several(video, tmp_path):
         drawn(store.uri, tmp_path / "out", frames=0)
 
 
+def test_what_is_added_or_removed_meanwhile_is_not_damaged(video, tmp_path, monkeypatch):
+    labelled(video, tmp_path / "labels.zarr")
+    copies = [Path(shutil.copy(video, tmp_path / name)) for name in ("removed.mp4", "added.mp4")]
+    removed = labelled(copies[0], tmp_path / "labels.zarr")
+    gone = next(one for one in removed.sources() if one.startswith("removed"))
+
+    def opened(*given, **options):
+        shutil.rmtree(tmp_path / "labels.zarr" / gone)
+        found = stores.open_datasets(*given, **options)
+        labelled(copies[1], tmp_path / "labels.zarr")
+        return found
+
+    monkeypatch.setattr("depthmill.pipeline.preview.open_datasets", opened)
+    drawn = preview(tmp_path / "labels.zarr", tmp_path / "out", video=False)
+    assert (len(drawn.files), drawn.left_out) == (1, {})
+
+
 def test_a_video_of_one_frame_has_no_rate_and_needs_none(video, tmp_path):
     store = stores.create(tmp_path / "s", stores.Layout(shard_frames=2, segment_frames=2), {})
     source = open_source(video).probe()
