@@ -4,21 +4,26 @@ import os
 from contextlib import suppress
 from typing import NoReturn
 
-from depthmill.workers.stopping import stoppable
+from depthmill.workers.stopping import end_with, stoppable
 
 
 def main() -> NoReturn:
     """Run a command: see `cli.main`."""
-    with stoppable() as stopped:
-        try:
-            from depthmill.cli import main as run
-        except BaseException:  # what is imported may make anything of a signal
-            if not stopped.is_set():
-                raise
-            with suppress(OSError):
-                os.write(2, b"depthmill: stopped before it began\n")
-            os._exit(130)
-        run()
+    try:
+        with stoppable() as stopped:
+            try:
+                from depthmill.cli import main as run
+            except BaseException:  # what is imported may make anything of a signal
+                if not stopped.is_set():
+                    raise
+                with suppress(OSError):
+                    os.write(2, b"depthmill: stopped before it began\n")
+                os._exit(130)
+            run()
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            end_with(end.code)
+        raise
 
 
 if __name__ == "__main__":

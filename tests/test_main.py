@@ -187,3 +187,21 @@ def test_a_signal_before_the_command_line_is_there_stops_as_any():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, "depthmill: stopped before it began\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_that_comes_when_all_is_done_changes_no_status(number):
+    code = f"""
+        import atexit, os, signal
+        from depthmill import __main__, cli
+        signal.signal({number.value}, signal.default_int_handler)  # also where it is ignored
+        def done():
+            atexit.register(os.kill, os.getpid(), {number.value})
+            raise SystemExit(cli.SOME_FAILED)
+        cli.app = done
+        __main__.main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "")

@@ -59,3 +59,13 @@ def stoppable() -> Iterator[threading.Event]:
         _entered.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_with(status: int) -> None:
+    """Have a signal that comes when all is done, while libraries are given up, end the process with this exit status.
+
+    That takes torch a second or two, in which Python would make a traceback of Ctrl-C.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda signum, frame: os._exit(status))
