@@ -46,7 +46,7 @@ class StoreMismatchError(StoreError):
 
 
 class StoreDamagedError(StoreError):
-    """A file of a source in a store that cannot be decoded; other sources can be read."""
+    """A source in a store that is gone, or a file of it that cannot be decoded; other sources can be read."""
 
 
 class StoreClosedError(StoreError):

@@ -184,12 +184,16 @@ class Store:
         """Attributes of a source's group: uri, kind, frames, size, fingerprint and, for videos, fps.
 
         Also `time_checksum` or `key_checksum`, of the file of its times or keys.
+
+        Raises:
+            StoreDamagedError: If there is no such source, as of one that was removed by hand, but there is a store.
         """
         attributes = self._find(source_id)
         if attributes is None:
             known = self.sources()
             some = f"{known}" if len(known) <= 5 else f"{len(known)} others, as {known[0]!r}"
-            raise StoreError(f"{self.uri} has no source {source_id!r}; it has {some}")
+            kind = StoreError if self.directory.read(METADATA, 0, 1) is None else StoreDamagedError
+            raise kind(f"{self.uri} has no source {source_id!r}; it has {some}")
         return attributes
 
     def arrays(self, source_id: str) -> dict[str, Document]:

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -299,3 +300,24 @@ def test_the_default_store_does_not_know_of_sampling(video, tmp_path, config):
     assert set(header["layout"]) == {"labels", "shard_frames", "segment_frames", "normals_dtype"}
     assert set(header["identity"]) == {"checkpoints", "processing_resolution", "dtype"}
     assert "uncertainty" not in only_source(tmp_path / "out.zarr")
+
+
+def test_a_source_that_is_removed_by_hand_meanwhile_is_left_out_and_ends_no_run(tmp_path, config, monkeypatch):
+    videos = [media.write_video(tmp_path / f"{name}.mp4", frames=9) for name in "abc"]
+    begin = Worker.load
+
+    def removed(self):
+        backend = begin(self)
+        for folder in (tmp_path / "out.zarr").glob("b-*"):
+            shutil.rmtree(folder)
+        return backend
+
+    run(videos[:1], tmp_path / "out.zarr", config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "load", removed)
+        store = open_store(tmp_path / "out.zarr")
+        store.add(*(open_source(video).probe() for video in videos[1:]))  # so that they are planned before it loads
+        summary = run(videos, store.uri, config)
+    assert (summary.labelled, len(summary.failures)) == (18, 1)
+    assert "has no source 'b-" in summary.failures[0].reason
+    assert run(videos, store.uri, config).labelled == 27
