@@ -198,16 +198,17 @@ def _differentiated(net: Network, stage: Stage, config: StagedConfig) -> Differe
 
 def _captured(run: Differentiated, example: Views) -> Differentiated:
     """The same as one CUDA graph: thousands of kernels, each done sooner than a host asks for the next."""
-    ours, others = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
-    ours.wait_stream(others)
-    with torch.cuda.stream(ours):
-        for _ in range(3):  # what libraries set up at first cannot be recorded
-            run(example)
-    others.wait_stream(ours)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, such as that which makes batches, may go on meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = run(example)
+    with torch.cuda.device(example.rgb.device):  # or it is another's stream that is recorded, on which nothing is done
+        ours, others = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+        ours.wait_stream(others)
+        with torch.cuda.stream(ours):
+            for _ in range(3):  # what libraries set up at first cannot be recorded
+                run(example)
+        others.wait_stream(ours)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as that which makes batches, may go on meanwhile.
+        with torch.cuda.graph(graph, stream=ours, capture_error_mode="thread_local"):
+            results = run(example)
 
     def replay(views: Views) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
         for field in fields(Views):

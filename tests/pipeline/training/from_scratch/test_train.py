@@ -5,8 +5,10 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -368,6 +370,31 @@ def test_a_gpu_trains_in_a_graph_as_a_cpu_does(scene_pool: Path, tmp_path: Path,
     assert tables[1] == pytest.approx(tables[0], rel=0.1), "noise is of each device's own generator"
     checkpoint = open_checkpoint(str(tmp_path / "cuda" / "checkpoint" / "depth"), "depth")
     assert tuple(load_vae(checkpoint).config.block_out_channels) == (8, 16, 16)
+
+
+def test_the_graph_is_of_the_device_that_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, streams, recorded = ["cuda:0"], [], []
+
+    @contextmanager
+    def device(name: str) -> Iterator[None]:
+        current.append(name)
+        yield
+        current.pop()
+
+    def stream() -> Mock:
+        streams.append(current[-1])
+        return Mock(device=current[-1])
+
+    @contextmanager
+    def graph(_: object, stream: Mock | None = None, **options: object) -> Iterator[None]:
+        recorded.append(current[-1] if stream is None else stream.device)
+        yield
+
+    fake = Mock(device=device, Stream=stream, current_stream=stream, stream=lambda _: nullcontext(), graph=graph)
+    monkeypatch.setattr(torch, "cuda", fake)
+    train_module._captured(Mock(), Mock(rgb=Mock(device="cuda:1")))
+    assert streams == ["cuda:1"] * 2
+    assert recorded == ["cuda:1"]
 
 
 def test_the_demos_config_is_valid() -> None:
