@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from PIL import Image
 from depthmill.pipeline.model.checkpoint import Checkpoint, read_json
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.model.modules import load_scheduler
+
+log = logging.getLogger(__name__)
 
 Pictures = Sequence[npt.NDArray[np.uint8]]
 _KINDS = {"depth": MarigoldDepthPipeline, "normals": MarigoldNormalsPipeline}
@@ -71,12 +74,27 @@ def as_documented(pipelines: Sequence[Any], labeler: Labeler, pictures: Pictures
 
 
 def batched(pipelines: Sequence[Any], labeler: Labeler, pictures: Pictures) -> Callable[[], int]:
-    """All pictures, of one size, through each pipeline at once."""
+    """All pictures, of one size, through each pipeline at once; half as many, if the GPU has no memory for that."""
     images = [Image.fromarray(picture) for picture in pictures]
+    most = len(images) * labeler.sampling.ensemble
+
+    def label(pipeline: Any) -> None:
+        nonlocal most
+        try:
+            pipeline(images, batch_size=most, **_options(labeler))
+            return
+        except torch.cuda.OutOfMemoryError:
+            if most == 1:
+                raise
+        # Not before the exception is gone: it holds what the pass had allocated.
+        torch.cuda.empty_cache()
+        most //= 2
+        log.warning("out of GPU memory beside the labeler: diffusers goes on with batches of %d", most)
+        label(pipeline)
 
     def run() -> int:
         for pipeline in pipelines:
-            pipeline(images, batch_size=len(images) * labeler.sampling.ensemble, **_options(labeler))
+            label(pipeline)
         return len(images)
 
     return run

@@ -139,6 +139,20 @@ def test_float32_on_cuda_says_what_it_is_of_all_alternatives(monkeypatch):
     assert "cuda (H100), bfloat16, torch" in machine(torch.device("cuda"), torch.bfloat16)
 
 
+def test_diffusers_has_smaller_batches_where_the_labeler_leaves_it_no_memory(config):
+    labeler = Labeler([open_checkpoint(config.checkpoint, "depth")], config)
+    tried = []
+
+    def small_gpu(images, batch_size, **options):
+        tried.append((len(images), batch_size))
+        if batch_size > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    run = peers.batched([small_gpu], labeler, media.noise(5, 16, 24, 3))
+    assert [run(), run()] == [5, 5]
+    assert tried == [(5, 5), (5, 2), (5, 1), (5, 1)]
+
+
 def test_diffusers_at_its_best_is_compiled_and_who_runs_so_is_told(config, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # where it notes what was compiled
     modules = []
