@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Metric depth is clipped to these percentiles of its valid pixels before anything is fitted to it.
-LOW_PERCENTILE, HIGH_PERCENTILE = 2.0, 98.0
+LOW_PERCENTILE, HIGH_PERCENTILE = 2, 98
 
 # A picture whose depth spans less than this share of its mean has no depth to learn a scale from.
 _FLAT = 1e-3
@@ -33,8 +33,8 @@ def clip_depth(depth: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     values = torch.where(mask, depth.float(), torch.inf).flatten(1).sort(dim=1).values
     count = mask.sum((1, 2))
     # Nearest-rank: torch.quantile refuses more than 16 million values, and a share of a rank is no matter here.
-    last = (count - 1).clamp(min=0).double()
-    ranks = [(last * percent / 100).round().long() for percent in (LOW_PERCENTILE, HIGH_PERCENTILE)]
+    last = (count - 1).clamp(min=0)
+    ranks = [(last * percent + 50) // 100 for percent in (LOW_PERCENTILE, HIGH_PERCENTILE)]  # some GPUs lack float64
     low, high = (torch.where(count > 0, values.gather(1, rank[:, None])[:, 0], 0) for rank in ranks)
     filled = torch.where(mask, depth.float(), high[:, None, None])
     clipped = torch.minimum(torch.maximum(filled, low[:, None, None]), high[:, None, None])

@@ -113,7 +113,9 @@ def _albedo(
 
 
 def _stacked(scenes: Sequence[Scene], name: str, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.stack([np.asarray(getattr(scene, name)) for scene in scenes])).to(device)
+    values = np.stack([np.asarray(getattr(scene, name)) for scene in scenes])
+    # Python's numbers are float64, which some GPUs lack.
+    return torch.from_numpy(values.astype(np.float32) if values.dtype == np.float64 else values).to(device)
 
 
 def render(
@@ -130,7 +132,7 @@ def render(
     """
     device = device or torch.device("cpu")
     slots = pack(scenes, height / width, device)
-    focal_px = _stacked(scenes, "focal", device).float() * width
+    focal_px = _stacked(scenes, "focal", device) * width
     exact, colours = None, []
     for sample in range(samples):
         # The pixel's centre, then the points of an additive recurrence (Roberts' R2), which cover it evenly.
@@ -203,7 +205,7 @@ def _trace(scenes: Sequence[Scene], slots: Slots, rays: Tensor, focal_px: Tensor
     colour = albedo * (shade + slots.glow[row, hit][..., 1:])
 
     background = _sky(scenes, source, direction, sky)
-    fog = torch.exp(-_stacked(scenes, "fog_per_m", device).float()[:, None] * t * length)[..., None]
+    fog = torch.exp(-_stacked(scenes, "fog_per_m", device)[:, None] * t * length)[..., None]
     colour = torch.where(solid[..., None], torch.lerp(sky[:, :1].expand_as(colour), colour, fog), background)
     camera_normal = rotation.mT @ normal.mT * solid[:, None]
     return colour.mT, depth, camera_normal
@@ -218,6 +220,6 @@ def _sky(scenes: Sequence[Scene], source: textures.Atlas, direction: Tensor, sky
     # Clouds lie on a plane overhead.
     u, v = (along / (height + 0.12) * 0.25 for along in (x, y))
     value = textures.sample(source, layer, u, v, torch.full_like(x, 1 / 128))
-    amount = _stacked(scenes, "cloudiness", direction.device).float()[:, None] * (value * (height * 6).clamp(max=1))
+    amount = _stacked(scenes, "cloudiness", direction.device)[:, None] * (value * (height * 6).clamp(max=1))
     bright = sky.amax(dim=(1, 2))[:, None, None]
     return torch.lerp(colour, bright.expand_as(colour), amount[..., None])

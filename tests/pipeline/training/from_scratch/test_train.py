@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from depthmill.pipeline.config_files import load_config
 from depthmill.pipeline.errors import CheckpointError, RunStoppedError, TrainingError
@@ -21,7 +24,7 @@ from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.modules import load_vae
 from depthmill.pipeline.training import scenes
-from depthmill.pipeline.training.from_scratch import network
+from depthmill.pipeline.training.from_scratch import data, network
 from depthmill.pipeline.training.from_scratch import train as train_module
 from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
 from depthmill.pipeline.training.from_scratch.optimizer import Optimizer
@@ -357,6 +360,25 @@ def test_bfloat16_gives_nearly_the_gradients_of_float32(scene_pool: Path) -> Non
     assert gradients[1].dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
     assert not torch.equal(*gradients)
+
+
+class NoFloat64(TorchDispatchMode):
+    """What Apple's GPUs and some of Intel's cannot do."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        for value in tree_leaves((arguments, options, result)):
+            assert not (isinstance(value, torch.Tensor) and value.dtype == torch.float64), function
+        return result
+
+
+def test_scenes_batches_and_losses_do_without_float64(scene_pool: Path) -> None:
+    run = config(scene_pool)
+    pool, net = open_pool(scene_pool, 100, 24, 32, processes=1), network.build(run.architecture, 0, torch.device("cpu"))
+    with NoFloat64():
+        scenes.view(range(8), 12, 16)
+        for stage in run.stages:
+            train_module._differentiated(net, stage, run)(data.batch(pool, stage, 0, 0))
 
 
 @pytest.mark.gpu
