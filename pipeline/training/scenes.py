@@ -21,6 +21,8 @@ VERSION = 2
 
 # Scenes rendered at once on a CPU: few enough that one shape's working set stays in the cache.
 _BATCH = 2
+# Pixels rendered at once on a GPU, 400 bytes each: 100 scenes of 144x192, 1 GB for each process that renders.
+_PIXELS = 100 * 144 * 192
 
 
 def sample(seed: int) -> Scene:
@@ -33,7 +35,7 @@ def sample(seed: int) -> Scene:
 
 def view(seeds: Sequence[int], height: int, width: int, *, device: torch.device | None = None) -> Views:
     """Make up the scenes of some seeds and render them: see `raycast.render`."""
-    batch = _BATCH if device is None or device.type == "cpu" else len(seeds)
+    batch = _BATCH if device is None or device.type == "cpu" else max(1, _PIXELS // (height * width))
     parts = [
         render([sample(seed) for seed in seeds[start : start + batch]], height, width, device=device)
         for start in range(0, len(seeds), batch)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from depthmill.pipeline.training import scenes
+from depthmill.pipeline.training.raycast import Views
+from depthmill.pipeline.training.shapes import Scene
 
 H, W = 48, 64
 SEEDS = range(40, 52)
@@ -15,6 +18,20 @@ def test_a_scene_follows_from_its_seed_alone() -> None:
     assert torch.equal(alone.mask, among.mask)
     torch.testing.assert_close(alone.depth, among.depth, rtol=1e-5, atol=0)
     torch.testing.assert_close(alone.normals, among.normals, rtol=0, atol=1e-5)
+
+
+def test_large_scenes_are_rendered_a_few_at_once_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = []
+
+    def render(some: list[Scene], height: int, width: int, **options: object) -> Views:
+        together.append(len(some) * height * width)
+        flat = torch.zeros(len(some), 1, 1)
+        return Views(flat[:, None], flat, flat[:, None], flat > 0)
+
+    monkeypatch.setattr(scenes, "render", render)
+    for height, width in ((144, 192), (720, 960), (4000, 6000)):
+        assert len(scenes.view(range(5), height, width, device=torch.device("cuda")).depth) == 5
+    assert together == [5 * 144 * 192, *(n * 720 * 960 for n in (4, 1)), *[4000 * 6000] * 5]
 
 
 def test_labels_are_sound_over_many_scenes() -> None:
