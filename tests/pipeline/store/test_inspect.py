@@ -41,7 +41,7 @@ def test_counts_sizes_and_reasons_are_those_of_the_files(store):
     assert json.loads(json.dumps(asdict(found)))["sources"][1]["uri"] == VIDEO.uri
     text = as_text(found)
     assert "23: 9 labelled, 4 failed, 10 pending" in text
-    assert "1 frame in 4.0 s, 12.50 frames/s (cpu)" in text
+    assert "1 frame in 4.0 s, 12.5 frames/s (cpu)" in text
     assert "3 x truncated" in text
     assert "and 1 more: --json" in as_text(found, most=1)
 
