@@ -41,7 +41,8 @@ def labelers(config: LabelConfig, store: str, checkpoints: Sequence[Checkpoint],
     """
     gpu = config.device.startswith("cuda")
     digests = tuple(checkpoint.sha256 for checkpoint in checkpoints)
-    fit = partial(_fit, config.threads or 1, 0 if gpu else _memory(config, checkpoints))
+    # A GPU that Ray does not count, as Apple's, has room for one.
+    memory = _memory(config, checkpoints) if config.device == "cpu" else inf
     store, config = located(store), config.model_copy(update=_located_checkpoints(config))
     labeler = remote(LabelWorker, max_concurrency=2, **_room(gpu))
     prober = remote(ProbeWorker, num_cpus=0, scheduling_strategy="SPREAD")
@@ -51,11 +52,11 @@ def labelers(config: LabelConfig, store: str, checkpoints: Sequence[Checkpoint],
             "labeler": lambda: labeler.remote(config, store, digests),
             "prober": lambda: prober.remote(store, *limits),
         },
-        total("GPU") if gpu else fit,
+        total("GPU") if gpu else partial(_fit, config.threads or 1, memory),
     )
 
 
-def _fit(threads: int, memory: int, machines: Machines) -> int:
+def _fit(threads: int, memory: float, machines: Machines) -> int:
     """How many labelers there is room for on machines without GPUs; one on each that offers a core, at least.
 
     Ray spreads them evenly, so the machine that has room for the fewest decides for all.

@@ -103,6 +103,9 @@ def test_labelers_on_cpus_have_their_threads_and_memory(monkeypatch, machines, f
     gone = {"NodeID": "gone", "Alive": False, "Resources": {"CPU": 1.0, "memory": 0.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, gone])
     assert pool.capacity() == fit
+    on_apple = config.model_copy(update={"device": "mps"})
+    pool = actors.labelers(on_apple, "store", (), retry_failed=False)
+    assert pool.capacity() == sum("CPU" in machine for machine in machines), "one for each machine's GPU"
 
 
 @pytest.mark.parametrize("resource", ["GPU", "CPU"])
