@@ -1,4 +1,6 @@
+import os
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -108,6 +110,16 @@ def test_a_cluster_of_this_process_that_has_ended_stops_the_run(monkeypatch, nam
 def test_other_clusters_are_waited_for(monkeypatch, node):
     monkeypatch.setattr(worker, "_global_node", node)
     see_that_it_runs()
+
+
+@pytest.mark.skipif(not hasattr(worker, "_maybe_modify_runtime_env"), reason="Ray is too old")
+def test_workers_are_not_started_by_uv_run(tmp_path):
+    asks = "from depthmill.workers import cluster; print(cluster.worker._maybe_modify_runtime_env(None, False))"
+    (tmp_path / "run").write_text(f"{sys.executable} -c '{asks}'; exit $?")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_UV_RUN_RUNTIME_ENV"}
+    command = {"executable": "/bin/sh", "cwd": tmp_path, "env": environment}  # Ray goes by the names of processes
+    done = subprocess.run(["uv", "run"], **command, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "None\n", done.stderr
 
 
 def refuse(monkeypatch, error):
