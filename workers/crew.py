@@ -217,8 +217,8 @@ class Crew:
 
     def waited_for(self, most: int) -> str:
         """What the run waits for, in words."""
-        words = [f"{len(self.loading)} workers to start: is there room for them (CPUs, GPUs, memory)?"]
-        words = words if self.loading else []
+        starting = sum(running.item is None for running in self.running.values())
+        words = [f"{starting} workers to start: is there room for them (CPUs, GPUs, memory)?"] if starting else []
         for worker, running in sorted(self.running.items(), key=lambda one: one[1].since_s):
             if running.item is not None:
                 took_s = self.now_s - running.since_s

@@ -10,6 +10,7 @@ from depthmill.pipeline.errors import (
     StoreMismatchError,
 )
 from depthmill.tests.workers.simulated import Ledger, SimulatedPool, check, drive, labels
+from depthmill.workers.crew import Crew
 
 
 def test_workers_that_die_while_they_load_end_the_run():
@@ -119,3 +120,10 @@ def test_one_machine_that_fails_to_load_before_the_others_have_loaded_ends_no_ru
     pool._end_in = end
     drive(pool, ledger)
     check(ledger, {})
+
+
+@pytest.mark.parametrize("kind", ["labeler", "prober"])
+def test_workers_that_do_not_start_are_told_of(kind):
+    crew = Crew(SimulatedPool(lambda: 0, None))
+    crew.hire(kind)
+    assert crew.waited_for(16).startswith("1 workers to start")
