@@ -20,7 +20,7 @@ from depthmill.pipeline.store.files import located
 from depthmill.pipeline.worker import Worker
 from depthmill.workers.causes import reason
 from depthmill.workers.probe_actors import ProbeWorker
-from depthmill.workers.ray_pool import Machines, OnRay, RayPool, remote, total
+from depthmill.workers.ray_pool import Machines, OnRay, RayPool, last_line, remote, total
 
 _BESIDE_WEIGHTS = 2 << 30  # bytes
 _PATIENCE_S = 20.0  # before it is said what is waited for
@@ -115,9 +115,10 @@ def backend_there(dtype: str, device: torch.device, say: Callable[[str], None]) 
     try:
         answer: tuple[torch.dtype, int] = ray.get(asked)
     except RayError as error:
+        why = reason(last_line(error) if "failed to import" in str(error) else error)
         raise ConfigError(
-            f"the cluster's machines cannot tell what dtype is best there ({reason(error)}); expected the same Python, "
-            "Ray and depthmill on each: install them, or give --dtype (and --threads on CPUs)"
+            f"the cluster's machines cannot tell what dtype is best there ({why}); expected the same Python, Ray and "
+            "depthmill on each: install them, or give --dtype (and --threads on CPUs)"
         ) from error
     return answer
 

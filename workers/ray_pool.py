@@ -115,8 +115,8 @@ class RayPool:
     def _event(self, worker: int, future: Future[Any]) -> Event:
         self._calls.pop(worker, None)
         error = future.exception()
-        if isinstance(error, _UNPICKLED):  # its last line is what was raised
-            error = RuntimeError(str(error).strip().splitlines()[-1])
+        if isinstance(error, _UNPICKLED):
+            error = last_line(error)
         # An actor that was killed for its memory answers each call with an error that is no RayActorError.
         if not isinstance(error, RayError) or isinstance(error, RayTaskError):
             return Event(worker, error=error) if error else Event(worker, future.result())
@@ -125,6 +125,8 @@ class RayPool:
             worker in self._nodes and self._nodes[worker] not in {node["NodeID"] for node in _alive()}
         )
         self.stop(worker)  # one that is out of reach may be alive
+        if getattr(error, "actor_init_failed", False):  # its machine could not import it, or what it was given
+            error = last_line(error)
         return Event(worker, error=error, died=True, lost=lost)
 
     def _ask(self, worker: int, method: str, answers: dict[int, Any]) -> None:
@@ -139,6 +141,11 @@ class RayPool:
 
         self._asked[worker] = getattr(self._actors[worker], method).remote()
         self._asked[worker].future().add_done_callback(answered)
+
+
+def last_line(error: BaseException) -> RuntimeError:
+    """What was raised, of an error in which Ray tells that in many lines."""
+    return RuntimeError(str(error).strip().splitlines()[-1])
 
 
 def total(resource: Literal["CPU", "GPU"]) -> Callable[[Machines], int]:

@@ -52,6 +52,15 @@ def test_an_actor_is_dead_whatever_ray_calls_it(killed, error, died, lost):
     assert killed == ["the actor"] * died
 
 
+def test_what_a_machine_cannot_import_is_told(killed):
+    pool, future = RayPool({}, total("GPU")), Future()
+    pool._actors[0] = "the actor"
+    text = "Traceback\n  ^^^^\nModuleNotFoundError: No module named 'depthmill'"
+    future.set_exception(ActorDiedError(RayTaskError("__init__", text, RuntimeError(text))))
+    event = pool._event(0, future)
+    assert (str(event.error), event.died) == ("ModuleNotFoundError: No module named 'depthmill'", True)
+
+
 def test_an_exception_that_cannot_be_unpickled_ends_no_worker_and_is_told(killed):
     unserializable = getattr(exceptions, "UnserializableException", None)
     if unserializable is None:
@@ -182,6 +191,7 @@ def test_gpus_that_are_busy_are_waited_for_and_that_is_said(cluster):
 
 
 def test_machines_that_cannot_tell_the_dtype(cluster):
-    cluster.answer = RayTaskError("_backend_here", "Traceback", ModuleNotFoundError("No module named 'depthmill'"))
-    with pytest.raises(ConfigError, match=r"No module named 'depthmill'.*--dtype"):
-        _resolve(LabelConfig(address="auto"), 1, print)
+    for text in ("CUDA error\nsee its documentation", "It failed to import on the worker:\n\nTraceback\nCUDA error"):
+        cluster.answer = RayTaskError("_backend_here", f"Traceback\nRuntimeError: {text}", RuntimeError(text))
+        with pytest.raises(ConfigError, match=r"\(RuntimeError: CUDA error\).*--dtype"):
+            _resolve(LabelConfig(address="auto"), 1, print)
