@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -104,7 +105,10 @@ def open_store(uri: str | Path, *, index: bool = True) -> Store:
 def _store(directory: Directory, root: Root | None, *, new: bool = False, indexed: bool = True) -> Store:
     uri = directory.uri
     if root is None:
-        raise StoreError(f"{uri} is no depthmill store: it has no {METADATA}; `depthmill label` makes one")
+        raise StoreError(
+            f"{uri} is no depthmill store: it has no {METADATA}, seen from {platform.node()}; `depthmill label` makes "
+            "one, which each machine of a cluster must see under that name"
+        )
     if root.being_removed:
         raise StoreError(f"{uri} was being overwritten when the process was killed: run the same command again")
     if root.header.get("format") != FORMAT:
