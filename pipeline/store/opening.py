@@ -106,8 +106,8 @@ def _store(directory: Directory, root: Root | None, *, new: bool = False, indexe
     uri = directory.uri
     if root is None:
         raise StoreError(
-            f"{uri} is no depthmill store: it has no {METADATA}, seen from {platform.node()}; `depthmill label` makes "
-            "one, which each machine of a cluster must see under that name"
+            f"{uri} is no depthmill store: it has no {METADATA}, as {platform.node()} sees it; `depthmill label` makes "
+            "one"
         )
     if root.being_removed:
         raise StoreError(f"{uri} was being overwritten when the process was killed: run the same command again")
