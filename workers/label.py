@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -186,20 +186,19 @@ def label(
 def _options(config: LabelConfig, checkpoints: Sequence[Checkpoint]) -> Options:
     if config.workers == 0:  # nothing can be interrupted, and a call's time runs while it waits for the one before it
         return Options(config.attempts, inf, inf, config.workers, _PROBERS, least_limit_s=inf)
-    slow = config.device == "cpu" and count_weights(checkpoints) > _LARGE
+    cuda, slow = config.device.startswith("cuda"), config.device == "cpu" and count_weights(checkpoints) > _LARGE
     limit_s = config.frame_limit_s or (_SLOW_LIMIT_S if slow else _LIMIT_S)
-    options = Options(
+    return Options(
         config.attempts,
         frame_limit_s=limit_s * config.steps * config.ensemble,
         open_limit_s=OPEN_FRAMES * (config.frame_limit_s or _LIMIT_S),
         workers=config.workers,
         probers=_PROBERS,
+        # Each shape is compiled in the middle of a segment, which can take minutes, and more where many workers do so.
+        least_limit_s=30.0 if cuda and config.compile != "off" else 1.0,
+        # Workers there round unlike others: by `auto` until each has compiled, in smaller batches once memory ran out.
+        race=not cuda,
     )
-    if not config.device.startswith("cuda"):
-        return options
-    # Workers round otherwise than others: by `auto` until each has compiled; in smaller batches, once memory ran out.
-    # Each shape is compiled in the middle of a segment, which can take minutes, and more where many do so.
-    return replace(options, least_limit_s=options.least_limit_s if config.compile == "off" else 30.0, race=False)
 
 
 def _cluster(config: LabelConfig) -> AbstractContextManager[int]:

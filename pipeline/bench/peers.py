@@ -14,6 +14,7 @@ from diffusers.pipelines.marigold.marigold_image_processing import MarigoldImage
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 
+from depthmill.pipeline.model.backend import lacks_gpu_memory
 from depthmill.pipeline.model.checkpoint import Checkpoint, read_json
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.model.modules import load_scheduler
@@ -83,8 +84,8 @@ def batched(pipelines: Sequence[Any], labeler: Labeler, pictures: Pictures) -> C
         try:
             pipeline(images, batch_size=most, **_options(labeler))
             return
-        except torch.cuda.OutOfMemoryError:
-            if most == 1:
+        except RuntimeError as error:
+            if most == 1 or not lacks_gpu_memory(error):
                 raise
         # Not before the exception is gone: it holds what the pass had allocated.
         torch.cuda.empty_cache()

@@ -73,19 +73,11 @@ class Labeler:
         self.sampling = config.sampling
         self.round_aspect = config.round_aspect
         self._pixels_that_fit: int | None = None  # in one forward pass, padding included; None: any that were tried
-        self._network: Specialized | SingleStep | GeoWizard
         self._sampler: Sampler | None = None
         with torch.device("cpu"):  # whatever a caller's default device is, weights are prepared here
-            if check_joint(checkpoints, self.sampling):
-                self._network = GeoWizard(list(checkpoints), self.device, self.dtype)
-            else:
-                heads = load_heads(checkpoints)
-                if self.sampling.is_single_step and all(map(can_specialize, heads)):
-                    self._network = Specialized(heads, self.device, self.dtype)
-                else:
-                    self._network = SingleStep(heads, self.device, self.dtype)
-                    if not self.sampling.is_single_step:
-                        self._sampler = Sampler(self._network, self.sampling)
+            self._network = self._loaded()
+            if isinstance(self._network, SingleStep) and not self.sampling.is_single_step:
+                self._sampler = Sampler(self._network, self.sampling)
         self.batch_size = self._fitting() if config.batch_size == "auto" else config.batch_size
         if isinstance(self._network, Specialized):
             compile_network(self._network, self.device, config.compile, self._key)
@@ -316,6 +308,14 @@ class Labeler:
             raise ValueError(f"a frame is {frame.dtype} of shape {frame.shape}; expected uint8 (H, W, 3), not empty")
         return self.batch_shape(*frame.shape[:2], rounded=rounded)
 
+    def _loaded(self) -> Specialized | SingleStep | GeoWizard:
+        if check_joint(self.checkpoints, self.sampling):
+            return GeoWizard(list(self.checkpoints), self.device, self.dtype)
+        heads = load_heads(self.checkpoints)
+        if self.sampling.is_single_step and all(map(can_specialize, heads)):
+            return Specialized(heads, self.device, self.dtype)
+        return SingleStep(heads, self.device, self.dtype)
+
     @property
     def _key(self) -> list[str]:
         """What decides, beside this package's code, what is compiled and how much memory a frame takes."""
@@ -343,7 +343,7 @@ class Labeler:
 
         torch.cuda.empty_cache()  # what this process keeps of a labeler before this one is free, too
         free, _ = torch.cuda.mem_get_info(self.device)
-        # Of tensors of more than 2^31 numbers some kernels say that they cannot; none is quicker for them.
+        # Of tensors of more than 2^31 numbers some kernels say that they cannot.
         most = max(1, (2**31 - 1) // (self._network.width * side**2))
         return min(most, fitting_batch(used_bytes, free, [*self._key, str(side)]))
 

@@ -85,12 +85,14 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
     with ThreadPoolExecutor(workers, "verify-sources") as outer, ThreadPoolExecutor(workers, "verify") as inner:
 
         def check(source_id: str) -> tuple[list[_Checked], list[Damage]]:
-            checked, damage = look(source_id) if store.directory.children(source_id) else ([], [])
+            checked, damage = look(source_id)
             there = not damage or store.directory.children(source_id)
             return (checked, damage) if there else ([], [])  # else it was removed by hand meanwhile
 
         def look(source_id: str) -> tuple[list[_Checked], list[Damage]]:
             found = store.directory.read_all(_documents(store, source_id))
+            if not found and not store.directory.children(source_id):  # so it was: nothing of it is to be made again
+                return [], []
             disagreement = _group_disagrees(store, source_id, found) or _arrays_disagree(store, source_id, found)
             if disagreement:  # then nothing tells how to read the rest
                 return [], [disagreement]

@@ -27,7 +27,7 @@ from diffusers.training_utils import EMAModel
 from depthmill.pipeline.config import make_folder
 from depthmill.pipeline.config_files import validated
 from depthmill.pipeline.errors import ConfigError, TrainingError
-from depthmill.pipeline.model.backend import pick_device
+from depthmill.pipeline.model.backend import lacks_gpu_memory, pick_device
 from depthmill.pipeline.room import room_in
 from depthmill.pipeline.training import start
 from depthmill.pipeline.training.batch import Batch, concatenate
@@ -82,7 +82,9 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
     try:
         with room_in(output):
             return _train(config, output, overwrite, device)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not lacks_gpu_memory(error):
+            raise
         raise TrainingError(
             f"batch_size is {config.batch_size}, for which the GPU's memory does not suffice ({error}): free what "
             "others hold of it, or set gradient_checkpointing: true or mixed_precision: bf16, and run again to go on "
