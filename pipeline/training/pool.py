@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from depthmill.pipeline.errors import RunStoppedError
 from depthmill.pipeline.training import scenes
 from depthmill.pipeline.training.raycast import MEASURED_M, Views
 
@@ -88,6 +90,9 @@ def open_pool(
         processes: How many processes render, each on one core, or on a GPU what one core makes up.
         first: Seed of the first scene; a multiple of `SHARD`.
         device: Where scenes are rendered; another one's differ in a few pixels.
+
+    Raises:
+        RunStoppedError: If a process that renders was killed.
     """
     folder = directory / f"v{scenes.VERSION}-{height}x{width}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +120,11 @@ def open_pool(
                     future.result()
                     pace = done * len(missing[0][1]) / (time.monotonic() - started)
                     logger.info("rendered %d of %d shards, %.1f scenes/s", done, len(missing), pace)
+            except BrokenProcessPool as error:
+                raise RunStoppedError(
+                    "a process that renders scenes was killed: is memory too small? Lower render_processes, and run "
+                    "again; rendered scenes stay"
+                ) from error
             except BaseException:  # nobody waits for the shards that are left
                 for process in (getattr(executor, "_processes", None) or {}).values():  # public from Python 3.14 on
                     process.terminate()

@@ -70,6 +70,7 @@ RENDERS = """
 import os, time
 from pathlib import Path
 import numpy as np
+from depthmill.pipeline.errors import RunStoppedError
 from depthmill.pipeline.training import pool
 
 def quick(seeds, *size):  # in the processes, too, which run this file
@@ -84,6 +85,8 @@ if __name__ == "__main__":
         pool.open_pool(Path("pool"), 50 * pool.SHARD, 2, 2, processes=2)
     except KeyboardInterrupt:
         print("stopped")
+    except RunStoppedError as error:
+        print(error)
 """
 
 
@@ -95,7 +98,7 @@ def runs(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
-@pytest.mark.parametrize("how", ["Ctrl-C", "kill -9"])
+@pytest.mark.parametrize("how", ["Ctrl-C", "kill -9", "one of them is killed"])
 def test_processes_that_render_end_with_the_one_that_asked_them(tmp_path, how):
     """Ctrl-C goes to all of them; it fails no shard, and no shard that is left is waited for."""
     (tmp_path / "fill.py").write_text(RENDERS)
@@ -114,6 +117,10 @@ def test_processes_that_render_end_with_the_one_that_asked_them(tmp_path, how):
             os.killpg(process.pid, signal.SIGINT)
             assert process.wait(30) == 0
             assert (tmp_path / "said").read_text() == "stopped\n"
+        elif how == "one of them is killed":
+            os.kill(rendering[0], signal.SIGKILL)
+            assert process.wait(30) == 0
+            assert "Lower render_processes" in (tmp_path / "said").read_text()
         else:
             process.kill()
             process.wait(30)
