@@ -67,7 +67,7 @@ def test_a_checkpoint_is_labelled_and_scored_as_its_own_predictions_are(name, ch
 
     before = runs.contents(out)
     monkeypatch.setattr(Labeler, "label", lambda *_: pytest.fail("labelled again"))
-    assert evaluate(wanted, data, out, what, console=console()) == scores
+    assert repr(evaluate(wanted, data, out, what, console=console())) == repr(scores)  # NaN, of normals, equals nothing
     assert runs.contents(out).keys() == before.keys()
 
 

@@ -75,6 +75,7 @@ def test_the_network_in_bfloat16_has_none_left_but_the_last():
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")  # diffusers' own
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_compiled_around():
     network = Specialized([head()], CPU, torch.bfloat16).folded
     batch = pictures()

@@ -243,4 +243,5 @@ def test_label_into_a_bucket_killed_and_resumed(s3, checkpoints, tmp_path):
     assert uri in done.stdout
     there = objects(uri)
     assert b"secret" not in there.pop("run.json")
+    there.pop("stamps.json", None)  # there is one, unless the clip was written a moment before
     assert there == runs.contents(local)
