@@ -67,7 +67,7 @@ _TURNS = {
 }
 
 _PNG_EXIF = ("exif", "Raw profile type exif")  # its own chunk, or the text that was usual before there was one
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339  # tags of a TIFF
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how one begins
 
 # Pillow warns of oddities in metadata and of damage; what matters of it comes with the frame, as its error.
@@ -160,6 +160,7 @@ def decode_image(picture: Path | BinaryIO, max_pixels: int) -> npt.NDArray[np.ui
     try:
         with _open_image(picture) as image:
             refused = refusal(image.height, image.width, _kind(image), _size_bytes(picture), max_pixels)
+            refused = refused or _misread(image)
             if refused:
                 raise SourceError(refused)
             turn = _TURNS.get(_orientation(image))
@@ -264,6 +265,14 @@ def _kind_and_shape(file: BinaryIO) -> tuple[str | None, tuple[int, int]]:
 
 def _kind(image: Image.Image) -> str | None:
     return f"TIFF {image.info.get('compression')}" if image.format == "TIFF" else image.format
+
+
+def _misread(image: Image.Image) -> str:
+    """Why a picture is not left to Pillow, which takes bare planes of 16 bits for planes of 8; "" if it is."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if _kind(image) != "TIFF raw" or tags.get(_PLANES) != 2 or tags.get(_BITS_PER_SAMPLE, (8,))[0] != 16:
+        return ""
+    return "a TIFF of 16 bits whose colours lie in planes, uncompressed, which is not read: compress it, or join them"
 
 
 def _webp_header(head: bytes, size_bytes: int) -> tuple[str | None, tuple[int, int]] | None:

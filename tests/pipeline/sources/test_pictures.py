@@ -79,7 +79,7 @@ def test_sixteen_bits_are_scaled(suffix: str, tmp_path: Path) -> None:
 
 
 def tiff(
-    values: np.ndarray, bits: int, *, photometric: int = 1, sample_format: int = 1, samples: int = 1
+    values: np.ndarray, bits: int, *, photometric: int = 1, sample_format: int = 1, samples: int = 1, planes: int = 1
 ) -> io.BytesIO:
     """A TIFF of (H, W * samples) whole numbers, each in so many bits; or whatever the tags make of them."""
     if bits == 12:
@@ -89,7 +89,7 @@ def tiff(
         data = values.astype(f"<u{bits // 8}").tobytes()
     height, width = values.shape[0], values.shape[1] // samples
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: samples, 278: height}
-    tags |= {279: len(data), 339: sample_format}
+    tags |= {279: len(data), 284: planes, 339: sample_format}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     head = b"II*\0" + struct.pack("<I", 8 + len(data))
     return io.BytesIO(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
@@ -124,6 +124,13 @@ def test_floats_that_are_no_numbers_are_no_black_picture(value: float, tmp_path:
 def test_floats_in_colour_are_said_to_be_what_they_are() -> None:
     with pytest.raises(SourceError, match=r"a TIFF .* of a kind that is not read \(as RGB in floats\); expected"):
         decode_image(tiff(np.zeros((2, 6), int), 32, photometric=2, sample_format=3, samples=3), LIMIT)
+
+
+def test_planes_that_pillow_takes_for_others_are_refused() -> None:
+    ramp = np.tile(grey_ramp(), 3)
+    assert decode_image(tiff(ramp, 8, photometric=2, samples=3, planes=2), LIMIT).shape == (4, 256, 3)
+    with pytest.raises(SourceError, match="a TIFF of 16 bits whose colours lie in planes"):
+        decode_image(tiff(ramp.astype(int) * 257, 16, photometric=2, samples=3, planes=2), LIMIT)
 
 
 def test_alpha_lies_over_white(tmp_path: Path) -> None:
