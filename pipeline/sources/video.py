@@ -88,7 +88,7 @@ class VideoSource:
         self._version = Version(None)  # that was probed
         self._parked = Parked[Decoder]()
         self._verdicts: dict[int, _Verdict] = {}
-        self._seeks = True
+        self._seeks = self._at_once = True
 
     def probe(self) -> Source:
         """Describe the video: its packets are read, one frame is decoded.
@@ -183,7 +183,7 @@ class VideoSource:
     def _decoder(self) -> Decoder:
         assert self._probed is not None
         table = self._probed[1]
-        decoder = Decoder(self._uri, table, self._threads, self._seeks, self._max_pixels)
+        decoder = Decoder(self._uri, table, self._threads, self._seeks, self._max_pixels, at_once=self._at_once)
         if len(table.size) > _LONG:
             give_back_freed_memory()
         return decoder
@@ -226,6 +226,9 @@ class VideoSource:
                 if damaged:
                     verdict = self._verdicts.get(group.start) or self._judge(table, group, decoder.on_packet)
                     self._verdicts[group.start] = verdict
+                    if self._at_once and verdict.first == group.first and verdict.lost_from == len(table.size):
+                        self._at_once = False  # of what is whole, errors are told as well
+                        decoder.one_by_one()
                     for index, picture in self._rescue(table, group, verdict, start, stop, decoder.on_packet):
                         yield index, picture, "" if picture else _why_lost(table, verdict, index)
                         start = index + 1

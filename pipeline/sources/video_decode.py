@@ -55,8 +55,11 @@ class Decoder:
         seeks: bool,
         max_pixels: int,
         on_packet: Callable[[], None] = lambda: None,
+        at_once: bool = False,
     ) -> None:
+        """Open the file; `at_once`: whether threads may decode a picture each, with the least error as damage."""
         self._uri, self._table, self._threads, self._max_pixels = uri, table, threads, max_pixels
+        self._at_once = at_once and threads != 1 and not table.fields  # fields are called corrupt then
         self.position: int | None = None
         self.seeks = seeks
         self.on_packet = on_packet
@@ -70,6 +73,12 @@ class Decoder:
         context = self._stream.codec_context
         rate = self._stream.average_rate
         return context.height, context.width, context.name, float(rate) if rate else None
+
+    def one_by_one(self) -> None:
+        """Decode no pictures at once from now on."""
+        self.close()
+        self._at_once = False
+        self._open()
 
     def close(self) -> None:
         """Release the file and the decoder's threads."""
@@ -218,11 +227,11 @@ class Decoder:
         context = self._stream.codec_context
         context.thread_count = self._threads
         options = decoder_limits(self._max_pixels)
-        if context.name == "mjpeg":
-            options["err_detect"] = "explode"  # else it passes broken pictures as whole; others say so
+        if context.name == "mjpeg" or self._at_once:
+            # Else motion JPEG passes broken pictures as whole; others say so, but of those decoded at once too late.
+            options["err_detect"] = "explode"
         context.options = options
-        # Frames decoded at once are called corrupt where some are made of two packets.
-        self._stream.thread_type = "SLICE" if self._table.fields else "AUTO"
+        self._stream.thread_type = "AUTO" if self._at_once else "SLICE"
         self._started = False
 
 

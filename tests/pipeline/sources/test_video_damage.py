@@ -131,6 +131,30 @@ def test_lost_frames_do_not_depend_on_threads(threads: int, clips: Callable[[str
     assert [frame.error for frame in frames] == [frame.error for frame in read_all(path)]
 
 
+def test_lost_frames_do_not_depend_on_which_thread_is_first(tmp_path: Path) -> None:
+    """Of a packet that is cut off the decoder makes a picture, and says so when it has ended it."""
+    path = make.truncate(make.write_video(tmp_path / "clip.ts", pictures=noisy()), 0.3)
+    errors = set[tuple[str, ...]]()
+    for start in 40 * (0, 8, 9, 10):
+        with closing(video.VideoSource(path, MAX_PIXELS, MAX_FRAMES, threads=4)) as source:
+            errors.add(tuple(frame.error for frame in source.read(start, source.probe().frames))[-2:])
+    assert len(errors) == 1
+    assert all(errors.pop())
+
+
+def test_a_decoder_that_objects_to_whole_pictures_is_heeded_once(
+    clips: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does to the first of an open group of pictures, which it cannot make after a seek, and need not."""
+    judge, judged = video.VideoSource._judge, []
+    monkeypatch.setattr(video.VideoSource, "_judge", lambda self, *args: judged.append(args) or judge(self, *args))
+    with closing(video.VideoSource(clips("open_gop.mp4"), MAX_PIXELS, MAX_FRAMES, threads=2)) as source:
+        for start in range(12, FRAMES - 1, 9):
+            frames = [frame.image for frame in source.read(start, start + 2)]
+            assert [None if image is None else make.read_index(image) for image in frames] == [start, start + 1]
+    assert len(judged) == 1
+
+
 class FailingDisk(io.BytesIO):
     """A file whose disk does not answer for what lies behind byte `limit`."""
 
