@@ -322,7 +322,8 @@ def _glob(pattern: str, unlisted: dict[str, OSError]) -> list[str]:
         else:
             places = [match for place in places for match in _entries(place, part, unlisted)]
     if parts[-1:] == ["**"]:
-        places += [match for place in places for match in _entries(place, "*", unlisted)]
+        found = [match for place in places for match in _entries(place, "*", unlisted)]
+        places += [match for match in found if kind_of(match) != "folder"]  # of which each is there, once
     found = [place for place in places if kind_of(place) == "folder"] if pattern.endswith("/") else places
     return list(dict.fromkeys(found))
 

@@ -87,6 +87,7 @@ def test_links_in_circles_end(tree: Path) -> None:
     assert expand(tree, "photos/**/more/**/*.mkv") == ["photos/more/more/clip3.mkv"]
     assert expand(tree, "deep/la*/**/clip2.mp4") == ["deep/latest/clip2.mp4"]
     assert expand(tree, "other/**") == ["other/more/clip3.mkv"]
+    assert not any(name.startswith(("deep/again", "deep/latest/deep")) for name in expand(tree, "deep/**"))
     (tree / "deep" / "latest").unlink()
     (tree / "deep" / "gone.mkv").symlink_to("nowhere")
     assert expand(tree, "deep") == ["deep/er/clip1.mkv", "deep/linked.mkv"]
