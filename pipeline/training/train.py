@@ -73,7 +73,7 @@ def train(config: TrainConfig, output: Path, *, overwrite: bool = False, device:
 
     Raises:
         CheckpointError: If the start cannot be loaded.
-        ConfigError: If `device` cannot be trained on.
+        ConfigError: If `device` cannot be trained on, or not in `mixed_precision`.
         TrainingError: If `output` holds a run of another configuration, a training set lacks files, a GPU's memory does
             not suffice, the loss is no longer a number, or float16's gradients keep overflowing.
         RunStoppedError: If the disk is full, or a process that reads pictures was killed.
@@ -164,6 +164,10 @@ def _accelerator(config: TrainConfig, output: Path, device: str | None) -> Accel
         raise ConfigError(
             f"device is {device!r}, but accelerate gives this process, one of {accelerator.num_processes}, "
             f"{accelerator.device}: leave out --device"
+        )
+    if config.mixed_precision == "fp16" and accelerator.scaler is None:  # it would train in float32, and not say so
+        raise ConfigError(
+            f"mixed_precision is fp16, which is not trained in on {accelerator.device}: give bf16 or no, or a GPU"
         )
     return accelerator
 

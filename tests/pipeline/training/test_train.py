@@ -280,6 +280,11 @@ def test_a_run_whose_every_step_overflows_ends(scene_pool, tmp_path, scaled, mon
         assert not (tmp_path / str(steps) / "checkpoint").exists()
 
 
+def test_float16_is_refused_where_nothing_would_be_in_it(scene_pool, tmp_path):
+    with pytest.raises(ConfigError, match=r"mixed_precision is fp16, .* on cpu: give bf16 or no"):
+        train(config(scene_pool, mixed_precision="fp16"), tmp_path, device="cpu")
+
+
 @pytest.mark.gpu
 def test_float16_learns_on_a_gpu(scene_pool, tmp_path):
     train(config(scene_pool, mixed_precision="fp16", steps=8), tmp_path)
