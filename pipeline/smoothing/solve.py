@@ -57,8 +57,8 @@ def solve(edges: Floats, score: Floats, labelled: npt.NDArray[np.bool_], *, leak
         score: (N,) of `segment_edges`.
         labelled: (N,) whether a frame has a label; the others get what lies between their neighbours'.
         leak: Radians a frame, 0 or from 0.001 on: below, float64 has too few digits. Changes of the raw scale and shift
-            that are slower stay, faster ones go; half of a change of exactly this frequency stays, if it is 0.5 or
-            less (0.54 at 1). At 0 nothing but each shot's mean stays.
+            that are slower stay, faster ones go; half of a change of exactly this frequency stays, if it is from 0.002
+            to 0.5 (0.54 at 1, and 0.67 at 0.001). At 0 nothing but each shot's mean stays.
     """
     shot = find_shots(score, edges, labelled)
     scale, shift = np.ones(len(shot)), np.zeros(len(shot))

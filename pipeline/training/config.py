@@ -59,9 +59,9 @@ class TrainConfig(StrictModel):
         weight_decay: AdamW's.
         gradient_clip: Largest norm of a step's gradient.
         gradient_checkpointing: Trade a third more time for a fraction of the memory.
-        mixed_precision: Of the networks; weights, losses and the optimizer stay in float32.
+        mixed_precision: Of the networks; weights, losses and the optimizer stay in float32. fp16 takes a GPU.
         ema: Largest decay of an exponential moving average of the weights, which is then what is saved; left out, none.
-            At optimizer step n it is n / (n + 9), if that is less.
+            At optimizer step n, from the second on, it is n / (n + 9), if that is less; at the first 0.
         augment: How pictures are changed before they are trained on.
         processing_resolution: What the checkpoint will say that it wants a picture's longer side to be.
         save_dtype: Of the saved weights.

@@ -12,7 +12,7 @@ from torch import Tensor
 # Metric depth is clipped to these percentiles of its valid pixels before anything is fitted to it.
 LOW_PERCENTILE, HIGH_PERCENTILE = 2, 98
 
-# A picture whose depth spans less than this share of its mean has no depth to learn a scale from.
+# A picture whose depth spans less than this share of its farthest has no depth to learn a scale from.
 _FLAT = 1e-3
 # Up to this cosine the angle is arccos; its slope, 1/sin, is unbounded beyond.
 _SAFE_COSINE = 1 - 1e-4

@@ -42,7 +42,7 @@ class Stage(StrictModel):
         width: Columns of a training picture.
         smallest_cut: Least share of a scene's width that is cut out; 1 always shows the whole.
         learning_rate: Peak; of Muon and AdamW (see `optimizer.py`).
-        warmup_steps: Steps over which the learning rate rises from 0.
+        warmup_steps: Steps over which the learning rate rises to it.
         final_learning_rate: Share of the peak that it decays to, exponentially, over the stage.
         anchor: Weight, beside the paper's affine-invariant loss, of the plain difference to depth normalised as
             Marigold does it (near -1, far +1): a network from scratch has to be told which way depth runs.
