@@ -26,6 +26,8 @@ _WIDTHS = (
     *("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "num_class_embeds"),
 )
 
+# What a UNet's configuration has where it is conditioned on more than a time step and a prompt.
+_MORE_CONDITIONING = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
 # What a VAE's configuration has where its latents are more than scaled: Stable Diffusion 3's and later ones'.
 _MOVES_LATENTS = ("shift_factor", "latents_mean", "latents_std")
 
@@ -157,6 +159,36 @@ def empty_prompt(checkpoint: Checkpoint) -> torch.Tensor:
     with torch.inference_mode():
         embedding: torch.Tensor = encoder(tokens)[0]
     return embedding.clone()
+
+
+def check_fit(checkpoint: Checkpoint, unet: UNet2DConditionModel, vae: AutoencoderKL, prompt: torch.Tensor) -> None:
+    """See that a UNet wants no more than there is.
+
+    Args:
+        checkpoint: Theirs.
+        unet: As it was loaded.
+        vae: Whose latents it denoises.
+        prompt: (1, tokens, width) what it attends to.
+
+    Raises:
+        CheckpointError: If it wants more than a time step and a prompt, or the parts are of different widths.
+    """
+    if more := [f"{key} {unet.config[key]!r}" for key in _MORE_CONDITIONING if unet.config.get(key) is not None]:
+        raise CheckpointError(
+            f"{checkpoint.name}: its UNet wants {', '.join(more)}; expected Stable Diffusion 1's or 2's kind, which is "
+            "told of a time step and a prompt alone (Lotus and SDXL are of other kinds): use a checkpoint that was "
+            "fine-tuned from one of those"
+        )
+    if vae.config.latent_channels != unet.config.out_channels:
+        raise CheckpointError(
+            f"{checkpoint.name}: the UNet answers {unet.config.out_channels} channels and the VAE's latents have "
+            f"{vae.config.latent_channels}; expected one number: the parts are of different checkpoints"
+        )
+    if prompt.shape[-1] != unet.config.cross_attention_dim:
+        raise CheckpointError(
+            f"{checkpoint.name}: the UNet attends to prompts of width {unet.config.cross_attention_dim} and the "
+            f"text encoder's are {prompt.shape[-1]} wide: the parts are of different checkpoints"
+        )
 
 
 def same(one: ModelMixin, other: ModelMixin, but: tuple[str, ...] = ()) -> bool:

@@ -16,6 +16,7 @@ from depthmill.pipeline.errors import CheckpointError
 from depthmill.pipeline.geometry import axes_signs
 from depthmill.pipeline.model.checkpoint import DESCRIPTION_FILE, Checkpoint, Description, read_json
 from depthmill.pipeline.model.modules import (
+    check_fit,
     empty_prompt,
     load_scheduler,
     load_unet,
@@ -25,9 +26,6 @@ from depthmill.pipeline.model.modules import (
     vae_width,
 )
 from depthmill.pipeline.types import Modality
-
-# What a UNet's configuration has where it is conditioned on more than a time step and a prompt.
-_MORE_CONDITIONING = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
 
 
 def x0_factor(scheduler: DDIMScheduler) -> float:
@@ -138,22 +136,7 @@ def _load(checkpoint: Checkpoint) -> Head:
             f"if it was done, say so in {DESCRIPTION_FILE} beside model_index.json: "
             f'{{"modality": "{checkpoint.modality}"}}'
         )
-    if more := [f"{key} {unet.config[key]!r}" for key in _MORE_CONDITIONING if unet.config.get(key) is not None]:
-        raise CheckpointError(
-            f"{checkpoint.name}: its UNet wants {', '.join(more)}; expected Stable Diffusion 1's or 2's kind, which is "
-            "told of a time step and a prompt alone (Lotus and SDXL are of other kinds): use a checkpoint that was "
-            "fine-tuned from one of those"
-        )
-    if vae.config.latent_channels != unet.config.out_channels:
-        raise CheckpointError(
-            f"{checkpoint.name}: the UNet answers {unet.config.out_channels} channels and the VAE's latents have "
-            f"{vae.config.latent_channels}; expected one number: the parts are of different checkpoints"
-        )
-    if prompt.shape[-1] != unet.config.cross_attention_dim:
-        raise CheckpointError(
-            f"{checkpoint.name}: the UNet attends to prompts of width {unet.config.cross_attention_dim} and the "
-            f"text encoder's are {prompt.shape[-1]} wide: the parts are of different checkpoints"
-        )
+    check_fit(checkpoint, unet, vae, prompt)
     return Head(
         modality=checkpoint.modality,
         vae=vae,

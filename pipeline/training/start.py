@@ -13,7 +13,7 @@ from torch import Tensor
 from depthmill.pipeline.errors import TrainingError
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.checkpoint import Description, open_checkpoint
-from depthmill.pipeline.model.modules import empty_prompt, load_scheduler, load_text, load_unet, load_vae
+from depthmill.pipeline.model.modules import check_fit, empty_prompt, load_scheduler, load_text, load_unet, load_vae
 from depthmill.pipeline.model.scratch import Parts
 from depthmill.pipeline.training.config import TrainConfig
 
@@ -38,7 +38,7 @@ def load(config: TrainConfig) -> Start:
 
     Raises:
         CheckpointError: If the checkpoint cannot be loaded.
-        TrainingError: If its UNet takes something that the objective does not give.
+        TrainingError: If it takes something that the objective does not give.
     """
     if config.start is None:
         assert config.architecture is not None
@@ -51,8 +51,15 @@ def load(config: TrainConfig) -> Start:
             prompt = parts.text_encoder(torch.tensor([parts.tokenizer("").input_ids])).last_hidden_state
         return Start(parts, prompt, Description())
     checkpoint = open_checkpoint(config.start, config.modality)
+    if checkpoint.domain is not None:
+        raise TrainingError(
+            f"{config.start} answers depth and normals together, from more than a picture (GeoWizard), which is not "
+            "trained here: start from Stable Diffusion, or from an estimator of either"
+        )
     tokenizer, text_encoder = load_text(checkpoint)
     parts = Parts(load_unet(checkpoint), load_vae(checkpoint), load_scheduler(checkpoint), text_encoder, tokenizer)
+    prompt = empty_prompt(checkpoint)
+    check_fit(checkpoint, parts.unet, parts.vae, prompt)
     wide = parts.unet.config.in_channels == 2 * parts.unet.config.out_channels
     if config.objective in ("diffusion", "end_to_end") and not wide:
         widen(parts.unet)
@@ -62,7 +69,7 @@ def load(config: TrainConfig) -> Start:
             f"a generative checkpoint takes {parts.unet.config.out_channels}: start from Stable Diffusion, or from an "
             "architecture"
         )
-    return Start(parts, empty_prompt(checkpoint), checkpoint.description)
+    return Start(parts, prompt, checkpoint.description)
 
 
 def widen(unet: UNet2DConditionModel) -> None:

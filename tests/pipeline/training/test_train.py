@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from depthmill.pipeline.config_files import load_config
-from depthmill.pipeline.errors import ConfigError, TrainingError
+from depthmill.pipeline.errors import CheckpointError, ConfigError, TrainingError
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.training import losses, start
@@ -362,6 +362,19 @@ def test_a_start_of_the_wrong_kind_is_refused(scene_pool, tmp_path):
         start.load(config(scene_pool, start=str(made), objective="generative"))
     with pytest.raises(ConfigError, match="either start"):
         config(scene_pool, start=str(made), architecture=ARCHITECTURE)
+
+
+def test_a_start_that_wants_more_than_pictures_and_a_prompt_is_refused(scene_pool, tmp_path):
+    made = train(config(scene_pool, steps=1), tmp_path)
+    unet = diffusers.UNet2DConditionModel.load_config(made / "unet")
+    diffusers.UNet2DConditionModel.from_config(unet, num_class_embeds=3).save_pretrained(made / "unet")
+    with pytest.raises(CheckpointError, match=r"its UNet wants num_class_embeds 3; expected Stable Diffusion"):
+        start.load(config(scene_pool, start=str(made)))
+    (made / "text_encoder").rename(made / "image_encoder")  # as a GeoWizard checkpoint has it
+    (made / "feature_extractor").mkdir()
+    (made / "feature_extractor" / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(TrainingError, match=r"answers depth and normals together.*start from Stable Diffusion"):
+        start.load(config(scene_pool, start=str(made)))
 
 
 def test_an_autoencoder_that_would_never_see_depth_is_refused(scene_pool):
