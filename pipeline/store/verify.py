@@ -308,10 +308,10 @@ def _arrays_disagree(store: Store, source_id: str, found: Mapping[str, bytes]) -
 
 def _wrong_lines(store: Store, source_id: str, members: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Path of a member -> its line in the root as it should be, and what is wrong with it; none if it is not there."""
-    if source_id not in members:
-        return {}
     attributes = store.attributes(source_id)
     texts = source_members(source_id, attributes, store.layout)
+    if members.keys().isdisjoint(texts):
+        return {}
     arrays = {f"{source_id}/{name}": document for name, document in store.arrays(source_id).items()}
     wrong = {}
     for path, document in {source_id: group_document(attributes), **arrays}.items():

@@ -214,6 +214,18 @@ def test_metadata_that_says_something_else_is_found_and_mended(done, key, change
     assert files(done.uri) == before
 
 
+def test_a_group_whose_line_in_the_root_is_lost_is_found_and_mended(done):
+    """Zarr opens nothing by an index that has arrays of a group, and not the group."""
+    before = files(done.uri)
+    root = json.loads(before["zarr.json"])
+    del root["consolidated_metadata"]["metadata"]["video"]
+    (Path(done.uri) / "zarr.json").write_text(json.dumps(root))
+    store = stores.open_store(done.uri)
+    found = [(damage.file, damage.reason, damage.repaired) for damage in verify(store, repair=True).damage]
+    assert found == [("zarr.json", "says of video that it is missing", True)]
+    assert files(done.uri) == before
+
+
 def test_a_source_of_which_its_group_and_the_root_disagree_is_left_alone(done):
     change(Path(done.uri) / "video/zarr.json", attributes__size=[24, 16])
     before = files(done.uri)
