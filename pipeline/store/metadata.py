@@ -14,6 +14,7 @@ from depthmill.pipeline.types import SourceKind
 # A chunk of Blosc's holds less than 2 GiB: one of `time` all frames, in 8 bytes each, one of depth a frame's canvas.
 _MOST_FRAMES = 2**28
 _MOST_PIXELS = 2**30
+_DECODES = {"scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned"}  # attributes by which xarray does
 
 
 def _one_chunk(size: list[int]) -> list[int]:
@@ -117,6 +118,40 @@ def check_header(header: Document) -> None:
         raise ValueError(_words(error)) from error
     except (ConfigError, KeyError, TypeError) as error:
         raise ValueError(f"layout: {error}") from error
+
+
+def wrong_document(data: bytes | str | None, expected: Document) -> str:
+    """What is wrong with a zarr.json, "" if nothing is; None is one that is not there."""
+    if data is None:
+        return "is missing"
+    found = parsed(data)
+    return "is no JSON" if found is None else difference(found, expected)
+
+
+def difference(found: Any, expected: Any, where: str = "") -> str:
+    """The first thing in which JSON differs from what is expected, "" if there is none.
+
+    Whatever else it holds is the user's, unless xarray would decode by it; chunks say how they are compressed.
+    """
+    if found == expected:
+        return ""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        keys = ("name",) if expected.get("name") == "blosc" else (*expected, *sorted(found.keys() & _DECODES))
+        parts = (difference(found.get(key), expected.get(key), f"{where}.{key}".lstrip(".")) for key in keys)
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        parts = (difference(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(found, expected, strict=True)))
+    else:
+        return f"has {where} {json.dumps(found)}; expected {json.dumps(expected)}"
+    return next(filter(None, parts), "")
+
+
+def parsed(data: bytes | str) -> Document | None:
+    """JSON of a group or an array; None if it is none."""
+    try:
+        document = json.loads(data)
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def _words(error: ValidationError) -> str:

@@ -89,17 +89,17 @@ def read_rows(directory: Directory, source_id: str, name: str, array: Document, 
     """Rows of an array, of numbers or strings, out of whole files: there are many of `status`, for Zarr slow.
 
     Raises:
-        StoreDamagedError: If a file of it cannot be decoded.
+        StoreDamagedError: If a file of it cannot be decoded, or its zarr.json is none of an array.
     """
-    rows = rows_per_file(array)
-    start, stop, _ = wanted.indices(array["shape"][0])
-    first = start - start % rows
-    chunks = {file_key(source_id, name, array, row): row - first for row in range(first, stop, rows)}
-    values = empty_rows(array, len(chunks) * rows)
-    for key, data in directory.read_all(chunks).items():
-        with decoding(directory.uri, f"{source_id}/{name}"):
+    with decoding(directory.uri, f"{source_id}/{name}"):
+        rows = rows_per_file(array)
+        start, stop, _ = wanted.indices(array["shape"][0])
+        first = start - start % rows
+        chunks = {file_key(source_id, name, array, row): row - first for row in range(first, stop, rows)}
+        values = empty_rows(array, len(chunks) * rows)
+        for key, data in directory.read_all(chunks).items():
             values[chunks[key] : chunks[key] + rows] = decode_rows(data, array, slice(None))
-    return values[start - first : stop - first]
+        return values[start - first : stop - first]
 
 
 def empty_rows(array: Document, count: int) -> npt.NDArray[Any]:

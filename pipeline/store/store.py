@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreMismatchError
-from depthmill.pipeline.store.files import Directory, json_bytes, store_away
+from depthmill.pipeline.store.files import Directory, decoding, json_bytes, store_away
 from depthmill.pipeline.store.layout import (
     Document,
     Layout,
@@ -275,10 +275,16 @@ class Store:
             return [failure for failures in (lost, *pool.map(self._failures, ids)) for failure in failures]
 
     def array(self, source_id: str, name: str) -> zarr.Array[Any]:
-        """One Zarr array of a source, as stored: packed, not decoded."""
+        """One Zarr array of a source, as stored: packed, not decoded.
+
+        Raises:
+            StoreDamagedError: If its zarr.json is damaged.
+        """
         from depthmill.pipeline.store.zarr_files import ZarrFiles, open_array
 
-        return open_array(ZarrFiles(self.directory), f"{source_id}/{name}", self._array(source_id, name))
+        path = f"{source_id}/{name}"
+        with decoding(self.uri, path):
+            return open_array(ZarrFiles(self.directory), path, self._array(source_id, name))
 
     def read(self, source_id: str, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
         """Rows of an array of a source, as stored; meant for those that are not sharded.

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from depthmill.pipeline.errors import StoreDamagedError, StoreError
-from depthmill.pipeline.store.files import json_bytes
+from depthmill.pipeline.store.files import decoding, json_bytes
 from depthmill.pipeline.store.layout import (
     DEPTH_INVALID,
     DEPTH_STEP,
@@ -62,9 +62,13 @@ class Temporal:
         self._directory = store.directory
 
     def attributes(self) -> Document | None:
-        """How it was made; None if the source was never smoothed."""
+        """How it was made, and of which `labels`; None if the source was never smoothed."""
         document = self.store.document(self._root)
-        return None if document is None else document["attributes"]
+        if document is None:
+            return None
+        with decoding(self.store.uri, f"{self._root}/{METADATA}"):
+            attributes: Document = document["attributes"]
+            return {**attributes, "labels": attributes["labels"]}
 
     def prepare(self, *, max_edge: int, flow: str, leak: float, shape: tuple[int, int], remove: bool = True) -> Lost:
         """Make the group, or keep of the one that is there what the same options would give again.
@@ -93,7 +97,7 @@ class Temporal:
             if lost != "solution":
                 self.remove()
             self.uncommit_solution()
-            for name, document in self._documents(shape).items():
+            for name, document in self.documents(shape).items():
                 self._directory.write(f"{self.source_id}/{name}/{METADATA}", json_bytes(document))
         self._directory.write(f"{self._root}/{METADATA}", json_bytes(group_document(wanted)))
         return lost
@@ -132,13 +136,8 @@ class Temporal:
 
     def prepare_filter(self) -> None:
         """Make the arrays of filtered labels."""
-        arrays = self.store.arrays(self.source_id)
-        for name in self.store.layout.labels:
-            document = json.loads(json.dumps(arrays[name]))
-            document["attributes"]["long_name"] = f"{name}, smoothed and filtered over time"
-            if name == "depth":
-                document["attributes"]["add_offset"] = SMOOTH_OFFSET
-            key = f"{self.source_id}/{name}_smooth/{METADATA}"
+        for name, document in self.filter_documents().items():
+            key = f"{self.source_id}/{name}/{METADATA}"
             if self._directory.read(key) is None:
                 self._directory.write(key, json_bytes(document))
 
@@ -274,13 +273,17 @@ class Temporal:
         """Whether all segments have filtered labels."""
         return not self.pending("filter")
 
-    def _write(self, name: str, start: int, values: npt.NDArray[Any]) -> None:
-        array = self.store.document(f"{self._root}/{name}")
-        assert array is not None
-        self._directory.clear_partial(file_key(self.source_id, f"temporal/{name}", array, start))
-        write_plain(self._directory, self.source_id, f"temporal/{name}", array, start, values)
+    def filter_documents(self) -> dict[str, Document]:
+        """The zarr.json of each array of filtered labels, by name."""
+        arrays = json.loads(json.dumps(self.store.arrays(self.source_id)))
+        for name in self.store.layout.labels:
+            arrays[name]["attributes"]["long_name"] = f"{name}, smoothed and filtered over time"
+        if "depth" in arrays:
+            arrays["depth"]["attributes"]["add_offset"] = SMOOTH_OFFSET
+        return {f"{name}_smooth": arrays[name] for name in self.store.layout.labels}
 
-    def _documents(self, shape: tuple[int, int]) -> dict[str, Document]:
+    def documents(self, shape: tuple[int, int]) -> dict[str, Document]:
+        """The zarr.json of each array of the group, by name; `shape` is that of an edge, as in `prepare`."""
         frames, length = self.store.attributes(self.source_id)["frames"], self.store.segment_frames(self.source_id)
 
         def one(name: str, dtype: str, fill: float | str, about: str, chunk: int = frames) -> Document:
@@ -304,6 +307,12 @@ class Temporal:
                 "filtered", "uint8", 0, "0 pending, 1 filtered, 2 no labels, 3 scaled alone, 4 without another", length
             ),
         }
+
+    def _write(self, name: str, start: int, values: npt.NDArray[Any]) -> None:
+        array = self.store.document(f"{self._root}/{name}")
+        assert array is not None
+        self._directory.clear_partial(file_key(self.source_id, f"temporal/{name}", array, start))
+        write_plain(self._directory, self.source_id, f"temporal/{name}", array, start, values)
 
 
 def not_smoothed(store: Store, source_ids: Sequence[str] = ()) -> StoreError:

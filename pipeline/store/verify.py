@@ -15,7 +15,7 @@ from depthmill.pipeline.errors import check_memory
 from depthmill.pipeline.store.checked import decoded, wrong
 from depthmill.pipeline.store.files import json_bytes
 from depthmill.pipeline.store.layout import Document, file_key, group_document, segment_files
-from depthmill.pipeline.store.metadata import source_attributes_of
+from depthmill.pipeline.store.metadata import difference, parsed, source_attributes_of, wrong_document
 from depthmill.pipeline.store.root import METADATA, Root, read_root, source_members, write_root
 from depthmill.pipeline.store.store import Store
 from depthmill.pipeline.store.temporal import Temporal
@@ -23,7 +23,6 @@ from depthmill.pipeline.store.verify_smoothing import verify_smoothing
 from depthmill.pipeline.types import FAILED, LABELLED, Segment
 
 _AT_ONCE_BYTES = 16 * 2**20  # of files that a worker has in memory: enough that requests go out many at a time
-_DECODES = {"scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned"}  # attributes by which xarray does
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,7 @@ def _verify_metadata(store: Store, source_id: str, found: Mapping[str, bytes], r
     frames = attributes["frames"]
     arrays = store.arrays(source_id)
     for key, document in _documents(store, source_id).items():
-        reason = _wrong_document(found[key], document) if key in found else "is missing"
+        reason = wrong_document(found.get(key), document)
         if reason:
             if repair:
                 store.directory.write(key, json_bytes(document))
@@ -284,7 +283,7 @@ def _group_disagrees(store: Store, source_id: str, found: Mapping[str, bytes]) -
         own = source_attributes_of(found.get(key, b""))
     except ValueError:  # then the root is right
         return None
-    if own is None or not (why := _difference(own, attributes, "attributes")):
+    if own is None or not (why := difference(own, attributes, "attributes")):
         return None
     return Damage(source_id, 0, attributes["frames"], key, f"{why}, as in the root; nothing else was checked")
 
@@ -293,7 +292,7 @@ def _arrays_disagree(store: Store, source_id: str, found: Mapping[str, bytes]) -
     """Whether all arrays are of other lengths, or all labels of another canvas, than a source's zarr.json says."""
     key, attributes = f"{source_id}/{METADATA}", store.attributes(source_id)
     names = [name for name in store.arrays(source_id) if name != "checksum"]
-    documents = {name: _parsed(found.get(f"{source_id}/{name}/{METADATA}", b"")) or {} for name in names}
+    documents = {name: parsed(found.get(f"{source_id}/{name}/{METADATA}", b"")) or {} for name in names}
     shapes = {name: shape for name, one in documents.items() if isinstance(shape := one.get("shape"), list)}
     canvases = [shape[1:3] for name, shape in shapes.items() if name in store.layout.arrays]
     for name, said, others in (
@@ -315,41 +314,9 @@ def _wrong_lines(store: Store, source_id: str, members: Mapping[str, str]) -> di
     arrays = {f"{source_id}/{name}": document for name, document in store.arrays(source_id).items()}
     wrong = {}
     for path, document in {source_id: group_document(attributes), **arrays}.items():
-        reason = _wrong_document(members[path].encode(), document) if path in members else "is missing"
-        if reason:
+        if reason := wrong_document(members.get(path), document):
             wrong[path] = texts[path], reason
     return wrong
-
-
-def _wrong_document(data: bytes, expected: Document) -> str:
-    """What is wrong with a zarr.json, "" if nothing is."""
-    found = _parsed(data)
-    return "is no JSON" if found is None else _difference(found, expected)
-
-
-def _difference(found: Any, expected: Any, where: str = "") -> str:
-    """The first thing in which JSON differs from what is expected, "" if there is none.
-
-    Whatever else it holds is the user's, unless xarray would decode by it; chunks say how they are compressed.
-    """
-    if found == expected:
-        return ""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        keys = ("name",) if expected.get("name") == "blosc" else (*expected, *sorted(found.keys() & _DECODES))
-        parts = (_difference(found.get(key), expected.get(key), f"{where}.{key}".lstrip(".")) for key in keys)
-    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        parts = (_difference(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(found, expected, strict=True)))
-    else:
-        return f"has {where} {json.dumps(found)}; expected {json.dumps(expected)}"
-    return next(filter(None, parts), "")
-
-
-def _parsed(data: bytes) -> Document | None:
-    try:
-        document = json.loads(data)
-    except ValueError:
-        return None
-    return document if isinstance(document, dict) else None
 
 
 def _root(store: Store) -> Root:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from depthmill.pipeline.errors import StoreError, check_memory
+from depthmill.pipeline.errors import StoreDamagedError, StoreError, check_memory
 from depthmill.pipeline.store.layout import Document, file_key, rows_per_file
+from depthmill.pipeline.store.metadata import wrong_document
 from depthmill.pipeline.store.root import METADATA
 from depthmill.pipeline.store.shard import decode_rows
 from depthmill.pipeline.store.store import Store
@@ -31,30 +32,25 @@ def verify_smoothing(store: Store, source_id: str, *, repair: bool) -> Iterator[
     """
     temporal = Temporal(store, source_id)
     frames = store.attributes(source_id)["frames"]
-    root = f"{source_id}/temporal"
-    data = store.directory.read(f"{root}/{METADATA}")
-    if data is None:
-        return
     try:
-        json.loads(data)["attributes"]
-    except (ValueError, KeyError, TypeError):
+        if temporal.attributes() is None:
+            return
+    except StoreDamagedError:
         if repair:
             temporal.remove()
-        yield f"{root}/{METADATA}", 0, frames, "is no JSON of a group"
+        yield f"{source_id}/temporal/{METADATA}", 0, frames, "is no JSON of a group"
         return
     segments = store.segments(source_id)
     pending = {what: set(temporal.pending(what)) for what in ("edges", "filter")}
     labels = [f"{name}_smooth" for name in store.layout.labels]
-    names = [f"temporal/{name}" for name in ("edges", "score", "scale", "shift", "shot", "filtered")]
-    names += labels if len(pending["filter"]) < len(segments) else []
-    arrays = {name: array for name in names if (array := _document(store, source_id, name)) is not None}
-    broken = [name for name in names if name not in arrays]
+    arrays = temporal.documents(_edge_shape(store, source_id))
+    arrays |= temporal.filter_documents() if len(pending["filter"]) < len(segments) else {}
+    keys = {f"{source_id}/{name}/{METADATA}": array for name, array in arrays.items()}
+    broken = {key: why for key, array in keys.items() if (why := wrong_document(store.directory.read(key), array))}
     if broken:  # they are written when the group is made, and never again
         if repair:
             temporal.remove()
-        yield from (
-            (f"{source_id}/{name}/{METADATA}", 0, frames, "is missing, or no JSON of an array") for name in broken
-        )
+        yield from ((key, 0, frames, why) for key, why in broken.items())
         return
     everything = Segment(source_id, 0, frames)
     if temporal.solved():
@@ -94,14 +90,13 @@ def _wrong(store: Store, name: str, array: Document, rows: Segment) -> Iterator[
             yield key, start, stop, reason
 
 
-def _document(store: Store, source_id: str, name: str) -> Document | None:
-    """The zarr.json of an array; None if it is missing or damaged."""
+def _edge_shape(store: Store, source_id: str) -> tuple[int, int]:
+    """Gaps and fields of an edge, which are of the options that it was made with; none if nothing says so."""
     try:
-        array: Document = json.loads(store.directory.read(f"{source_id}/{name}/{METADATA}") or b"")
-        rows_per_file(array)
+        _, gaps, fields = json.loads(store.directory.read(f"{source_id}/temporal/edges/{METADATA}") or b"")["shape"]
     except (ValueError, KeyError, TypeError):
-        return None
-    return array
+        return 0, 0
+    return gaps, fields
 
 
 def _needed(store: Store, name: str, source_id: str, start: int, stop: int) -> bool:

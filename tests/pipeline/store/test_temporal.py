@@ -10,6 +10,7 @@ import pytest
 from depthmill.pipeline.errors import StoreError, StoreFullError
 from depthmill.pipeline.store import open_datasets
 from depthmill.pipeline.store.files import LocalDirectory
+from depthmill.pipeline.store.inspect import inspect
 from depthmill.pipeline.store.layout import DEPTH_INVALID
 from depthmill.pipeline.store.smoothed import smoothed as apply_smoothing
 from depthmill.pipeline.store.temporal import Temporal, pack_smooth_depth
@@ -130,6 +131,30 @@ def test_damaged_metadata_is_named_with_what_repairs_it(store, key, reads):
                 read(store)
         assert [one.file for one in verify(store, repair=True).damage] == [key]
         assert smoothed(store).read("scale").tolist() == [2] * 18
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "readable"),
+    [
+        ("temporal", "labels", "label5", False),
+        ("temporal/score", "shape", "shade", True),
+        ("temporal/scale", "float32", "float92", False),
+        ("temporal/shift", "chunk_shape", "chunk_shade", False),
+        ("temporal/edges", "fill_value", "fill_valve", True),
+    ],
+)
+def test_metadata_of_which_a_byte_changed_is_found(store, name, old, new, readable):
+    smoothed(store)
+    expected = files(store.uri)
+    path = Path(store.uri) / f"video/{name}/zarr.json"
+    path.write_text(path.read_text().replace(f'"{old}"', f'"{new}"'))
+    if not readable:
+        with pytest.raises(StoreError, match=f"video/{name}.* is damaged .*: run `depthmill verify {store.uri}"):
+            opened(store)
+    assert inspect(store).sources[1].smoothing == ("damaged" if name == "temporal" else "smoothed")
+    assert [one.file for one in verify(store, repair=True).damage] == [f"video/{name}/zarr.json"]
+    smoothed(store)
+    assert files(store.uri) == expected
 
 
 def test_scales_that_are_not_solved_yet_are_not_zero(store):
