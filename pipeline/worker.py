@@ -317,8 +317,15 @@ class Worker:
             self._storing.discard(threading.get_ident())
 
     def _on_frames(self, steps: _Steps, done: int) -> None:
-        """So many frames are done; first, once the source is open, none."""
-        self._now(steps.take(done))
+        """So many frames are done; first, once the source is open, none.
+
+        Those of a task that is begun ahead count when it is called for: until then the one before is shown as it is.
+        """
+        state, ahead = steps.take(done), self._next
+        if ahead is None or ahead.steps is not steps:
+            self._now(state)
+        else:
+            self._state = replace(self._state, steps=self._state.steps + 1)
 
     def _on_passed(self, steps: _Steps) -> None:
         """Something was passed over on the way to a frame, perhaps of what is only begun ahead; not worth showing."""

@@ -194,6 +194,23 @@ def test_a_worker_that_hangs_elsewhere_does_not_say_that_it_waits_for_the_store(
     assert not said
 
 
+def test_frames_that_wait_for_their_commit_stay_done_while_the_next_task_is_labelled(start, monkeypatch):
+    worker, tasks = start("store")
+    shown, real = [], Labelled.commit
+    worker.on_state = shown.append
+
+    def commit(labelled):
+        assert _wait_until(worker._next.labelled.done)
+        assert worker.state().steps > shown[-1].steps  # it does not hang
+        return real(labelled)
+
+    monkeypatch.setattr(Labelled, "commit", commit)
+    worker.label(tasks[0], tasks[1])
+    assert {state.doing for state in shown} == {str(tasks[0].segment)}
+    frames = [state.frames for state in shown]
+    assert frames == sorted(frames)
+
+
 def test_frames_that_are_passed_over_are_steps(start, video, monkeypatch):
     media.write_video(video, frames=30, gop=1000)
     worker, tasks = start("some")
