@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ from depthmill.pipeline.room import room_in
 from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.sources.naming import preview_name
 from depthmill.pipeline.sources.video_container import open_container
-from depthmill.pipeline.store import Store, open_datasets, open_store
+from depthmill.pipeline.store import Store, open_datasets, open_store, write_atomically
 from depthmill.pipeline.store.smoothed import smoothed as apply_smoothing
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.timeline import Timeline, draw_timeline
@@ -283,7 +284,9 @@ def _write_contact_sheet(view: _View, timeline: Timeline | None, path: Path, fra
             sheet.paste(drawn, (x, top + row * (cell[1] + _GAP)))
     if timeline is not None:
         sheet = _with_timeline(sheet, timeline, view.near_far)
-    sheet.save(path)
+    data = BytesIO()
+    sheet.save(data, "PNG")
+    write_atomically(path, data.getvalue())
     return path
 
 

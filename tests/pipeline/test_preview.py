@@ -179,6 +179,21 @@ def test_a_stopped_preview_leaves_no_half_video(video, tmp_path, monkeypatch):
     assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".png"]
 
 
+def test_a_stopped_preview_leaves_the_sheet_that_was_there(video, tmp_path, monkeypatch):
+    labelled(video, tmp_path / "store.zarr")
+    (sheet,) = drawn(tmp_path / "store.zarr", tmp_path / "out", video=False)
+    before, save = sheet.read_bytes(), Image.Image.save
+
+    def stop(*given):
+        save(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        preview(tmp_path / "store.zarr", tmp_path / "out", frames=2, video=False)
+    assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == [before]
+
+
 def test_a_folder_that_cannot_be_written_is_named(video, tmp_path):
     store = labelled(video, tmp_path / "s")
     with pytest.raises(ConfigError, match=r"clip\.mp4/out cannot be written"):
