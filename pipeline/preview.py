@@ -327,11 +327,10 @@ def _smoothed(store: Store) -> list[str]:
     found = []
     for source_id in store.sources():
         temporal = Temporal(store, source_id)
-        if temporal.attributes() is None:
-            continue
         try:
-            temporal.check_current()
-            found.append(source_id)
+            if temporal.attributes() is not None:
+                temporal.check_current()
+                found.append(source_id)
         except StoreError as error:
             log.warning("%s; drawing its labels as they are", error)
     return found

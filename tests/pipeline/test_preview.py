@@ -307,6 +307,8 @@ def test_smoothing_of_others_that_is_not_finished_is_no_hindrance(video, tmp_pat
     assert len(drawn(store.uri, tmp_path / "both", smooth=True)) >= 3
     with pytest.raises(StoreError, match="not smoothed"):
         drawn(store.uri, tmp_path / "out", source_id=begun, smooth=True)
+    (tmp_path / "s" / begun / "temporal" / "zarr.json").write_bytes(b"damaged")
+    assert len(drawn(store.uri, tmp_path / "both", smooth=True)) >= 3
 
 
 def test_colours():
