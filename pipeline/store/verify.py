@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from depthmill.pipeline.errors import check_memory
 from depthmill.pipeline.store.checked import decoded, wrong
-from depthmill.pipeline.store.files import json_bytes
+from depthmill.pipeline.store.files import json_bytes, store_away
 from depthmill.pipeline.store.layout import Document, file_key, group_document, segment_files
 from depthmill.pipeline.store.metadata import difference, parsed, source_attributes_of, wrong_document
-from depthmill.pipeline.store.root import METADATA, Root, read_root, source_members, write_root
+from depthmill.pipeline.store.root import METADATA, Root, read_header, read_root, source_members, write_root
 from depthmill.pipeline.store.store import Store
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.store.verify_smoothing import verify_smoothing
@@ -76,6 +76,9 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
         repair: Un-commit segments with damage, so that the next run labels them again, and all smoothing of their
             sources; write damaged metadata anew.
         workers: Threads that read segments; as many look at sources.
+
+    Raises:
+        StoreError: If it cannot be read, or is not there any more at the end.
     """
     ids = store.sources()
     root = _root(store)
@@ -126,6 +129,8 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
             for pool in (outer, inner):
                 pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if read_header(store.directory) is None:  # of what is away, nothing looks damaged
+        raise store_away(store.uri)
     if repair and lines:
         root = _root(store)
         write_root(store.directory, Root(root.attributes, {**root.members, **lines}))

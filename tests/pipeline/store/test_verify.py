@@ -15,7 +15,7 @@ import pytest
 import zarr
 
 from depthmill.pipeline import store as stores
-from depthmill.pipeline.errors import StoreDamagedError
+from depthmill.pipeline.errors import StoreDamagedError, StoreError
 from depthmill.pipeline.store import verify as verifying
 from depthmill.pipeline.store.checked import stored_rows
 from depthmill.pipeline.store.files import LocalDirectory
@@ -282,6 +282,19 @@ def test_what_is_removed_by_hand_meanwhile_is_neither_damaged_nor_made_again(don
     monkeypatch.setattr(where, name, removed)
     assert verify(done, repair=True).damage == ()
     assert [entry.name for entry in Path(done.uri).iterdir() if entry.is_dir()] == ["images"]
+
+
+def test_a_store_that_goes_away_meanwhile_is_not_taken_for_sound(done, monkeypatch):
+    called = verifying._documents
+
+    def unmounted(*given):
+        shutil.rmtree(done.uri)
+        Path(done.uri).mkdir()
+        return called(*given)
+
+    monkeypatch.setattr(verifying, "_documents", unmounted)
+    with pytest.raises(StoreError, match="is gone, or there is nothing in it"):
+        verify(done, workers=1)
 
 
 def test_a_signal_ends_it_and_nothing_more_is_repaired(done, monkeypatch):
