@@ -190,6 +190,11 @@ def change(path, **changes):
     path.write_text(json.dumps(document))
 
 
+def blosc(**changes):
+    options = {"cname": "zstd", "clevel": 5, "shuffle": "noshuffle", "typesize": 1, "blocksize": 0}
+    return [{"name": "bytes"}, {"name": "blosc", "configuration": options | changes}]
+
+
 @pytest.mark.parametrize(
     ("key", "changes", "reason"),
     [
@@ -197,6 +202,12 @@ def change(path, **changes):
         ("video/depth/zarr.json", {"attributes__add_offset": 1}, "attributes.add_offset 1; expected null"),
         ("video/depth/zarr.json", {"shape": [7, 24, 32]}, r"shape\[0\] 7; expected 18"),
         ("images/size/zarr.json", {"dimension_names": None}, "dimension_names null; expected"),
+        (
+            "video/status/zarr.json",
+            {"codecs": blosc(shuffle="noshuffie")},
+            r"\.shuffle .noshuffie.; expected .noshuffle",
+        ),
+        ("video/status/zarr.json", {"codecs": blosc(clevel="5")}, r"\.clevel .5.; expected 5"),
         (
             "zarr.json",
             {"consolidated_metadata__metadata__video/depth__attributes__scale_factor": 1.0},
@@ -239,6 +250,7 @@ def test_a_source_of_which_its_group_and_the_root_disagree_is_left_alone(done):
 def test_what_users_add_to_metadata_and_an_index_of_zarrs_own_are_sound(done):
     change(Path(done.uri) / "video/depth/zarr.json", attributes__camera="left")
     change(Path(done.uri) / "video/zarr.json", attributes__note="mine")
+    change(Path(done.uri) / "video/status/zarr.json", codecs=blosc(clevel=9))  # of a store that tried harder
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that other Zarrs may not know what it writes
         zarr.consolidate_metadata(done.uri)
