@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreMismatchError
-from depthmill.pipeline.store.files import Directory, decoding, json_bytes, store_away
+from depthmill.pipeline.store.files import Directory, damaged, decoding, json_bytes, store_away
 from depthmill.pipeline.store.layout import (
     Document,
     Layout,
@@ -284,7 +284,7 @@ class Store:
 
         path = f"{source_id}/{name}"
         with decoding(self.uri, path):
-            return open_array(ZarrFiles(self.directory), path, self._array(source_id, name))
+            return open_array(ZarrFiles(self.directory), path, self.array_document(source_id, name))
 
     def read(self, source_id: str, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
         """Rows of an array of a source, as stored; meant for those that are not sharded.
@@ -292,7 +292,18 @@ class Store:
         Raises:
             StoreDamagedError: If a file of it cannot be decoded.
         """
-        return read_rows(self.directory, source_id, name, self._array(source_id, name), slice(start, stop))
+        return read_rows(self.directory, source_id, name, self.array_document(source_id, name), slice(start, stop))
+
+    def array_document(self, source_id: str, name: str) -> Document:
+        """The zarr.json of an array of a source, or of its smoothing.
+
+        Raises:
+            StoreDamagedError: If there is none, or it is damaged.
+        """
+        document = self.arrays(source_id).get(name) or self.document(f"{source_id}/{name}")
+        if document is None:
+            raise damaged(self.uri, f"{source_id}/{name}/{METADATA}", "it is missing")
+        return document
 
     def document(self, path: str) -> Document | None:
         """The zarr.json of a group or an array; None if there is none.
@@ -319,12 +330,6 @@ class Store:
             for name in (*RECORDS, METADATA):
                 self.directory.delete(name)
             self.directory.remove_root()
-
-    def _array(self, source_id: str, name: str) -> Document:
-        document = self.arrays(source_id).get(name) or self.document(f"{source_id}/{name}")
-        if document is None:
-            raise StoreDamagedError(f"{self.uri} has no array {name!r} of source {source_id!r}")
-        return document
 
     def _ways_out(self, source_id: str) -> str:
         return f"remove {self.uri}/{source_id} and run the same command again, or give another store to keep both"

@@ -309,10 +309,10 @@ class Temporal:
         }
 
     def _write(self, name: str, start: int, values: npt.NDArray[Any]) -> None:
-        array = self.store.document(f"{self._root}/{name}")
-        assert array is not None
-        self._directory.clear_partial(file_key(self.source_id, f"temporal/{name}", array, start))
-        write_plain(self._directory, self.source_id, f"temporal/{name}", array, start, values)
+        array = self.store.array_document(self.source_id, f"temporal/{name}")
+        with decoding(self.store.uri, f"{self._root}/{name}"):
+            self._directory.clear_partial(file_key(self.source_id, f"temporal/{name}", array, start))
+            write_plain(self._directory, self.source_id, f"temporal/{name}", array, start, values)
 
 
 def not_smoothed(store: Store, source_ids: Sequence[str] = ()) -> StoreError:

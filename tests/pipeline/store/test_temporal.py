@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from depthmill.pipeline.errors import StoreError, StoreFullError
+from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreFullError
 from depthmill.pipeline.store import open_datasets
 from depthmill.pipeline.store.files import LocalDirectory
 from depthmill.pipeline.store.inspect import inspect
@@ -155,6 +155,16 @@ def test_metadata_of_which_a_byte_changed_is_found(store, name, old, new, readab
     assert [one.file for one in verify(store, repair=True).damage] == [f"video/{name}/zarr.json"]
     smoothed(store)
     assert files(store.uri) == expected
+
+
+def test_what_damaged_metadata_keeps_from_being_written_says_so(store):
+    temporal = Temporal(store, "video")
+    temporal.prepare(max_edge=1, flow="fast", leak=0.1, shape=(1, 5))
+    segment, path = temporal.pending("edges")[0], Path(store.uri) / "video/temporal/score/zarr.json"
+    for harm in (lambda: path.write_text(path.read_text().replace("chunk_grid", "chunk_grad")), path.unlink):
+        harm()
+        with pytest.raises(StoreDamagedError, match=r"temporal/score.* is damaged .*: run `depthmill verify"):
+            temporal.write_edges(segment, np.ones((8, 1, 5), np.float32), np.ones(8, np.float32))
 
 
 def test_scales_that_are_not_solved_yet_are_not_zero(store):
