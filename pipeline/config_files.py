@@ -47,7 +47,7 @@ def load_yaml(path: str | Path, model: type[BaseModel] | None = None) -> dict[st
     text = _read(Path(path), model)
     try:
         loaded = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets pass what Python says of 2026-13-01
         raise ConfigError(f"{path} is no YAML that can be used: {error}") from error
     if not isinstance(loaded, dict | None):
         raise ConfigError(f"{path} holds data of type {type(loaded).__name__}; expected `key: value` lines")

@@ -73,6 +73,7 @@ def test_segments_left_out_are_long_for_a_corpus_and_of_whole_shards(options, le
         ("threads: true", "threads.*integer.*got True"),
         ("device: tpu", "device: expected auto, cpu, cuda, xpu or mps"),
         ("seed: 1\nsteps: 2\nseed: 3", r"the key seed is there twice[\s\S]*line 3"),
+        ("checkpoint: 2026-13-01", "no YAML that can be used: month must be in"),
         ("[]", "type list; expected"),
         ("false", "type bool; expected"),
         ("0", "type int; expected"),
