@@ -49,7 +49,7 @@ def judge(feed: Feed, cores: int, *, on_cpu: bool) -> Verdict:
 
     A GPU's labelling, one reader's decoding and one writer's writing go on side by side, each at its own rate, and
     share the cores. Where the network runs on the CPU, it takes its time from the same cores: whichever part takes most
-    of that time sets the pace.
+    of that time sets the pace, unless one reader or one writer takes longer than the cores need for all.
 
     Args:
         feed: As measured.
@@ -65,7 +65,11 @@ def judge(feed: Feed, cores: int, *, on_cpu: bool) -> Verdict:
         "cores": total_s / cores,
     }
     if on_cpu:
-        frame_s = {"device": cpu_s["label"], "decode": cpu_s["decode"], "write": cpu_s["write"]}
+        cores_s: dict[Bound, float] = {"device": cpu_s["label"], "decode": cpu_s["decode"], "write": cpu_s["write"]}
+        busiest = max(cores_s, key=lambda part: cores_s[part])
+        # A network waits for nothing: what it takes beyond its CPU time is others' work.
+        frame_s["device"] = min(feed.label.wall_s, cpu_s["label"])
+        frame_s[busiest] = max(frame_s[busiest], frame_s.pop("cores"))
     return Verdict(
         bound=max(frame_s, key=lambda part: frame_s[part]),
         cores=cores,

@@ -63,3 +63,15 @@ def test_on_the_cpu_what_takes_most_of_its_time_does(label_cpu_s, bound):
     assert found.bound == bound
     assert found.cores_needed is None
     assert sum(found.shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("measured", "bound"),
+    [
+        (feed(label=(0.1, 0.2), write=(2.0, 0.01)), "write"),  # on a slow disk
+        (feed(label=(0.1, 0.2), decode=(2.0, 0.01)), "decode"),
+        (feed(label=(0.3, 0.3), decode=(0.2, 0.2)), "device"),  # with one thread of two cores
+    ],
+)
+def test_on_the_cpu_one_that_waits_or_works_alone_sets_the_pace(measured, bound):
+    assert judge(measured, 2, on_cpu=True).bound == bound
