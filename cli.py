@@ -550,8 +550,7 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint, a labelled store or a folder of predictions on a public set.
 
-    With --video on clips, in the layout of Video-Depth-Anything's benchmark; `rendered` needs no download: its clips
-    are rendered to DATA.
+    With --video on clips, as Video-Depth-Anything's benchmark lays them out; `rendered` renders its own to DATA.
 
     Exit status: 0 all pictures scored, 1 some skipped, 2 nothing could start, 130 stopped; a rerun resumes.
     """
@@ -610,7 +609,7 @@ def bench(
     ] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of measurement.")] = 5,
     folder: Annotated[
-        Path | None, typer.Option(help="Folder on the disk whose write speed is measured; by default /tmp.")
+        Path | None, typer.Option(help="Folder on the disk whose write speed is measured; by default TMPDIR, or /tmp.")
     ] = None,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Time diffusers' pipelines compiled, too, which takes minutes.")
@@ -629,8 +628,7 @@ def bench(
 ) -> None:
     """Measure how fast this machine labels, and say what to change.
 
-    Beside diffusers' pipelines on the same weights, beside the machine's own matrix products, and, with --input, beside
-    reading and writing, and as a whole run.
+    Beside diffusers' pipelines, the machine's own matrix products and, with --input, reading, writing and a whole run.
     """
     from depthmill.pipeline.config import LabelConfig
     from depthmill.pipeline.config_files import load_config

@@ -1,6 +1,7 @@
 """The command line's own part: options, exit statuses, messages. What the commands do is tested where they live."""
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 import depthmill.workers
-from depthmill.cli import _warn_of_demo
+from depthmill.cli import _warn_of_demo, app
 from depthmill.pipeline.sources import expand_inputs, open_source
 from depthmill.tests import media, runs
 from depthmill.tests.pipeline.store.samples import files
@@ -70,6 +71,11 @@ def test_help_shows_choices_and_defaults(cli, monkeypatch):
         (line,) = (line for line in shown["evaluate"].splitlines() if option in line)
         assert ("[default: (auto)]" in line) == (option == "--device")
     assert "(auto)" not in shown["train"]
+
+
+def test_the_terminal_alone_breaks_the_lines_of_the_help():
+    for command in app.registered_commands:  # of all paragraphs but the first, breaks are kept
+        assert not [part for part in inspect.getdoc(command.callback).split("\n\n")[1:] if "\n" in part]
 
 
 def test_labelling_with_the_embedded_model_unasked_is_said(cli, clip, tmp_path):
