@@ -113,7 +113,7 @@ class Labeler:
             checkpoint: Depth checkpoint: `demo` (inside the package), a directory in diffusers layout, or a hub id.
             normals_checkpoint: The same for normals.
             labels: What to predict; left out, whatever there is a checkpoint for.
-            normals_axes: Where the normals checkpoint's axes point, as in `left-up-towards`, if it does not say.
+            normals_axes: Where the normals checkpoint's axes point, as in `left-up-towards`; left out, as it says.
             domain: `indoor` (a GeoWizard checkpoint's default), `outdoor` or `object`; other checkpoints have none.
             processing_resolution: Longer side in pixels at which the network sees a frame.
             batch_size: Most frames in one forward pass; `auto` is 8 on a CPU, fewer of large ones, and on CUDA as many
