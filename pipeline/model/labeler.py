@@ -74,7 +74,8 @@ class Labeler:
         self.round_aspect = config.round_aspect
         self._pixels_that_fit: int | None = None  # in one forward pass, padding included; None: any that were tried
         self._sampler: Sampler | None = None
-        with torch.device("cpu"):  # whatever a caller's default device is, weights are prepared here
+        # Whatever a caller's default device is, weights are prepared here, and unrounded in its autocast.
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
             self._network = self._loaded()
             if isinstance(self._network, SingleStep) and not self.sampling.is_single_step:
                 self._sampler = Sampler(self._network, self.sampling)

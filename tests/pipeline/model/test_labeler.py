@@ -300,13 +300,16 @@ def test_frames_of_two_batch_shapes_are_refused(labeler):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_caller_s_autocast_rounds_no_labels(labeler, dtype):
+def test_a_caller_s_autocast_rounds_no_labels(checkpoints, labeler, dtype):
     frames = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), np.uint8)
     expected = labeler(frames)
     with torch.autocast("cpu", dtype=dtype):
-        labels = labeler(frames)
-    np.testing.assert_array_equal(labels.depth, expected.depth)
-    np.testing.assert_array_equal(labels.normals, expected.normals)
+        paths = checkpoints / "depth", checkpoints / "normals"
+        loaded = Labeler.from_pretrained(*paths, device="cpu", dtype="float32")
+        found = [labeler(frames), loaded(frames)]
+    for labels in found:
+        np.testing.assert_array_equal(labels.depth, expected.depth)
+        np.testing.assert_array_equal(labels.normals, expected.normals)
 
 
 @pytest.mark.parametrize(
