@@ -8,6 +8,7 @@ are oneDNN's, those that `torch.compile` puts in such layers' place; torch has t
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,20 +17,40 @@ from torch import nn
 _SIDE = 64
 
 
-class PackedConvolution(nn.Module):
+class _Packed(nn.Module):
+    """A layer that is copied, or pickled, with plain weights: torch can do neither with those that are laid out."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear):
+        super().__init__()
+        self.bias = layer.bias
+        self._weight = self._laid_out(layer.weight.data)
+
+    def _laid_out(self, weight: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_weight": self._weight.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._weight = self._laid_out(self._weight)
+
+
+class PackedConvolution(_Packed):
     """What a convolution answers, and its sum with another picture."""
 
     def __init__(self, convolution: nn.Conv2d):
-        super().__init__()
-        self.bias = convolution.bias
         self._how = (
             list(convolution.padding),
             list(convolution.stride),
             list(convolution.dilation),
             convolution.groups,
         )
-        shape = [1, convolution.in_channels, _SIDE, _SIDE]
-        self._weight = torch.ops.mkldnn._reorder_convolution_weight(convolution.weight.data, *self._how, shape)
+        super().__init__(convolution)
+
+    def _laid_out(self, weight: torch.Tensor) -> torch.Tensor:
+        shape = [1, weight.shape[1] * self._how[3], _SIDE, _SIDE]
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *self._how, shape)  # type: ignore[no-any-return]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # which cannot look into the weights
     def forward(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
@@ -40,13 +61,11 @@ class PackedConvolution(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise.binary(x, added, *layer, "add", None, None, [], None)  # type: ignore[no-any-return]
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(_Packed):
     """What a linear layer answers."""
 
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.bias = linear.bias
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, None)
+    def _laid_out(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, None)  # type: ignore[no-any-return]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,8 @@
 """Layers whose weights are laid out once against torch's own."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -72,6 +75,15 @@ def test_the_network_in_bfloat16_has_none_left_but_the_last():
     assert not any(isinstance(layer, PackedConvolution | PackedLinear) for layer in plain.modules())
     batch = pictures()
     torch.testing.assert_close(network(batch)["depth"], plain(batch)["depth"], atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "copied", [deepcopy, lambda network: pickle.loads(pickle.dumps(network))], ids=["copy", "pickle"]
+)
+def test_a_copy_answers_the_same(copied):
+    network = Specialized([head()], CPU, torch.bfloat16)
+    batch = pictures()
+    assert torch.equal(copied(network)(batch)["depth"], network(batch)["depth"])
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")  # diffusers' own
