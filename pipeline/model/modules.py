@@ -152,12 +152,15 @@ def empty_prompt(checkpoint: Checkpoint) -> torch.Tensor:
     tokens = tokenizer(
         "",
         padding=checkpoint.description.prompt_padding,
-        max_length=tokenizer.model_max_length,
+        max_length=encoder.config.max_position_embeddings,
         truncation=True,
         return_tensors="pt",
     ).input_ids
-    with torch.inference_mode():
-        embedding: torch.Tensor = encoder(tokens)[0]
+    try:
+        with torch.inference_mode():
+            embedding: torch.Tensor = encoder(tokens)[0]
+    except IndexError as error:  # of the tokens that it has, these are none
+        raise _unloadable(checkpoint, "tokenizer", error) from error
     return embedding.clone()
 
 

@@ -398,6 +398,15 @@ def test_the_empty_prompt_is_padded_as_the_checkpoint_says(checkpoints, tmp_path
     path = shutil.copytree(checkpoints / "normals", tmp_path / "normals")
     (path / "depthmill.json").write_text(json.dumps({"prompt_padding": padding}))
     assert empty_prompt(open_checkpoint(str(path), "normals")).shape == (1, tokens, 32)
+    (path / "tokenizer" / "tokenizer_config.json").unlink()  # which alone knows how long a prompt may be
+    assert empty_prompt(open_checkpoint(str(path), "normals")).shape == (1, tokens, 32)
+
+
+def test_a_tokenizer_of_another_vocabulary(depth):
+    (depth / "tokenizer" / "tokenizer.json").unlink()
+    (depth / "tokenizer" / "vocab.json").write_text(json.dumps({"<|startoftext|>": 5, "<|endoftext|>": 6}))
+    with pytest.raises(CheckpointError, match=r"tokenizer/ .*index out of range"):
+        empty_prompt(open_checkpoint(str(depth), "depth"))
 
 
 def test_bit_equal_vaes_are_kept_once(checkpoints, tmp_path):
