@@ -214,7 +214,7 @@ def _parts(directory: Path) -> tuple[str, ...]:
 def _locate(name: str, modality: Modality) -> Path:
     if name == DEMO:
         return Path(str(resources.files("depthmill.pipeline.model"))) / "demo" / modality
-    if name and Path(name).is_dir():
+    if os.path.isdir(name):  # noqa: PTH112 (a refused Path raises)
         directory = Path(name).resolve()
         for folder in (directory, *(directory / part for part in {*_PARTS, *_JOINT_PARTS})):
             for path in (folder, *folder.glob("*.json"), *folder.glob("*.txt")):
@@ -224,14 +224,14 @@ def _locate(name: str, modality: Modality) -> Path:
                         "read: change its permissions, or copy it"
                     )
         return directory
-    if name and Path(name).exists():
+    if os.path.exists(name):  # noqa: PTH110 (likewise)
         raise CheckpointError(
             f"checkpoint {name} is a file; expected a directory with {', '.join(_PARTS)} in it (diffusers layout)"
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
         raise CheckpointError(
-            f"checkpoint {name!r} is no directory, nor a hub id (owner/name, owner/name@revision), nor {DEMO!r}: "
-            "check the path"
+            f"checkpoint {name!r} is no directory that this user can see, nor a hub id (owner/name, "
+            f"owner/name@revision), nor {DEMO!r}: check the path, and its permissions"
         )
     from huggingface_hub import snapshot_download
 

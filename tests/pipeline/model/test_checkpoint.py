@@ -109,6 +109,19 @@ def test_why_weights_cannot_be_read(depth, monkeypatch):
         open_checkpoint(str(depth), "depth")
 
 
+def test_a_place_that_may_not_be_looked_into_is_no_checkpoint(depth, monkeypatch):
+    look = os.stat
+
+    def refuse(path, *args, **options):
+        if str(path) == str(depth):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(CheckpointError, match="no directory that this user can see"):
+        open_checkpoint(str(depth), "depth")
+
+
 @pytest.mark.parametrize("name", ["depth", "unet", "unet/config.json", "tokenizer/vocab.json"])
 def test_what_may_not_be_read_is_named(depth, monkeypatch, name):
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith(name))
