@@ -143,7 +143,7 @@ def _label(
 ) -> Predictions:
     with progress_on(console) as progress:
         every = progress.track(samples, description="checking")
-        checksums = [(sample.name, zlib.crc32(_read(archive, sample))) for sample in every]
+        checksums = [(sample.name, zlib.crc32(archive.read(sample.picture))) for sample in every]
     claim(wanted.name, wanted.colours, checksums, out, overwrite=overwrite)
     pictures = out / "pictures"
     if overwrite:
@@ -154,19 +154,10 @@ def _label(
         for sample in progress.track(samples, description="preparing"):
             if sample.name not in there:
                 path = pictures / sample.picture
-                write_picture(_read(archive, sample), path, crop=wanted.crop, colours=wanted.colours)
+                write_picture(archive.read(sample.picture), path, crop=wanted.crop, colours=wanted.colours)
     store = out / "labels.zarr"
     label([str(pictures)], store, config, overwrite=overwrite, retry_failed=True, console=console)
     return from_store(store, samples, wanted.modality)
-
-
-def _read(archive: Archive, sample: Sample) -> bytes:
-    try:
-        return archive.read(sample.picture)
-    except OSError as error:
-        raise EvaluationError(
-            f"{sample.picture} of {archive.path} cannot be read: {error}; expected it whole: get the data anew"
-        ) from error
 
 
 def claim(

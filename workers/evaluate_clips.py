@@ -15,7 +15,7 @@ from depthmill.pipeline.config import LabelConfig, SmoothConfig, make_folder
 from depthmill.pipeline.errors import ConfigError, EvaluationError, StoreError
 from depthmill.pipeline.evaluation.clip_report import clip_reasons, clip_table, write_clip_report
 from depthmill.pipeline.evaluation.clip_score import ClipRow, score_clips
-from depthmill.pipeline.evaluation.clips import CLIP_SETS, ClipSet, TrueClip, find_index, open_clips
+from depthmill.pipeline.evaluation.clips import CLIP_SETS, ClipSet, TrueClip, find_index, open_clips, read_file
 from depthmill.pipeline.evaluation.datasets import find
 from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, from_store
 from depthmill.pipeline.evaluation.samples import Sample, write_picture
@@ -102,7 +102,7 @@ def _evaluate(
             raise ConfigError(f"labels is {list(what.labels)}; clips are scored by depth alone")
         # A clip is a video, however its pictures lie: a long one is not to be squeezed as a corpus's are.
         what = what if what.round_aspect is not None else what.model_copy(update={"round_aspect": False})
-        checksums = [(frame.sample.name, zlib.crc32(_read(frame.picture))) for frame in frames]
+        checksums = [(frame.sample.name, zlib.crc32(read_file(frame.picture))) for frame in frames]
         claim(name, wanted.colours, checksums, out, overwrite=overwrite)
         clips = tuple(map(_numbered, clips))
         store = _label(wanted, clips, out, what, overwrite, console)
@@ -121,15 +121,6 @@ def _evaluate(
         warn(console, line)
     console.print(f"written: {out / 'metrics.json'}, {out / 'per_clip.csv'}", soft_wrap=True)
     return scores
-
-
-def _read(picture: Path) -> bytes:
-    try:
-        return picture.read_bytes()
-    except OSError as error:
-        raise EvaluationError(
-            f"{picture} cannot be read ({error.strerror}); expected it whole: get the data anew"
-        ) from error
 
 
 def _numbered(clip: TrueClip) -> TrueClip:
@@ -154,7 +145,7 @@ def _label(
     for frame in (frame for clip in clips for frame in clip.frames):
         path = pictures / frame.sample.picture
         if not path.is_file() and not path.with_suffix(".png").is_file():
-            write_picture(_read(frame.picture), path, colours=wanted.colours)
+            write_picture(read_file(frame.picture), path, colours=wanted.colours)
     inputs = [str(pictures / clip.name) for clip in clips]
     label(inputs, store, config, overwrite=overwrite, retry_failed=True, console=console)
     done = smooth(store, SmoothConfig.beside(config), sources=open_store(store).sources(), console=console)

@@ -51,14 +51,19 @@ class Archive:
         """The bytes of one file of `names`.
 
         Raises:
-            OSError: If they cannot be read.
+            EvaluationError: If they cannot be read.
         """
-        if self._tar is None:
-            return (self.path / name).read_bytes()
-        with self._lock:
-            file = self._tar.extractfile(self._members[name])
-            assert file is not None, "only regular files are listed"
-            return file.read()
+        try:
+            if self._tar is None:
+                return (self.path / name).read_bytes()
+            with self._lock:
+                file = self._tar.extractfile(self._members[name])
+                assert file is not None, "only regular files are listed"
+                return file.read()
+        except (tarfile.TarError, OSError) as error:
+            raise EvaluationError(
+                f"{name} of {self.path} cannot be read: {error}; expected it whole: get the data anew"
+            ) from error
 
     def close(self) -> None:
         """Close the tar."""

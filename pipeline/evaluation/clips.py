@@ -159,10 +159,12 @@ def read_true_depth(wanted: ClipSet, frame: ClipFrame) -> Floats:
     """(H, W) metres of what the picture shows; NaN where it is not valid, or not scored.
 
     Raises:
-        UnscorableError: If it cannot be read.
+        UnscorableError: If it cannot be decoded.
+        EvaluationError: If its file cannot be read.
     """
+    data = read_file(frame.truth)
     try:
-        whole = depth_png(frame.truth.read_bytes(), steps_per_m=frame.factor)
+        whole = depth_png(data, steps_per_m=frame.factor)
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
         check_memory(error)
         raise UnscorableError(f"{frame.truth} cannot be read: {str(error) or type(error).__name__}") from error
@@ -171,6 +173,20 @@ def read_true_depth(wanted: ClipSet, frame: ClipFrame) -> Floats:
     depth = np.full_like(whole, np.nan)
     depth[scored] = np.where(valid, whole, np.nan)[scored]
     return depth if frame.uncut else depth[scored]
+
+
+def read_file(path: Path) -> bytes:
+    """A file of the set.
+
+    Raises:
+        EvaluationError: If it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EvaluationError(
+            f"{path} cannot be read ({error.strerror}); expected it whole: get the data anew"
+        ) from error
 
 
 def _frame(wanted: ClipSet, folder: Path, entry: dict[str, Any]) -> ClipFrame:

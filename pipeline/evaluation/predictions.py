@@ -32,7 +32,8 @@ class Predictions:
 
     Attributes:
         read: Gives a sample's (H, W) depth or (H, W, 3) normals (x right, y up, z towards the viewer); raises
-            UnscorableError if there is none. Threads may call it at once.
+            UnscorableError if there is none, EvaluationError or StoreError if it cannot be read. Threads may call it
+            at once.
         checkpoint: Name of the checkpoint that made them; "" if that is not known.
         origin: What is known of where they come from, as JSON.
     """
@@ -84,6 +85,10 @@ def from_folder(
         try:
             with path.open("rb") as file:
                 values = np.load(file, allow_pickle=False)
+        except OSError as error:  # which is no fault of the prediction's
+            raise EvaluationError(
+                f"{path} cannot be read ({error.strerror or error}); expected it whole: see to its disk, and try again"
+            ) from error
         except Exception as error:  # what NumPy takes for an archive, zipfile's
             check_memory(error)
             raise UnscorableError(f"its prediction cannot be read: {error}") from error

@@ -82,11 +82,13 @@ def read_truth(wanted: EvaluationSet, archive: Archive, sample: Sample) -> Truth
     """Read a picture's ground truth.
 
     Raises:
-        UnscorableError: If it cannot be read, or nothing in it can be scored.
+        UnscorableError: If it cannot be decoded, or nothing in it can be scored.
+        EvaluationError: If its files cannot be read: that is no fault of the picture's.
     """
+    truth, valid = archive.read(sample.truth), None if sample.mask is None else archive.read(sample.mask)
     try:
-        values = wanted.decode(archive.read(sample.truth))
-        mask = None if sample.mask is None else decode.array(archive.read(sample.mask)) != 0
+        values = wanted.decode(truth)
+        mask = None if valid is None else decode.array(valid) != 0
         if wanted.crop is not None:
             values = values[wanted.crop(*values.shape[:2])]
     except Exception as error:  # Pillow's and FFmpeg's decoders raise whatever they stumble over

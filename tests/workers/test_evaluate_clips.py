@@ -112,18 +112,19 @@ def test_clips_that_share_pictures_are_labelled_and_scored_each(rendered, tmp_pa
     assert sorted(path.name for path in (tmp_path / "out/pictures").iterdir()) == ["backwards", "whole"]
 
 
-def test_a_picture_that_cannot_be_read_is_named(rendered, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["rgb", "depth"])
+def test_a_file_that_cannot_be_read_is_named(rendered, tmp_path, monkeypatch, name):
     read = Path.read_bytes
 
     def fail(path):
-        if path.match("pan_3/rgb/000001.png"):
+        if path.match(f"pan_3/{name}/000001.png"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", fail)
     code, output = evaluate(rendered, "--checkpoint", "demo", "--workers", 0, "--out", tmp_path / "out")
     assert code == 2
-    assert "pan_3/rgb/000001.png cannot be read (Input/output error); expected it whole" in output
+    assert f"pan_3/{name}/000001.png cannot be read (Input/output error); expected it whole" in output
 
 
 def test_exact_predictions_are_exact_and_missing_ones_named(rendered, tmp_path):

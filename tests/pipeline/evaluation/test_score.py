@@ -1,9 +1,12 @@
 """Whole sets, scored from `.npy`: the figures against NumPy by the definitions; what is skipped is counted."""
 
 import csv
+import errno
 import io
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,6 +158,21 @@ def test_nothing_to_score_is_an_error_and_no_figure(nyu):
     for path in folder.rglob("*.npy"):
         path.write_bytes(b"no array")
     with pytest.raises(EvaluationError, match=r"none of the 3 pictures of nyuv2.*cannot be read"):
+        score(wanted, archive, samples, from_folder(folder, samples, "depth"))
+
+
+@pytest.mark.parametrize("away", ["depth_0009.png", "rgb_0009.npy"])
+def test_a_disk_that_does_not_answer_leaves_no_picture_out(nyu, monkeypatch, away):
+    wanted, archive, samples, folder, _ = nyu
+    opened = Path.open
+
+    def fail(path, *args, **options):
+        if path.name == away:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(EvaluationError, match=f"{away} .*cannot be read.*Input/output error"):
         score(wanted, archive, samples, from_folder(folder, samples, "depth"))
 
 
