@@ -29,7 +29,7 @@ class Archive:
         self._lock = threading.Lock()
         self._tar: tarfile.TarFile | None = None
         self._members: dict[str, tarfile.TarInfo] = {}
-        if path.is_dir():
+        if os.path.isdir(path):  # noqa: PTH112 (a refused Path raises)
             self.names = frozenset(file.relative_to(path).as_posix() for file in _files(path))
             return
         try:

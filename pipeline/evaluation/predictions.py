@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from os.path import splitext
+from os.path import isdir, isfile, splitext
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,14 @@ def from_folder(
         ConfigError: If `normals_axes` names no axes.
     """
     signs = np.array(axes_signs(normals_axes), np.float32)
-    if not folder.is_dir():
+    if not isdir(folder):  # noqa: PTH112 (a refused Path raises)
         raise EvaluationError(f"{folder}: no such folder; expected one of .npy files: check the path")
     files: dict[str, Path] = {}
     missing = []
     for sample in samples:
         path = folder / f"{sample.name}.npy"
         candidates = (path, path.with_name(f"pred_{path.name.removeprefix('rgb_')}"))
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        found = next(filter(isfile, candidates), None)
         if found is None:
             missing.append(f"{sample.name}.npy")
         else:

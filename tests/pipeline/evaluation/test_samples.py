@@ -2,8 +2,10 @@
 
 import gzip
 import io
+import os
 import re
 from dataclasses import replace
+from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -12,7 +14,9 @@ import torch
 from PIL import Image
 
 from depthmill.pipeline.errors import EvaluationError, RunStoppedError, UnscorableError
+from depthmill.pipeline.evaluation.clips import CLIP_SETS, find_index
 from depthmill.pipeline.evaluation.datasets import SETS, find
+from depthmill.pipeline.evaluation.predictions import from_folder
 from depthmill.pipeline.evaluation.samples import open_samples, read_truth, write_picture
 from depthmill.tests.pipeline.evaluation import layouts
 
@@ -125,6 +129,28 @@ def test_a_split_says_which_pictures(tmp_path):
         open_samples(wanted, data, split)
     with pytest.raises(EvaluationError, match="cannot be read"):
         open_samples(wanted, data, tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize(
+    "opened",
+    [
+        partial(open_samples, SETS["nyuv2"]),
+        partial(find_index, CLIP_SETS["kitti"]),
+        partial(from_folder, samples=(), modality="depth"),
+    ],
+    ids=["data", "clips", "predictions"],
+)
+def test_a_place_that_may_not_be_looked_into_is_refused_in_a_line(tmp_path, monkeypatch, opened):
+    look = os.stat
+
+    def refuse(path, *args, **options):
+        if str(path).startswith(str(tmp_path / "set")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(EvaluationError, match="set"):
+        opened(tmp_path / "set")
 
 
 def test_missing_files_are_named_before_anything_is_done(tmp_path, nyu):
