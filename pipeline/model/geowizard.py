@@ -21,6 +21,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from depthmill.pipeline.config import Sampling
 from depthmill.pipeline.errors import CheckpointError, ConfigError
+from depthmill.pipeline.model.blocks import use_shrinking
 from depthmill.pipeline.model.checkpoint import Checkpoint, read_json
 from depthmill.pipeline.model.modules import load_part, load_scheduler, load_unet, load_vae, vae_factor, vae_width
 from depthmill.pipeline.model.single_step import decode_depth, decode_normals, x0_factor
@@ -109,6 +110,7 @@ class GeoWizard(torch.nn.Module):
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.to(device, dtype)
         self.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch's stub lacks it
+        use_shrinking(self, device, dtype)
         assert checkpoint.domain is not None
         self.switch = switch(checkpoint.domain).to(device, dtype)
         self.clip_mean, self.clip_std = mean.to(device), std.to(device)

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from depthmill.pipeline.errors import CheckpointError
 from depthmill.pipeline.geometry import axes_signs
+from depthmill.pipeline.model.blocks import use_shrinking
 from depthmill.pipeline.model.checkpoint import DESCRIPTION_FILE, Checkpoint, Description, read_json
 from depthmill.pipeline.model.modules import (
     check_fit,
@@ -172,6 +173,7 @@ class SingleStep(torch.nn.Module):
         modules = [*self.encoders, *(head.unet for head in heads)]
         self.networks = torch.nn.ModuleList(modules).to(device, dtype)
         self.networks.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch's stub lacks it
+        use_shrinking(self.networks, device, dtype)
         self.heads = [replace(head, prompt=head.prompt.to(device, dtype)) for head in heads]
         self.dtype = dtype
 

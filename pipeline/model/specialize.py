@@ -38,6 +38,7 @@ from depthmill.pipeline.model.blocks import (
     filled,
     replace,
     use_channels_last_norms,
+    use_shrinking,
 )
 from depthmill.pipeline.model.modules import same, vae_factor, vae_width
 from depthmill.pipeline.model.packed import can_pack, packed
@@ -103,6 +104,7 @@ class Specialized(nn.Module):
             # Not in the UNet, the weights of which are most of the memory already.
             use_winograd(folded.encoders)
             use_winograd(folded.decoders)
+        use_shrinking(folded, device, dtype)
         if device.type == "cpu" and dtype == torch.bfloat16 and can_pack():
             replace(folded, (nn.Conv2d, nn.Linear), packed)
         self.folded = folded
