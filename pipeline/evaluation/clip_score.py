@@ -142,7 +142,7 @@ def _compared(wanted: ClipSet, frame: ClipFrame, read: Callable[[Sample], Floats
         depth: Floats = read(frame.sample).astype(np.float64)  # what is aligned may overflow a file's float16
     except UnscorableError as error:
         raise UnscorableError(f"{frame.sample.name}: {error}") from error
-    if depth.ndim != 2:
+    if depth.ndim != 2 or not depth.size:
         raise UnscorableError(f"{frame.sample.name}: its prediction is of shape {depth.shape}; expected (H, W)")
     if depth.shape != truth.shape:
         size = (truth.shape[1], truth.shape[0])

@@ -197,6 +197,9 @@ def test_a_clip_that_cannot_be_scored_is_skipped_with_the_reason(tmp_path, value
     assert [row.name for row in scores.rows] == ["b"]
     assert "a/rgb/000001 is NaN, infinite or above 3.4e38 at" in scores.skipped[0].reason
 
+    bad["a/rgb/000001"] = np.zeros((0, 80))
+    assert "of shape (0, 80)" in score_clips(wanted, clips, lambda sample: bad[sample.name]).skipped[0].reason
+
     def none(sample):
         raise UnscorableError("it has no labels")
 
