@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from depthmill.pipeline.errors import SourceChangedError, SourceError
 from depthmill.pipeline.file_state import holds_files
 from depthmill.pipeline.objects import is_url, path_of
+from depthmill.pipeline.sources.base import BaseSource
 from depthmill.pipeline.sources.limits import check_frames, check_range
-from depthmill.pipeline.sources.naming import canonical_uri, natural_key, readable, unique_names
+from depthmill.pipeline.sources.naming import natural_key, readable, unique_names
 from depthmill.pipeline.sources.opening import file_size, files_below, kind_of, list_files, unanswered
 from depthmill.pipeline.sources.pictures import (
     Encoded,
@@ -33,28 +34,12 @@ _HEADERS_AT_ONCE = 1024  # asked for: what is asked for takes more memory than t
 _OTHERS = 8  # that are looked at where a picture is gone
 
 
-class ImageSource:
+class ImageSource(BaseSource[tuple[Source, list[Picture], list[Header]], Any]):
     """A folder of pictures, or one picture.
 
     A folder's subfolders belong to it, but for hidden and linked ones; its order is natural, `2.jpg` before `10.jpg`,
     without hidden files.
     """
-
-    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int) -> None:
-        """Name a folder or a picture, without opening it.
-
-        Args:
-            uri: Path or URL of the folder or the file.
-            max_pixels: Pictures with more are not decoded, and come as failed frames.
-            max_frames: A folder with more pictures is refused.
-            threads: Threads that one read decodes with; 0 for four.
-        """
-        self._uri = canonical_uri(uri)
-        self._threads = threads
-        self._max_pixels = max_pixels
-        self._max_frames = max_frames
-        self._lock = threading.Lock()
-        self._probed: tuple[Source, list[Picture], list[Header]] | None = None
 
     def probe(self) -> Source:
         """Describe the pictures from their headers.
@@ -79,30 +64,20 @@ class ImageSource:
         pictures = _encoded(files, headers, start, stop, self._max_pixels)
         return _fitting(source, decode_ahead(pictures, self._max_pixels, self._threads))
 
-    def close(self) -> None:
-        """Nothing is held: each read has its own threads."""
-
-    def _open(self) -> tuple[Source, list[Picture], list[Header]]:
-        with self._lock:
-            if self._probed is None:
-                self._probed = _probe(self._uri, self._max_pixels, self._max_frames)
-            return self._probed
-
-
-def _probe(uri: str, max_pixels: int, max_frames: int) -> tuple[Source, list[Picture], list[Header]]:
-    names = _list_urls(uri) if is_url(uri) else _list_files(Path(uri))
-    check_frames(uri, len(names), max_frames)
-    files = list(names.values())
-    headers = _headers(files, max_pixels)
-    for index in [index for index, header in enumerate(headers) if not header.height][-1:]:
-        if _is_away(files, headers, index, max_pixels):
-            raise unanswered(files[index], OSError("nor can others that could be before"))
-    keys = tuple(names)
-    digest = hashlib.sha256()
-    for key, header in zip(keys, headers, strict=True):
-        digest.update(f"{key}\0{header.digest}\0".encode())
-    headers = on_one_canvas(headers, max_pixels)
-    return describe(uri, "images", keys, headers, digest.hexdigest()), files, headers
+    def _probe(self) -> tuple[Source, list[Picture], list[Header]]:
+        names = _list_urls(self._uri) if is_url(self._uri) else _list_files(Path(self._uri))
+        check_frames(self._uri, len(names), self._max_frames)
+        files = list(names.values())
+        headers = _headers(files, self._max_pixels)
+        for index in [index for index, header in enumerate(headers) if not header.height][-1:]:
+            if _is_away(files, headers, index, self._max_pixels):
+                raise unanswered(files[index], OSError("nor can others that could be before"))
+        keys = tuple(names)
+        digest = hashlib.sha256()
+        for key, header in zip(keys, headers, strict=True):
+            digest.update(f"{key}\0{header.digest}\0".encode())
+        headers = on_one_canvas(headers, self._max_pixels)
+        return describe(self._uri, "images", keys, headers, digest.hexdigest()), files, headers
 
 
 def _headers(files: Sequence[Picture], max_pixels: int) -> list[Header]:

@@ -12,18 +12,16 @@ import bisect
 import hashlib
 import io
 import json
-import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from itertools import accumulate, chain
-from pathlib import Path
 from typing import Any
 
 from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.sources.base import BaseSource
 from depthmill.pipeline.sources.limits import check_frames, check_range, too_large
-from depthmill.pipeline.sources.naming import canonical_uri, unique_names
+from depthmill.pipeline.sources.naming import unique_names
 from depthmill.pipeline.sources.opening import open_binary
-from depthmill.pipeline.sources.parked import Parked
 from depthmill.pipeline.sources.pictures import (
     NO_HEADER,
     Encoded,
@@ -51,26 +49,8 @@ _BUFFER_BYTES = 1 << 20  # of a column chunk, which would else be read whole
 _KEY_BATCH_ROWS = 1 << 16
 
 
-class ParquetSource:
+class ParquetSource(BaseSource[tuple[Source, list[Header], dict[int, str]], "_Rows"]):
     """A Parquet file with a column of encoded pictures."""
-
-    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int) -> None:
-        """Name a file, without opening it.
-
-        Args:
-            uri: The file.
-            max_pixels: Pictures with more are not decoded, and come as failed frames.
-            max_frames: A file with more rows is refused.
-            threads: Threads that one read decodes with; 0 for four.
-        """
-        self._uri = canonical_uri(uri)
-        self._max_pixels = max_pixels
-        self._max_frames = max_frames
-        self._threads = threads
-        self._lock = threading.Lock()
-        self._probed: tuple[Source, list[Header], dict[int, str]] | None = None
-        self._version, self._starts = Version(None), [0]  # that were probed
-        self._parked = Parked[_Rows]()
 
     def probe(self) -> Source:
         """Describe the file from its footer, its keys and the headers of its pictures.
@@ -95,17 +75,11 @@ class ParquetSource:
         check_range(source, start, stop)
         return decode_ahead(self._encoded(headers, errors, start, stop, on_passed), self._max_pixels, self._threads)
 
-    def close(self) -> None:
-        """Release the file; reads that are still running release theirs when they end."""
-        self._parked.close()
+    def _probe(self) -> tuple[Source, list[Header], dict[int, str]]:
+        self._version, probed = settled(self._uri, self._scanned)
+        return probed
 
-    def _open(self) -> tuple[Source, list[Header], dict[int, str]]:
-        with self._lock:
-            if self._probed is None:
-                self._version, self._probed = settled(self._uri, self._probe)
-            return self._probed
-
-    def _probe(self) -> tuple[Version, tuple[Source, list[Header], dict[int, str]]]:
+    def _scanned(self) -> tuple[Version, tuple[Source, list[Header], dict[int, str]]]:
         with closing(_Rows(self._uri)) as rows:
             self._starts = rows.starts
             return rows.version, self._describe(rows)

@@ -16,7 +16,6 @@ often decoded as if it were a picture. Where the demuxer says that bytes are mis
 from __future__ import annotations
 
 import errno
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -29,10 +28,10 @@ from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.machine import give_back_freed_memory
+from depthmill.pipeline.sources.base import BaseSource
 from depthmill.pipeline.sources.limits import check_range
-from depthmill.pipeline.sources.naming import canonical_uri, source_id
-from depthmill.pipeline.sources.parked import Parked
-from depthmill.pipeline.sources.versions import Version, changed, check_unchanged, settled, version_of
+from depthmill.pipeline.sources.naming import source_id
+from depthmill.pipeline.sources.versions import changed, check_unchanged, settled, version_of
 from depthmill.pipeline.sources.video_container import check_resources, reason
 from depthmill.pipeline.sources.video_decode import DamageError, Decoder, LostPlaceError, starts_badly
 from depthmill.pipeline.sources.video_packets import Group, PacketTable, fingerprint, scan
@@ -66,27 +65,12 @@ class _Verdict:
     why: str
 
 
-class VideoSource:
+class VideoSource(BaseSource[tuple[Source, PacketTable, str], Decoder]):
     """A video file, read by PyAV. Several reads may run at once, each with a decoder of its own."""
 
     def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int) -> None:
-        """Name a video, without opening it.
-
-        Args:
-            uri: Path or URL of the file.
-            max_pixels: A video whose frames have more is refused; of one whose size changes, frames that have far more
-                fail.
-            max_frames: A video with more packets is refused.
-            threads: Threads of one decoder and of the conversion to RGB; 0 for one a core.
-        """
-        self._uri = canonical_uri(uri)
-        self._max_pixels = max_pixels
-        self._max_frames = max_frames
-        self._threads = threads
-        self._lock = threading.Lock()
-        self._probed: tuple[Source, PacketTable, str] | None = None
-        self._version = Version(None)  # that was probed
-        self._parked = Parked[Decoder]()
+        """As the others; of a video whose size changes, frames with far more than `max_pixels` fail."""
+        super().__init__(uri, max_pixels, max_frames, threads)
         self._verdicts: dict[int, _Verdict] = {}
         self._seeks = self._at_once = True
 
@@ -114,17 +98,11 @@ class VideoSource:
         check_range(source, start, stop)
         return self._read(source, table, codec, start, stop, on_passed)
 
-    def close(self) -> None:
-        """Release the file and its decoder; reads that are still running release theirs when they end."""
-        self._parked.close()
-
-    def _open(self) -> tuple[Source, PacketTable, str]:
-        with self._lock:
-            if self._probed is None:
-                self._version, self._probed = settled(self._uri, lambda: (version_of(self._uri), self._probe()))
-            return self._probed
-
     def _probe(self) -> tuple[Source, PacketTable, str]:
+        self._version, probed = settled(self._uri, lambda: (version_of(self._uri), self._scanned()))
+        return probed
+
+    def _scanned(self) -> tuple[Source, PacketTable, str]:
         table = scan(self._uri, self._max_frames, self._max_pixels)
         decoder = Decoder(self._uri, table, self._threads, self._seeks, self._max_pixels)
         with closing(decoder):

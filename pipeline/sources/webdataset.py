@@ -14,17 +14,15 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from depthmill.pipeline.errors import SourceError
+from depthmill.pipeline.sources.base import BaseSource
 from depthmill.pipeline.sources.limits import check_frames, check_range, too_large
-from depthmill.pipeline.sources.naming import canonical_uri, unique_names
-from depthmill.pipeline.sources.parked import Parked
+from depthmill.pipeline.sources.naming import unique_names
 from depthmill.pipeline.sources.pictures import (
     NO_HEADER,
     Encoded,
@@ -60,26 +58,8 @@ class _Picture:
     error: str
 
 
-class WebDatasetSource:
+class WebDatasetSource(BaseSource[tuple[Source, list[_Picture]], BinaryIO]):
     """A WebDataset shard: `.tar`, or `.tar.gz`."""
-
-    def __init__(self, uri: str | Path, max_pixels: int, max_frames: int, threads: int) -> None:
-        """Name a shard, without opening it.
-
-        Args:
-            uri: The archive.
-            max_pixels: Pictures with more are not decoded, and come as failed frames.
-            max_frames: An archive with more pictures is refused.
-            threads: Threads that one read decodes with; 0 for four.
-        """
-        self._uri = canonical_uri(uri)
-        self._max_pixels = max_pixels
-        self._max_frames = max_frames
-        self._threads = threads
-        self._lock = threading.Lock()
-        self._probed: tuple[Source, list[_Picture]] | None = None
-        self._version = Version(None)  # that was probed
-        self._parked = Parked[BinaryIO]()
 
     def probe(self) -> Source:
         """Describe the shard from the headers of its members and of their pictures.
@@ -103,20 +83,14 @@ class WebDatasetSource:
         check_range(source, start, stop)
         return decode_ahead(self._encoded(pictures, start, stop, on_passed), self._max_pixels, self._threads)
 
-    def close(self) -> None:
-        """Release the archive; reads that are still running release theirs when they end."""
-        self._parked.close()
+    def _probe(self) -> tuple[Source, list[_Picture]]:
+        try:
+            self._version, probed = settled(self._uri, self._walked)
+        except OSError as error:
+            raise _unreadable(self._uri, error) from error
+        return probed
 
-    def _open(self) -> tuple[Source, list[_Picture]]:
-        with self._lock:
-            if self._probed is None:
-                try:
-                    self._version, self._probed = settled(self._uri, self._probe)
-                except OSError as error:
-                    raise _unreadable(self._uri, error) from error
-            return self._probed
-
-    def _probe(self) -> tuple[Version, tuple[Source, list[_Picture]]]:
+    def _walked(self) -> tuple[Version, tuple[Source, list[_Picture]]]:
         version = version_of(self._uri)
         digest = hashlib.sha256(f"{version.size}\0".encode())
         pictures: list[_Picture] = []
