@@ -94,9 +94,8 @@ class VideoSource(BaseSource[tuple[Source, PacketTable, str], Decoder]):
             SourceError: If the file cannot be probed or read.
             SourceChangedError: If it is another than when it was probed; this may come after the last frame.
         """
-        source, table, codec = self._open()
-        check_range(source, start, stop)
-        return self._read(source, table, codec, start, stop, on_passed)
+        check_range(self._open()[0], start, stop)
+        return self._read(start, stop, on_passed)
 
     def _probe(self) -> tuple[Source, PacketTable, str]:
         self._version, probed = settled(self._uri, lambda: (version_of(self._uri), self._scanned()))
@@ -140,16 +139,14 @@ class VideoSource(BaseSource[tuple[Source, PacketTable, str], Decoder]):
                 "it down, or raise max_pixels"
             )
 
-    def _read(
-        self, source: Source, table: PacketTable, codec: str, start: int, stop: int, on_passed: Callable[[], None]
-    ) -> Iterator[Frame]:
+    def _read(self, start: int, stop: int, on_passed: Callable[[], None]) -> Iterator[Frame]:
         try:
             # Not lent again after an error: libav remembers that reading failed, and says so at the end of the file.
             with self._parked.lent(self._decoder) as lent:
                 decoder = lent()
                 decoder.on_packet = on_passed
                 try:
-                    yield from self._frames(decoder, source, table, codec, start, stop)
+                    yield from self._frames(decoder, start, stop)
                 finally:
                     decoder.on_packet = lambda: None
                 # Those of another file may have been taken for its packets, or for damage.
@@ -159,16 +156,14 @@ class VideoSource(BaseSource[tuple[Source, PacketTable, str], Decoder]):
             raise
 
     def _decoder(self) -> Decoder:
-        assert self._probed is not None
-        table = self._probed[1]
+        table = self._open()[1]
         decoder = Decoder(self._uri, table, self._threads, self._seeks, self._max_pixels, at_once=self._at_once)
         if len(table.size) > _LONG:
             give_back_freed_memory()
         return decoder
 
-    def _frames(
-        self, decoder: Decoder, source: Source, table: PacketTable, codec: str, start: int, stop: int
-    ) -> Iterator[Frame]:
+    def _frames(self, decoder: Decoder, start: int, stop: int) -> Iterator[Frame]:
+        source, table, codec = self._open()
         reformatter = VideoReformatter()
         index = start
         while index < stop:
