@@ -11,6 +11,7 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
@@ -78,10 +79,8 @@ class _Headers:
         self._reads += 1
         if not 0 <= size <= _MAX_HEADER_BYTES or self._reads > _MAX_HEADER_READS:
             raise tarfile.HeaderError(f"{self._reads} headers, the last of {size} bytes")
-        if self._peeked:
-            block, self._peeked = self._peeked[:size], self._peeked[size:]
-            return block + self._file.read(size - len(block))
-        return self._file.read(size)
+        block, self._peeked = self._peeked[:size], self._peeked[size:]
+        return block + self._file.read(size - len(block))
 
     def tell(self) -> int:
         return self._file.tell() - len(self._peeked)
@@ -206,11 +205,8 @@ def _next_header(file: BinaryIO, offset: int, reached: int) -> int:
     file.seek(offset)
     while len(block := file.read(_BLOCK)) == _BLOCK:
         if block[257:262] == b"ustar":
-            try:
+            with suppress(tarfile.HeaderError, ValueError):
                 tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            except (tarfile.HeaderError, ValueError):
-                pass
-            else:
                 return offset
         offset += _BLOCK
     return offset
