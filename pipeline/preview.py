@@ -240,11 +240,9 @@ def _spread(length: int, count: int) -> list[int]:
 
 def _draw(view: _View, index: int, row: str, picture: Rgb | None) -> Image.Image:
     """One picture of one frame: (H, W), or its valid part where pictures differ in size."""
-    if row == "picture":
-        if picture is None:
-            return _grey(view, index)
+    if row == "picture" and picture is not None:
         return Image.fromarray(picture)
-    if view.status[index] != LABELLED:
+    if row == "picture" or view.status[index] != LABELLED:
         return _grey(view, index)
     label = view.labels[row][index].values
     if "size" in view.dataset:
