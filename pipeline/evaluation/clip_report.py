@@ -18,21 +18,15 @@ from depthmill.pipeline.evaluation.predictions import Predictions
 from depthmill.pipeline.evaluation.report import write_files
 from depthmill.pipeline.evaluation.score import Scores
 
-_LABELS = dict(
-    zip(
-        CLIP_METRICS,
-        (
-            "AbsRel",
-            "δ1",
-            "TAE",
-            "ln scale, spread",
-            "ln scale, frame to frame",
-            "shift, spread",
-            "shift, frame to frame",
-        ),
-        strict=True,
-    )
-)
+_LABELS = {
+    "abs_rel": "AbsRel",
+    "delta1": "δ1",
+    "tae": "TAE",
+    "scale_spread": "ln scale, spread",
+    "scale_flicker": "ln scale, frame to frame",
+    "shift_spread": "shift, spread",
+    "shift_flicker": "shift, frame to frame",
+}
 _COUNTS = ("frames", "pixels", "scale", "shift", "empty", "pairs", "unpaired")
 
 
