@@ -23,25 +23,18 @@ class _End:
 class Prefetch(Iterator[T]):
     """The items of an iterator that a thread runs ahead, from now on. Close it, or take all of them."""
 
-    def __init__(
-        self,
-        items: Iterator[T],
-        depth: int,
-        size: Callable[[T], int] = lambda item: 0,
-        most_bytes: int = MOST_BYTES_AHEAD,
-    ) -> None:
+    def __init__(self, items: Iterator[T], depth: int, size: Callable[[T], int] = lambda item: 0) -> None:
         """Start.
 
         Args:
             items: Run in the other thread, which closes it at the end; an exception in it is raised by `next`, after
                 the items before it.
             depth: Most items made and not yet taken, at least 1.
-            size: Bytes of an item.
-            most_bytes: No item is made while those not yet taken have as many.
+            size: Bytes of an item; none is made while those not yet taken have `MOST_BYTES_AHEAD`.
         """
         if depth < 1:
             raise ValueError(f"prefetch depth {depth}: expected at least 1")
-        self._items, self._depth, self._size, self._most_bytes = items, depth, size, most_bytes
+        self._items, self._depth, self._size = items, depth, size
         self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         self._room = threading.Condition()
         self._ahead = self._bytes = 0
@@ -91,7 +84,7 @@ class Prefetch(Iterator[T]):
     def _has_room(self) -> bool:
         """Wait for room; False if there are to be no more items."""
         with self._room:
-            self._room.wait_for(lambda: self._stopped or (self._ahead < self._depth and self._bytes < self._most_bytes))
+            self._room.wait_for(lambda: self._stopped or (self._ahead < self._depth and self._bytes < MOST_BYTES_AHEAD))
             return not self._stopped
 
     def _count(self, items: int, item: T) -> None:

@@ -8,6 +8,7 @@ from contextlib import closing
 import pytest
 
 from depthmill.pipeline.sources import Prefetch, prefetch
+from depthmill.pipeline.sources.prefetch import MOST_BYTES_AHEAD
 
 
 def test_items_in_order() -> None:
@@ -41,12 +42,12 @@ def test_large_items_are_fewer() -> None:
             ahead.append(running._bytes)
             yield size
 
-    with closing(Prefetch(items(), len(sizes), lambda size: size, most_bytes=100)) as running:
+    with closing(Prefetch(items(), len(sizes), lambda size: size * MOST_BYTES_AHEAD // 100)) as running:
         started.set()
         while len(ahead) < 2:  # it is ahead of whoever takes nothing
             pass
         assert list(running) == sizes
-    assert max(ahead) < 100
+    assert max(ahead) < MOST_BYTES_AHEAD
 
 
 def test_an_exception_comes_after_the_items_before_it() -> None:
