@@ -117,14 +117,10 @@ def _list_urls(uri: str) -> dict[str, Picture]:
         file_size(uri)  # that it is there
         return {name: uri}
     found = {url.removeprefix(f"{uri}/"): url for url in list_files(uri)}  # `a/b.png` is another key than `a//b.png`
-    pictures: dict[str, Picture] = {
-        key: url
-        for key, url in found.items()
-        if is_picture(key) and not any(part.startswith(".") for part in key.split("/"))
-    }
-    if not pictures:
+    keys = [key for key in found if is_picture(key) and "/." not in f"/{key}"]
+    if not keys:
         raise _nothing(uri)
-    return {key: pictures[key] for key in sorted(pictures, key=natural_key)}
+    return {key: found[key] for key in sorted(keys, key=natural_key)}
 
 
 def _nothing(where: object) -> SourceError:
