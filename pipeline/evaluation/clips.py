@@ -148,11 +148,8 @@ def open_clips(wanted: ClipSet, data: Path) -> tuple[TrueClip, ...]:
     frames = [frame for clip in clips for frame in clip.frames]
     missing = [str(path) for frame in frames for path in (frame.picture, frame.truth) if not path.is_file()]
     if missing or not frames:
-        raise EvaluationError(
-            f"{index} lists {some(missing)} that are not there: prepare the set anew"
-            if missing
-            else f"{index} lists no frame: prepare the set anew"
-        )
+        what = f"{some(missing)} that are not there" if missing else "no frame"
+        raise EvaluationError(f"{index} lists {what}: prepare the set anew")
     return clips
 
 
