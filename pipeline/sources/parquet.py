@@ -49,7 +49,7 @@ _BUFFER_BYTES = 1 << 20  # of a column chunk, which would else be read whole
 _KEY_BATCH_ROWS = 1 << 16
 
 
-class ParquetSource(BaseSource[tuple[Source, list[Header], dict[int, str]], "_Rows"]):
+class ParquetSource(BaseSource[tuple[Source, list[Header]], "_Rows"]):
     """A Parquet file with a column of encoded pictures."""
 
     def probe(self) -> Source:
@@ -71,62 +71,58 @@ class ParquetSource(BaseSource[tuple[Source, list[Header], dict[int, str]], "_Ro
             SourceError: If the file cannot be read.
             SourceChangedError: If it, or a picture in it, is another than when it was probed.
         """
-        source, headers, errors = self._open()
+        source, headers = self._open()
         check_range(source, start, stop)
-        return decode_ahead(self._encoded(headers, errors, start, stop, on_passed), self._max_pixels, self._threads)
+        return decode_ahead(self._encoded(headers, start, stop, on_passed), self._max_pixels, self._threads)
 
-    def _probe(self) -> tuple[Source, list[Header], dict[int, str]]:
+    def _probe(self) -> tuple[Source, list[Header]]:
         self._version, probed = settled(self._uri, self._scanned)
         return probed
 
-    def _scanned(self) -> tuple[Version, tuple[Source, list[Header], dict[int, str]]]:
+    def _scanned(self) -> tuple[Version, tuple[Source, list[Header]]]:
         with closing(_Rows(self._uri)) as rows:
             self._starts = rows.starts
             return rows.version, self._describe(rows)
 
-    def _describe(self, rows: _Rows) -> tuple[Source, list[Header], dict[int, str]]:
+    def _describe(self, rows: _Rows) -> tuple[Source, list[Header]]:
         frames = rows.starts[-1]
         check_frames(self._uri, frames, self._max_frames)
         if not frames:
             raise SourceError(f"{self._uri}: no rows; expected one for each picture: leave it out")
         headers = [NO_HEADER] * frames
-        errors: dict[int, str] = {}
         paths: list[str | None] = [None] * frames
         for row in range(frames):
-            if row in errors:
+            if headers[row].error:
                 continue
             try:
                 data, paths[row] = rows.cell(row)
             except _DamageError as error:
                 stop = rows.starts[bisect.bisect_right(rows.starts, row)]
-                errors.update(dict.fromkeys(range(row, stop), str(error)))
+                headers[row:stop] = [Header(0, 0, "", str(error))] * (stop - row)
                 continue
-            problem = _problem(data, paths[row], self._max_pixels)
-            if problem:
-                errors[row] = problem
-            else:
-                headers[row] = read_header(io.BytesIO(data or b""), self._max_pixels)
+            why = _problem(data, paths[row], self._max_pixels)
+            headers[row] = Header(0, 0, "", why) if why else read_header(io.BytesIO(data or b""), self._max_pixels)
         keys = _keys(rows, paths)
         digest = hashlib.sha256(f"{rows.version.size}\0{rows.column}\0".encode())
         for key, header in zip(keys, headers, strict=True):
             digest.update(f"{key}\0{header.digest}\0".encode())
         headers = on_one_canvas(headers, self._max_pixels)
-        errors.update((row, header.error) for row, header in enumerate(headers) if header.error)
-        return describe(self._uri, "parquet", keys, headers, digest.hexdigest()), headers, errors
+        return describe(self._uri, "parquet", keys, headers, digest.hexdigest()), headers
 
     def _encoded(
-        self, headers: list[Header], errors: dict[int, str], start: int, stop: int, on_passed: Callable[[], None]
+        self, headers: list[Header], start: int, stop: int, on_passed: Callable[[], None]
     ) -> Generator[Encoded, None, None]:
         try:
             with self._parked.lent(self._reopened) as rows:
                 for row in range(start, stop):
-                    if row in errors:
-                        yield Encoded(row, None, error=errors[row])
+                    header = headers[row]
+                    if header.error:
+                        yield Encoded(row, None, error=header.error)
                         continue
                     data = rows().cell(row, on_passed)[0] or b""
-                    if is_another(io.BytesIO(data), headers[row].digest):
+                    if is_another(io.BytesIO(data), header.digest):
                         raise changed(self._uri, f"row {row} of it")
-                    yield Encoded(row, io.BytesIO(data), len(data) + 3 * headers[row].height * headers[row].width)
+                    yield Encoded(row, io.BytesIO(data), len(data) + 3 * header.height * header.width)
         except _DamageError as error:
             raise changed(self._uri, f"{error}, which was not so when it was probed") from error
         except SourceError:

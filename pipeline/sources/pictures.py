@@ -82,7 +82,7 @@ class Header:
         height: Rows in pixels, upright; 0 where that cannot be told, or the picture will not be decoded.
         width: Columns in pixels, likewise.
         digest: Hash of its size in bytes, and of its first and last bytes.
-        error: Why it is not decoded, if it is the others in its source that it does not go with; else "".
+        error: Why it is not read, by where it lies, or by the others in its source; else "".
     """
 
     height: int

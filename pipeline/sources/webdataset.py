@@ -55,7 +55,6 @@ class _Picture:
     offset: int
     size: int
     header: Header
-    error: str
 
 
 class WebDatasetSource(BaseSource[tuple[Source, list[_Picture]], BinaryIO]):
@@ -101,17 +100,14 @@ class WebDatasetSource(BaseSource[tuple[Source, list[_Picture]], BinaryIO]):
                 check_frames(self._uri, len(pictures), self._max_frames)
                 digest.update(f"{picture.key}\0{picture.offset}\0{picture.size}\0{picture.header.digest}\0".encode())
         if not any(picture.key for picture in pictures):
-            damage = "; ".join(picture.error for picture in pictures[:3])
+            damage = "; ".join(picture.header.error for picture in pictures[:3])
             raise SourceError(
                 f"{self._uri}: no pictures in this archive{damage and f' ({damage})'}; expected a tar archive with "
                 f"members ending in {' '.join(sorted(IMAGE_SUFFIXES))}: replace it or leave it out"
             )
         keys = unique_names(picture.key or f"@{picture.offset}" for picture in pictures)
         headers = on_one_canvas([picture.header for picture in pictures], self._max_pixels)
-        pictures = [
-            replace(picture, header=header, error=picture.error or header.error)
-            for picture, header in zip(pictures, headers, strict=True)
-        ]
+        pictures = [replace(picture, header=header) for picture, header in zip(pictures, headers, strict=True)]
         return version, (describe(self._uri, "webdataset", keys, headers, digest.hexdigest()), pictures)
 
     def _encoded(
@@ -121,8 +117,8 @@ class WebDatasetSource(BaseSource[tuple[Source, list[_Picture]], BinaryIO]):
             with self._parked.lent(lambda: open_archive(self._uri)[0]) as archive:
                 for index in range(start, stop):
                     picture = pictures[index]
-                    if picture.error:
-                        yield Encoded(index, None, error=picture.error)
+                    if picture.header.error:
+                        yield Encoded(index, None, error=picture.header.error)
                         continue
                     data, problem = _read(archive(), picture.offset, picture.size, on_passed)
                     if problem or is_another(io.BytesIO(data), picture.header.digest):
@@ -156,7 +152,7 @@ def _pictures(file: BinaryIO, size: int | None, max_pixels: int) -> Iterator[_Pi
             key, extensions, found = member_key, set(), {}
         extensions.add(extension)
         if not member.name:
-            yield _Picture("", member.offset, 0, NO_HEADER, member.problem)
+            yield _Picture("", member.offset, 0, replace(NO_HEADER, error=member.problem))
         elif "." + extension.lower().rpartition(".")[2] in (*IMAGE_SUFFIXES, ".gif"):  # of which the first picture
             found[extension], is_last = _describe(member, key, file, size, max_pixels)
             if is_last:
@@ -179,7 +175,7 @@ def _chosen(found: dict[str, _Picture]) -> Iterator[_Picture]:
             f"{len(found)} pictures in one sample ({some}); expected one to be told by its name, {key}.jpg or "
             f"{key}.rgb.jpg: rename it, or all (a sample's key ends at the first dot)"
         )
-        yield _Picture(key, 0, 0, NO_HEADER, error)
+        yield _Picture(key, 0, 0, replace(NO_HEADER, error=error))
 
 
 def _describe(member: Member, key: str, file: BinaryIO, size: int | None, max_pixels: int) -> tuple[_Picture, bool]:
@@ -197,7 +193,7 @@ def _describe(member: Member, key: str, file: BinaryIO, size: int | None, max_pi
         else:
             window = io.BufferedReader(_Window(file, member.offset, member.size), _WINDOW_BYTES)
             header = read_header(cast(BinaryIO, window), max_pixels)
-    return _Picture(key, member.offset, member.size, header, problem), is_last
+    return _Picture(key, member.offset, member.size, replace(header, error=problem)), is_last
 
 
 def _read(file: BinaryIO, offset: int, size: int, on_passed: Callable[[], None] = lambda: None) -> tuple[bytes, str]:
