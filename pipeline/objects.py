@@ -101,11 +101,7 @@ def with_secrets(uri: str) -> str:
 
 
 def locate(uri: str, error: type[DepthmillError]) -> tuple[Any, str]:
-    """The file system that a URL is on, and its path there.
-
-    Args:
-        uri: As `without_secrets` gave it.
-        error: What to raise.
+    """The file system that a URL is on, as `without_secrets` gave it, and its path there.
 
     Raises:
         DepthmillError: If nothing opens such URLs, a library for it is not installed, or it names a version, which that

@@ -37,15 +37,7 @@ def write_clip_report(
     predictions: Mapping[str, Predictions],
     config: dict[str, Any] | None,
 ) -> None:
-    """Write `metrics.json` and `per_clip.csv` to a folder.
-
-    Args:
-        out: The folder; made if it does not exist.
-        wanted: The set.
-        scores: By what was scored: `raw`, `smoothed`.
-        predictions: Likewise.
-        config: The labelling run's options, if the predictions come from one.
-    """
+    """Write `metrics.json` and `per_clip.csv`, as `write_report`; scored are `raw` and, maybe, `smoothed` labels."""
     document = {
         "set": wanted.name,
         "title": wanted.title,

@@ -117,11 +117,7 @@ def find_index(wanted: ClipSet, data: Path) -> Path:
 
 
 def open_clips(wanted: ClipSet, data: Path) -> tuple[TrueClip, ...]:
-    """Read the index of a set, and see that its files are there.
-
-    Args:
-        wanted: The set.
-        data: As for `find_index`.
+    """Read the index of a set, where `find_index` finds it, and see that its files are there.
 
     Raises:
         EvaluationError: If the index or files are missing, or it says something else than expected.

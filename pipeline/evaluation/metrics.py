@@ -82,10 +82,6 @@ def thin_columns(width: int, wanted: int) -> npt.NDArray[np.intp]:
 
     The reference means to shrink both sides, but hands `torch.nn.Upsample` a 3-D tensor, which resamples the last axis
     alone: its figures come from every row and `wanted` columns, and so do ours.
-
-    Args:
-        width: Columns of the picture.
-        wanted: Columns to leave at most.
     """
     if width <= wanted:
         return np.arange(width)

@@ -119,12 +119,6 @@ def from_folder(
 def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality, *, smooth: bool = False) -> Predictions:
     """Predictions of a labelled store. A row is a sample's if the path of its picture ends in the sample's name.
 
-    Args:
-        path: The store.
-        samples: Whose predictions are wanted.
-        modality: What they are.
-        smooth: Whether to take smoothed labels.
-
     Raises:
         EvaluationError: If the store has other labels, is not finished, or lacks a sample.
         StoreError: If there is no such store, it is damaged, or no source that holds a sample is smoothed, though that

@@ -99,15 +99,7 @@ def paper_figures(wanted: EvaluationSet, predictions: Predictions) -> tuple[str,
 def write_report(
     out: Path, wanted: EvaluationSet, scores: Scores[Row], predictions: Predictions, config: Mapping[str, Any] | None
 ) -> None:
-    """Write `metrics.json` and `per_image.csv` into the folder `out`.
-
-    Args:
-        out: The folder; made if it is not there.
-        wanted: The set.
-        scores: What came of it.
-        predictions: What was scored.
-        config: The labelling run's options, if the predictions come from one.
-    """
+    """Write `metrics.json` and `per_image.csv` into the folder `out`; `config` is the labelling run's, if any."""
     model, paper = paper_figures(wanted, predictions)
     document = {
         "set": wanted.name,

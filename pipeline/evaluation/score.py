@@ -86,14 +86,7 @@ def score(
     *,
     advance: Callable[[], object] = lambda: None,
 ) -> Scores[Row]:
-    """Score a set.
-
-    Args:
-        wanted: The set.
-        archive: Where its ground truth is.
-        samples: Pictures to score.
-        predictions: What to score.
-        advance: Called after each picture.
+    """Score pictures of a set; `advance` is called after each.
 
     Raises:
         EvaluationError: If not one picture can be scored.

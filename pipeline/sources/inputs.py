@@ -260,12 +260,7 @@ def _warn_once(text: str) -> None:
 
 
 def _is_metadata(name: str, names: set[str]) -> bool:
-    """Whether this is the Parquet file of metadata that img2dataset writes beside each tar, or numbered folder.
-
-    Args:
-        name: Of the file.
-        names: Of the files and folders around it.
-    """
+    """Whether this is a Parquet file of metadata, as img2dataset writes beside a tar, or a numbered folder."""
     stem, dot, suffix = name.rpartition(".")
     beside = f"{stem}.tar" in names or (stem.rpartition("/")[2].isdecimal() and stem in names)
     return dot + suffix.lower() in PARQUET_SUFFIXES and beside

@@ -218,11 +218,7 @@ class _Rows:
         return cell["bytes"].as_py(), _text(cell["path"]) if "path" in cell else None
 
     def names(self, column: str) -> list[str | None] | None:
-        """The values of a column of texts or whole numbers, as texts; None if there is no such column.
-
-        Args:
-            column: Its name, in small letters.
-        """
+        """The values of a column of texts or whole numbers, named in small letters, as texts; None if there is none."""
         name = next((field.name for field in self._schema if field.name.lower() == column), None)
         if name is None or _type(self._schema.field(name).type) not in _NAME_TYPES:
             return None

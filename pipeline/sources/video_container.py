@@ -108,13 +108,7 @@ def demux(container: av.container.InputContainer, stream: av.video.stream.VideoS
 
 
 def lacking(container: av.container.InputContainer, stream: av.video.stream.VideoStream, packets: int) -> int:
-    """How many more packets than have come an MP4's or MOV's index lists; 0 for other formats, which have no such one.
-
-    Args:
-        container: Read to its end.
-        stream: The stream that was read.
-        packets: How many came.
-    """
+    """How many more packets an MP4's or MOV's index lists than came to the end of the file; 0 for other formats."""
     if "mp4" not in container.format.name.split(",") or len(stream.index_entries) <= packets:
         return 0
     return max(0, sum(entry.size > 0 for entry in stream.index_entries) - packets)
