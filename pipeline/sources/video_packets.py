@@ -341,10 +341,8 @@ def _groups(rank: Int, key: Bool, order: Int) -> tuple[Int, Int]:
     before = np.concatenate([[-1], np.maximum.accumulate(rank)[:-1]])
     entries = np.flatnonzero(key & (rank > before))
     starts = np.searchsorted(rank[order], rank[entries])
-    inside = starts < len(order)
-    entries, starts = entries[inside], starts[inside]
-    last = np.append(starts[1:] != starts[:-1], True) if len(starts) else np.zeros(0, dtype=bool)
-    entries, starts = entries[last], starts[last]  # of two that start at one frame, the later
+    kept = (starts < len(order)) & (np.diff(starts, append=-1) != 0)  # of two that start at one frame, the later
+    entries, starts = entries[kept], starts[kept]
     if not len(starts) or starts[0] > 0:  # frames before the first keyframe as shown: all there is comes first
         entries, starts = np.append(0, entries), np.append(0, starts)
     return starts.astype(np.int64), entries.astype(np.int64)
