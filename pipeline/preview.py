@@ -336,9 +336,7 @@ def _smoothed(store: Store) -> list[str]:
 
 def _between(view: _View, start_s: float, stop_s: float) -> range:
     """The frames that are shown from `start_s` until before `stop_s`."""
-    times_s = view.dataset["time"].values
-    shown = np.flatnonzero((times_s >= start_s) & (times_s < stop_s))
-    return range(int(shown[0]), int(shown[-1]) + 1) if shown.size else range(0)
+    return range(*np.searchsorted(view.dataset["time"].values, (start_s, stop_s)).tolist())
 
 
 def _pixel_aspect(view: _View) -> Fraction:
