@@ -137,14 +137,10 @@ def _score_one(
     if wanted.modality == "normals":
         angles = angles_deg(p, t)
         return Row(sample.name, normals_metrics(angles), len(p), truth.nan_pixels), angles.astype(np.float32)
-    fit_mask, fit_prediction, fit_truth = truth.mask, prediction, truth.values
-    if wanted.fit_columns is not None:
-        columns = thin_columns(truth.mask.shape[1], wanted.fit_columns)
-        fit_mask, fit_prediction, fit_truth = fit_mask[:, columns], prediction[:, columns], truth.values[:, columns]
-        if not fit_mask.any():
-            raise UnscorableError(
-                f"none of its {len(p)} valid pixels is in the columns that the alignment is fitted on"
-            )
-    scale, shift = Moments.of(fit_prediction[fit_mask], fit_truth[fit_mask]).affine
+    columns = slice(None) if wanted.fit_columns is None else thin_columns(truth.mask.shape[1], wanted.fit_columns)
+    fitted = truth.mask[:, columns]
+    if not fitted.any():
+        raise UnscorableError(f"none of its {len(p)} valid pixels is in the columns that the alignment is fitted on")
+    scale, shift = Moments.of(prediction[:, columns][fitted], truth.values[:, columns][fitted]).affine
     metrics = depth_metrics(p, t, scale, shift, wanted.valid_range)
     return Row(sample.name, metrics, len(p), truth.nan_pixels, scale, shift), None
