@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.types import Source
 
@@ -33,7 +31,7 @@ _MAX_PIXELS_PER_BYTE = {
 }
 
 
-def check_frames(uri: str | Path, frames: int, max_frames: int) -> None:
+def check_frames(uri: str, frames: int, max_frames: int) -> None:
     """Refuse a source with too many frames.
 
     Raises:
