@@ -183,86 +183,44 @@ def source_arrays(source: Document, layout: Layout) -> dict[str, Document]:
     shard = layout.frames_per_shard(H, W)
     segment = layout.frames_per_segment(source)
     is_video = source["kind"] == "video"
-    coordinate = "time" if is_video else "key"
-    along = {"coordinates": coordinate}
+    along = {"coordinates": "time" if is_video else "key"}
     arrays: dict[str, Document] = {}
+    attributes: Document
     depths = {
         "depth": "affine-invariant depth, 0 near, 1 far",
         "uncertainty": "median absolute deviation of the ensemble's depths from depth",
     }
+    packing = {"units": "1", "scale_factor": DEPTH_STEP, "_FillValue": DEPTH_INVALID}
     for name in (name for name in depths if name in layout.arrays):
-        arrays[name] = array_document(
-            shape=(F, H, W),
-            rows=shard,
-            sharded=True,
-            dtype="uint16",
-            fill=DEPTH_INVALID,
-            dimensions=("frame", "y", "x"),
-            attributes={
-                "long_name": depths[name],
-                "units": "1",
-                "scale_factor": DEPTH_STEP,
-                "_FillValue": DEPTH_INVALID,
-                **along,
-            },
-        )
+        attributes = {"long_name": depths[name], **packing, **along}
+        arrays[name] = array_document((F, H, W), shard, "uint16", DEPTH_INVALID, ("frame", "y", "x"), attributes)
     if "normals" in layout.labels:
-        full_scale = NORMALS_FULL_SCALE[layout.normals_dtype]
-        arrays["normals"] = array_document(
-            shape=(F, H, W, 3),
-            rows=shard,
-            sharded=True,
-            dtype=layout.normals_dtype,
-            fill=0,
-            dimensions=("frame", "y", "x", "axis"),
-            attributes={
-                "long_name": "surface normals: x right, y up, z towards the viewer; (0, 0, 0) where invalid",
-                "units": "1",
-                **({} if full_scale is None else {"scale_factor": 1 / full_scale}),
-                **along,
-            },
-        )
+        dtype, full_scale = layout.normals_dtype, NORMALS_FULL_SCALE[layout.normals_dtype]
+        attributes = {
+            "long_name": "surface normals: x right, y up, z towards the viewer; (0, 0, 0) where invalid",
+            "units": "1",
+            **({} if full_scale is None else {"scale_factor": 1 / full_scale}),
+            **along,
+        }
+        arrays["normals"] = array_document((F, H, W, 3), shard, dtype, 0, ("frame", "y", "x", "axis"), attributes)
     if is_video:
         # "s", not "seconds", which xarray would decode into timedeltas.
-        attributes: Document = {"long_name": "time since the first frame", "units": "s"}
-        arrays["time"] = array_document(
-            shape=(F,), rows=F, dtype="float64", fill="NaN", dimensions=("frame",), attributes=attributes
-        )
+        attributes = {"long_name": "time since the first frame", "units": "s"}
+        arrays["time"] = array_document((F,), F, "float64", "NaN", ("frame",), attributes)
     else:
-        attributes = {"long_name": "name of the picture"}
-        arrays["key"] = array_document(
-            shape=(F,), rows=F, dtype="string", fill="", dimensions=("frame",), attributes=attributes
-        )
+        arrays["key"] = array_document((F,), F, "string", "", ("frame",), {"long_name": "name of the picture"})
         attributes = {"long_name": "valid height and width", "units": "pixel", **along}
-        arrays["size"] = array_document(
-            shape=(F, 2),
-            rows=segment,
-            dtype="int32",
-            fill=0,
-            dimensions=("frame", "extent"),
-            attributes=attributes,
-        )
+        arrays["size"] = array_document((F, 2), segment, "int32", 0, ("frame", "extent"), attributes)
     flags = {"flag_values": [PENDING, LABELLED, FAILED], "flag_meanings": "pending labelled failed"}
     attributes = {"long_name": "what became of a frame", **flags, **along}
-    arrays["status"] = array_document(
-        shape=(F,), rows=segment, dtype="uint8", fill=PENDING, dimensions=("frame",), attributes=attributes
-    )
+    arrays["status"] = array_document((F,), segment, "uint8", PENDING, ("frame",), attributes)
     attributes = {"long_name": "why a frame failed", **along}
-    arrays["reason"] = array_document(
-        shape=(F,), rows=segment, dtype="string", fill="", dimensions=("frame",), attributes=attributes
-    )
-    files = len(layout.arrays) * (segment // shard) + (1 if is_video else 2)
+    arrays["reason"] = array_document((F,), segment, "string", "", ("frame",), attributes)
+    shape = (-(-F // segment), len(layout.arrays) * (segment // shard) + (1 if is_video else 2))
     attributes = {
         "long_name": "bytes and CRC-32 of each file of a segment, as bytes << 32 | crc; 0 where there is none"
     }
-    arrays["checksum"] = array_document(
-        shape=(-(-F // segment), files),
-        rows=1,
-        dtype="uint64",
-        fill=0,
-        dimensions=("segment", "file"),
-        attributes=attributes,
-    )
+    arrays["checksum"] = array_document(shape, 1, "uint64", 0, ("segment", "file"), attributes)
     return arrays
 
 
@@ -314,17 +272,10 @@ def label_codecs(dtype: str, ndim: int) -> list[Document]:
 
 
 def array_document(
-    *,
-    shape: tuple[int, ...],
-    rows: int,
-    dtype: str,
-    fill: float | str,
-    dimensions: tuple[str, ...],
-    attributes: Document,
-    sharded: bool = False,
+    shape: tuple[int, ...], rows: int, dtype: str, fill: float | str, dimensions: tuple[str, ...], attributes: Document
 ) -> Document:
-    """The zarr.json of an array with `rows` rows in a file: one chunk, or, if it is sharded, a chunk for each."""
-    if sharded:
+    """The zarr.json of an array with `rows` rows in a file: one chunk; of labels, a shard that has a chunk for each."""
+    if "y" in dimensions:
         sharding = {
             "chunk_shape": [1, *shape[1:]],
             "codecs": label_codecs(dtype, len(shape)),

@@ -286,26 +286,18 @@ class Temporal:
         """The zarr.json of each array of the group, by name; `shape` is that of an edge, as in `prepare`."""
         frames, length = self.store.attributes(self.source_id)["frames"], self.store.segment_frames(self.source_id)
 
-        def one(name: str, dtype: str, fill: float | str, about: str, chunk: int = frames) -> Document:
-            full = (frames, *(shape if name == "edges" else ()))
-            return array_document(
-                shape=full,
-                rows=chunk,
-                dtype=dtype,
-                fill=fill,
-                dimensions=("frame", "gap", "field")[: len(full)],
-                attributes={"long_name": about},
-            )
+        def one(dtype: str, fill: float | str, about: str, rows: int = frames, more: tuple[int, ...] = ()) -> Document:
+            dimensions = ("frame", "gap", "field")[: 1 + len(more)]
+            return array_document((frames, *more), rows, dtype, fill, dimensions, {"long_name": about})
 
+        codes = "0 pending, 1 filtered, 2 no labels, 3 scaled alone, 4 without another"
         return {
-            "temporal/edges": one("edges", "float32", 0, "scale and shift between pairs of frames", length),
-            "temporal/score": one("score", "float32", 0, "how different a frame is from the one before", length),
-            "temporal/scale": one("scale", "float32", "NaN", "smoothed depth = scale * depth + shift"),
-            "temporal/shift": one("shift", "float32", "NaN", "smoothed depth = scale * depth + shift"),
-            "temporal/shot": one("shot", "int32", -1, "number of the shot"),
-            "temporal/filtered": one(
-                "filtered", "uint8", 0, "0 pending, 1 filtered, 2 no labels, 3 scaled alone, 4 without another", length
-            ),
+            "temporal/edges": one("float32", 0, "scale and shift between pairs of frames", length, shape),
+            "temporal/score": one("float32", 0, "how different a frame is from the one before", length),
+            "temporal/scale": one("float32", "NaN", "smoothed depth = scale * depth + shift"),
+            "temporal/shift": one("float32", "NaN", "smoothed depth = scale * depth + shift"),
+            "temporal/shot": one("int32", -1, "number of the shot"),
+            "temporal/filtered": one("uint8", 0, codes, length),
         }
 
     def _write(self, name: str, start: int, values: npt.NDArray[Any]) -> None:

@@ -72,7 +72,7 @@ def test_bytes_are_those_that_zarr_writes(tmp_path, normals_dtype, shard_frames)
     ],
 )
 def test_plain_arrays_are_those_that_zarr_writes(tmp_path, fill, dtype, values):
-    document = array_document(shape=(9,), rows=4, dtype=dtype, fill=fill, dimensions=("frame",), attributes={})
+    document = array_document((9,), 4, dtype, fill, ("frame",), {})
     given = np.array(values, object if dtype == "string" else dtype)
     ours, theirs = (open_directory(tmp_path / name) for name in ("ours", "theirs"))
     (tmp_path / "ours/video/x/c").mkdir(parents=True)
@@ -94,9 +94,7 @@ def test_plain_arrays_are_those_that_zarr_writes(tmp_path, fill, dtype, values):
     "change", [lambda data: data[:-1], lambda data: data[:-20] + b"\1" + data[-19:], lambda _: b""]
 )
 def test_a_shard_whose_index_is_broken_has_no_chunks(change):
-    document = array_document(
-        shape=(4, 2, 2), rows=4, dtype="uint8", fill=0, dimensions=("frame", "y", "x"), attributes={}, sharded=True
-    )
+    document = array_document((4, 2, 2), 4, "uint8", 0, ("frame", "y", "x"), {})
     data = assemble({2: b"chunk"}, document)
     assert split(data, document) == {2: b"chunk"}
     with pytest.raises(ValueError, match="index"):
