@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from depthmill.pipeline.errors import check_memory
 from depthmill.pipeline.store.checked import decoded, wrong
 from depthmill.pipeline.store.files import json_bytes, store_away
-from depthmill.pipeline.store.layout import Document, file_key, group_document, segment_files
+from depthmill.pipeline.store.layout import Document, file_key, group_document, rows_per_file, segment_files
 from depthmill.pipeline.store.metadata import difference, parsed, source_attributes_of, wrong_document
 from depthmill.pipeline.store.root import METADATA, Root, read_header, read_root, source_members, write_root
 from depthmill.pipeline.store.store import Store
@@ -107,7 +108,7 @@ def verify(store: Store, *, repair: bool = False, workers: int = 8) -> Verified:
             damage += [Damage(source_id, start, stop, key, why, repair) for key, start, stop, why in smoothing]
             pending = set(store.pending(source_id))
             segments = [segment for segment in store.segments(source_id) if segment not in pending]
-            checked = list(inner.map(_Check(store, source_id), segments))
+            checked = list(inner.map(partial(_check, store, store.arrays(source_id)), segments))
             if repair and any(one.damage for one in checked):
                 Temporal(store, source_id).uncommit_all()  # perhaps made of these, it would count as that of the mended
             for one in checked:
@@ -172,65 +173,58 @@ class _Checked:
     damage: tuple[Damage, ...]
 
 
-class _Check:
-    """Checks the segments of one source."""
+def _check(store: Store, arrays: Mapping[str, Document], segment: Segment) -> _Checked:
+    """Check a segment of a source that has these arrays."""
+    keys = segment_files(segment, arrays)
+    number = segment.start // rows_per_file(arrays["status"])
+    status_key = file_key(segment.source_id, "status", arrays["status"], segment.start)
+    sums_key = file_key(segment.source_id, "checksum", arrays["checksum"], number)
+    rows = slice(segment.start, segment.stop)
+    found: list[tuple[str, int, int, str]] = []
 
-    def __init__(self, store: Store, source_id: str) -> None:
-        self._store = store
-        self._length = store.segment_frames(source_id)
-        self._arrays = store.arrays(source_id)
+    def values(name: str, key: str, file: bytes | None, part: slice) -> npt.NDArray[Any] | None:
+        """Decode rows of an array out of one file, or note that it cannot be."""
+        try:
+            return decoded(arrays[name], file, part)
+        except Exception as error:  # whatever codecs raise of broken bytes
+            check_memory(error)
+            frames = rows if name == "checksum" else part
+            found.append((key, frames.start, frames.stop, f"cannot be decoded: {type(error).__name__}: {error}"))
+            return None
 
-    def __call__(self, segment: Segment) -> _Checked:
-        keys = segment_files(segment, self._arrays)
-        number = segment.start // self._length
-        status_key = file_key(segment.source_id, "status", self._arrays["status"], segment.start)
-        sums_key = file_key(segment.source_id, "checksum", self._arrays["checksum"], number)
-        rows = slice(segment.start, segment.stop)
-        found: list[tuple[str, int, int, str]] = []
-
-        def values(name: str, key: str, file: bytes | None, part: slice) -> npt.NDArray[Any] | None:
-            """Decode rows of an array out of one file, or note that it cannot be."""
-            try:
-                return decoded(self._arrays[name], file, part)
-            except Exception as error:  # whatever codecs raise of broken bytes
-                check_memory(error)
-                frames = rows if name == "checksum" else part
-                found.append((key, frames.start, frames.stop, f"cannot be decoded: {type(error).__name__}: {error}"))
-                return None
-
-        data = self._store.directory.read_all([status_key, sums_key])
-        files, size = len(data), sum(map(len, data.values()))
-        status = values("status", status_key, data.get(status_key), rows)
-        if status is not None and not np.isin(status, (LABELLED, FAILED)).all():
-            found.append((status_key, segment.start, segment.stop, "says of some frames neither labelled nor failed"))
-            status = None
-        sums = None
-        if sums_key in data:
-            sums = values("checksum", sums_key, data[sums_key], slice(number, number + 1))
-        else:
-            found.append((sums_key, segment.start, segment.stop, "is missing"))
-        # Without them nothing tells what its files were.
-        expected = {} if sums is None else dict(zip(keys, map(int, sums[0]), strict=False))
-        reasons = None
-        for together in _groups(expected):
-            data = self._store.directory.read_all(together)
-            files, size = files + len(data), size + sum(map(len, data.values()))
-            for key in together:
-                (name, start, stop), file = keys[key], data.pop(key, None)
-                if why := wrong(file, expected[key]):
-                    found.append((key, start, stop, why))
-                    continue
-                held = values(name, key, file, slice(start, stop))
-                if name == "reason":
-                    reasons = held
-        if status is not None and reasons is not None and ((status == FAILED) != (reasons != "")).any():
-            found.append((status_key, segment.start, segment.stop, "does not agree with the reasons of failures"))
-        return _Checked(
-            segment,
-            files=files,
-            bytes=size,
-            damage=tuple(Damage(segment.source_id, start, stop, key, reason) for key, start, stop, reason in found),
-        )
+    data = store.directory.read_all([status_key, sums_key])
+    files, size = len(data), sum(map(len, data.values()))
+    status = values("status", status_key, data.get(status_key), rows)
+    if status is not None and not np.isin(status, (LABELLED, FAILED)).all():
+        found.append((status_key, segment.start, segment.stop, "says of some frames neither labelled nor failed"))
+        status = None
+    sums = None
+    if sums_key in data:
+        sums = values("checksum", sums_key, data[sums_key], slice(number, number + 1))
+    else:
+        found.append((sums_key, segment.start, segment.stop, "is missing"))
+    # Without them nothing tells what its files were.
+    expected = {} if sums is None else dict(zip(keys, map(int, sums[0]), strict=False))
+    reasons = None
+    for together in _groups(expected):
+        data = store.directory.read_all(together)
+        files, size = files + len(data), size + sum(map(len, data.values()))
+        for key in together:
+            (name, start, stop), file = keys[key], data.pop(key, None)
+            if why := wrong(file, expected[key]):
+                found.append((key, start, stop, why))
+                continue
+            held = values(name, key, file, slice(start, stop))
+            if name == "reason":
+                reasons = held
+    if status is not None and reasons is not None and ((status == FAILED) != (reasons != "")).any():
+        found.append((status_key, segment.start, segment.stop, "does not agree with the reasons of failures"))
+    return _Checked(
+        segment,
+        files=files,
+        bytes=size,
+        damage=tuple(Damage(segment.source_id, start, stop, key, reason) for key, start, stop, reason in found),
+    )
 
 
 def _groups(checksums: Mapping[str, int]) -> Iterator[list[str]]:
@@ -312,16 +306,11 @@ def _arrays_disagree(store: Store, source_id: str, found: Mapping[str, bytes]) -
 
 def _wrong_lines(store: Store, source_id: str, members: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Path of a member -> its line in the root as it should be, and what is wrong with it; none if it is not there."""
-    attributes = store.attributes(source_id)
-    texts = source_members(source_id, attributes, store.layout)
+    texts = source_members(source_id, store.attributes(source_id), store.layout)
     if members.keys().isdisjoint(texts):
         return {}
-    arrays = {f"{source_id}/{name}": document for name, document in store.arrays(source_id).items()}
-    wrong = {}
-    for path, document in {source_id: group_document(attributes), **arrays}.items():
-        if reason := wrong_document(members.get(path), document):
-            wrong[path] = texts[path], reason
-    return wrong
+    reasons = {path: wrong_document(members.get(path), json.loads(text)) for path, text in texts.items()}
+    return {path: (texts[path], reason) for path, reason in reasons.items() if reason}
 
 
 def _root(store: Store) -> Root:

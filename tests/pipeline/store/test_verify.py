@@ -282,16 +282,16 @@ def test_a_source_that_lost_its_checksums_and_their_line_in_the_root_is_labelled
     assert files(done.uri) == before
 
 
-@pytest.mark.parametrize(("where", "name"), [(verifying, "_root"), (verifying._Check, "__init__")])
-def test_what_is_removed_by_hand_meanwhile_is_neither_damaged_nor_made_again(done, monkeypatch, where, name):
-    called = getattr(where, name)
+@pytest.mark.parametrize("name", ["_root", "_check"])
+def test_what_is_removed_by_hand_meanwhile_is_neither_damaged_nor_made_again(done, monkeypatch, name):
+    called = getattr(verifying, name)
 
     def removed(*given):
-        if given[-1] in (done, "video"):
+        if given[-1] in (done, Segment("video", 0, 8)):
             shutil.rmtree(Path(done.uri) / "video")
         return called(*given)
 
-    monkeypatch.setattr(where, name, removed)
+    monkeypatch.setattr(verifying, name, removed)
     assert verify(done, repair=True).damage == ()
     assert [entry.name for entry in Path(done.uri).iterdir() if entry.is_dir()] == ["images"]
 
@@ -310,15 +310,15 @@ def test_a_store_that_goes_away_meanwhile_is_not_taken_for_sound(done, monkeypat
 
 
 def test_a_signal_ends_it_and_nothing_more_is_repaired(done, monkeypatch):
-    looked_at, check = [], verifying._Check.__call__
+    looked_at, check = [], verifying._check
 
-    def interrupted(self, segment):
+    def interrupted(store, arrays, segment):
         looked_at.append(segment)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)
-        return check(self, segment)
+        return check(store, arrays, segment)
 
-    monkeypatch.setattr(verifying._Check, "__call__", interrupted)
+    monkeypatch.setattr(verifying, "_check", interrupted)
     for path in (Path(done.uri) / "video/depth/c").rglob("0"):
         if path.is_file():
             path.write_bytes(b"damaged")
