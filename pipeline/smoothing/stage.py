@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import cv2
@@ -83,10 +83,25 @@ def write_segment_edges(
     Returns:
         Why the first of those pictures could not be read; "" if all could.
     """
-    start = max(0, segment.start - config.max_edge)
+    run = replace(segment, start=max(0, segment.start - config.max_edge))
     unread: dict[int, str] = {}
-    views = _views(source, store, segment.source_id, start, segment.stop, on_frame, on_passed, unread)
-    edges, score = segment_edges(views, segment.start - start, max_edge=config.max_edge, flow=config.flow)
+
+    def views() -> Iterator[View | None]:
+        status = store.status(run.source_id, run.start, run.stop)
+        extents = _extents(store, run)
+        rows = stored_rows(store, run.source_id, "depth", run.start, run.stop)
+        frames = source.read(run.start, run.stop, on_passed)
+        for frame, packed, code, (height, width) in zip(frames, rows, status, extents, strict=True):
+            on_frame()
+            if code != LABELLED:
+                yield None
+            elif frame.image is None:
+                unread[frame.index] = _why(frame)
+                yield None
+            else:
+                yield view(frame.image, _depth(packed[:height, :width]))
+
+    edges, score = segment_edges(views(), segment.start - run.start, max_edge=config.max_edge, flow=config.flow)
     for frame in unread:
         for row, gap in enumerate(GAPS[: edges.shape[1]]):
             for later in (frame, frame + gap):
@@ -134,16 +149,24 @@ def filter_segment(
     """
     temporal = Temporal(store, segment.source_id)
     frames = store.attributes(segment.source_id)["frames"]
-    start, stop = max(0, segment.start - REACH), min(frames, segment.stop + REACH)
+    run = replace(segment, start=max(0, segment.start - REACH), stop=min(frames, segment.stop + REACH))
     unread: dict[int, str] = {}
     scaled: dict[int, dict[str, npt.NDArray[np.float32]]] = {}  # labels of those frames, until their turn
 
-    def on_unread(frame: Frame, labels: dict[str, npt.NDArray[np.float32]]) -> None:
-        unread[frame.index] = _why(frame)
-        scaled[frame.index] = labels
+    def given() -> Iterator[FilterFrame | None]:
+        shot = temporal.read("shot")[run.start : run.stop]
+        frames = source.read(run.start, run.stop, on_passed)
+        for frame, labels, number in zip(frames, _label_rows(store, run), shot, strict=True):
+            on_frame()
+            if labels is None:
+                yield None
+            elif frame.image is None:
+                unread[frame.index], scaled[frame.index] = _why(frame), labels
+                yield None
+            else:
+                yield FilterFrame(frame.image, labels.get("depth"), labels.get("normals"), int(number))
 
-    given = _filter_frames(source, store, segment.source_id, start, stop, on_frame, on_passed, on_unread)
-    filtered = filter_frames(given, segment.start - start, stop - segment.stop, flow=config.flow)
+    filtered = filter_frames(given(), segment.start - run.start, run.stop - segment.stop, flow=config.flow)
 
     def named() -> Iterator[tuple[int, Mapping[str, npt.NDArray[np.float32]]] | None]:
         for index, one in enumerate(filtered, segment.start):
@@ -163,7 +186,7 @@ def write_unfiltered(segment: Segment, store: Store) -> None:
     temporal = Temporal(store, segment.source_id)
     if segment not in temporal.pending("filter"):
         return
-    rows = _label_rows(store, segment.source_id, segment.start, segment.stop)
+    rows = _label_rows(store, segment)
     temporal.write_filtered(segment, (None if labels is None else (SCALED, labels) for labels in rows))
 
 
@@ -235,64 +258,13 @@ class Smoother:
         self._sources.close()
 
 
-def _views(
-    source: FrameSource,
-    store: Store,
-    source_id: str,
-    start: int,
-    stop: int,
-    on_frame: Callable[[], None],
-    on_passed: Callable[[], None],
-    unread: dict[int, str],
-) -> Iterator[View | None]:
-    """What the edges see of each frame; `unread` is told why pictures of labelled frames could not be read."""
-    status = store.status(source_id, start, stop)
-    extents = _extents(store, source_id, start, stop)
-    rows = stored_rows(store, source_id, "depth", start, stop)
-    frames = source.read(start, stop, on_passed)
-    for frame, packed, code, (height, width) in zip(frames, rows, status, extents, strict=True):
-        on_frame()
-        if code != LABELLED:
-            yield None
-        elif frame.image is None:
-            unread[frame.index] = _why(frame)
-            yield None
-        else:
-            yield view(frame.image, _depth(packed[:height, :width]))
-
-
-def _filter_frames(
-    source: FrameSource,
-    store: Store,
-    source_id: str,
-    start: int,
-    stop: int,
-    on_frame: Callable[[], None],
-    on_passed: Callable[[], None],
-    on_unread: Callable[[Frame, dict[str, npt.NDArray[np.float32]]], None],
-) -> Iterator[FilterFrame | None]:
-    shot = Temporal(store, source_id).read("shot")[start:stop]
-    rows = _label_rows(store, source_id, start, stop)
-    for frame, labels, number in zip(source.read(start, stop, on_passed), rows, shot, strict=True):
-        on_frame()
-        if frame.image is None or labels is None:
-            if labels is not None:
-                on_unread(frame, labels)
-            yield None
-            continue
-        yield FilterFrame(frame.image, labels.get("depth"), labels.get("normals"), int(number))
-
-
-def _label_rows(
-    store: Store, source_id: str, start: int, stop: int
-) -> Iterator[dict[str, npt.NDArray[np.float32]] | None]:
+def _label_rows(store: Store, run: Segment) -> Iterator[dict[str, npt.NDArray[np.float32]] | None]:
     """Labels of each frame, depth scaled and shifted; None where there are none."""
-    temporal = Temporal(store, source_id)
-    scale, shift = (temporal.read(name)[start:stop] for name in ("scale", "shift"))
-    status = store.status(source_id, start, stop)
-    extents = _extents(store, source_id, start, stop)
-    rows = {name: stored_rows(store, source_id, name, start, stop) for name in store.layout.labels}
-    for i, (height, width) in enumerate(extents):
+    temporal = Temporal(store, run.source_id)
+    scale, shift = (temporal.read(name)[run.start : run.stop] for name in ("scale", "shift"))
+    status = store.status(run.source_id, run.start, run.stop)
+    rows = {name: stored_rows(store, run.source_id, name, run.start, run.stop) for name in store.layout.labels}
+    for i, (height, width) in enumerate(_extents(store, run)):
         packed = {name: next(one)[:height, :width] for name, one in rows.items()}
         if status[i] != LABELLED:
             yield None
@@ -307,11 +279,11 @@ def _why(frame: Frame) -> str:
     return f"frame {frame.index}: {frame.error}"
 
 
-def _extents(store: Store, source_id: str, start: int, stop: int) -> npt.NDArray[Any]:
+def _extents(store: Store, run: Segment) -> npt.NDArray[Any]:
     """Height and width of each frame's labels: (frames, 2)."""
-    if "size" in store.arrays(source_id):
-        return np.array(list(stored_rows(store, source_id, "size", start, stop)))
-    return np.tile(store.attributes(source_id)["size"], (stop - start, 1))
+    if "size" in store.arrays(run.source_id):
+        return np.array(list(stored_rows(store, run.source_id, "size", run.start, run.stop)))
+    return np.tile(store.attributes(run.source_id)["size"], (run.frames, 1))
 
 
 def _depth(packed: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
