@@ -104,19 +104,16 @@ def inspect(store: Store) -> Inspection:
 
     def look(source_id: str) -> tuple[SourceSummary, Counter[str]]:
         attributes = store.attributes(source_id)
-        status = failed = np.empty(0, np.uint8)
+        status = np.empty(0, np.uint8)
         reasons = Counter[str]()
         try:
             if source_id in committed:
                 status = store.status(source_id)
-                failed = status == FAILED
-                reasons = Counter(store.reasons(source_id, np.flatnonzero(failed)))
+                reasons = Counter(store.reasons(source_id, np.flatnonzero(status == FAILED)))
         except StoreDamagedError as error:
             status = status if status.size else np.full(attributes["frames"], FAILED, np.uint8)
-            failed = status == FAILED
-            reasons = Counter({str(error): int(failed.sum())})
-        smoothing = _smoothing(store, source_id) if source_id in begun else "none"
-        labelled = int((status == LABELLED).sum())
+            reasons = Counter({str(error): int((status == FAILED).sum())})
+        labelled, failed = (int((status == one).sum()) for one in (LABELLED, FAILED))
         height, width = attributes["size"]
         summary = SourceSummary(
             id=source_id,
@@ -124,12 +121,12 @@ def inspect(store: Store) -> Inspection:
             kind=attributes["kind"],
             frames=attributes["frames"],
             labelled=labelled,
-            failed=int(failed.sum()),
-            pending=attributes["frames"] - labelled - int(failed.sum()),
+            failed=failed,
+            pending=attributes["frames"] - labelled - failed,
             height=height,
             width=width,
             bytes=sizes[source_id],
-            smoothing=smoothing,
+            smoothing=_smoothing(store, source_id) if source_id in begun else "none",
         )
         return summary, reasons
 

@@ -345,22 +345,17 @@ class Store:
 
     def _failures(self, source_id: str) -> list[Failure]:
         attributes = self.attributes(source_id)
+        uri, is_video = attributes["uri"], attributes["kind"] == "video"
         try:
-            return self._failed_frames(source_id, attributes)
+            status = self.status(source_id) if self._committed(source_id) else np.empty(0, np.uint8)
+            failed = np.flatnonzero(status == FAILED)
+            if not failed.size:
+                return []
+            keys = [None] * len(failed) if is_video else self.read(source_id, "key")[failed].tolist()
+            found = zip(failed, self.reasons(source_id, failed), keys, strict=True)
+            return [Failure(uri, source_id, int(i), reason, key) for i, reason, key in found]
         except StoreDamagedError as error:
-            return [Failure(attributes["uri"], source_id, None, str(error))]
-
-    def _failed_frames(self, source_id: str, attributes: Document) -> list[Failure]:
-        failed = np.flatnonzero(self.status(source_id) == FAILED) if self._committed(source_id) else np.empty(0, int)
-        if not failed.size:
-            return []
-        keys: Sequence[str | None] = [None] * len(failed)
-        if attributes["kind"] != "video":
-            keys = self.read(source_id, "key")[failed].tolist()
-        return [
-            Failure(attributes["uri"], source_id, int(i), reason, key)
-            for i, reason, key in zip(failed, self.reasons(source_id, failed), keys, strict=True)
-        ]
+            return [Failure(uri, source_id, None, str(error))]
 
     def _find(self, source_id: str) -> Document | None:
         """Attributes of a source, also if another process has added it since; None if there is none.
