@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -16,7 +15,6 @@ from depthmill.pipeline.bench.timing import Spent, interleave, typical
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.model.labeler import Labeler
-from depthmill.pipeline.model.transfer import Pending
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.sources import shown
 from depthmill.pipeline.sources.opened import OpenSources
@@ -121,13 +119,9 @@ def measure_feed(
         return sum(1 for _ in source.read(0, part.frames))
 
     def label() -> int:
-        labels.clear()
-        asked: deque[Pending] = deque()  # as a run does it: the next is asked for before one is taken
-        for _ in range(_BATCHES):
-            asked.append(labeler.submit(images, rounded=rounded, packing=layout.normals_dtype))
-            if len(asked) > 1:
-                labels.extend(asked.popleft().result())
-        labels.extend(asked.popleft().result())
+        # As a run does it: the next is asked for before one is taken.
+        asked = [labeler.submit(images, rounded=rounded, packing=layout.normals_dtype) for _ in range(_BATCHES)]
+        labels[:] = [one for pending in asked for one in pending.result()]
         return len(labels)
 
     def write() -> int:
