@@ -229,7 +229,8 @@ class Doubts:
             self._crew.dismiss(worker)
             self.left(worker)
         elif now_s - max(self._did_s, self._came_s) > PATIENCE_S and all(
-            self._hopeless(one) for one in self._crew.labelers - self._crew.loading
+            one in self._failing and self._failing[one].faults >= HOPELESS_AFTER
+            for one in self._crew.labelers - self._crew.loading
         ):
             raise RunStoppedError(
                 f"no worker can go on: {at_fault}; expected inputs, credentials and devices to be as they were: see to "
@@ -244,9 +245,6 @@ class Doubts:
             return True
         self._unproven -= self.sample is None
         return self.sample is None and self._unproven >= 0
-
-    def _hopeless(self, worker: int) -> bool:
-        return worker in self._failing and self._failing[worker].faults >= HOPELESS_AFTER
 
 
 def _less_memory(event: Event) -> str:

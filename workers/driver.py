@@ -236,7 +236,9 @@ class Driver:
     def _outcome(self, running: Running, event: Event) -> None:
         """What follows from a task's end, or a trial's."""
         if isinstance(running.item, Trial):
-            self._tried(running.item, running, event)
+            if event.error is None:
+                self._pace.add(event.answer, self._crew.now_s - running.since_s)
+            self._work.tried(running.item, event)
         else:
             self._labelled(running.item, running, event)
 
@@ -336,11 +338,6 @@ class Driver:
                     cleared = suspect.task.searched and not suspect.task.skip and suspect.why == DIED
                     why = suspect.why + (WHOLE if cleared else "")
                     self._failer.add(suspect.task, f"the segment was tried {times}: {why}")
-
-    def _tried(self, trial: Trial, running: Running, event: Event) -> None:
-        if event.error is None:
-            self._pace.add(event.answer, self._crew.now_s - running.since_s)
-        self._work.tried(trial, event)
 
     def _committed(self, report: Report) -> None:
         self._work.open -= 1
