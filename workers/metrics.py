@@ -6,28 +6,29 @@ The names here come out with Ray's prefix: `ray_depthmill_frames_total`. Without
 from __future__ import annotations
 
 from collections import Counter as Tally
+from operator import attrgetter
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
 from depthmill.workers.standing import Standing
 
+# Name -> what it is, and where `Standing` has it.
 _GAUGES = {
-    "frames_per_second": "Frames committed a second, since the first worker had loaded.",
-    "frames_left": "Frames of probed sources that are not committed.",
-    "batch_fill": "Mean share of a batch that is frames.",
-    "gpu_busy_share": "Share of the loaded workers' time that they spent labelling.",
-    "segments_queued": "Segments that nobody works on.",
-    "segments_running": "Segments under way.",
-    "sources_unprobed": "Inputs that wait to be probed.",
-    "workers_ready": "Workers that have loaded.",
-    "workers_starting": "Workers asked for that have not.",
+    "frames_left": ("Frames of probed sources that are not committed.", "counts.left"),
+    "batch_fill": ("Mean share of a batch that is frames.", "fill"),
+    "gpu_busy_share": ("Share of the loaded workers' time that they spent labelling.", "busy"),
+    "segments_queued": ("Segments that nobody works on.", "queued"),
+    "segments_running": ("Segments under way.", "running"),
+    "sources_unprobed": ("Inputs that wait to be probed.", "unprobed"),
+    "workers_ready": ("Workers that have loaded.", "ready"),
+    "workers_starting": ("Workers asked for that have not.", "starting"),
 }
 _COUNTERS = {
-    "frames_total": "Frames committed, failed ones included.",
-    "bytes_total": "Bytes of labels written.",
-    "worker_deaths_total": "Workers that died, or were ended: they could not load, or took too long.",
-    "segment_retries_total": "Attempts at segments beyond the first.",
+    "frames_total": ("Frames committed, failed ones included.", "counts.done"),
+    "bytes_total": ("Bytes of labels written.", "bytes"),
+    "worker_deaths_total": ("Workers that died, or were ended: they could not load, or took too long.", "deaths"),
+    "segment_retries_total": ("Attempts at segments beyond the first.", "retries"),
 }
 
 
@@ -36,8 +37,10 @@ class Metrics:
 
     def __init__(self) -> None:
         """Register all."""
-        self._gauges = {name: Gauge(f"depthmill_{name}", text) for name, text in _GAUGES.items()}
-        self._counters = {name: Counter(f"depthmill_{name}", text) for name, text in _COUNTERS.items()}
+        rate = "Frames committed a second, since the first worker had loaded."
+        self._rate = Gauge("depthmill_frames_per_second", rate)
+        self._gauges = {where: Gauge(f"depthmill_{name}", text) for name, (text, where) in _GAUGES.items()}
+        self._counters = {where: Counter(f"depthmill_{name}", text) for name, (text, where) in _COUNTERS.items()}
         failed = "Frames and sources without labels, by reason."
         self._failed = Counter("depthmill_failed_frames_total", failed, tag_keys=("reason",))
         self._counted: Tally[str] = Tally()
@@ -45,28 +48,11 @@ class Metrics:
 
     def update(self, standing: Standing, frames_per_s: float) -> None:
         """Publish where the run stands."""
-        counts = standing.counts
-        now: dict[str, float] = {
-            "frames_per_second": frames_per_s,
-            "frames_left": counts.total - counts.before - counts.done,
-            "batch_fill": standing.fill,
-            "gpu_busy_share": standing.busy,
-            "segments_queued": standing.queued,
-            "segments_running": standing.running,
-            "sources_unprobed": standing.unprobed,
-            "workers_ready": standing.ready,
-            "workers_starting": standing.starting,
-        }
-        for name, value in now.items():
-            self._gauges[name].set(value)
-        totals = {
-            "frames_total": counts.done,
-            "bytes_total": standing.bytes,
-            "worker_deaths_total": standing.deaths,
-            "segment_retries_total": standing.retries,
-        }
-        for name, total in totals.items():
-            _raise(self._counters[name], self._counted, name, total, {})
+        self._rate.set(frames_per_s)
+        for where, gauge in self._gauges.items():
+            gauge.set(attrgetter(where)(standing))
+        for where, counter in self._counters.items():
+            _raise(counter, self._counted, where, attrgetter(where)(standing), {})
         for reason, total in standing.reasons.items():
             _raise(self._failed, self._reasons, reason, total, {"reason": reason})
 

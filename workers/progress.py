@@ -103,7 +103,7 @@ def _lines(console: Console, rate: Rate) -> Iterator[Show]:
     def write(counts: Counts, workers: Mapping[str, WorkerState]) -> None:
         running = sum(state.frames for state in workers.values())
         speed = rate(counts.done + running)
-        left = counts.total - counts.before - counts.done - running
+        left = counts.left - running
         eta = f"{timedelta(seconds=round(left / speed))} left" if speed > 0 else "time left unknown"
         doing = ", ".join(f"{name} {_words(state)}" for name, state in workers.items())
         console.print(

@@ -28,6 +28,11 @@ class Counts:
     done: int = 0
     failed: int = 0
 
+    @property
+    def left(self) -> int:
+        """Those that are not committed."""
+        return self.total - self.before - self.done
+
 
 @dataclass
 class Standing:
@@ -96,8 +101,7 @@ class Standing:
 
     def left_to_label(self, more: bool) -> str:
         """How many frames that is, and the room that they take, in words; at least so many, if `more` may come."""
-        counts = self.counts
-        left, labelled = counts.total - counts.before - counts.done, counts.done - counts.failed
+        left, labelled = self.counts.left, self.counts.done - self.counts.failed
         needed = "how much that takes is not known yet"
         if labelled and self.bytes:
             needed = f"which takes about {left * self.bytes / labelled / 2**30:.2f} GiB"
