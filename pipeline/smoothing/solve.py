@@ -180,10 +180,7 @@ def _without_trend(track: Doubles, labelled: npt.NDArray[np.bool_], leak: float)
     data = leak**4 * labelled + 1e-12
     bands = np.zeros((min(frames, 3), frames))
     bands[0] += data
-    for order in range(1, len(bands)):
-        stencil, penalty = np.array([1.0]), (_LEVEL, 1.0)[order - 1]
-        for _ in range(order):
-            stencil = np.convolve(stencil, (1.0, -1.0))
+    for order, penalty, stencil in ((1, _LEVEL, (1.0, -1.0)), (2, 1.0, (1.0, -2.0, 1.0)))[: len(bands) - 1]:
         for i, a in enumerate(stencil):
             for j, b in enumerate(stencil[: i + 1]):
                 bands[i - j, j : frames - order + j] += penalty * a * b

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -71,11 +71,8 @@ class ObjectDirectory:
 
     def delete(self, key: str) -> None:
         """See `Directory`."""
-        with self._translated(key, "removed"):
-            try:
-                self._fs.rm_file(self._path(key))
-            except FileNotFoundError:
-                return
+        with self._translated(key, "removed"), suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(key))
 
     def children(self, key: str = "") -> list[str]:
         """See `Directory`."""
@@ -87,8 +84,8 @@ class ObjectDirectory:
                 return []
         # A marker of this very folder has its name, in gcsfs's words.
         below = (entry for entry in entries if _counts(entry) and entry["name"].rstrip("/") != path)
-        names = (_name(entry) + ("/" if entry["type"] == "directory" else "") for entry in below)
-        return sorted(name for name in names if name.strip("/"))
+        named = ((entry["name"].rstrip("/").rpartition("/")[2], entry["type"]) for entry in below)
+        return sorted(name + "/" * (kind == "directory") for name, kind in named if name)
 
     def sizes(self, key: str = "") -> Iterator[tuple[str, int]]:
         """See `Directory`."""
@@ -100,11 +97,8 @@ class ObjectDirectory:
         """See `Directory`."""
         if not key:
             raise ValueError(f"{self.uri} itself is never removed whole: give the key of a directory in it")
-        with self._translated(key, "removed"):
-            try:
-                self._fs.rm(self._path(key), recursive=True)
-            except FileNotFoundError:
-                return
+        with self._translated(key, "removed"), suppress(FileNotFoundError):
+            self._fs.rm(self._path(key), recursive=True)
 
     def make_root(self) -> None:
         """See `Directory`: a prefix is there with its first object."""
@@ -153,8 +147,3 @@ def _contents(found: bytes | Exception) -> bytes | None:
 def _counts(entry: Mapping[str, Any]) -> bool:
     """Whether an entry is more than the empty object `folder/` by which consoles show a folder."""
     return entry["type"] == "directory" or not entry["name"].endswith("/")
-
-
-def _name(entry: Mapping[str, Any]) -> str:
-    name: str = entry["name"]
-    return name.rstrip("/").rpartition("/")[2]
