@@ -133,26 +133,12 @@ class Labeler:
             ConfigError: If the options do not go together.
             CheckpointError: If a checkpoint is missing, incomplete, unsafe or of another kind.
         """
+        checkpoint, device = str(checkpoint), str(device)
+        normals_checkpoint = None if normals_checkpoint is None else str(normals_checkpoint)
         if labels is None:
-            both = normals_checkpoint is not None or str(checkpoint) == DEMO or is_joint(str(checkpoint))
+            both = normals_checkpoint is not None or checkpoint == DEMO or is_joint(checkpoint)
             labels = ("depth", "normals") if both else ("depth",)
-        options = {
-            "checkpoint": str(checkpoint),
-            "normals_checkpoint": None if normals_checkpoint is None else str(normals_checkpoint),
-            "labels": labels,
-            "normals_axes": normals_axes,
-            "domain": domain,
-            "processing_resolution": processing_resolution,
-            "batch_size": batch_size,
-            "compile": compile,
-            "device": str(device),
-            "dtype": dtype,
-            "steps": steps,
-            "ensemble": ensemble,
-            "noise": noise,
-            "timestep_spacing": timestep_spacing,
-            "seed": seed,
-        }
+        options = {key: value for key, value in locals().items() if key in LabelConfig.model_fields}
         config = validated(LabelConfig, options, where="the labeler's options")
         return cls(open_checkpoints(config), config)
 
