@@ -201,13 +201,19 @@ def _keys(model: type[BaseModel], arguments: Mapping[str, Any]) -> dict[str, Any
     return {key: arguments[key] for key in model.model_fields if key in arguments}
 
 
-def _warn_of_demo(settings: LabelConfig) -> None:
+def _label_config(config: str | None, arguments: Mapping[str, Any]) -> LabelConfig:
+    """How a command labels, by its file and its arguments; the user is told if that is by the toy."""
+    from depthmill.pipeline.config import LabelConfig
+    from depthmill.pipeline.config_files import load_config
+
+    settings = load_config(LabelConfig, config, _keys(LabelConfig, arguments))
     if settings.labels_by_default:
         _say(
             "no --checkpoint is given, so the embedded demo model is used, a toy; for labels that you care about: "
             "--config video, --config images, or --checkpoint",
             None if os.environ.get("NO_COLOR") else "yellow",
         )
+    return settings
 
 
 @app.command(cls=_Command)
@@ -283,11 +289,7 @@ def label(
 
     Exit status: 0 all labelled, 1 some frames or inputs failed, 2 nothing could start, 130 stopped; a rerun resumes.
     """
-    from depthmill.pipeline.config import LabelConfig
-    from depthmill.pipeline.config_files import load_config
-
-    settings = load_config(LabelConfig, config, _keys(LabelConfig, locals()))
-    _warn_of_demo(settings)
+    settings = _label_config(config, locals())
     if smooth and "depth" not in settings.labels:
         raise ConfigError(
             f"--smooth is given with labels {', '.join(settings.labels)}; expected depth among them, which is what is "
@@ -555,7 +557,6 @@ def evaluate(
     Exit status: 0 all pictures scored, 1 some skipped, 2 nothing could start, 130 stopped; a rerun resumes.
     """
     from depthmill.pipeline.config import LabelConfig
-    from depthmill.pipeline.config_files import load_config
     from depthmill.pipeline.evaluation.clips import CLIP_SETS
     from depthmill.pipeline.evaluation.datasets import SETS, find
     from depthmill.pipeline.geometry import STORED_AXES
@@ -585,8 +586,7 @@ def evaluate(
         what = LabelledStore(store)
     else:
         labelled = label_options(wanted, options) if wanted else {**options, "labels": ("depth",)}
-        what = load_config(LabelConfig, config, labelled)
-        _warn_of_demo(what)
+        what = _label_config(config, labelled)
     quiet_libraries()
     if wanted is None:
         from depthmill.workers.evaluate_clips import evaluate_clips
@@ -630,11 +630,7 @@ def bench(
 
     Beside diffusers' pipelines, the machine's own matrix products and, with --input, reading, writing and a whole run.
     """
-    from depthmill.pipeline.config import LabelConfig
-    from depthmill.pipeline.config_files import load_config
-
-    settings = load_config(LabelConfig, config, _keys(LabelConfig, locals()))
-    _warn_of_demo(settings)
+    settings = _label_config(config, locals())
     from depthmill.pipeline.bench.bench import bench as measure
     from depthmill.workers.progress import quiet_libraries
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import depthmill.workers
-from depthmill.cli import _warn_of_demo, app
+from depthmill.cli import _label_config, app
 from depthmill.pipeline.sources import expand_inputs, open_source
 from depthmill.tests import media, runs
 from depthmill.tests.pipeline.store.samples import files
@@ -95,12 +95,10 @@ def test_labelling_with_the_embedded_model_unasked_is_said(cli, clip, tmp_path):
 
 @pytest.mark.parametrize(("no_color", "colour"), [("", "yellow"), ("1", None)])
 def test_no_color_is_heeded(monkeypatch, no_color, colour):
-    from depthmill.pipeline.config import LabelConfig
-
     used = []
     monkeypatch.setattr("typer.secho", lambda text, fg, err: used.append(fg))
     monkeypatch.setenv("NO_COLOR", no_color)
-    _warn_of_demo(LabelConfig())
+    _label_config(None, {})
     assert used == [colour]
 
 

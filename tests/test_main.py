@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 import depthmill
-from depthmill.cli import _warn_of_demo, main
+from depthmill.cli import _label_config, main
 from depthmill.pipeline.errors import RunStoppedError, StoreFullError
 
 
@@ -57,8 +57,6 @@ def test_a_reader_that_goes_away_changes_no_status_and_a_full_disk_is_said(
 
 @pytest.mark.parametrize("code", [errno.EPIPE, errno.ENOSPC])
 def test_an_error_output_that_cannot_be_written_stops_nothing(cli, tmp_path, monkeypatch, code):
-    from depthmill.pipeline.config import LabelConfig
-
     def fail(text):
         raise OSError(code, os.strerror(code))
 
@@ -66,7 +64,7 @@ def test_an_error_output_that_cannot_be_written_stops_nothing(cli, tmp_path, mon
         monkeypatch.setattr(sys, "stderr", stderr)
         monkeypatch.setattr(stderr, "write", fail, raising=False)
         assert cli("inspect", tmp_path / "none.zarr").returncode == 2
-        _warn_of_demo(LabelConfig())
+        _label_config(None, {})
         assert os.path.samestat(os.fstat(stderr.fileno()), Path(os.devnull).stat())
 
 
