@@ -262,10 +262,7 @@ class Store:
         if segment.start % length or not 0 <= segment.start < stop == segment.stop:
             raise StoreError(f"{segment} is no segment of {self.uri}: take one of Store.segments()")
         arrays = self.arrays(segment.source_id)
-        written = (*self.layout.arrays, "size", "reason", "checksum", "status")
-        documents = {name: arrays[name] for name in written if name in arrays}
-        height, width = attributes["size"]
-        return SegmentWriter(segment, (height, width), self.layout, self.directory, self._header, documents, redo)
+        return SegmentWriter(segment, self.layout, self.directory, self._header, arrays, redo)
 
     def failures(self) -> list[Failure]:
         """Failed frames of committed segments, by source and frame; a source that is damaged is one as a whole."""

@@ -47,7 +47,6 @@ class SegmentWriter:
     def __init__(
         self,
         segment: Segment,
-        size: tuple[int, int],
         layout: Layout,
         directory: Directory,
         header: Document,
@@ -58,7 +57,6 @@ class SegmentWriter:
 
         Args:
             segment: Which frames.
-            size: Height and width of the source's canvas.
             layout: The store's.
             directory: The store's.
             header: The store's, as it was opened.
@@ -66,14 +64,15 @@ class SegmentWriter:
             redo: The frames of a committed segment that are given anew; None for a segment as a whole.
         """
         self._segment = segment
-        self._height, self._width = size
+        first = documents[layout.arrays[0]]
+        size = self._height, self._width = first["shape"][1:3]
         self._layout = layout
         self._header = header
         self._documents = documents
         self._directory = directory
         self._written: dict[str, int] = {}  # key of a file -> its checksum
         self._keys = list(segment_files(segment, documents))
-        self._shard_frames = layout.frames_per_shard(*size)
+        self._shard_frames = rows_per_file(first)
         self._status = np.full(segment.frames, PENDING, np.uint8)
         self._size = np.zeros((segment.frames, 2), np.int32)
         self._reasons = [""] * segment.frames
