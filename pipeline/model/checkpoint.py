@@ -195,13 +195,9 @@ def open_named(config: LabelConfig) -> list[Checkpoint]:
         CheckpointError: As `open_checkpoint`.
         ConfigError: As `open_checkpoint`.
     """
+    axes = {"normals": config.normals_axes}
     return [
-        open_checkpoint(
-            name,
-            modality,
-            normals_axes=config.normals_axes if modality == "normals" else None,
-            domain=config.domain,
-        )
+        open_checkpoint(name, modality, normals_axes=axes.get(modality), domain=config.domain)
         for modality, name in config.checkpoints.items()
     ]
 
@@ -237,12 +233,10 @@ def _locate(name: str, modality: Modality) -> Path:
 
     try:
         # Safetensors alone: neither pickles nor the half-precision copies beside them are fetched.
-        patterns = ["model_index.json", DESCRIPTION_FILE, "*/*.json", "*/*.txt", "*/*.safetensors"]
+        wanted = ["model_index.json", DESCRIPTION_FILE, "*/*.json", "*/*.txt", "*/*.safetensors"]
         hub_id, _, revision = name.partition("@")
-        variants = list(_VARIANTS)
-        return Path(
-            snapshot_download(hub_id, revision=revision or None, allow_patterns=patterns, ignore_patterns=variants)
-        )
+        got = snapshot_download(hub_id, revision=revision or None, allow_patterns=wanted, ignore_patterns=[*_VARIANTS])
+        return Path(got)
     except Exception as error:
         raise CheckpointError(
             f"checkpoint {name} is no directory here, and could not be had from the hub "

@@ -343,12 +343,9 @@ class Labeler:
         packing: NormalsDtype | None,
     ) -> list[Staged]:
         sizes = [self.processed_size(*frame.shape[:2], rounded=rounded) for frame in frames]
-        pictures = torch.stack(
-            [
-                to_network(to_device(frame, self.device), size, self._network.factor)
-                for frame, size in zip(frames, sizes, strict=True)
-            ]
-        )  # (B, 3, h', w')
+        sized, factor = zip(frames, sizes, strict=True), self._network.factor
+        # (B, 3, h', w')
+        pictures = torch.stack([to_network(to_device(frame, self.device), size, factor) for frame, size in sized])
         answers: Mapping[Modality, torch.Tensor | list[torch.Tensor]]
         uncertainties = None
         if self._sampler is not None:

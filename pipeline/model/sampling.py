@@ -79,13 +79,9 @@ class Sampler:
         drawn = []
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            noise = [
-                draw_noise(
-                    sampling.noise, latent.shape[1:], generator(sampling.seed, keys[frame], member, head.modality)
-                )
-                for frame, member in batch
-            ]
-            x0 = self._denoise(head, latent[[frame for frame, _ in batch]], torch.stack(noise).to(latent.device))
+            rngs = [generator(sampling.seed, keys[frame], member, head.modality) for frame, member in batch]
+            noise = torch.stack([draw_noise(sampling.noise, latent.shape[1:], rng) for rng in rngs])
+            x0 = self._denoise(head, latent[[frame for frame, _ in batch]], noise.to(latent.device))
             drawn.append(self._network.decode(head, x0))
         members = torch.cat(drawn)
         return members.view(len(keys), sampling.ensemble, *members.shape[1:])
