@@ -48,10 +48,7 @@ def labelers(config: LabelConfig, store: str, checkpoints: Sequence[Checkpoint],
     prober = remote(ProbeWorker, num_cpus=0, scheduling_strategy="SPREAD")
     limits = (config.max_pixels, config.max_frames, retry_failed)
     return RayPool(
-        {
-            "labeler": lambda: labeler.remote(config, store, digests),
-            "prober": lambda: prober.remote(store, *limits),
-        },
+        {"labeler": lambda: labeler.remote(config, store, digests), "prober": lambda: prober.remote(store, *limits)},
         total("GPU") if gpu else partial(_fit, config.threads or 1, memory),
     )
 

@@ -10,13 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from depthmill.pipeline.errors import (
-    DepthmillError,
-    RunStoppedError,
-    SourceChangedError,
-    SourceError,
-    StoreError,
-)
+from depthmill.pipeline.errors import DepthmillError, RunStoppedError, SourceChangedError, SourceError, StoreError
 from depthmill.pipeline.plan import Task
 from depthmill.pipeline.types import Report
 from depthmill.workers.causes import cause_of, words_of

@@ -25,12 +25,7 @@ from depthmill.pipeline.errors import (
     StoreFullError,
 )
 from depthmill.pipeline.machine import cores
-from depthmill.pipeline.smoothing.stage import (
-    Smoother,
-    SmoothTask,
-    write_empty_edges,
-    write_unfiltered,
-)
+from depthmill.pipeline.smoothing.stage import Smoother, SmoothTask, write_empty_edges, write_unfiltered
 from depthmill.pipeline.store import Store, open_store
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.types import WorkerState

@@ -23,14 +23,7 @@ import numpy.typing as npt
 
 from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreMismatchError
 from depthmill.pipeline.store.files import Directory, damaged, decoding, json_bytes, store_away
-from depthmill.pipeline.store.layout import (
-    Document,
-    Layout,
-    file_key,
-    group_document,
-    source_arrays,
-    source_attributes,
-)
+from depthmill.pipeline.store.layout import Document, Layout, file_key, group_document, source_arrays, source_attributes
 from depthmill.pipeline.store.metadata import damaged_words, source_attributes_of
 from depthmill.pipeline.store.records import read_run
 from depthmill.pipeline.store.root import (

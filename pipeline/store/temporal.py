@@ -207,9 +207,7 @@ class Temporal:
             self._write(name, 0, values)
 
     def write_filtered(
-        self,
-        segment: Segment,
-        frames: Iterable[tuple[int, Mapping[str, npt.NDArray[np.float32]]] | None],
+        self, segment: Segment, frames: Iterable[tuple[int, Mapping[str, npt.NDArray[np.float32]]] | None]
     ) -> None:
         """Write a segment's filtered labels shard by shard, and commit them.
 
