@@ -159,9 +159,9 @@ class Driver:
 
     def _assign(self) -> None:
         """Give idle workers something to do."""
-        crew = self._crew
+        crew, opening = self._crew, Limits(self._options.open_limit_s)
         while crew.idle_probers and (probe := self.inputs.take(crew.now_s)) is not None:
-            crew.call(crew.idle_probers.pop(), probe, self._pace.to_open(), "probe", probe.uri, probe.anew)
+            crew.call(crew.idle_probers.pop(), probe, opening, "probe", probe.uri, probe.anew)
         if not self.inputs.left:
             crew.dismiss_idle_probers()
         self._doubts.check(self._limits, self._pace.to_do(1))

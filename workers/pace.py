@@ -92,10 +92,6 @@ class Pace:
         """Seconds a frame so far; 0 if nothing was done."""
         return self._seconds / self._frames if self._frames else 0.0
 
-    def to_open(self) -> Limits:
-        """For opening a source."""
-        return Limits(self._open_limit_s)
-
     def to_do(self, frames: int, probe_s: float | None = None, leave: float = 1.0) -> Limits:
         """For so many frames, and for opening their source.
 

@@ -28,7 +28,7 @@ from depthmill.pipeline.store.layout import (
     file_key,
     group_document,
     pack_normals,
-    source_arrays,
+    rows_per_file,
 )
 from depthmill.pipeline.store.root import METADATA
 from depthmill.pipeline.store.shard import assemble, encode_chunk, write_plain
@@ -216,11 +216,10 @@ class Temporal:
             frames: For each what `filtered` says of it and its labels by name (`depth`, `normals`); None where there
                 are none.
         """
-        attributes = self.store.attributes(self.source_id)
-        shard = self.store.layout.frames_per_shard(*attributes["size"])
+        arrays = self.store.arrays(self.source_id)
+        shard = rows_per_file(arrays["depth"])
         rows = iter(frames)
         codes = np.full(segment.frames, NO_LABELS, np.uint8)
-        arrays = source_arrays(attributes, self.store.layout)
         for start in range(segment.start, segment.stop, shard):
             stop = min(start + shard, segment.stop)
             chunks: dict[str, dict[int, bytes]] = {name: {} for name in self.store.layout.labels}
