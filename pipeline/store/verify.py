@@ -180,7 +180,10 @@ def _check(store: Store, arrays: Mapping[str, Document], segment: Segment) -> _C
     status_key = file_key(segment.source_id, "status", arrays["status"], segment.start)
     sums_key = file_key(segment.source_id, "checksum", arrays["checksum"], number)
     rows = slice(segment.start, segment.stop)
-    found: list[tuple[str, int, int, str]] = []
+    found: list[Damage] = []
+
+    def note(key: str, reason: str, frames: slice = rows) -> None:
+        found.append(Damage(segment.source_id, frames.start, frames.stop, key, reason))
 
     def values(name: str, key: str, file: bytes | None, part: slice) -> npt.NDArray[Any] | None:
         """Decode rows of an array out of one file, or note that it cannot be."""
@@ -189,20 +192,20 @@ def _check(store: Store, arrays: Mapping[str, Document], segment: Segment) -> _C
         except Exception as error:  # whatever codecs raise of broken bytes
             check_memory(error)
             frames = rows if name == "checksum" else part
-            found.append((key, frames.start, frames.stop, f"cannot be decoded: {type(error).__name__}: {error}"))
+            note(key, f"cannot be decoded: {type(error).__name__}: {error}", frames)
             return None
 
     data = store.directory.read_all([status_key, sums_key])
     files, size = len(data), sum(map(len, data.values()))
     status = values("status", status_key, data.get(status_key), rows)
     if status is not None and not np.isin(status, (LABELLED, FAILED)).all():
-        found.append((status_key, segment.start, segment.stop, "says of some frames neither labelled nor failed"))
+        note(status_key, "says of some frames neither labelled nor failed")
         status = None
     sums = None
     if sums_key in data:
         sums = values("checksum", sums_key, data[sums_key], slice(number, number + 1))
     else:
-        found.append((sums_key, segment.start, segment.stop, "is missing"))
+        note(sums_key, "is missing")
     # Without them nothing tells what its files were.
     expected = {} if sums is None else dict(zip(keys, map(int, sums[0]), strict=False))
     reasons = None
@@ -212,19 +215,14 @@ def _check(store: Store, arrays: Mapping[str, Document], segment: Segment) -> _C
         for key in together:
             (name, start, stop), file = keys[key], data.pop(key, None)
             if why := wrong(file, expected[key]):
-                found.append((key, start, stop, why))
+                note(key, why, slice(start, stop))
                 continue
             held = values(name, key, file, slice(start, stop))
             if name == "reason":
                 reasons = held
     if status is not None and reasons is not None and ((status == FAILED) != (reasons != "")).any():
-        found.append((status_key, segment.start, segment.stop, "does not agree with the reasons of failures"))
-    return _Checked(
-        segment,
-        files=files,
-        bytes=size,
-        damage=tuple(Damage(segment.source_id, start, stop, key, reason) for key, start, stop, reason in found),
-    )
+        note(status_key, "does not agree with the reasons of failures")
+    return _Checked(segment, files, size, tuple(found))
 
 
 def _groups(checksums: Mapping[str, int]) -> Iterator[list[str]]:
