@@ -117,36 +117,25 @@ class Searches:
 
     def tried(self, trial: Trial, event: Event) -> Task | None:
         """Take the outcome of a trial; the verdict, if it was the last."""
-        why = None if event.error is None else words_of(event)
-        self._trials.extendleft(reversed(_hear(trial, why, excused(trial, event), self._attempts)))
+        self._trials.extendleft(reversed(self._hear(trial, event)))
         return trial.inquest.verdict
 
-
-def _hear(trial: Trial, why: str | None, lost: bool, attempts: int) -> list[Trial]:
-    """Take the outcome of a trial.
-
-    Args:
-        trial: Which.
-        why: It failed; None if it did not.
-        lost: Whether it failed for a reason that has nothing to do with its frames.
-        attempts: Failures after which a single frame is guilty.
-
-    Returns:
-        The trials that follow.
-    """
-    inquest = trial.inquest
-    inquest.unheard -= 1
-    if why is None:
-        inquest.trials += 1
-        return []
-    # A worker may have died of something else: what tells more of the frame counts, whenever it was seen.
-    why = max(why, trial.why, key=_tells)
-    tried = replace(trial, attempts=trial.attempts + (not lost), losses=trial.losses + lost, why=why)
-    inquest.trials += not lost
-    if lost or (trial.frames == 1 and tried.attempts < attempts):
-        inquest.unheard += 1
-        return [tried]
-    return _split(trial, why)
+    def _hear(self, trial: Trial, event: Event) -> list[Trial]:
+        """Take the outcome of a trial; the trials that follow."""
+        inquest = trial.inquest
+        inquest.unheard -= 1
+        if event.error is None:
+            inquest.trials += 1
+            return []
+        lost = excused(trial, event)
+        # A worker may have died of something else: what tells more of the frame counts, whenever it was seen.
+        why = max(words_of(event), trial.why, key=_tells)
+        tried = replace(trial, attempts=trial.attempts + (not lost), losses=trial.losses + lost, why=why)
+        inquest.trials += not lost
+        if lost or (trial.frames == 1 and tried.attempts < self._attempts):
+            inquest.unheard += 1
+            return [tried]
+        return _split(trial, why)
 
 
 def _tells(why: str) -> int:
