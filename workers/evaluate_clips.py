@@ -57,10 +57,49 @@ def evaluate_clips(
     """
     console = RunConsole(highlight=False)
     wanted = find(CLIP_SETS, name, "set of clips")
+    _see_to(wanted, data, console)
+    clips = open_clips(wanted, data)
+    make_folder(out)
+    with room_in(out):
+        frames = [frame for clip in clips for frame in clip.frames]
+        samples = [frame.sample for frame in frames]
+        if isinstance(what, Folder):
+            folder = what.path / name if (what.path / name).is_dir() else what.path
+            compared = {"raw": from_folder(folder, samples, "depth")}
+        elif isinstance(what, LabelledStore):
+            compared = _compared(what.path, samples, console)
+        else:
+            if what.labels != ("depth",):
+                raise ConfigError(f"labels is {list(what.labels)}; clips are scored by depth alone")
+            # A clip is a video, however its pictures lie: a long one is not to be squeezed as a corpus's are.
+            what = what if what.round_aspect is not None else what.model_copy(update={"round_aspect": False})
+            checksums = [(frame.sample.name, zlib.crc32(read_file(frame.picture))) for frame in frames]
+            claim(name, wanted.colours, checksums, out, overwrite=overwrite)
+            clips = tuple(map(_numbered, clips))
+            store = _label(wanted, clips, out, what, overwrite, console)
+            compared = _compared(store, [frame.sample for clip in clips for frame in clip.frames], console)
+        if not isinstance(what, LabelConfig):
+            keep_figures(name, compared["raw"], out, overwrite=overwrite)
+        scores = {}
+        with progress_on(console) as progress:
+            for which, predictions in compared.items():
+                task = progress.add_task(f"scoring {which}", total=len(clips))
+                scores[which] = score_clips(wanted, clips, predictions.read, advance=partial(progress.advance, task))
+        config = what.model_dump(mode="json") if isinstance(what, LabelConfig) else None
+        write_clip_report(out, wanted, scores, compared, config)
+        console.print(clip_table(wanted, scores, compared["raw"].checkpoint))
+        for line in clip_reasons(scores):
+            warn(console, line)
+        console.print(f"written: {out / 'metrics.json'}, {out / 'per_clip.csv'}", soft_wrap=True)
+        return scores
+
+
+def _see_to(wanted: ClipSet, data: Path, console: Console) -> None:
+    """See that the set is at `data`: the rendered one is made there, or compared with what would be made."""
     try:
         index = find_index(wanted, data)
     except EvaluationError:
-        if name != "rendered":
+        if wanted.name != "rendered":
             raise
         from depthmill.pipeline.training.clips import CAMERAS, SEEDS, export_clips
 
@@ -71,56 +110,10 @@ def evaluate_clips(
             for _ in progress.track(export_clips(data), total=total, description="rendering"):
                 pass
     else:
-        if name == "rendered":
+        if wanted.name == "rendered":
             from depthmill.pipeline.training.clips import check_version
 
             check_version(index.parent)
-    clips = open_clips(wanted, data)
-    make_folder(out)
-    with room_in(out):
-        return _evaluate(wanted, clips, out, what, overwrite, console)
-
-
-def _evaluate(
-    wanted: ClipSet,
-    clips: tuple[TrueClip, ...],
-    out: Path,
-    what: LabelConfig | LabelledStore | Folder,
-    overwrite: bool,
-    console: Console,
-) -> dict[str, Scores[ClipRow]]:
-    name = wanted.name
-    frames = [frame for clip in clips for frame in clip.frames]
-    samples = [frame.sample for frame in frames]
-    if isinstance(what, Folder):
-        folder = what.path / name if (what.path / name).is_dir() else what.path
-        compared = {"raw": from_folder(folder, samples, "depth")}
-    elif isinstance(what, LabelledStore):
-        compared = _compared(what.path, samples, console)
-    else:
-        if what.labels != ("depth",):
-            raise ConfigError(f"labels is {list(what.labels)}; clips are scored by depth alone")
-        # A clip is a video, however its pictures lie: a long one is not to be squeezed as a corpus's are.
-        what = what if what.round_aspect is not None else what.model_copy(update={"round_aspect": False})
-        checksums = [(frame.sample.name, zlib.crc32(read_file(frame.picture))) for frame in frames]
-        claim(name, wanted.colours, checksums, out, overwrite=overwrite)
-        clips = tuple(map(_numbered, clips))
-        store = _label(wanted, clips, out, what, overwrite, console)
-        compared = _compared(store, [frame.sample for clip in clips for frame in clip.frames], console)
-    if not isinstance(what, LabelConfig):
-        keep_figures(name, compared["raw"], out, overwrite=overwrite)
-    scores = {}
-    with progress_on(console) as progress:
-        for which, predictions in compared.items():
-            task = progress.add_task(f"scoring {which}", total=len(clips))
-            scores[which] = score_clips(wanted, clips, predictions.read, advance=partial(progress.advance, task))
-    config = what.model_dump(mode="json") if isinstance(what, LabelConfig) else None
-    write_clip_report(out, wanted, scores, compared, config)
-    console.print(clip_table(wanted, scores, compared["raw"].checkpoint))
-    for line in clip_reasons(scores):
-        warn(console, line)
-    console.print(f"written: {out / 'metrics.json'}, {out / 'per_clip.csv'}", soft_wrap=True)
-    return scores
 
 
 def _numbered(clip: TrueClip) -> TrueClip:
