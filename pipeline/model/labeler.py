@@ -176,14 +176,8 @@ class Labeler:
                 uncertainty=np.zeros(shape, np.float32) if "depth" in wanted and self.sampling.ensemble > 1 else None,
             )
         labels = self.label(list(frames), keys)
-        depths = [one.depth for one in labels if one.depth is not None]
-        normals = [one.normals for one in labels if one.normals is not None]
-        uncertainties = [one.uncertainty for one in labels if one.uncertainty is not None]
-        return Labels(
-            depth=np.concatenate(depths) if depths else None,
-            normals=np.concatenate(normals) if normals else None,
-            uncertainty=np.concatenate(uncertainties) if uncertainties else None,
-        )
+        alike = ([getattr(one, name) for one in labels] for name in ("depth", "normals", "uncertainty"))
+        return Labels(*(None if parts[0] is None else np.concatenate(parts) for parts in alike))
 
     @property
     def compiled(self) -> bool:

@@ -288,12 +288,8 @@ def _misplaced(folder: Path) -> tuple[set[str], set[str]]:
 
 def _check_strict(checkpoint: Checkpoint, part: str, info: dict[str, Any]) -> None:
     """Refuse what the libraries let pass with a warning at most: weights left random, or left over."""
-    wrong = {
-        kind: sorted(map(str, info.get(kind) or ()))
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-    }
-    wrong = {kind: keys for kind, keys in wrong.items() if keys}
-    if wrong:
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    if wrong := {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}:
         shown = "; ".join(
             f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
             for kind, keys in wrong.items()
