@@ -41,11 +41,14 @@ def open_container(uri: str) -> tuple[av.container.InputContainer, av.video.stre
     Raises:
         SourceError: If the file is no video, or its disk or network does not answer.
     """
+    file: Any = uri
     try:
-        # A file that FFmpeg opens itself costs less than one that is read through Python.
-        file: Any = open_binary(uri) if is_url(uri) else uri
+        if is_url(uri):  # a file that FFmpeg opens itself costs less than one that is read through Python
+            file = open_binary(uri)
         container = av.open(file, "r", options=_OPEN_OPTIONS, **_LENIENT)
     except (av.FFmpegError, OSError) as error:
+        if file is not uri:  # not left to the collector: a thread that it stops would wait for the one that reads ahead
+            file.close()
         # Of EIO only if it came through Python: libav itself says so of damage as well, where a file begins.
         of_content = _OF_CONTENT if type(error) is OSError else (*_OF_CONTENT, errno.EIO)
         if isinstance(error, OSError) and error.errno not in of_content:

@@ -240,6 +240,7 @@ def test_an_input_that_is_replaced_while_it_is_probed_is_not_described(
         source.probe()
     assert source.probe().fingerprint == open_source(f"{web.url}/{kind}").probe().fingerprint
     assert [make.read_index(frame.image) for frame in source.read(0, COUNT)] == list(range(100, 100 + COUNT))
+    source.close()
 
 
 def test_what_is_said_to_have_changed_is_probed_anew_and_gone_on_with_if_it_is_the_same(tmp_path: Path, web) -> None:

@@ -8,8 +8,8 @@ import fsspec
 import pytest
 
 from depthmill.pipeline.errors import SourceError
-from depthmill.pipeline.sources import expand_inputs, open_source
-from depthmill.pipeline.sources.opening import list_files
+from depthmill.pipeline.sources import expand_inputs, open_source, video_container
+from depthmill.pipeline.sources.opening import list_files, open_binary
 from depthmill.tests import media as make
 
 
@@ -77,7 +77,8 @@ def test_a_service_that_fails_while_a_video_is_opened_is_no_fault_of_the_video(s
     clip, files = make.write_video(tmp_path / "clip.mkv", frames=9).read_bytes(), type(fsspec.filesystem("s3"))
     fsspec.filesystem("s3").pipe_file(f"{s3.url}/clip.mkv", clip)
     fsspec.filesystem("s3").pipe_file(f"{s3.url}/cut.mkv", clip[:100])
-    original = files._call_s3
+    original, opened = files._call_s3, []
+    monkeypatch.setattr(video_container, "open_binary", lambda uri: opened.append(open_binary(uri)) or opened[-1])
 
     async def fail(self, method, *args, **options):
         if method == "get_object":
@@ -90,6 +91,7 @@ def test_a_service_that_fails_while_a_video_is_opened_is_no_fault_of_the_video(s
             open_source(f"{s3.url}/clip.mkv").probe()
     with pytest.raises(SourceError, match=r"cut\.mkv: cannot be opened as a video.*whole up to its index"):
         open_source(f"{s3.url}/cut.mkv").probe()
+    assert [file.closed for file in opened] == [True, True]
 
 
 def test_keys_with_two_slashes_are_others(s3) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import http.server
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import fsspec
@@ -45,8 +46,8 @@ def remote(s3, local: Path) -> str:
 
 
 def frames(uri: str) -> list[Frame]:
-    source = open_source(uri)
-    return list(source.read(0, source.probe().frames))
+    with closing(open_source(uri)) as source:
+        return list(source.read(0, source.probe().frames))
 
 
 KINDS = ["clip.mp4", "shard-00000.tar", "rows.parquet", "photos", "photos/001.png"]
