@@ -7,6 +7,7 @@ any may be killed. What a killed one had begun to write goes when the pool is op
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
@@ -14,7 +15,6 @@ import random
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +27,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from depthmill.pipeline.config import make_folder
 from depthmill.pipeline.errors import RunStoppedError
+from depthmill.pipeline.room import room_in
+from depthmill.pipeline.store import write_atomically
 from depthmill.pipeline.training import scenes
 from depthmill.pipeline.training.raycast import MEASURED_M, Views
 
@@ -92,10 +95,10 @@ def open_pool(
         device: Where scenes are rendered; another one's differ in a few pixels.
 
     Raises:
-        RunStoppedError: If a process that renders was killed.
+        ConfigError: If scenes are missing, and the pool cannot be written.
+        RunStoppedError: If a process that renders was killed, or the disk is full.
     """
     folder = directory / f"v{scenes.VERSION}-{height}x{width}"
-    folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
     seeds = [range(start, min(start + SHARD, first + count)) for start in range(first, first + count, SHARD)]
     paths = [folder / f"{each.start:07d}.npy" for each in seeds]
@@ -105,10 +108,12 @@ def open_pool(
     missing = [job for job in jobs if not job[0].exists()]
     random.Random().shuffle(missing)  # processes that fill one pool, as those of a run do, share the work so
     if missing:
+        make_folder(folder, "data.pool or the set's path:")
         started = time.monotonic()
         # Spawned, since a forked child of a process that has used OpenMP may hang.
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_end_with_parent) as executor:
+        executor = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_end_with_parent)
+        with room_in(directory), executor:
             try:
                 # They start with the first job, and inherit this: Ctrl-C, which all get, is for this process to answer.
                 heard = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -161,21 +166,17 @@ def _end_with_parent() -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what killed processes left half written, and nothing that another may still be writing."""
-    for left in folder.glob(".*.npy.*"):
+    for left in folder.glob(".*.npy.*/*"):
         with suppress(OSError):  # it is another's, or gone
             if time.time() - left.stat().st_mtime > _LEFT_S:
                 left.unlink()
+                left.parent.rmdir()
 
 
 def _fill(path: Path, seeds: range, height: int, width: int, device: str = "cpu") -> None:
     if path.exists():
         return
     torch.set_num_threads(1)
-    pixels = render(seeds, height, width, device)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # other machines may have a process of this number
-    try:
-        with partial.open("wb") as file:
-            np.save(file, pixels)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    shard = io.BytesIO()  # to a file itself, numpy does not say that it was the disk that was full
+    np.save(shard, render(seeds, height, width, device))
+    write_atomically(path, shard.getvalue())

@@ -1,14 +1,17 @@
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from depthmill.pipeline.errors import ConfigError, RunStoppedError
 from depthmill.pipeline.training import pool
 
 
@@ -38,6 +41,23 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         pool._fill(tmp_path / "0000000.npy", range(2), 3, 4)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_and_a_pool_that_cannot_be_written_are_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", lambda count, **_: ThreadPoolExecutor(count))
+    monkeypatch.setattr(pool, "render", lambda seeds, *size: np.zeros((len(seeds), 60, 80), pool._PIXEL))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(RunStoppedError, match=rf"{tmp_path}.* cannot be written: the disk is full"):
+            pool.open_pool(tmp_path, pool.SHARD, 60, 80, processes=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (folder,) = tmp_path.iterdir()
+    assert not list(folder.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/v\d+-60x80 cannot be written"):
+        pool.open_pool(tmp_path / "file", pool.SHARD, 60, 80, processes=1)
 
 
 def test_processes_that_fill_one_pool_begin_with_different_shards(tmp_path, monkeypatch):
@@ -138,9 +158,11 @@ def test_what_a_killed_process_left_half_written_goes_and_what_another_writes_st
     folder = tmp_path / f"v{pool.scenes.VERSION}-3x4"
     folder.mkdir()
     pool._fill(folder / "0000000.npy", range(pool.SHARD), 3, 4)
-    left, written = (folder / f".{name}.npy.{'0' * 32}" for name in ("0000000", "0000100"))
+    left, written = (folder / f".{name}.npy.partial" / ".0.partial" for name in ("0000000", "0000100"))
     for path in (left, written):
+        path.parent.mkdir()
         path.touch()
     os.utime(left, (time.time() - 2 * 3600,) * 2)
     assert len(pool.open_pool(tmp_path, pool.SHARD, 3, 4, processes=1)) == pool.SHARD
-    assert set(folder.iterdir()) == {folder / "0000000.npy", written}
+    assert set(folder.iterdir()) == {folder / "0000000.npy", written.parent}
+    assert written.exists()
