@@ -290,10 +290,12 @@ def _held(gradient: Tensor) -> Tensor:
 
 
 def _held_out(config: StagedConfig, device: torch.device) -> Views:
-    d = config.data
-    width = config.processing_resolution
+    """Scenes as wide as pictures are labelled, but for what the network cannot divide."""
+    d, factor = config.data, config.architecture.vae_factor
+    wanted = config.processing_resolution
+    height, width = (max(size // factor, 1) * factor for size in (wanted * d.height // d.width, wanted))
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + _HELD_OUT)
-    views = scenes.view(seeds, width * d.height // d.width, width, device=device)
+    views = scenes.view(seeds, height, width, device=device)
     return Views(*(getattr(views, field.name).cpu() for field in fields(Views)))
 
 

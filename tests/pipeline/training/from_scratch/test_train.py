@@ -284,6 +284,14 @@ def test_a_run_of_another_optimizer_does_not_go_on(scene_pool: Path, trained: Pa
         train(config(scene_pool), tmp_path)
 
 
+def test_held_out_scenes_are_of_a_size_that_the_network_takes(scene_pool: Path, tmp_path: Path) -> None:
+    run = config(scene_pool, processing_resolution=50)  # 37.5 rows
+    views = train_module._held_out(run, torch.device("cpu"))
+    assert views.depth.shape[1:] == (36, 48)
+    net = network.build(run.architecture, 0, torch.device("cpu"))
+    assert "AbsRel" in train_module.draw(net, views, tmp_path / "a.png")
+
+
 def test_training_lowers_the_loss(scene_pool: Path, tmp_path: Path) -> None:
     train(config(scene_pool, small_steps=24, save_steps=100), tmp_path)
     rows = [float(row[3]) for row in losses(tmp_path)[1:] if row[0] == "both"]
