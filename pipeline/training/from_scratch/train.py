@@ -7,6 +7,7 @@ to remember.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -327,7 +328,10 @@ def _save(net: Network, optimizer: Optimizer, position: tuple[int, int], config:
     net.save(output / "checkpoint", processing_resolution=config.processing_resolution, dtype=torch.float16)
     state = {"stage": position[0], "step": position[1], "modules": net.modules.state_dict()}
     unfinished = output / "state.pt.partial"
-    torch.save({**state, "optimizer": optimizer.state_dict()}, unfinished)
+    with unfinished.open("wb") as file:
+        torch.save({**state, "optimizer": optimizer.state_dict()}, file)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut takes it, and the one before it
     unfinished.replace(output / "state.pt")
 
 

@@ -343,6 +343,17 @@ def test_a_full_disk_ends_the_run_and_keeps_its_state(
         train(config(scene_pool, small_steps=2), tmp_path)
 
 
+def test_a_state_is_on_the_disk_before_it_has_its_name(
+    scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, state, synced = config(scene_pool), tmp_path / "state.pt", []
+    net = network.build(run.architecture, 0, torch.device("cpu"))
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file), state.exists())))
+    train_module._save(net, Optimizer(net, train_module._trained(net, run.stages[0])), (0, 1), run, tmp_path)
+    ((file, named),) = synced
+    assert (file.st_ino, file.st_size, named) == (state.stat().st_ino, state.stat().st_size, False)
+
+
 def test_a_start_that_does_not_fit_is_refused(scene_pool: Path, trained: Path, tmp_path: Path) -> None:
     checkpoints = shutil.copytree(trained / "checkpoint", tmp_path / "first")
     wider = config(scene_pool).model_dump()["architecture"] | {"unet_channels": (32, 32)}
