@@ -90,9 +90,9 @@ def _listed(table: Path, modality: Modality) -> list[tuple[str, ...]]:
     """Paths of each picture's files below the set's folder, in the table's order."""
     try:
         with table.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise TrainingError(f"{table} cannot be read ({error.strerror}): {_REMEDY}") from error
+            rows = list(csv.DictReader(file, restval=""))  # its last row may be cut
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TrainingError(f"{table} cannot be read ({error}): {_REMEDY}") from error
     columns = {"scene_name", "camera_name", "frame_id", "rgb_path", "depth_path"}
     if rows and (lacking := columns - rows[0].keys()):
         raise TrainingError(f"{table} has no column {', '.join(sorted(lacking))}: {_REMEDY}")

@@ -123,6 +123,16 @@ def test_missing_files_are_left_out_and_counted(config: HypersimOptions, caplog:
     assert "frame.0017.normal_cam.png" in caplog.messages[1]
 
 
+def test_a_table_that_is_cut_lists_what_is_before_and_a_damaged_one_is_told_of(config: HypersimOptions) -> None:
+    table = config.path / "train" / "filename_meta_train.csv"
+    with table.open("a") as file:
+        file.write("4,ai_002_005,cam")
+    assert len(open_set(config, "depth")) == len(open_set(config, "normals")) == len(FRAMES)
+    table.write_bytes(table.read_bytes() + b"\xff")
+    with pytest.raises(TrainingError, match=r"filename_meta_train.csv cannot be read .*preprocess_hypersim.py"):
+        open_set(config, "depth")
+
+
 def test_nothing_there_says_what_to_do(config: HypersimOptions, tmp_path: Path) -> None:
     for scene in ("ai_001_001", "ai_002_005"):
         for path in (config.path / "train" / scene).glob("depth*"):
