@@ -33,3 +33,16 @@ def read_config(folder: Path) -> dict[str, Any]:
             "it back, or start over with --overwrite"
         ) from error
     return document
+
+
+def refuse_other_kind(folder: Path, *, stages: bool) -> None:
+    """See that a folder holds no run of the other kind: without `stages` for one with them, and the reverse.
+
+    Raises:
+        TrainingError: If it does, or what it holds cannot be read.
+    """
+    if (folder / _CONFIG).exists() and ("stages" in read_config(folder)) != stages:
+        raise TrainingError(
+            f"{folder} holds a run {'without' if stages else 'with'} stages: train into another folder, or start over "
+            "with --overwrite"
+        )

@@ -32,7 +32,7 @@ from depthmill.pipeline.room import room_in
 from depthmill.pipeline.training import start
 from depthmill.pipeline.training.batch import Batch, concatenate
 from depthmill.pipeline.training.config import TrainConfig
-from depthmill.pipeline.training.folder import read_config, write_config
+from depthmill.pipeline.training.folder import read_config, refuse_other_kind, write_config
 from depthmill.pipeline.training.loader import MicroBatches, augmented, load
 from depthmill.pipeline.training.mixing import read_usable
 from depthmill.pipeline.training.objectives import Objective
@@ -360,12 +360,14 @@ def _remove(accelerator: Accelerator, output: Path) -> None:
     if accelerator.is_main_process:
         for name in ("states", "tensorboard", "pictures", "checkpoint"):
             shutil.rmtree(output / name, ignore_errors=True)
-        (output / "losses.csv").unlink(missing_ok=True)
+        for name in ("losses.csv", "state.pt"):
+            (output / name).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 
 
 def _resume(accelerator: Accelerator, config: TrainConfig, output: Path) -> int:
     """Load the last whole state, if there is one; the number of steps that are done."""
+    refuse_other_kind(output, stages=False)
     states = sorted(path for path in (output / "states").glob("*") if path.name.isdigit())
     found = gather_object([states[-1].name if states else "none"])
     if len(set(found)) > 1:

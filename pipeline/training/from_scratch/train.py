@@ -28,7 +28,7 @@ from depthmill.pipeline.model.backend import pick_device
 from depthmill.pipeline.room import room_in
 from depthmill.pipeline.sources.prefetch import prefetch
 from depthmill.pipeline.training import losses, scenes
-from depthmill.pipeline.training.folder import read_config, write_config
+from depthmill.pipeline.training.folder import read_config, refuse_other_kind, write_config
 from depthmill.pipeline.training.from_scratch import data, network
 from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
 from depthmill.pipeline.training.from_scratch.network import MODALITIES, Network
@@ -87,6 +87,8 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
 
 
 def _train(config: StagedConfig, output: Path, overwrite: bool, where: torch.device) -> Path:
+    if not overwrite:
+        refuse_other_kind(output, stages=True)
     net = network.build(config.architecture, config.seed, where)
     if config.start is not None:
         net.load(config.start)
@@ -94,7 +96,7 @@ def _train(config: StagedConfig, output: Path, overwrite: bool, where: torch.dev
     if overwrite:  # now: a run that is stopped before its first save must not go on from the old one's
         for name in ("state.pt", "losses.csv"):
             (output / name).unlink(missing_ok=True)
-        for name in ("checkpoint", "pictures"):
+        for name in ("checkpoint", "pictures", "states", "tensorboard"):
             shutil.rmtree(output / name, ignore_errors=True)
     if (output / "state.pt").exists():
         saved = torch.load(output / "state.pt", map_location=where, weights_only=True)

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from depthmill.pipeline.errors import RunStoppedError, TrainingError
 from depthmill.pipeline.training import train as train_module
+from depthmill.pipeline.training.folder import read_config, write_config
 from depthmill.pipeline.training.train import train
 from depthmill.tests.pipeline.training.tiny import config, stop_after, table, weights
 
@@ -240,3 +241,13 @@ def test_nothing_is_removed_before_all_sets_are_found(scene_pool, tmp_path):
         with pytest.raises(TrainingError, match="nowhere"):
             train(config(scene_pool, steps=1, **changes), tmp_path / "run", overwrite=True)
     assert sorted((tmp_path / "run").rglob("*")) == there
+
+
+def test_a_run_with_stages_stays_as_it_is_unless_overwritten(scene_pool, tmp_path):
+    write_config(tmp_path, {"stages": []})
+    (tmp_path / "state.pt").touch()
+    with pytest.raises(TrainingError, match="holds a run with stages"):
+        train(config(scene_pool, steps=1), tmp_path)
+    assert read_config(tmp_path) == {"stages": []}
+    train(config(scene_pool, steps=1), tmp_path, overwrite=True)
+    assert not (tmp_path / "state.pt").exists()

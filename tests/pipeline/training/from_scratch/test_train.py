@@ -24,6 +24,7 @@ from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.modules import load_vae
 from depthmill.pipeline.training import scenes
+from depthmill.pipeline.training.folder import read_config, write_config
 from depthmill.pipeline.training.from_scratch import data, network
 from depthmill.pipeline.training.from_scratch import train as train_module
 from depthmill.pipeline.training.from_scratch.config import Stage, StagedConfig
@@ -154,6 +155,21 @@ def test_another_run_is_refused_but_for_stages_to_come(
     train(config(scene_pool, seed=2), tmp_path)
     assert len(losses(tmp_path)) == 1 + 2 + 4
     assert losses(tmp_path)[1] != before[1]
+
+
+def test_a_run_without_stages_stays_as_it_is_unless_overwritten(
+    scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_config(tmp_path, {"steps": 4})
+    (tmp_path / "losses.csv").write_text("step,loss\n1,0.5\n")
+    (tmp_path / "states").mkdir()
+    with pytest.raises(TrainingError, match="holds a run without stages"):
+        train(config(scene_pool), tmp_path)
+    assert read_config(tmp_path) == {"steps": 4}
+    monkeypatch.setattr(train_module, "_stage", Mock(side_effect=KilledError))
+    with pytest.raises(KilledError):
+        train(config(scene_pool), tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(
