@@ -75,10 +75,11 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
         The folder of the checkpoints.
 
     Raises:
-        ConfigError: If `device` cannot be trained on.
-        TrainingError: If `output` holds a run of another configuration or optimizer, the loss is no longer a number, or
-            torch has no Muon.
-        RunStoppedError: If the disk is full.
+        CheckpointError: If the start cannot be loaded.
+        ConfigError: If `device` cannot be trained on, or scenes cannot be rendered into the pool.
+        TrainingError: If `output` holds a run of another configuration or optimizer, the start does not fit, the loss
+            is no longer a number, or torch has no Muon.
+        RunStoppedError: If the disk is full, or a process that renders was killed.
     """
     where = pick_device(device or "auto")
     make_folder(output)
@@ -338,7 +339,7 @@ def _save(net: Network, optimizer: Optimizer, position: tuple[int, int], config:
 
 
 def _refuse_another_run(config: StagedConfig, output: Path, stage: int, step: int) -> None:
-    """Between two calls only paths, intervals, stages to come and the learning rate of the one begun may change."""
+    """See that the steps so far were this run's, and that of the stage begun only the learning rate has changed."""
 
     def begun(config: StagedConfig) -> dict[str, Any]:
         run = config.model_dump(mode="json")
