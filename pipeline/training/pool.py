@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from depthmill.pipeline.config import make_folder
-from depthmill.pipeline.errors import RunStoppedError
+from depthmill.pipeline.errors import RunStoppedError, TrainingError
 from depthmill.pipeline.room import room_in
 from depthmill.pipeline.store import write_atomically
 from depthmill.pipeline.training import scenes
@@ -97,6 +97,7 @@ def open_pool(
     Raises:
         ConfigError: If scenes are missing, and the pool cannot be written.
         RunStoppedError: If a process that renders was killed, or the disk is full.
+        TrainingError: If a shard is damaged.
     """
     folder = directory / f"v{scenes.VERSION}-{height}x{width}"
     _clear(folder)
@@ -134,7 +135,7 @@ def open_pool(
                 for process in (getattr(executor, "_processes", None) or {}).values():  # public from Python 3.14 on
                     process.terminate()
                 raise
-    return Pool(tuple(np.load(path, mmap_mode="r")[: len(each)] for path, each in zip(paths, seeds, strict=True)))
+    return Pool(tuple(_mapped(path)[: len(each)] for path, each in zip(paths, seeds, strict=True)))
 
 
 def render(seeds: Sequence[int], height: int, width: int, device: str = "cpu") -> npt.NDArray[np.void]:
@@ -145,6 +146,14 @@ def render(seeds: Sequence[int], height: int, width: int, device: str = "cpu") -
     pixels["depth"] = views.depth.cpu().numpy()
     pixels["normals"] = (views.normals * 127).round().permute(0, 2, 3, 1).cpu().numpy()
     return pixels
+
+
+def _mapped(path: Path) -> npt.NDArray[np.void]:
+    try:
+        shard: npt.NDArray[np.void] = np.load(path, mmap_mode="r")
+    except (EOFError, ValueError) as error:
+        raise TrainingError(f"{path} is damaged ({error}): remove it, and its scenes are rendered anew") from error
+    return shard
 
 
 def _bytes(pixels: npt.NDArray[np.void]) -> Tensor:

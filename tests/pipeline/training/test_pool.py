@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from depthmill.pipeline.errors import ConfigError, RunStoppedError
+from depthmill.pipeline.errors import ConfigError, RunStoppedError, TrainingError
 from depthmill.pipeline.training import pool
 
 
@@ -166,3 +166,14 @@ def test_what_a_killed_process_left_half_written_goes_and_what_another_writes_st
     assert len(pool.open_pool(tmp_path, pool.SHARD, 3, 4, processes=1)) == pool.SHARD
     assert set(folder.iterdir()) == {folder / "0000000.npy", written.parent}
     assert written.exists()
+
+
+@pytest.mark.parametrize("left", [0, 500])
+def test_a_shard_that_was_cut_is_named(tmp_path, left):
+    folder = tmp_path / f"v{pool.scenes.VERSION}-2x2"
+    folder.mkdir()
+    path = folder / "0000000.npy"
+    np.save(path, np.zeros((pool.SHARD, 2, 2), pool._PIXEL))
+    os.truncate(path, left)
+    with pytest.raises(TrainingError, match=r"/0000000\.npy is damaged .*remove it"):
+        pool.open_pool(tmp_path, pool.SHARD, 2, 2, processes=1)
