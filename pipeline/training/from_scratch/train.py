@@ -23,7 +23,7 @@ from torch import Tensor
 
 from depthmill.pipeline.config import make_folder
 from depthmill.pipeline.config_files import validated
-from depthmill.pipeline.errors import TrainingError
+from depthmill.pipeline.errors import ConfigError, TrainingError
 from depthmill.pipeline.model.backend import pick_device
 from depthmill.pipeline.room import room_in
 from depthmill.pipeline.sources.prefetch import prefetch
@@ -76,11 +76,17 @@ def train(config: StagedConfig, output: Path, *, overwrite: bool = False, device
 
     Raises:
         CheckpointError: If the start cannot be loaded.
-        ConfigError: If `device` cannot be trained on, or scenes cannot be rendered into the pool.
+        ConfigError: If `device` cannot be trained on, scenes cannot be rendered into the pool, or this is one of
+            several processes.
         TrainingError: If `output` holds a run of another configuration or optimizer, the start does not fit, the loss
             is no longer a number, or torch has no Muon.
         RunStoppedError: If the disk is full, or a process that renders was killed.
     """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(
+            f"a run with stages trains in one process, and this is one of {processes}: call depthmill train itself, "
+            "without accelerate launch or torchrun"
+        )
     where = pick_device(device or "auto")
     make_folder(output)
     with room_in(output):

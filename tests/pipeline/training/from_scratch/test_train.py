@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from depthmill.pipeline.config_files import load_config
-from depthmill.pipeline.errors import CheckpointError, RunStoppedError, TrainingError
+from depthmill.pipeline.errors import CheckpointError, ConfigError, RunStoppedError, TrainingError
 from depthmill.pipeline.model import scratch
 from depthmill.pipeline.model.checkpoint import open_checkpoint
 from depthmill.pipeline.model.modules import load_vae
@@ -170,6 +170,13 @@ def test_a_run_without_stages_stays_as_it_is_unless_overwritten(
     with pytest.raises(KilledError):
         train(config(scene_pool), tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_one_of_several_processes_is_refused(scene_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one of 2: call depthmill train itself"):
+        train(config(scene_pool), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_no_number_stops_the_run(
