@@ -155,7 +155,7 @@ def _stage(
         done = step + 1
         if done % _LOG_STEPS == 0 or done == stage.steps:
             pace = (done - begun) * stage.batch_size / (time.monotonic() - started)
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if isfinite(value))
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if isfinite(value))
             logger.info("%s %d/%d  %s  %.1f pictures/s", stage.name, done, stage.steps, shown, pace)
         yield done, row
         if done % _LOG_STEPS == 0:
