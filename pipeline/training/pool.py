@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -38,37 +39,46 @@ logger = logging.getLogger(__name__)
 
 SHARD = 100
 _LEFT_S = 3600  # after which what was being written is no longer: that takes seconds
-# One row is one pixel, 8 bytes; float16 keeps depth to 0.05 %, int8 keeps normals to a quarter of a degree.
+# One row is one pixel, 8 bytes; float16 keeps depth to 0.05 %, int8 keeps normals to 0.4 degrees.
 _PIXEL = np.dtype([("rgb", np.uint8, 3), ("depth", np.float16), ("normals", np.int8, 3)])
 
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Open shards, in the order of their seeds.
+    """Rendered scenes of consecutive seeds.
 
     Attributes:
-        shards: Each (SHARD, H, W) of `_PIXEL`, mapped from its file; the last may be shorter.
+        paths: Of shards, `SHARD` scenes each, in the order of their seeds; the last may be shorter, or longer than
+            asked for.
+        count: How many scenes.
         resident: All of them in a GPU's memory, (scenes, H, W, 8) uint8, if they were put there.
     """
 
-    shards: tuple[npt.NDArray[np.void], ...]
+    paths: tuple[Path, ...]
+    count: int
     resident: Tensor | None = None
 
     def __len__(self) -> int:
-        return sum(map(len, self.shards))
+        return self.count
 
     def to(self, device: torch.device) -> Pool:
         """The same in a GPU's memory, 150 kB a scene of 120x160, from where it gives its scenes; on a CPU itself."""
         if device.type == "cpu":
             return self
-        return replace(self, resident=torch.cat([_bytes(np.array(shard)).to(device) for shard in self.shards]))
+        shards = [_bytes(np.array(_mapped(path))).to(device) for path in self.paths]
+        return replace(self, resident=torch.cat(shards)[: self.count])
+
+    def pixels(self, index: int) -> npt.NDArray[np.void]:
+        """A scene as it is stored: (H, W) of `_PIXEL`."""
+        pixels: npt.NDArray[np.void] = _mapped(self.paths[index // SHARD])[index % SHARD]
+        return pixels
 
     def read(self, indices: npt.NDArray[np.integer]) -> Views:
         """Scenes by index, all at the pool's size."""
         if self.resident is not None:
             raw = self.resident[torch.from_numpy(indices).to(self.resident.device)]
         else:
-            raw = _bytes(np.stack([self.shards[i // SHARD][i % SHARD] for i in indices.tolist()]))
+            raw = _bytes(np.stack([self.pixels(i) for i in indices.tolist()]))
         rgb, depth, normals = raw[..., :3], raw[..., 3:5].contiguous().view(torch.float16)[..., 0].float(), raw[..., 5:]
         mask = depth <= MEASURED_M
         unit = torch.nn.functional.normalize(normals.view(torch.int8).permute(0, 3, 1, 2).float(), dim=1)
@@ -135,7 +145,9 @@ def open_pool(
                 for process in (getattr(executor, "_processes", None) or {}).values():  # public from Python 3.14 on
                     process.terminate()
                 raise
-    return Pool(tuple(_mapped(path)[: len(each)] for path, each in zip(paths, seeds, strict=True)))
+    for path in paths:
+        _mapped(path)
+    return Pool(tuple(paths), count)
 
 
 def render(seeds: Sequence[int], height: int, width: int, device: str = "cpu") -> npt.NDArray[np.void]:
@@ -148,6 +160,7 @@ def render(seeds: Sequence[int], height: int, width: int, device: str = "cpu") -
     return pixels
 
 
+@lru_cache(maxsize=512)  # each holds its file open, of which a process may have 1024, as a rule
 def _mapped(path: Path) -> npt.NDArray[np.void]:
     try:
         shard: npt.NDArray[np.void] = np.load(path, mmap_mode="r")

@@ -56,7 +56,7 @@ class Rendered:
         """One scene; see `TrainingSet.read`."""
         pool = _pool(self._options)
         where = f"scene {self._options.first + index} of {self._options.path}"
-        if np.isnan(pool.shards[index // SHARD][index % SHARD]["depth"]).any():
+        if np.isnan(pool.pixels(index)["depth"]).any():
             raise SampleError(f"{where}: NaN in its depth; remove the pool to render anew")
         views = pool.read(np.array([index]))
         if not views.mask.any():

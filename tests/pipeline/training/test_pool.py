@@ -177,3 +177,22 @@ def test_a_shard_that_was_cut_is_named(tmp_path, left):
     os.truncate(path, left)
     with pytest.raises(TrainingError, match=r"/0000000\.npy is damaged .*remove it"):
         pool.open_pool(tmp_path, pool.SHARD, 2, 2, processes=1)
+
+
+def test_a_pool_may_have_more_shards_than_a_process_may_have_open_files(tmp_path):
+    folder = tmp_path / f"v{pool.scenes.VERSION}-1x1"
+    folder.mkdir()
+    pixels = np.zeros((pool.SHARD, 1, 1), pool._PIXEL)
+    firsts = np.arange(1024) * pool.SHARD
+    for number, first in enumerate(firsts):
+        pixels["rgb"][..., 0] = number % 256
+        np.save(folder / f"{first:07d}.npy", pixels)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 1024), limits[1]))
+    try:
+        scenes = pool.open_pool(tmp_path, len(firsts) * pool.SHARD, 1, 1, processes=1)
+        read = [scenes.read(some).rgb[:, 0].flatten() * 255 for some in np.split(firsts, 16)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(scenes) == len(firsts) * pool.SHARD
+    np.testing.assert_allclose(np.concatenate(read), np.arange(1024) % 256, atol=1e-3)
