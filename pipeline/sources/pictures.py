@@ -345,7 +345,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             grey[np.asarray(image) == image.info["transparency"]] = 255
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        colours = image.convert("RGBA")
+        colours = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # Pillow has no shorter way
         paper = Image.new("RGBA", colours.size, "white")
         return Image.alpha_composite(paper, colours).convert("RGB")
     return image.convert("RGB")

@@ -79,7 +79,14 @@ def test_sixteen_bits_are_scaled(suffix: str, tmp_path: Path) -> None:
 
 
 def tiff(
-    values: np.ndarray, bits: int, *, photometric: int = 1, sample_format: int = 1, samples: int = 1, planes: int = 1
+    values: np.ndarray,
+    bits: int,
+    *,
+    photometric: int = 1,
+    sample_format: int = 1,
+    samples: int = 1,
+    planes: int = 1,
+    extra: int | None = None,
 ) -> io.BytesIO:
     """A TIFF of (H, W * samples) whole numbers, each in so many bits; or whatever the tags make of them."""
     if bits == 12:
@@ -90,7 +97,8 @@ def tiff(
     height, width = values.shape[0], values.shape[1] // samples
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: samples, 278: height}
     tags |= {279: len(data), 284: planes, 339: sample_format}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    tags |= {} if extra is None else {338: extra}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
     head = b"II*\0" + struct.pack("<I", 8 + len(data))
     return io.BytesIO(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
 
@@ -143,6 +151,9 @@ def test_alpha_lies_over_white(tmp_path: Path) -> None:
     see_through.putpalette([9, 9, 9, 200, 0, 0])
     assert (write(see_through, tmp_path / "p.png", transparency=1) == 255).all()
     assert (write(see_through, tmp_path / "bytes.png", transparency=bytes([255, 0])) == 255).all()
+    premultiplied = np.array([[0, 0, 60, 120, 200, 255]])  # grey and alpha in turn
+    file = tiff(premultiplied, 8, samples=2, extra=1)
+    assert decode_image(file, LIMIT)[0, :, 0].tolist() == [255, 195, 200]
     deep = Image.fromarray(np.array([[40000, 10 * 257, 40001]], dtype=np.uint16))
     assert write(deep, tmp_path / "deep.png", transparency=40000)[0, :, 0].tolist() == [255, 10, 156]
 
