@@ -164,6 +164,7 @@ def decode_image(picture: Path | BinaryIO, max_pixels: int) -> npt.NDArray[np.ui
             if refused:
                 raise SourceError(refused)
             turn = _TURNS.get(_orientation(image))
+            _scale_transparency(image)
             image.load()
             rgb = _to_rgb(image)
             return np.array(rgb if turn is None else rgb.transpose(turn))
@@ -336,6 +337,15 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # EXIF is written by anything: a broken one is none
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Give the transparent value of a PNG the 8 bits that Pillow gives pixels of 2, 4 or, in colour, 16 bits alone."""
+    stored = [tile[3] for tile in getattr(image, "tile", []) if "transparency" in image.info]
+    if stored in (["L;2"], ["L;4"]):
+        image.info["transparency"] *= 85 if stored == ["L;2"] else 17
+    elif stored == ["RGB;16B"]:
+        image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -156,6 +157,19 @@ def test_alpha_lies_over_white(tmp_path: Path) -> None:
     assert decode_image(file, LIMIT)[0, :, 0].tolist() == [255, 195, 200]
     deep = Image.fromarray(np.array([[40000, 10 * 257, 40001]], dtype=np.uint16))
     assert write(deep, tmp_path / "deep.png", transparency=40000)[0, :, 0].tolist() == [255, 10, 156]
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour", "row", "key"),
+    [(2, 0, b"\x04", b"\0\1"), (4, 0, b"\0\x50", b"\0\5"), (16, 2, b"\0" * 12 + b"\1\2\3\4\5\6", b"\1\2\3\4\5\6")],
+)
+def test_the_transparent_value_of_a_png_has_its_bits(bits: int, colour: int, row: bytes, key: bytes) -> None:
+    """Two black pixels, one that is transparent."""
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", 3, 1, bits, colour, 0, 0, 0), b"tRNS": key}
+    chunks |= {b"IDAT": zlib.compress(b"\0" + row), b"IEND": b""}
+    packed = [struct.pack(">I", len(data)) + kind + data for kind, data in chunks.items()]
+    file = io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(one + struct.pack(">I", zlib.crc32(one[4:])) for one in packed))
+    assert decode_image(file, LIMIT)[0, :, 0].tolist() == [0, 0, 255]
 
 
 def test_a_large_colour_profile_is_passed_over(tmp_path: Path) -> None:
