@@ -38,6 +38,8 @@ _BLOCK = 4096  # packets read at once: a column that grew as a whole would leave
 # MPEG-4's pictures that are not coded, which stand for the one before, take no more. Some decode to that one again.
 _MAX_UNCODED_BYTES = 16
 
+_NO_TIMESTAMPS = 0x80  # libav's AVFMT_NOTIMESTAMPS, of formats
+
 _LOOKED_AT = 64  # packets, to see if they are reordered, or keyframes
 
 # Files in these formats may be joined by putting one behind the other, each with a clock of its own: where packets are
@@ -159,10 +161,12 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
         while len(block := np.fromiter(islice(rows, _BLOCK), _PACKET)):
             blocks.append(block)
         lost = lacking(container, stream, sum(map(len, blocks)))
-        # AVI has no presentation timestamps: where pictures are reordered, libav's are the order of the file.
+        # AVI has no presentation timestamps, and bare streams have none at all: where pictures are reordered, libav's
+        # are the order of the file, or guessed (of MPEG-1 wrongly where it begins).
         reorders = context.has_b_frames
         intra_only = context.codec.intra_only
-        invented = reorders and "avi" in container.format.name.split(",")
+        bare = container.format.flags & _NO_TIMESTAMPS
+        invented = bool(reorders and (bare or "avi" in container.format.name.split(",")))
         uncoded = context.name == "mpeg4"
         joinable = container.format.name in _JOINABLE
         time_base = float(stream.time_base or 0)

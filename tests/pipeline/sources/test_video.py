@@ -94,6 +94,12 @@ def test_where_the_first_packets_are_not_reordered_no_more_are_decoded(
     assert asked == [8]
 
 
+@pytest.mark.parametrize("suffix", [".m1v", ".m2v"])
+def test_bare_mpeg_streams_are_in_order(suffix: str, tmp_path: Path) -> None:
+    codec = "mpeg1video" if suffix == ".m1v" else "mpeg2video"
+    assert indices(make.write_video(tmp_path / f"clip{suffix}", codec=codec)) == list(range(FRAMES))
+
+
 def test_edit_lists_cut_frames_off(tmp_path: Path) -> None:
     path = make.write_video(
         tmp_path / "clip.mp4",
