@@ -18,6 +18,7 @@ from depthmill.pipeline.errors import ConfigError
 from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS, Domain, Modality, NormalsDtype
 
 DEMO = "demo"  # the name of the checkpoint inside the package
+MAX_RESOLUTION = 16_384  # pixels of the longer side, to which pictures are scaled up
 
 Compile = Literal["auto", "on", "off"]
 Noise = Literal["zeros", "gaussian", "pyramid"]
@@ -149,7 +150,7 @@ class LabelConfig(StrictModel):
     labels: tuple[Modality, ...] = ("depth", "normals")
     normals_axes: str | None = None
     domain: Domain | None = None
-    processing_resolution: Whole | None = Field(default=None, ge=16)
+    processing_resolution: Whole | None = Field(default=None, ge=16, le=MAX_RESOLUTION)
     batch_size: int | Literal["auto"] = "auto"
     compile: Compile = "auto"
     device: str = "auto"

@@ -27,7 +27,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 from safetensors import SafetensorError, safe_open
 
-from depthmill.pipeline.config import DEMO, LabelConfig
+from depthmill.pipeline.config import DEMO, MAX_RESOLUTION, LabelConfig
 from depthmill.pipeline.errors import CheckpointError, ConfigError
 from depthmill.pipeline.geometry import STORED_AXES, axes_signs
 from depthmill.pipeline.model.hashes import hash_files
@@ -36,7 +36,6 @@ from depthmill.pipeline.types import Domain, Modality
 log = logging.getLogger(__name__)
 
 DEFAULT_RESOLUTION = 768  # Marigold's and E2E-FT's, where a checkpoint does not carry its own
-_MAX_RESOLUTION = 16_384  # that a checkpoint may ask for: pictures are scaled up to it
 DESCRIPTION_FILE = "depthmill.json"
 _PARTS = ("unet", "vae", "text_encoder", "scheduler", "tokenizer")
 _JOINT_PARTS = ("unet", "vae", "image_encoder", "scheduler", "feature_extractor")
@@ -172,10 +171,10 @@ def open_checkpoint(
             "(image_encoder/ in place of text_encoder/): leave domain (--domain) out"
         )
     resolution = index.get("default_processing_resolution") or DEFAULT_RESOLUTION
-    if not isinstance(resolution, int) or not 16 <= resolution <= _MAX_RESOLUTION:
+    if not isinstance(resolution, int) or not 16 <= resolution <= MAX_RESOLUTION:
         raise CheckpointError(
             f"checkpoint {name}: default_processing_resolution is {resolution!r}; expected pixels, 16 to "
-            f"{_MAX_RESOLUTION}: correct its model_index.json"
+            f"{MAX_RESOLUTION}: correct its model_index.json"
         )
     return Checkpoint(
         name,

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from depthmill.pipeline.config import FolderOrName, Noise, StrictModel
+from depthmill.pipeline.config import MAX_RESOLUTION, FolderOrName, Noise, StrictModel
 from depthmill.pipeline.model.scratch import Architecture
 from depthmill.pipeline.training.sets import SetConfig
 from depthmill.pipeline.types import Modality
@@ -91,7 +91,7 @@ class TrainConfig(StrictModel):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     ema: float | None = Field(default=None, gt=0, lt=1)
     augment: Augment = Field(default_factory=Augment)
-    processing_resolution: int = Field(default=768, ge=16)
+    processing_resolution: int = Field(default=768, ge=16, le=MAX_RESOLUTION)
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     save_steps: int = Field(default=1000, gt=0)
     picture_steps: int = Field(default=1000, gt=0)

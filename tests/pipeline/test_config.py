@@ -71,6 +71,7 @@ def test_segments_left_out_are_long_for_a_corpus_and_of_whole_shards(options, le
         ("batch_size: true", "batch_size.*got True"),
         ("attempts: true", "attempts.*integer.*got True"),
         ("threads: true", "threads.*integer.*got True"),
+        ("processing_resolution: 76800", "processing_resolution.*less than or equal to 16384.*got 76800"),
         ("device: tpu", "device: expected auto, cpu, cuda, xpu or mps"),
         ("seed: 1\nsteps: 2\nseed: 3", r"the key seed is there twice[\s\S]*line 3"),
         ("checkpoint: 2026-13-01", "no YAML that can be used: month must be in"),

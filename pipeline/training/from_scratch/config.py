@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from depthmill.pipeline.config import Folder, FolderOrName, StrictModel
+from depthmill.pipeline.config import MAX_RESOLUTION, Folder, FolderOrName, StrictModel
 from depthmill.pipeline.model.scratch import Architecture
 from depthmill.pipeline.training.pool import SHARD
 
@@ -87,7 +87,7 @@ class StagedConfig(StrictModel):
     seed: int = Field(default=0, ge=0)
     architecture: Architecture
     start: FolderOrName | None = None
-    processing_resolution: int = Field(gt=0)
+    processing_resolution: int = Field(ge=16, le=MAX_RESOLUTION)
     data: Data = Field(default_factory=Data)
     stages: tuple[Stage, ...] = Field(min_length=1)
     save_steps: int = Field(default=500, gt=0)
