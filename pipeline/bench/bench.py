@@ -24,7 +24,7 @@ from depthmill.pipeline.config import LabelConfig, make_folder
 from depthmill.pipeline.machine import cores, keep_freed_memory
 from depthmill.pipeline.model.backend import COMPILE_AFTER, cpu_kind, default_threads
 from depthmill.pipeline.model.labeler import Labeler, open_checkpoints
-from depthmill.pipeline.sources import open_source
+from depthmill.pipeline.sources import expand_inputs, open_source
 from depthmill.pipeline.types import Frame, is_corpus
 
 _SIZE = (576, 768)  # of the pictures where no input is given
@@ -111,7 +111,8 @@ def bench(
 
     Args:
         config: Checkpoints, resolution, device, dtype, batch size, threads.
-        uri: An input, of which the first frames are used; None for random pictures, and no feed.
+        uri: An input, or several as `label` takes them, of which the first frames of the first are used; None for
+            random pictures, and no feed.
         frames: Of the input that are decoded, and written, in a round, and labelled in a whole run.
         rounds: In which the alternatives take turns.
         folder: Where temporary stores are written; by default where temporary files go.
@@ -137,7 +138,7 @@ def bench(
             images = list(random.integers(0, 256, (labeler.batch_size, *_SIZE, 3), np.uint8))
             kept = [Frame(index, image) for index, image in enumerate(images)]
         else:
-            source = open_source(uri, max_pixels=config.max_pixels, max_frames=config.max_frames)
+            source = open_source(next(expand_inputs([uri])), max_pixels=config.max_pixels, max_frames=config.max_frames)
             stack.callback(source.close)
             kept = first_frames(source, _BATCHES * labeler.batch_size)
         pictures = [frame.image for frame in kept if frame.image is not None]

@@ -177,6 +177,17 @@ def test_a_whole_run_goes_through_all_segments_and_begins_the_next_before_a_comm
     assert asked == [[0, 0], [0, 4], [4, 8], [8, 0]]
 
 
+@pytest.mark.parametrize("given", ["", "*.mp4", "{clip,other}.mp4"])
+def test_of_several_inputs_the_first_is_used(given, config, tmp_path, monkeypatch):
+    """A folder of videos is what `label` is given as well."""
+    media.write_video(tmp_path / "clip.mp4", frames=4)
+    opened = []
+    monkeypatch.setattr("depthmill.pipeline.bench.bench.open_source", lambda uri, **_: opened.append(uri) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench(config, str(tmp_path / given), rounds=1)
+    assert opened == [str(tmp_path / "clip.mp4")]
+
+
 def test_an_input_without_frames_is_refused(config, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(SourceError, match=r"broken\.png"):
