@@ -10,7 +10,8 @@ alone says which frames are lost, and since it does not depend on where reading 
 decoded behind the first damaged packet of a group counts as lost up to the next keyframe: the decoder would invent
 those pictures from damaged ones, and labels of invented pictures are worse than none. So does the packet before the
 first that the decoder objects to: most codecs have no checksums, and damage that begins in the middle of a packet is
-often decoded as if it were a picture. Where the demuxer says that bytes are missing, damage is known to begin there.
+often decoded as if it were a picture. Where the demuxer says that bytes are missing, or the numbers of H.264's frames
+that packets are, damage is known to begin there.
 """
 
 from __future__ import annotations
@@ -222,7 +223,10 @@ class VideoSource(BaseSource[tuple[Source, PacketTable, str], Decoder]):
         packets = table.packets_of(group)
         best = _Verdict(group.first, -1, -1, "")
         for back in range(min(number, _MAX_GROUPS_BACK) + 1):
-            verdict = self._inspect(table, group, packets, int(table.group_first[number - back]), on_packet)
+            first = int(table.group_first[number - back])
+            if table.corrupt[first : group.first].any():
+                break  # the decoder may not say what comes of that
+            verdict = self._inspect(table, group, packets, first, on_packet)
             if verdict.damaged > best.damaged:
                 best = verdict
             if best.damaged > packets[0]:
@@ -241,7 +245,7 @@ class VideoSource(BaseSource[tuple[Source, PacketTable, str], Decoder]):
                 (flawed if bad else whole).add(ordinal)
         for before, ordinal in pairwise([packets[0], *packets]):
             if table.corrupt[ordinal]:
-                return _Verdict(first, ordinal, ordinal, "bytes of it are missing in the file")
+                return _Verdict(first, ordinal, ordinal, "bytes of it, or packets before it, are missing in the file")
             if ordinal in errors:
                 return _Verdict(first, before, ordinal, f"the decoder rejects it ({errors[ordinal]})")
             if ordinal in flawed:

@@ -22,7 +22,7 @@ from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.limits import check_frames
 from depthmill.pipeline.sources.opening import file_size, open_binary, unanswered
 from depthmill.pipeline.sources.video_container import decoder_limits, demux, is_intra, lacking, open_container
-from depthmill.pipeline.sources.video_fields import field_finder
+from depthmill.pipeline.sources.video_slices import slice_reader
 
 Int = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -30,7 +30,7 @@ Bool = npt.NDArray[np.bool_]
 
 NO_VALUE = np.iinfo(np.int64).min  # where a packet has no timestamp or no position
 
-_KEY, _CORRUPT, _HIDDEN, _FIELD = 1, 2, 4, 8  # flags of a packet while it is read
+_KEY, _CORRUPT, _HIDDEN, _FIELD, _GAP = 1, 2, 4, 8, 16  # flags of a packet while it is read
 _COLUMNS = {"pts": np.int64, "dts": np.int64, "pos": np.int64, "size": np.int32, "flags": np.uint8}
 _PACKET = np.dtype(list(_COLUMNS.items()))
 _BLOCK = 4096  # packets read at once: a column that grew as a whole would leave its former selves behind in the heap
@@ -39,6 +39,8 @@ _BLOCK = 4096  # packets read at once: a column that grew as a whole would leave
 _MAX_UNCODED_BYTES = 16
 
 _NO_TIMESTAMPS = 0x80  # libav's AVFMT_NOTIMESTAMPS, of formats
+
+_GAP_STEPS = 1.5  # between frames, of the usual one: there is room for one more
 
 _LOOKED_AT = 64  # packets, to see if they are reordered, or keyframes
 
@@ -68,7 +70,7 @@ class PacketTable:
         pts: (P,) int32 or int64 presentation timestamp in units of the stream's time base, or NO_VALUE.
         pos: (P,) int32 or int64 byte offset in the file, or NO_VALUE.
         size: (P,) int32 bytes.
-        corrupt: (P,) bool, True where the demuxer says that bytes are missing.
+        corrupt: (P,) bool, True where the demuxer says that bytes are missing, or packets before are.
         shown: (P,) int32 index of the frame that the packet holds, or -1 if it holds none that is shown.
         order: (F,) int32 packet of each frame.
         ticks: (F,) int32 or float64 times since the first frame, in units of `tick_s`.
@@ -155,8 +157,8 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
     with container:
         context = stream.codec_context
         hides = context.name in ("vp8", "libvpx")
-        is_field = field_finder(context.extradata) if context.name == "h264" else None
-        rows = (_row(packet, hides, is_field) for packet in islice(demux(container, stream), max_frames + 1))
+        slices = slice_reader(context.extradata) if context.name == "h264" else None
+        rows = (_row(packet, hides, slices) for packet in islice(demux(container, stream), max_frames + 1))
         blocks = []
         while len(block := np.fromiter(islice(rows, _BLOCK), _PACKET)):
             blocks.append(block)
@@ -210,6 +212,7 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
     group_start, group_first = _groups(rank, key, order)
     timestamp = dts[group_first]
     ticks, tick_s = _times(_sorted(clock[order]) if invented else clock[order], time_base, rate)
+    corrupt |= _behind_gaps((flags & _GAP).astype(bool), ticks, group_start, group_first)
     return PacketTable(
         pts=_compact(pts),
         pos=_compact(pos),
@@ -251,21 +254,19 @@ def fingerprint(uri: str, table: PacketTable) -> str:
 
 
 def _row(
-    packet: av.Packet[Any], hides: bool, is_field: Callable[[bytes], bool] | None
+    packet: av.Packet[Any], hides: bool, slices: Callable[[bytes, bool], tuple[bool, bool]] | None
 ) -> tuple[int, int, int, int, int]:
     """Presentation timestamp, decoding timestamp, position, size, flags."""
     hidden = packet.is_discard  # decoded but not shown: an edit list cuts it off
     if hides and not hidden:
         hidden = not bytes(packet)[0] & 0x10  # VP8's show_frame bit: alternate references are packets of their own
+    is_field, is_gap = slices(bytes(packet), packet.is_keyframe) if slices else (False, False)
     return (
         NO_VALUE if packet.pts is None else packet.pts,
         NO_VALUE if packet.dts is None else packet.dts,
         NO_VALUE if packet.pos is None else packet.pos,
         packet.size,
-        _KEY * packet.is_keyframe
-        | _CORRUPT * packet.is_corrupt
-        | _HIDDEN * hidden
-        | _FIELD * (is_field is not None and is_field(bytes(packet))),
+        _KEY * packet.is_keyframe | _CORRUPT * packet.is_corrupt | _HIDDEN * hidden | _FIELD * is_field | _GAP * is_gap,
     )
 
 
@@ -350,6 +351,20 @@ def _groups(rank: Int, key: Bool, order: Int) -> tuple[Int, Int]:
     if not len(starts) or starts[0] > 0:  # frames before the first keyframe as shown: all there is comes first
         entries, starts = np.append(0, entries), np.append(0, starts)
     return starts.astype(np.int64), entries.astype(np.int64)
+
+
+def _behind_gaps(gap: Bool, ticks: Int32 | npt.NDArray[np.float64], group_start: Int, group_first: Int) -> Bool:
+    """(P,) bool: the packets before which one is missing, by its number and by a frame that is in no group's time.
+
+    Some encoders count wrongly, and what they write is decoded well: by the numbers alone, all of it would be lost.
+    """
+    if not gap.any() or len(ticks) < 2:
+        return np.zeros_like(gap)
+    steps = np.diff(ticks)
+    long = steps > _GAP_STEPS * np.median(steps)
+    waits = np.logical_or.reduceat(np.append(long, False) | np.append(False, long), group_start)
+    group = np.searchsorted(group_first, np.arange(len(gap)), side="right") - 1
+    return np.asarray(gap & waits[group.clip(0)])
 
 
 def _compact(values: Int) -> Int | Int32:

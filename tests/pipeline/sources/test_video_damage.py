@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from pathlib import Path
 
@@ -66,6 +66,36 @@ def test_damage_is_found_and_the_rest_is_good(name: str, clips: Callable[[str], 
     assert len(good) < len(found)
     assert len(good) >= 10
     assert good == sorted(good)
+
+
+def without(path: Path, lost: Collection[int], *, retimed: bool) -> Path:
+    """A copy that lacks some packets, as a camera's lost on the way; `retimed`, as if there never were any."""
+    copy = path.with_name(f"lossy{path.suffix}")
+    with av.open(str(path)) as reader, av.open(str(copy), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        kept = [packet for i, packet in enumerate(reader.demux(video=0)) if packet.size and i not in lost]
+        for number, packet in enumerate(kept):
+            if retimed:
+                packet.pts = packet.dts = number * packet.duration
+            packet.stream = stream
+            writer.mux(packet)
+    return copy
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("lost", [[13], [10], [4, 5, 6], [9]])
+def test_what_is_decoded_behind_missing_packets_is_lost(lost: list[int], suffix: str, tmp_path: Path) -> None:
+    """libav takes older pictures in the place of those missing, and says nothing."""
+    options = {"x264-params": "scenecut=0"}
+    path = make.write_video(tmp_path / f"clip{suffix}", bframes=0, pictures=noisy(), options=options)
+    end = 10 * (lost[0] // 10 + 1)  # the next keyframe
+    failed = [None] * (end - lost[-1] - 1)
+    assert indices(without(path, lost, retimed=False)) == [*range(lost[0]), *failed, *range(end, FRAMES)]
+
+
+def test_an_encoder_that_counts_wrongly_loses_nothing(tmp_path: Path) -> None:
+    path = make.write_video(tmp_path / "clip.mp4", bframes=0, pictures=noisy(), options={"x264-params": "scenecut=0"})
+    assert None not in indices(without(path, [13], retimed=True))
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -5,7 +5,7 @@ from pathlib import Path
 import av
 import pytest
 
-from depthmill.pipeline.sources.video_fields import field_finder
+from depthmill.pipeline.sources.video_slices import slice_reader
 from depthmill.tests import media as make
 
 
@@ -24,12 +24,11 @@ def packed(bits: str) -> bytes:
 @pytest.mark.parametrize("suffix", [".mkv", ".ts"])
 def test_a_packet_with_both_fields_is_not_one_field(suffix: str, tmp_path: Path) -> None:
     header, packets = opened(make.write_fields(tmp_path / f"fields{suffix}", pictures=3, frames=[1]))
-    is_one_field = field_finder(header)
-    assert is_one_field is not None
-    assert [is_one_field(packet) for packet in packets] == [True, True, False, True, True]
-    assert not is_one_field(packets[3] + packets[4])
-    assert not is_one_field(b"")
-    assert not is_one_field(packets[0][:6])
+    read = slice_reader(header)
+    assert read is not None
+    assert [read(packet, False) for packet in packets] == [(one, False) for one in (True, True, False, True, True)]
+    for packet in (packets[3] + packets[4], b"", packets[0][:6]):
+        assert read(packet, False) == (False, False)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".ts"])
@@ -41,9 +40,11 @@ def test_headers_of_every_profile(pix_fmt: str, options: str, suffix: str, tmp_p
     for interlaced in (True, False):
         params = {"x264-params": options if interlaced else "cqm=jvt"}
         header, packets = opened(make.write_video(path, frames=6, pix_fmt=pix_fmt, options=params))
-        is_one_field = field_finder(header)
-        assert (is_one_field is not None) == interlaced
-        assert not any(map(is_one_field, packets)) if is_one_field else True
+        read = slice_reader(header)
+        assert read is not None
+        assert {read(packet, False) for packet in packets} == {(False, False)}
+        read = slice_reader(header)
+        assert {read(packet, False) for packet in packets[:2] + packets[4:]} == {(False, False), (False, True)}
 
 
 def test_a_header_with_scaling_lists_and_cycles() -> None:
@@ -52,12 +53,13 @@ def test_a_header_with_scaling_lists_and_cycles() -> None:
     header += ["1", "1" + "1" * 16, "1" + "000010001", "0" * 6]  # scaling lists: a whole one, an empty one
     header += ["010", "010", "0", "1", "1", "010", "1"]  # frame numbers of 5 bits; order by a cycle of one
     header += ["010", "0", "1", "1", "0", "01001"]  # references, size, not frames only
-    is_one_field = field_finder(b"\0\0\1\x67" + packed("".join(header)))
-    assert is_one_field is not None
+    read = slice_reader(b"\0\0\1\x67" + packed("".join(header)))
+    assert read is not None
     for flags, expected in (("10", True), ("11", True), ("01", False)):
-        assert is_one_field(b"\0\0\1\x21" + packed("1" + "00110" + "1" + "00000" + flags)) == expected
+        packet = b"\0\0\1\x21" + packed("1" + "00110" + "1" + "00000" + flags)
+        assert read(packet, False) == (expected, False)
 
 
 @pytest.mark.parametrize("header", [None, b"", b"\1", b"\0\0\1", b"\0\0\1\x67\x4d", b"\0\0\1\x68\xee"])
 def test_without_a_header_that_can_be_read_there_are_no_fields(header: bytes | None) -> None:
-    assert field_finder(header) is None
+    assert slice_reader(header) is None
