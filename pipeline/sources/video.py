@@ -10,8 +10,8 @@ alone says which frames are lost, and since it does not depend on where reading 
 decoded behind the first damaged packet of a group counts as lost up to the next keyframe: the decoder would invent
 those pictures from damaged ones, and labels of invented pictures are worse than none. So does the packet before the
 first that the decoder objects to: most codecs have no checksums, and damage that begins in the middle of a packet is
-often decoded as if it were a picture. Where the demuxer says that bytes are missing, or the numbers of H.264's frames
-that packets are, damage is known to begin there.
+often decoded as if it were a picture. Where the demuxer says that bytes are missing, FFV1's checksums that they are
+wrong, or the numbers of H.264's frames that packets are missing, damage is known to begin there.
 """
 
 from __future__ import annotations
@@ -245,7 +245,9 @@ class VideoSource(BaseSource[tuple[Source, PacketTable, str], Decoder]):
                 (flawed if bad else whole).add(ordinal)
         for before, ordinal in pairwise([packets[0], *packets]):
             if table.corrupt[ordinal]:
-                return _Verdict(first, ordinal, ordinal, "bytes of it, or packets before it, are missing in the file")
+                return _Verdict(
+                    first, ordinal, ordinal, "bytes of it are missing or wrong, or packets before it are missing"
+                )
             if ordinal in errors:
                 return _Verdict(first, before, ordinal, f"the decoder rejects it ({errors[ordinal]})")
             if ordinal in flawed:

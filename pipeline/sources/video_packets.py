@@ -21,6 +21,7 @@ import numpy.typing as npt
 from depthmill.pipeline.errors import SourceError
 from depthmill.pipeline.sources.limits import check_frames
 from depthmill.pipeline.sources.opening import file_size, open_binary, unanswered
+from depthmill.pipeline.sources.video_checksums import is_sound
 from depthmill.pipeline.sources.video_container import decoder_limits, demux, is_intra, lacking, open_container
 from depthmill.pipeline.sources.video_slices import slice_reader
 
@@ -30,7 +31,7 @@ Bool = npt.NDArray[np.bool_]
 
 NO_VALUE = np.iinfo(np.int64).min  # where a packet has no timestamp or no position
 
-_KEY, _CORRUPT, _HIDDEN, _FIELD, _GAP = 1, 2, 4, 8, 16  # flags of a packet while it is read
+_KEY, _CORRUPT, _HIDDEN, _FIELD, _GAP, _SOUND = 1, 2, 4, 8, 16, 32  # flags of a packet while it is read
 _COLUMNS = {"pts": np.int64, "dts": np.int64, "pos": np.int64, "size": np.int32, "flags": np.uint8}
 _PACKET = np.dtype(list(_COLUMNS.items()))
 _BLOCK = 4096  # packets read at once: a column that grew as a whole would leave its former selves behind in the heap
@@ -70,7 +71,7 @@ class PacketTable:
         pts: (P,) int32 or int64 presentation timestamp in units of the stream's time base, or NO_VALUE.
         pos: (P,) int32 or int64 byte offset in the file, or NO_VALUE.
         size: (P,) int32 bytes.
-        corrupt: (P,) bool, True where the demuxer says that bytes are missing, or packets before are.
+        corrupt: (P,) bool, True where bytes are missing or wrong, or packets before are missing.
         shown: (P,) int32 index of the frame that the packet holds, or -1 if it holds none that is shown.
         order: (F,) int32 packet of each frame.
         ticks: (F,) int32 or float64 times since the first frame, in units of `tick_s`.
@@ -156,9 +157,8 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
     container, stream = open_container(uri)
     with container:
         context = stream.codec_context
-        hides = context.name in ("vp8", "libvpx")
-        slices = slice_reader(context.extradata) if context.name == "h264" else None
-        rows = (_row(packet, hides, slices) for packet in islice(demux(container, stream), max_frames + 1))
+        looks = _looks(context.name, context.extradata)
+        rows = (_row(packet, looks) for packet in islice(demux(container, stream), max_frames + 1))
         blocks = []
         while len(block := np.fromiter(islice(rows, _BLOCK), _PACKET)):
             blocks.append(block)
@@ -182,7 +182,9 @@ def scan(uri: str, max_frames: int, max_pixels: int) -> PacketTable:
     pts, dts, pos, size, flags = (np.concatenate([block[name] for block in blocks]) for name in _COLUMNS)
     del blocks
     check_frames(uri, len(pts), max_frames)
-    key, corrupt, hidden = ((flags & flag).astype(bool) for flag in (_KEY, _CORRUPT, _HIDDEN))
+    key, corrupt, hidden, sound = ((flags & flag).astype(bool) for flag in (_KEY, _CORRUPT, _HIDDEN, _SOUND))
+    if sound.any():
+        corrupt |= ~sound
     clock = _one_clock(pts, dts, time_base, rate) if joinable else pts
     visible = clock[~hidden]
     uncoded = uncoded and bool((size <= _MAX_UNCODED_BYTES).any())
@@ -253,20 +255,35 @@ def fingerprint(uri: str, table: PacketTable) -> str:
     return digest.hexdigest()
 
 
-def _row(
-    packet: av.Packet[Any], hides: bool, slices: Callable[[bytes, bool], tuple[bool, bool]] | None
-) -> tuple[int, int, int, int, int]:
+def _looks(codec: str, extradata: bytes | None) -> Callable[[bytes, bool], int] | None:
+    """What tells flags of a packet from its bytes, and whether it is a keyframe; None if there is nothing to see."""
+    if codec in ("vp8", "libvpx"):  # its show_frame bit: alternate references are packets of their own
+        return lambda packet, _: _HIDDEN * (not packet[0] & 0x10)
+    if codec == "ffv1":
+        return lambda packet, _: _SOUND * is_sound(packet)
+    read = slice_reader(extradata) if codec == "h264" else None
+    if not read:
+        return None
+
+    def looks(packet: bytes, is_key: bool) -> int:
+        is_field, is_gap = read(packet, is_key)
+        return _FIELD * is_field | _GAP * is_gap
+
+    return looks
+
+
+def _row(packet: av.Packet[Any], looks: Callable[[bytes, bool], int] | None) -> tuple[int, int, int, int, int]:
     """Presentation timestamp, decoding timestamp, position, size, flags."""
     hidden = packet.is_discard  # decoded but not shown: an edit list cuts it off
-    if hides and not hidden:
-        hidden = not bytes(packet)[0] & 0x10  # VP8's show_frame bit: alternate references are packets of their own
-    is_field, is_gap = slices(bytes(packet), packet.is_keyframe) if slices else (False, False)
     return (
         NO_VALUE if packet.pts is None else packet.pts,
         NO_VALUE if packet.dts is None else packet.dts,
         NO_VALUE if packet.pos is None else packet.pos,
         packet.size,
-        _KEY * packet.is_keyframe | _CORRUPT * packet.is_corrupt | _HIDDEN * hidden | _FIELD * is_field | _GAP * is_gap,
+        _KEY * packet.is_keyframe
+        | _CORRUPT * packet.is_corrupt
+        | _HIDDEN * hidden
+        | (looks(bytes(packet), packet.is_keyframe) if looks else 0),
     )
 
 

@@ -98,6 +98,19 @@ def test_an_encoder_that_counts_wrongly_loses_nothing(tmp_path: Path) -> None:
     assert None not in indices(without(path, [13], retimed=True))
 
 
+@pytest.mark.parametrize(("gop", "lost"), [(1, [13]), (10, range(13, 20))])
+def test_checksums_of_ffv1_are_heeded(gop: int, lost: Collection[int], tmp_path: Path) -> None:
+    """libav shows the slice of an older picture, and says nothing."""
+    path = make.write_video(tmp_path / "clip.mkv", codec="ffv1", gop=gop, bframes=0, options={"level": "3"})
+    assert indices(path) == list(range(FRAMES))
+    with av.open(str(path)) as container:
+        packet = next(packet for number, packet in enumerate(container.demux(video=0)) if number == 13)
+    data = bytearray(path.read_bytes())
+    data[data.index(bytes(packet)) + packet.size // 2] ^= 1
+    path.write_bytes(data)
+    assert indices(path) == [None if index in lost else index for index in range(FRAMES)]
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_video_that_is_cut_off_says_so(inside: bool, tmp_path: Path) -> None:
     path = make.write_video(tmp_path / "clip.mp4", bframes=0, pictures=noisy())
