@@ -44,9 +44,12 @@ def _reader(module: str, name: str) -> Callable[[str, int, int, int], FrameSourc
 
 
 _IMAGES = _reader("images", "ImageSource")
+# How pictures begin: PNG, JPEG, TIFF, JPEG 2000; WebP and AVIF name themselves further on.
+_HEADS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+_NAMED = (b"WEBP", b"avif")
 # The first kind whose test says yes opens the input; whatever is no other kind is for FFmpeg to recognise.
 _KINDS: tuple[tuple[Callable[[str], bool], Callable[[str, int, int, int], FrameSource]], ...] = (
-    (lambda uri: _suffix(uri) in IMAGE_SUFFIXES or _is_folder(uri), _IMAGES),
+    (lambda uri: _suffix(uri) in IMAGE_SUFFIXES or _is_folder(uri) or _is_bare_picture(uri), _IMAGES),
     (lambda uri: _name(uri).endswith(TAR_SUFFIXES), _reader("webdataset", "WebDatasetSource")),
     (lambda uri: _name(uri).endswith(UNREAD_TAR_SUFFIXES), _unread_tar),
     (lambda uri: _suffix(uri) in PARQUET_SUFFIXES, _reader("parquet", "ParquetSource")),
@@ -117,3 +120,15 @@ def _is_folder(uri: str) -> bool:
     if _name(uri).endswith(SUFFIXES):
         return False
     return not _suffix(uri) or (is_bucket(uri) and is_prefix(uri))
+
+
+def _is_bare_picture(uri: str) -> bool:
+    """Whether a file without a suffix begins as a picture; FFmpeg would read it, too, without its alpha."""
+    if is_url(uri) or _suffix(uri):
+        return False
+    try:
+        with Path(uri).open("rb") as file:
+            head = file.read(12)
+    except OSError:  # reading it says why
+        return False
+    return head.startswith(_HEADS) or head[8:] in _NAMED

@@ -172,6 +172,18 @@ def test_the_transparent_value_of_a_png_has_its_bits(bits: int, colour: int, row
     assert decode_image(file, LIMIT)[0, :, 0].tolist() == [0, 0, 255]
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF", "JPEG2000", "JPEG"])
+def test_a_picture_without_a_suffix_is_one(kind: str, tmp_path: Path) -> None:
+    """As a video, alpha would be dropped, and EXIF would mirror nothing."""
+    clear = Image.new("RGBA" if kind != "JPEG" else "L", (8, 8), (0, 0, 0, 0) if kind != "JPEG" else 255)
+    clear.save(tmp_path / "0a1b2c", kind)
+    source = open_source(tmp_path / "0a1b2c")
+    assert source.probe().kind == "images"
+    (frame,) = source.read(0, 1)
+    assert frame.image is not None
+    assert (frame.image == 255).all()
+
+
 def test_a_large_colour_profile_is_passed_over(tmp_path: Path) -> None:
     profile = np.random.default_rng(0).integers(0, 4, 3 << 20, np.uint8).tobytes()
     Image.fromarray(make.paint(5)).save(tmp_path / "a.png", icc_profile=profile)
