@@ -38,26 +38,29 @@ def slice_reader(extradata: bytes | None) -> Callable[[bytes, bool], tuple[bool,
     """What is asked of each packet in turn, and told if it is a keyframe: is it one field, is one missing before it?
 
     A packet is missing if others depend on its frame and the number that such frames have leaves one out. The stream's
-    first sequence parameter set is taken to hold for all of it; if none can be read, the answer is None, and the stream
-    counts as whole and progressive.
+    first sequence parameter set is taken to hold until a packet has another; if none can be read, the answer is None,
+    and the stream counts as whole and progressive.
     """
     data = extradata or b""
     configured = data[:1] == b"\1"  # as MP4 and Matroska store it: lengths before the units, not start codes
     length_bytes = (data[4] & 3) + 1 if configured and len(data) > 6 else 0
     units = _units(data[6:], 2) if configured else _units(data, 0)
     try:
-        sequence = next((_sequence(unit) for unit in units if unit[0] & 31 == _SEQUENCE), None)
+        first = next((_sequence(unit) for unit in units if unit[0] & 31 == _SEQUENCE), None)
     except ValueError:
         return None
-    if sequence is None or (sequence.gaps and not sequence.fields):
+    if first is None or (first.gaps and not first.fields):
         return None
+    sequence = first
     last: int | None = None  # number of a frame that others may depend on
 
     def read(packet: bytes, is_key: bool) -> tuple[bool, bool]:
-        nonlocal last
+        nonlocal last, sequence
         parities, missing = set[str](), False
         try:
             for unit in _units(packet, length_bytes):
+                if unit[0] & 31 == _SEQUENCE:
+                    sequence = _sequence(unit)
                 if unit[0] & 31 not in _SLICES:
                     continue
                 number, is_intra, parity = _head(unit, sequence)

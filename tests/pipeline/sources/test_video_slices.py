@@ -31,6 +31,18 @@ def test_a_packet_with_both_fields_is_not_one_field(suffix: str, tmp_path: Path)
         assert read(packet, False) == (False, False)
 
 
+def test_a_stream_that_goes_on_with_another_header_lacks_nothing(tmp_path: Path) -> None:
+    """Frames' numbers take more bits where more of them are kept."""
+    parts = [
+        opened(make.write_video(tmp_path / f"{references}.ts", gop=1000, options={"x264-params": params}))
+        for references in (16, 1)
+        for params in [f"scenecut=0:ref={references}:b-pyramid=normal"]
+    ]
+    read = slice_reader(parts[0][0])
+    assert read is not None
+    assert not any(read(packet, number == 0)[1] for _, packets in parts for number, packet in enumerate(packets))
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".ts"])
 @pytest.mark.parametrize(
     ("pix_fmt", "options"), [("yuv420p", "tff=1"), ("yuv444p", "tff=1:cqm=jvt"), ("yuv422p10le", "bff=1")]
