@@ -62,7 +62,7 @@ class StoreForbiddenError(StoreClosedError):
 
 
 class StoreReplacedError(StoreClosedError):
-    """A store that another run has made anew since this one opened it."""
+    """A store, or what is smoothed of a source, that another run has made anew since this one opened it."""
 
 
 class VoidError(DepthmillError):

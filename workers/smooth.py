@@ -322,7 +322,7 @@ class _Run:
             if task.phase == "edges":
                 write_empty_edges(task.segment, self._store, self._config)
             else:
-                write_unfiltered(task.segment, self._store)
+                write_unfiltered(task.segment, self._store, self._config)
             self.unread[str(task)] = words_of(event)  # once that is written: else it is tried again
             self._finished(task)
 

@@ -60,12 +60,15 @@ def edges_shape(max_edge: int) -> tuple[int, int]:
     return sum(gap <= max_edge for gap in GAPS), len(FIELDS)
 
 
+def _options(config: SmoothConfig) -> dict[str, Any]:
+    """Those by which results differ."""
+    return {"max_edge": config.max_edge, "flow": config.flow, "leak": config.leak}
+
+
 def prepare(source_id: str, store: Store, config: SmoothConfig, *, remove: bool = True) -> Lost:
     """Prepare a source's group for these options: see `Temporal.prepare`."""
     shape = edges_shape(config.max_edge)
-    return Temporal(store, source_id).prepare(
-        max_edge=config.max_edge, flow=config.flow, leak=config.leak, shape=shape, remove=remove
-    )
+    return Temporal(store, source_id).prepare(**_options(config), shape=shape, remove=remove)
 
 
 def write_segment_edges(
@@ -107,13 +110,13 @@ def write_segment_edges(
             for later in (frame, frame + gap):
                 if segment.start <= later < segment.stop:
                     edges[later - segment.start, row, _COVERAGE] = UNREAD
-    Temporal(store, segment.source_id).write_edges(segment, edges, score)
+    Temporal(store, segment.source_id, _options(config)).write_edges(segment, edges, score)
     return next(iter(unread.values()), "")
 
 
 def write_empty_edges(segment: Segment, store: Store, config: SmoothConfig) -> None:
     """Commit a segment that could not be read again, unless an earlier run could: its frames have no edges."""
-    temporal = Temporal(store, segment.source_id)
+    temporal = Temporal(store, segment.source_id, _options(config))
     if segment not in temporal.pending("edges"):
         return
     edges = np.full((segment.frames, *edges_shape(config.max_edge)), np.nan, np.float32)
@@ -123,7 +126,7 @@ def write_empty_edges(segment: Segment, store: Store, config: SmoothConfig) -> N
 
 def solve_source(source_id: str, store: Store, config: SmoothConfig) -> None:
     """Solve a video whose edges are all there; what another leak made of them goes now, and not before."""
-    temporal = Temporal(store, source_id)
+    temporal = Temporal(store, source_id, _options(config))
     if prepare(source_id, store, config, remove=False) == "solution":
         prepare(source_id, store, config)
     labelled = store.status(source_id) == LABELLED
@@ -147,7 +150,7 @@ def filter_segment(
     Returns:
         Why the first of those pictures could not be read; "" if all could.
     """
-    temporal = Temporal(store, segment.source_id)
+    temporal = Temporal(store, segment.source_id, _options(config))
     frames = store.attributes(segment.source_id)["frames"]
     run = replace(segment, start=max(0, segment.start - REACH), stop=min(frames, segment.stop + REACH))
     unread: dict[int, str] = {}
@@ -181,9 +184,9 @@ def filter_segment(
     return next(iter(unread.values()), "")
 
 
-def write_unfiltered(segment: Segment, store: Store) -> None:
+def write_unfiltered(segment: Segment, store: Store, config: SmoothConfig) -> None:
     """Commit a segment that could not be read again, unless an earlier run could: scaled and shifted, not filtered."""
-    temporal = Temporal(store, segment.source_id)
+    temporal = Temporal(store, segment.source_id, _options(config))
     if segment not in temporal.pending("filter"):
         return
     rows = _label_rows(store, segment)

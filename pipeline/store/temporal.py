@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from depthmill.pipeline.errors import StoreDamagedError, StoreError
+from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreReplacedError
 from depthmill.pipeline.store.files import decoding, json_bytes
 from depthmill.pipeline.store.layout import (
     DEPTH_INVALID,
@@ -55,9 +55,10 @@ Lost = Literal["", "solution", "edges"]  # what other options, or labels, make v
 class Temporal:
     """The smoothing of one source."""
 
-    def __init__(self, store: Store, source_id: str) -> None:
-        """Nothing is read yet."""
+    def __init__(self, store: Store, source_id: str, options: Mapping[str, Any] | None = None) -> None:
+        """Nothing is read yet; with the `options` of `prepare`, nothing is written into what others were made of."""
         self.store, self.source_id = store, source_id
+        self._options = options
         self._root = f"{source_id}/temporal"
         self._directory = store.directory
 
@@ -188,6 +189,7 @@ class Temporal:
 
         Those that are there again change nothing; of others the solution is un-committed before.
         """
+        self._check_options("max_edge", "flow")  # edges may be begun under another leak: see `prepare`
         if self.solved():
             given = {"temporal/edges": edges, "temporal/score": score}
             if all(
@@ -203,6 +205,7 @@ class Temporal:
         self, scale: npt.NDArray[np.float32], shift: npt.NDArray[np.float32], shot: npt.NDArray[np.int32]
     ) -> None:
         """Commit a video's scales, shifts and shots."""
+        self._check_options("max_edge", "flow", "leak")
         for name, values in (("scale", scale), ("shift", shift), ("shot", shot)):
             self._write(name, 0, values)
 
@@ -235,11 +238,13 @@ class Temporal:
             for name, encoded in chunks.items():
                 key = file_key(self.source_id, f"{name}_smooth", arrays[name], start)
                 data = assemble(encoded, arrays[name])
+                self._check_options("max_edge", "flow", "leak")
                 if data is None:
                     self._directory.delete(key)
                 else:
                     self._directory.write(key, data)
         next(rows, None)  # where whoever reads the pictures may find that they are others by now
+        self._check_options("max_edge", "flow", "leak")
         self._write("filtered", segment.start, codes)
 
     def read(self, name: str) -> npt.NDArray[Any]:
@@ -296,6 +301,21 @@ class Temporal:
             "temporal/shot": one("int32", -1, "number of the shot"),
             "temporal/filtered": one("uint8", 0, codes, length),
         }
+
+    def _check_options(self, *names: str) -> None:
+        """See that no other run has begun to smooth the source with other options.
+
+        Raises:
+            StoreReplacedError: If so.
+        """
+        if self._options is None:
+            return
+        there = self.attributes() or {}
+        if any(there.get(name) != self._options[name] for name in names):
+            raise StoreReplacedError(
+                f"another run smooths {self.source_id} of {self.store.uri} with other options; expected one at a time: "
+                "let that one end, or stop it"
+            )
 
     def _write(self, name: str, start: int, values: npt.NDArray[Any]) -> None:
         array = self.store.array_document(self.source_id, f"temporal/{name}")

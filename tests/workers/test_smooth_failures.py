@@ -19,6 +19,7 @@ from depthmill.pipeline.errors import (
     StoreForbiddenError,
     StoreFullError,
 )
+from depthmill.pipeline.smoothing import stage
 from depthmill.pipeline.smoothing.edges import FIELDS
 from depthmill.pipeline.smoothing.stage import Smoother
 from depthmill.pipeline.sources import open_source
@@ -179,6 +180,28 @@ def test_a_signal_stops_it_and_what_was_smoothed_stays(tmp_path, video, monkeypa
     finally:
         signal.signal(signal.SIGTERM, before)
     assert Temporal(store, name).pending("edges") == store.segments(name)[1:]
+
+
+@pytest.mark.parametrize(("phase", "other"), [("segment_edges", {"max_edge": 2}), ("filter_frames", {"leak": 0.5})])
+def test_a_run_ends_when_another_smooths_with_other_options(tmp_path, video, monkeypatch, phase, other):
+    """Else it would write its own into what that one has committed, for good."""
+    alone, _ = labelled(tmp_path / "alone.zarr", video)
+    run(alone, filter=True, **other)
+    store, name = labelled(tmp_path / "a.zarr", video)
+    real, calls = getattr(stage, phase), []
+
+    def overtaken(given, *more, **options):
+        read = list(given)
+        calls.append(1)
+        if len(calls) == 2:
+            run(store, filter=True, **other)
+        return real(iter(read), *more, **options)
+
+    monkeypatch.setattr(stage, phase, overtaken)
+    with pytest.raises(RunStoppedError, match=f"another run smooths {name} of .* with other options"):
+        run(store, filter=True)
+    assert run(store, filter=True, **other).smoothed == (name,)
+    assert written(store) == written(alone)
 
 
 def test_a_source_that_had_to_be_left_out_hides_no_other(tmp_path, video):

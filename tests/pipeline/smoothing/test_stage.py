@@ -85,7 +85,7 @@ def test_a_picture_that_cannot_be_read_once_costs_no_labels(tmp_path, monkeypatc
     assert not verify(store).damage
     before = written(store)
     for segment in store.segments(name):  # none of which can be read at all now
-        write_unfiltered(segment, store)
+        write_unfiltered(segment, store, CONFIG)
     assert written(store) == before, "what an earlier run could read stays"
     smooth(store, name, video)
     assert written(store) == written(whole)
@@ -160,7 +160,7 @@ def test_nothing_is_computed_of_a_video_that_changed_and_it_is_opened_anew(tmp_p
     store, name = labelled(tmp_path / "a.zarr", video)
     smooth(store, name, video)
     temporal = Temporal(store, name)
-    temporal.prepare(max_edge=CONFIG.max_edge, flow=CONFIG.flow, leak=0.5, shape=edges_shape(CONFIG.max_edge))
+    temporal.uncommit_solution()
     worker, opens = Smoother(CONFIG, store.uri), []
     worker.load()
     monkeypatch.setattr(opened, "open_source", lambda *given, **how: opens.append(1) or open_source(*given, **how))
