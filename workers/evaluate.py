@@ -25,7 +25,7 @@ from depthmill.pipeline.geometry import STORED_AXES
 from depthmill.pipeline.model.checkpoint import DEFAULT_RESOLUTION
 from depthmill.pipeline.model.labeler import open_checkpoints
 from depthmill.pipeline.room import room_in
-from depthmill.pipeline.sources.naming import canonical_uri
+from depthmill.pipeline.sources.naming import canonical_uri, source_id
 from depthmill.pipeline.store import write_atomically
 from depthmill.workers.label import label
 from depthmill.workers.progress import RunConsole, progress_on, warn
@@ -157,7 +157,8 @@ def _label(
                 write_picture(archive.read(sample.picture), path, crop=wanted.crop, colours=wanted.colours)
     store = out / "labels.zarr"
     label([str(pictures)], store, config, overwrite=overwrite, retry_failed=True, console=console)
-    return from_store(store, samples, wanted.modality)
+    # Where `out` has been moved, those of the old place are there, too.
+    return from_store(store, samples, wanted.modality, among=(source_id(pictures),))
 
 
 def claim(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from depthmill.pipeline.evaluation.predictions import Predictions, from_folder, 
 from depthmill.pipeline.evaluation.samples import Sample, write_picture
 from depthmill.pipeline.evaluation.score import Scores
 from depthmill.pipeline.room import room_in
+from depthmill.pipeline.sources.naming import source_id
 from depthmill.pipeline.store import open_store
 from depthmill.workers.evaluate import Folder, LabelledStore, claim, keep_figures
 from depthmill.workers.label import label
@@ -76,8 +77,8 @@ def evaluate_clips(
             checksums = [(frame.sample.name, zlib.crc32(read_file(frame.picture))) for frame in frames]
             claim(name, wanted.colours, checksums, out, overwrite=overwrite)
             clips = tuple(map(_numbered, clips))
-            store = _label(wanted, clips, out, what, overwrite, console)
-            compared = _compared(store, [frame.sample for clip in clips for frame in clip.frames], console)
+            store, own = _label(wanted, clips, out, what, overwrite, console)
+            compared = _compared(store, [frame.sample for clip in clips for frame in clip.frames], console, own)
         if not isinstance(what, LabelConfig):
             keep_figures(name, compared["raw"], out, overwrite=overwrite)
         scores = {}
@@ -130,8 +131,8 @@ def _numbered(clip: TrueClip) -> TrueClip:
 
 def _label(
     wanted: ClipSet, clips: Sequence[TrueClip], out: Path, config: LabelConfig, overwrite: bool, console: Console
-) -> Path:
-    """Label each clip as a folder, and smooth it."""
+) -> tuple[Path, list[str]]:
+    """Label each clip as a folder, and smooth it. The store, and its sources; others are of where `out` was before."""
     pictures, store = out / "pictures", out / "labels.zarr"
     if overwrite:
         shutil.rmtree(pictures, ignore_errors=True)
@@ -141,17 +142,20 @@ def _label(
             write_picture(read_file(frame.picture), path, colours=wanted.colours)
     inputs = [str(pictures / clip.name) for clip in clips]
     label(inputs, store, config, overwrite=overwrite, retry_failed=True, console=console)
-    done = smooth(store, SmoothConfig.beside(config), sources=open_store(store).sources(), console=console)
-    for source_id, why in {**done.left_out, **done.unread}.items():
-        warn(console, f"not smoothed: {source_id}: {why}")
-    return store
+    there, own = open_store(store).sources(), list(map(source_id, inputs))
+    done = smooth(store, SmoothConfig.beside(config), sources=[one for one in there if one in own], console=console)
+    for name, why in {**done.left_out, **done.unread}.items():
+        warn(console, f"not smoothed: {name}: {why}")
+    return store, own
 
 
-def _compared(store: str | Path, samples: Sequence[Sample], console: Console) -> dict[str, Predictions]:
+def _compared(
+    store: str | Path, samples: Sequence[Sample], console: Console, among: Collection[str] | None = None
+) -> dict[str, Predictions]:
     """A store's labels as they are and, if all are, smoothed; the console is told if not."""
-    found = {"raw": from_store(store, samples, "depth")}
+    found = {"raw": from_store(store, samples, "depth", among=among)}
     try:
-        found["smoothed"] = from_store(store, samples, "depth", smooth=True)
+        found["smoothed"] = from_store(store, samples, "depth", smooth=True, among=among)
     except (EvaluationError, StoreError) as error:
         warn(console, f"smoothed labels are left out: {error}")
     return found

@@ -116,8 +116,17 @@ def from_folder(
     return Predictions(read, origin=origin)
 
 
-def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality, *, smooth: bool = False) -> Predictions:
+def from_store(
+    path: str | Path,
+    samples: Sequence[Sample],
+    modality: Modality,
+    *,
+    smooth: bool = False,
+    among: Collection[str] | None = None,
+) -> Predictions:
     """Predictions of a labelled store. A row is a sample's if the path of its picture ends in the sample's name.
+
+    Only the sources whose ids are `among` some are looked in, if that is given.
 
     Raises:
         EvaluationError: If the store has other labels, is not finished, or lacks a sample.
@@ -137,7 +146,7 @@ def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality, 
         logger.warning("%s; it is left out", why)
     for source in sources:
         attributes = store.attributes(source)
-        if attributes["kind"] != "images":
+        if attributes["kind"] != "images" or (among is not None and source not in among):
             continue
         keys = store.keys(source)
         seen = keys[-1]
@@ -147,7 +156,10 @@ def from_store(path: str | Path, samples: Sequence[Sample], modality: Modality, 
             continue
         for name, row in found:
             if name in rows:
-                raise EvaluationError(f"{path} has two rows for {name}: in {rows[name][0]} and {source}")
+                raise EvaluationError(
+                    f"{path} has two rows for {name}: in {rows[name][0]} and {source}; expected one: label the set's "
+                    "folder into a store of its own"
+                )
             rows[name] = (source, row)
     if unsmoothed and not rows:
         raise not_smoothed(store, unsmoothed)

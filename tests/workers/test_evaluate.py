@@ -95,6 +95,9 @@ def test_a_finished_store_is_scored(checkpoints, tmp_path):
     prepared = evaluate(wanted, data, tmp_path / "out", what, console=console())
     assert stored.metrics == pytest.approx(prepared.metrics, rel=1e-4)  # other batches round otherwise
 
+    (tmp_path / "out").rename(tmp_path / "moved")  # to the store, its pictures are others there
+    assert evaluate(wanted, data, tmp_path / "moved", what, console=console()).metrics == prepared.metrics
+
     ibims, more, _ = layouts.ibims(np.random.default_rng(0))
     layouts.write_folder(tmp_path / "ibims", more)
     with pytest.raises(EvaluationError, match="holds depth; the set asks for normals"):

@@ -59,6 +59,10 @@ def test_a_checkpoint_labels_smooths_and_is_scored(rendered, tmp_path):
     assert code == 2
     assert "are missing" in again  # its pictures are numbered, not called as in the index
     assert evaluate(rendered, *options)[0] == 0
+    (tmp_path / "out").rename(tmp_path / "moved")  # to the store, its pictures are others there
+    code, output = evaluate(rendered, *options[:-1], tmp_path / "moved")
+    assert (code, "not smoothed" in output) == (0, False)
+    assert json.loads((tmp_path / "moved/metrics.json").read_text())["metrics"] == document["metrics"]
 
 
 @pytest.mark.parametrize(("name", "suffix"), [("rendered", ".png"), ("sintel", ".png"), ("scannet", ".jpg")])
