@@ -356,4 +356,5 @@ def damaged(uri: str, path: str, why: str) -> StoreDamagedError:
 
 
 def _cannot_remove(path: str, error: OSError) -> StoreError:
-    return StoreError(f"{path} cannot be removed: {error.strerror}; check its permissions, then try again")
+    kind = StoreForbiddenError if error.errno in _FORBIDDEN else StoreError
+    return kind(f"{path} cannot be removed: {error.strerror}; check its permissions, then try again")

@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import threading
 
 import pytest
@@ -59,6 +60,19 @@ def test_a_folder_that_may_not_be_written_is_told_from_one_that_is_away(tmp_path
     with pytest.raises(StoreForbiddenError, match=rf"zarr\.json cannot be written: {os.strerror(code)}; check"):
         LocalDirectory(tmp_path).write("zarr.json", b"{}")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["delete", "remove"])
+@pytest.mark.parametrize(("code", "raised"), [(errno.EROFS, StoreForbiddenError), (errno.EIO, StoreError)])
+def test_what_may_not_be_removed_is_not_waited_for(tmp_path, monkeypatch, method, code, raised):
+    def fail(*_, **more):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "unlink", fail)
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with pytest.raises(StoreError, match=f"a cannot be removed: {os.strerror(code)}; check") as error:
+        getattr(LocalDirectory(tmp_path), method)("a")
+    assert error.type is raised
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOTCONN])
