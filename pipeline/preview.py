@@ -30,6 +30,7 @@ from depthmill.pipeline.sources import open_source
 from depthmill.pipeline.sources.naming import preview_name
 from depthmill.pipeline.sources.video_container import open_container
 from depthmill.pipeline.store import Store, open_datasets, open_store, write_atomically
+from depthmill.pipeline.store.files import damaged
 from depthmill.pipeline.store.smoothed import smoothed as apply_smoothing
 from depthmill.pipeline.store.temporal import Temporal
 from depthmill.pipeline.timeline import Timeline, draw_timeline
@@ -144,7 +145,7 @@ def preview(
                 timeline = _timeline(store, view) if name in smoothed else None
                 drawn.files.append(_write_contact_sheet(view, timeline, out_dir / preview_name(name, ".png"), frames))
                 if "time" in view.dataset and video:
-                    shown = _between(view, start_s, stop_s)
+                    shown = _between(store, view, start_s, stop_s)
                     if shown:
                         path = out_dir / preview_name(name, ".mp4")
                         drawn.files.append(_write_video(view, shown, start_s, path, max_width))
@@ -334,9 +335,12 @@ def _smoothed(store: Store) -> list[str]:
     return found
 
 
-def _between(view: _View, start_s: float, stop_s: float) -> range:
+def _between(store: Store, view: _View, start_s: float, stop_s: float) -> range:
     """The frames that are shown from `start_s` until before `stop_s`."""
-    return range(*np.searchsorted(view.dataset["time"].values, (start_s, stop_s)).tolist())
+    times_s = view.dataset["time"].values
+    if np.isnan(times_s).any():  # which is what Zarr makes of a file that is gone
+        raise damaged(store.uri, f"{view.source_id}/time", "times are missing")
+    return range(*np.searchsorted(times_s, (start_s, stop_s)).tolist())
 
 
 def _pixel_aspect(view: _View) -> Fraction:

@@ -143,6 +143,15 @@ def test_a_pause_is_cut_and_what_cannot_be_drawn_keeps_no_other_from_it(tmp_path
     assert "depthmill verify" in done.left_out[broken]
 
 
+def test_a_video_whose_times_are_gone_is_not_said_to_be_drawn(video, tmp_path):
+    store = labelled(video, tmp_path / "s")
+    (name,) = store.sources()
+    shutil.rmtree(tmp_path / "s" / name / "time" / "c")
+    done = preview(store.uri, tmp_path / "out")
+    assert [path.name for path in done.files] == [preview_name(name, ".png")]
+    assert "is damaged (times are missing): run `depthmill verify" in done.left_out[name]
+
+
 def test_wide_videos_are_scaled_to_even_sides(video, tmp_path):
     store = labelled(video, tmp_path / "s", stop=2)
     _, video_path = drawn(store.uri, tmp_path / "out", max_width=100)
