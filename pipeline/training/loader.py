@@ -16,6 +16,7 @@ from depthmill.pipeline.training.batch import Batch, TrainingSet, concatenate, c
 from depthmill.pipeline.training.config import Augment, TrainConfig
 from depthmill.pipeline.training.degrade import degrade
 from depthmill.pipeline.training.mixing import plan, read_usable
+from depthmill.pipeline.training.pool import end_with_parent
 from depthmill.pipeline.training.sets import open_set
 from depthmill.pipeline.types import Modality
 
@@ -117,7 +118,7 @@ def load(batches: MicroBatches, numbers: Iterable[int], *, workers: int, pin: bo
         # Spawned: a forked child of a process that has used OpenMP or CUDA may hang.
         multiprocessing_context="spawn" if workers else None,
         pin_memory=pin,
-        worker_init_fn=_one_thread if workers else None,
+        worker_init_fn=_begin if workers else None,
     )
     before = signal.getsignal(signal.SIGCHLD)
     try:
@@ -148,5 +149,6 @@ def load(batches: MicroBatches, numbers: Iterable[int], *, workers: int, pin: bo
         yield loaded
 
 
-def _one_thread(worker: int) -> None:
+def _begin(worker: int) -> None:
     torch.set_num_threads(1)
+    end_with_parent()  # torch looks whether it has changed since now, which is too late for one that is gone by then

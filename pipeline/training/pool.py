@@ -123,7 +123,7 @@ def open_pool(
         started = time.monotonic()
         # Spawned, since a forked child of a process that has used OpenMP may hang.
         spawn = multiprocessing.get_context("spawn")
-        executor = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_end_with_parent)
+        executor = ProcessPoolExecutor(processes, mp_context=spawn, initializer=end_with_parent)
         with room_in(directory), executor:
             try:
                 # They start with the first job, and inherit this: Ctrl-C, which all get, is for this process to answer.
@@ -174,8 +174,8 @@ def _bytes(pixels: npt.NDArray[np.void]) -> Tensor:
     return torch.from_numpy(pixels.view(np.uint8).reshape(*pixels.shape, _PIXEL.itemsize))
 
 
-def _end_with_parent() -> None:
-    """See that this process, which renders, ends when its parent does, however that ends."""
+def end_with_parent() -> None:
+    """See that this process, which renders or reads, ends when its parent does, however that ends."""
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

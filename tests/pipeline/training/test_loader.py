@@ -5,12 +5,16 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from depthmill.pipeline.errors import RunStoppedError, TrainingError
@@ -90,3 +94,27 @@ def test_a_process_that_is_killed_stops_the_run_where_pictures_are_read(scene_po
     time.sleep(0.2)  # a handler of torch's would raise here
     with pytest.raises(RunStoppedError, match=r"was killed \(.*Lower loader_workers, and run again"):
         list(loaded)
+
+
+@pytest.mark.slow
+def test_a_process_that_reads_ends_with_a_run_that_is_killed_while_it_starts(scene_pool: Path) -> None:
+    code = """
+        import sys
+        from pathlib import Path
+        from depthmill.pipeline.training.loader import MicroBatches, load
+        from depthmill.tests.pipeline.training.tiny import config
+        next(load(MicroBatches(config(Path(sys.argv[1]))), [0], workers=1, pin=False))
+    """
+    run = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(scene_pool)])
+    readers: list[psutil.Process] = []
+    while not readers:
+        assert run.poll() is None
+        time.sleep(0.02)
+        readers = [one for one in psutil.Process(run.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+    time.sleep(0.2)
+    run.kill()
+    run.wait()
+    _, left = psutil.wait_procs(readers, timeout=60)
+    for reader in left:
+        reader.kill()
+    assert not left
