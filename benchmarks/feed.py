@@ -28,6 +28,7 @@ from av.video.reformatter import VideoReformatter
 
 from depthmill.pipeline.config import LabelConfig
 from depthmill.pipeline.machine import cores, keep_freed_memory
+from depthmill.pipeline.model.backend import cpu_kind
 from depthmill.pipeline.model.labeler import Labeler
 from depthmill.pipeline.model.transfer import pack_depth, pack_normals
 from depthmill.pipeline.plan import Task
@@ -88,12 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(name)
         inputs = {height: make_input(folder, height, options.frames) for height in options.heights}
         spent = {height: costs(*inputs[height], folder) for height in inputs}
-        shares = [
-            (height, rate, ahead, busy_share(*inputs[height], rate, options, ahead=ahead))
-            for height in inputs
-            for rate in options.rates
-            for ahead in (True, False)
-        ]
+        shares = {
+            (height, rate): busy_shares(*inputs[height], rate, options) for height in inputs for rate in options.rates
+        }
         ways = {
             (height, threads): path_ratios(*inputs[height], threads, options) for height in inputs for threads in (1, 0)
         }
@@ -105,9 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for height, (decode, pack, write) in spent.items()
     ]
     busy_rows = [
-        f"| {_size(inputs[height])} | {rate:.0f} | {rate * sum(spent[height][::2]) / cores():.0%} | {_spread(ahead)} | "
-        f"{_spread(alone)} |"
-        for (height, rate, _, ahead), (*_, alone) in zip(shares[::2], shares[1::2], strict=True)
+        f"| {_size(inputs[height])} | {rate:.0f} | {rate * sum(spent[height][::2]) / cores():.0%} | "
+        f"{' | '.join(map(_spread, found))} |"
+        for (height, rate), found in shares.items()
     ]
     path_rows = [
         f"| {_size(inputs[height])} | {threads or cores()} | {' | '.join(map(_spread, found[:3]))} | "
@@ -116,8 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     report = f"""# The feed
 
-Written by `benchmarks/feed.py`, {datetime.date.today()}, on {cores()} cores of {platform.machine()}, Python
-{platform.python_version()}, PyAV {av.__version__}; load average {load:.1f} when it began and
+Written by `benchmarks/feed.py`, {datetime.date.today()}, on {cores()} cores of {platform.machine()}
+({cpu_kind()}), Python {platform.python_version()}, PyAV {av.__version__}; load average {load:.1f} when it began and
 {os.getloadavg()[0]:.1f} when it ended: what else ran took cores from it. The demo's clip,
 scaled, in H.264 (veryfast, crf 23), 4:2:0; depth and normals as the embedded checkpoint predicts them. Medians of
 {options.rounds} runs in turn, with the smallest and the largest.
@@ -158,10 +156,14 @@ two columns are computed: what the run took of a core for a frame, over the time
         options.out.write_text(report)
 
 
-def busy_share(path: Path, labels: Labels, rate: float, options: argparse.Namespace, *, ahead: bool) -> list[float]:
-    """Of some runs: their frames a second over the device's."""
+def busy_shares(path: Path, labels: Labels, rate: float, options: argparse.Namespace) -> list[list[float]]:
+    """Of some rounds: frames a second over the device's, the next segment begun ahead, and one at a time."""
     frames = min(options.frames, int(rate * options.seconds))
-    return [1 / rate / run(path, labels, rate, frames, ahead=ahead)[0] for _ in range(options.rounds)]
+    rows = [
+        [1 / rate / run(path, labels, rate, frames, ahead=ahead)[0] for ahead in (True, False)]
+        for _ in range(options.rounds)
+    ]
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def path_ratios(path: Path, labels: Labels, threads: int, options: argparse.Namespace) -> list[list[float]]:
