@@ -135,14 +135,14 @@ def measure(
     ]
 
 
-def predicted(video: Path, checkpoint: str, normals_checkpoint: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of frames spread over a video: (F, H, W) and (F, H, W, 3) float32."""
+def predicted(video: Path, checkpoint: str, normals_checkpoint: str | None) -> tuple[np.ndarray, np.ndarray, str]:
+    """Labels of frames spread over a video, (F, H, W) and (F, H, W, 3) float32; and the network's dtype."""
     from depthmill.pipeline.model.labeler import Labeler
 
     labeler = Labeler.from_pretrained(checkpoint, normals_checkpoint)
     labels = [labeler(image[None]) for image in images(video)]
     depth, normals = ([getattr(label, name)[0] for label in labels] for name in ("depth", "normals"))
-    return np.stack(depth), np.stack(normals)
+    return np.stack(depth), np.stack(normals), str(labeler.dtype).removeprefix("torch.")
 
 
 def stand_in(video: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -198,8 +198,8 @@ def main() -> None:
         depth, normals = stand_in(options.video)
         what = "made-up labels (smooth depth, the picture's edges, noise of 5e-4)"
     else:
-        depth, normals = predicted(options.video, options.checkpoint, options.normals_checkpoint)
-        what = f"labels predicted by `{options.checkpoint}`"
+        depth, normals, dtype = predicted(options.video, options.checkpoint, options.normals_checkpoint)
+        what = f"labels predicted by `{options.checkpoint}` in {dtype}"
     F, H, W = depth.shape
     source = {"frames": F, "size": [H, W], "kind": "video"}
 
