@@ -174,7 +174,8 @@ def many_steps(names: dict[str, str], frames: peers.Pictures, device: torch.devi
     many = load_labeler(names, "depth", members, device, dtype, steps=steps, ensemble=members, noise="gaussian")
     documented = peers.as_documented(peers.load_pipelines(many), many, frames)
     ways = {OURS: peers.ours(one, frames), "many": peers.ours(many, frames), "theirs": documented}
-    spent = interleave(ways, 1 if quick else 3, device)
+    rounds = 1 if quick else 3
+    spent = interleave(ways, rounds, device)
     lines = [f"| one step, one member | {1e3 * typical(spent[OURS]).wall_s:,.4g} | 1 | 1 |"]
     for name, what in (("many", "ours"), ("theirs", "diffusers, as documented")):
         lines.append(
@@ -182,7 +183,7 @@ def many_steps(names: dict[str, str], frames: peers.Pictures, device: torch.devi
             f"{ratio(spent[name], spent[OURS]):.0f} | {ratio(spent[name], spent[OURS], 'cpu_s'):.0f} |"
         )
     return f"""
-One picture's depth, one step against {steps} steps of an ensemble of {members}, in {dtype}:
+One picture's depth, one step against {steps} steps of an ensemble of {members}, in {dtype}; {rounds} rounds:
 
 | | ms | times, wall | times, CPU |
 | --- | ---: | ---: | ---: |
