@@ -33,7 +33,7 @@ from depthmill.pipeline.machine import cores
 from depthmill.pipeline.model import scratch
 
 OUT = Path(__file__).resolve().parent / "length.md"
-DEPTHMILL = [sys.executable, "-c", "from depthmill.cli import main; main()", "label"]
+DEPTHMILL = [sys.executable, "-c", "from depthmill.__main__ import main; main()", "label"]
 OPTIONS = ["--workers", "0", "--threads", "1", "--device", "cpu", "--batch-size", "32", "--labels", "depth"]
 SIDE = 32
 SEGMENT = 64
@@ -138,6 +138,8 @@ def rates(video: Path, after: Sequence[int], turns: int, turn_s: float) -> list[
             now = run.cpu_times()
             wall_s[number] += time.perf_counter() - since_s
             cpu_s[number] += now.user + now.system - used.user - used.system
+            if run.poll() is not None:
+                raise SystemExit(f"the run from frame {begun[number]} on ended within its turns: give more --frames")
     done = [committed(store) for store in stores]
     for run in runs:
         run.send_signal(signal.SIGKILL)

@@ -43,7 +43,7 @@ from depthmill.pipeline.types import MAX_FRAMES, MAX_PIXELS
 STABLE_DIFFUSION_2 = {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}
 
 OUT = Path(__file__).resolve().parent / "startup.md"
-DEPTHMILL = [sys.executable, "-c", "from depthmill.cli import main; main()"]
+DEPTHMILL = [sys.executable, "-c", "from depthmill.__main__ import main; main()"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
