@@ -534,11 +534,13 @@ def evaluate(
         str | None, typer.Option(help="Where x, y and z of the checkpoint's, or the folder's, normals point.")
     ] = None,
     domain: Annotated[
-        str | None, typer.Option(help="Scene, for GeoWizard checkpoints; default: indoor, for sintel outdoor.")
+        str | None, typer.Option(help="Scene, for GeoWizard checkpoints; default: indoor; sintel's normals: outdoor.")
     ] = None,
     processing_resolution: Annotated[
         int | None,
-        typer.Option(help="Longer side in pixels at which the model sees a picture; by default the paper's."),
+        typer.Option(
+            help="Longer side in pixels that the model sees; by default the paper's, with --video CHECKPOINT's."
+        ),
     ] = None,
     batch_size: Annotated[str | None, typer.Option(help="Pictures per forward pass.")] = None,
     device: _Device = None,
