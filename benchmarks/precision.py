@@ -70,11 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         open_checkpoint(options.checkpoint, "depth"),
         open_checkpoint(options.normals_checkpoint, "normals"),
     ]
-    factor = load_heads(checkpoints)[0].factor
-    frames, resolution = (1, 96) if options.quick else (options.frames, checkpoints[0].processing_resolution)
-    pictures = read(options.pictures, frames, resolution, factor).to(device)
-
     folded = {dtype: Specialized(load_heads(checkpoints), device, dtype) for dtype in DTYPES}
+    frames, resolution = (1, 96) if options.quick else (options.frames, checkpoints[0].processing_resolution)
+    pictures = read(options.pictures, frames, resolution, folded[torch.float32].factor).to(device)
 
     def answer(network: Network, dtype: torch.dtype, part: torch.Tensor) -> dict[Modality, torch.Tensor]:
         torch.backends.cudnn.allow_tf32 = dtype != torch.float32  # as labelers have it
