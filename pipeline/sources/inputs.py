@@ -230,19 +230,18 @@ def _in_prefix(prefix: str) -> Iterator[str | SourceError]:
 def _in_folder(folder: Path) -> Iterator[Path]:
     found, error = files_below(folder)
     _tell_unread(folder, [path.name for path in found])
-    if error or any(path.name.lower().endswith(_PICTURE_SUFFIXES) and kind_of(path) == "file" for path in found):
+    if error or any(path.name.lower().endswith(_PICTURE_SUFFIXES) and _is_file(path) for path in found):
         yield folder  # opening it says what could not be listed
-    files = [path for path in found if path.name.lower().endswith(FILE_SUFFIXES) and _is_file(path)]
+    files = [path for path in found if path.name.lower().endswith(FILE_SUFFIXES) and (_is_file(path) or unseen(path))]
     names = {path.as_posix() for path in files} | {path.parent.as_posix() for path in found}
     for path in sorted(files, key=lambda path: natural_key(path.as_posix())):
         if not _is_metadata(path.as_posix(), names):
             yield path
 
 
-def _is_file(path: Path) -> bool:
-    """Whether this is a file, or that cannot be seen: opening it says why."""
-    kind = kind_of(path)
-    return kind == "file" or (not kind and unseen(path) != "")
+def _is_file(path: str | Path) -> bool:
+    """Whether this is a file, or a link that leads nowhere, as when a mount is away: opening it says so."""
+    return kind_of(path) == "file" or (os.path.islink(path) and not (kind_of(path) or unseen(path)))  # noqa: PTH114
 
 
 def _tell_unread(folder: object, names: Sequence[str]) -> None:
@@ -274,7 +273,7 @@ def _matches(pattern: str) -> Iterator[str | Path]:
     for path in found:
         if path.lower().endswith(SUFFIXES) or not os.path.splitext(path)[1]:  # noqa: PTH122 (a Path takes longer)
             _found(os.stat, path, unlisted)
-    files = {path for path in found if path.lower().endswith(SUFFIXES) and kind_of(path) == "file"}
+    files = {path for path in found if path.lower().endswith(SUFFIXES) and _is_file(path)}
     folders = {os.path.join(path, "") for path in found if kind_of(path) == "folder"}  # noqa: PTH118 (keeps the slash)
     given = _outermost(files, folders)
     for path in given:
