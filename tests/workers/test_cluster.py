@@ -115,7 +115,7 @@ def test_other_clusters_are_waited_for(monkeypatch, node):
 @pytest.mark.skipif(not hasattr(worker, "_maybe_modify_runtime_env"), reason="Ray is too old")
 def test_workers_are_not_started_by_uv_run(tmp_path):
     asks = "from depthmill.workers import cluster; print(cluster.worker._maybe_modify_runtime_env(None, False))"
-    (tmp_path / "run").write_text(f"{sys.executable} -c '{asks}'; exit $?")
+    (tmp_path / "run").write_text(f"'{sys.executable}' -c '{asks}'; exit $?")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_UV_RUN_RUNTIME_ENV"}
     command = {"executable": "/bin/sh", "cwd": tmp_path, "env": environment}  # Ray goes by the names of processes
     done = subprocess.run(["uv", "run"], **command, capture_output=True, text=True, timeout=100)

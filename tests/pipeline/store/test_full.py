@@ -53,12 +53,13 @@ print(json.dumps({
 def test_a_disk_that_fills_up(tmp_path):
     """A real one: a tmpfs of a mount namespace of its own, with room for one segment and a half."""
     unshare = [shutil.which("unshare") or "unshare", "-rm", "sh", "-ec"]
-    mount = f"mount -t tmpfs -o size=256k depthmill-test {tmp_path}"
+    mount = f"mount -t tmpfs -o size=256k depthmill-test '{tmp_path}'"
     try:
         subprocess.run([*unshare, mount], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no mount namespaces here: {error}")
-    fill = f'{mount}; head -c 143360 /dev/zero > {tmp_path}/ballast; exec {sys.executable} -c "$FILL" {tmp_path}'
+    ballast = f"head -c 143360 /dev/zero > '{tmp_path}/ballast'"
+    fill = f"{mount}; {ballast}; exec '{sys.executable}' -c \"$FILL\" '{tmp_path}'"
     env = {**os.environ, "FILL": FILL}
     done = subprocess.run([*unshare, fill], capture_output=True, text=True, timeout=100, env=env)
     assert done.returncode == 0, done.stderr
