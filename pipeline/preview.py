@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -137,7 +138,8 @@ def preview(
         smoothed = apply_smoothing(store, {one: datasets[one] for one in _smoothed(store) if one in datasets})
     make_folder(out_dir)
     names = [one for one in store.sources() if one in before] if source_id is None else [source_id]
-    lost = {one: f"it cannot be opened: run `depthmill verify {store.uri}`" for one in names if one not in datasets}
+    check = f"`depthmill verify {quote(store.uri)}`"
+    lost = {one: f"it cannot be opened: run {check}" for one in names if one not in datasets}
     drawn = Drawn([], {**store.damaged, **lost})
     for name in datasets:
         try:
@@ -154,7 +156,7 @@ def preview(
         except RunStoppedError:
             raise
         except Exception as error:  # codecs and libav raise whatever they stumble over
-            why = f"{type(error).__name__}: {error}; `depthmill verify {store.uri}` says whether its labels are damaged"
+            why = f"{type(error).__name__}: {error}; {check} says whether its labels are damaged"
             drawn.left_out[name] = str(error) if isinstance(error, DepthmillError) else why
     return drawn
 

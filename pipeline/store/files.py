@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 from depthmill.pipeline.errors import StoreDamagedError, StoreError, StoreForbiddenError, StoreFullError
@@ -350,8 +351,8 @@ def decoding(uri: str, path: str, what: str = "") -> Iterator[None]:
 def damaged(uri: str, path: str, why: str) -> StoreDamagedError:
     """What to raise of a file or an array of the store at `uri` that is not as it was written."""
     return StoreDamagedError(
-        f"{uri}/{path} is damaged ({why}): run `depthmill verify {uri} --repair`, which mends it or says what does "
-        "not, then the same command again"
+        f"{uri}/{path} is damaged ({why}): run `depthmill verify {quote(uri)} --repair`, which mends it or says what "
+        "does not, then the same command again"
     )
 
 

@@ -306,9 +306,7 @@ class Store:
         try:
             return None if data is None else json.loads(data)
         except ValueError as error:
-            raise StoreDamagedError(
-                f"{self.uri}/{key} is damaged ({error!r}): run `depthmill verify {self.uri} --repair`"
-            ) from error
+            raise damaged(self.uri, key, repr(error)) from error
 
     def remove_if_empty(self) -> None:
         """Remove the store if it is new and has no source, so that a run that could open nothing leaves nothing behind.

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from shlex import quote
 from typing import Any, Literal
 
 import numpy as np
@@ -258,7 +259,7 @@ class Temporal:
             StoreError: Then, with the remedy.
         """
         there = self.attributes()
-        remedy = f"run `depthmill smooth {self.store.uri} --source {self.source_id}`"
+        remedy = f"run `depthmill smooth {quote(self.store.uri)} --source {self.source_id}`"
         if there is None or not self.solved():
             raise StoreError(f"{self.source_id} of {self.store.uri} is not smoothed, or not to the end: {remedy}")
         if self.stale():
@@ -330,7 +331,7 @@ def not_smoothed(store: Store, source_ids: Sequence[str] = ()) -> StoreError:
     among = f" among {', '.join(source_ids[:_NAMED])}{more}" if source_ids else ""
     options = "".join(f" --source {one}" for one in source_ids[:_NAMED])  # which pictures' have to be named by
     return StoreError(
-        f"{store.uri} has no smoothed source{among}: run `depthmill smooth {store.uri}{options}{more and ' …'}`"
+        f"{store.uri} has no smoothed source{among}: run `depthmill smooth {quote(store.uri)}{options}{more and ' …'}`"
     )
 
 
