@@ -228,6 +228,18 @@ def test_pyramid_noise_of_any_shape(shape):
     assert noise.std().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_octaves_of_pyramid_noise_are_enlarged_bilinearly(monkeypatch):
+    """Of ramps, a ramp comes out, but for the borders."""
+
+    def ramp(*shape, **options):
+        shape = shape[0] if len(shape) == 1 else shape
+        return torch.arange(shape[-1], dtype=torch.float32).expand(shape).contiguous()
+
+    monkeypatch.setattr(torch, "randn", ramp)
+    noise = draw_noise("pyramid", (4, 32, 48), generator(0, "", 0, "depth"))
+    assert noise.diff(n=2)[..., 20:28].abs().max() < 1e-5
+
+
 def test_step_counts_that_diffusers_rounds_to_one_more(trained_for):
     """61 trailing steps of 1000 come out as 62, the last at -1, which would be asked as at 999."""
     steps = diffusers.DDIMScheduler(timestep_spacing="trailing")

@@ -141,9 +141,10 @@ def test_depth_gradient_against_differences() -> None:
 def test_slope_loss_of_a_ramp_and_of_a_shift() -> None:
     target = grid(2, 16, 16)
     assert losses.slope_loss(target + 0.7, target) < 1e-5
-    ramp = target + 0.01 * torch.arange(16)
+    ramp = 0.01 * torch.arange(16)
     # A slope of 0.01 a pixel is 0.01, 0.02 and 0.04 a step at the three scales, along one axis.
-    torch.testing.assert_close(losses.slope_loss(ramp, target), torch.tensor(0.07), rtol=1e-4, atol=1e-5)
+    for one in (ramp, -ramp, ramp[:, None], -ramp[:, None]):
+        torch.testing.assert_close(losses.slope_loss(target + one, target), torch.tensor(0.07), rtol=1e-4, atol=1e-5)
 
 
 def unit(degrees: float) -> torch.Tensor:
