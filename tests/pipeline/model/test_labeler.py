@@ -261,6 +261,11 @@ def test_the_backend_in_words(labeler):
     assert labeler.backend == f"cpu ({cpu_kind()}), float32, batches of 8, not compiled"
 
 
+def test_a_network_is_compiled_if_that_is_asked_for(checkpoints):
+    one = Labeler.from_pretrained(checkpoints / "depth", device="cpu", dtype="float32", compile="on")
+    assert one.backend == f"cpu ({cpu_kind()}), float32, batches of 8, compiled"
+
+
 @pytest.mark.parametrize(("resolution", "frames"), [(64, 8), (1024, 4), (4096, 1)])
 def test_a_cpu_s_batches_are_smaller_where_frames_are_large(checkpoints, resolution, frames):
     """The VAE's widest tensor at a frame's own size has 16 channels: 64 MiB of float32 at 1024x1024."""

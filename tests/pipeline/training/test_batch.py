@@ -61,9 +61,10 @@ def ramp(height: int, width: int) -> Batch:
     return Batch(place / 1000, place, torch.ones(1, height, width, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("size", [(12, 16), (48, 64), (60, 80)], ids=str)
+@pytest.mark.parametrize("size", [(12, 16), (48, 64), (60, 80), (16, 64), (48, 16)], ids=str)
 def test_a_cut_takes_truth_from_where_it_takes_colours(size: tuple[int, int]) -> None:
     piece = cut(ramp(48, 64), *size, 1.0, np.random.default_rng(0))
+    assert piece.mask.shape[1:] == size
     apart = (piece.rgb * 1000 - piece.target)[:, :2].mean((2, 3))
     assert apart.abs().max() <= 0.51  # of a pixel: of an even number of pixels none is in the middle
 

@@ -95,6 +95,14 @@ def test_an_autoencoder_is_given_every_other_picture_and_of_the_rest_the_truth(m
     assert torch.equal(shown[0], torch.cat([given.rgb[::2] * 2 - 1, trained.drawn(given)[1:2]]))
 
 
+@pytest.mark.parametrize(("size", "held"), [(0.5, 0), (3, 0.08)])
+def test_latents_of_an_autoencoder_are_held_to_unit_size(monkeypatch, size, held):
+    trained = objective(objective="autoencoder")
+    monkeypatch.setattr(trained, "encode", lambda pictures: torch.full((3, 4, 8, 12), float(size)))
+    got = trained(batch(), torch.Generator())
+    assert (got["loss"] - got["reconstruction"]).item() == pytest.approx(held, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "modality"), [("end_to_end", "depth"), ("end_to_end", "normals"), ("diffusion", "depth")]
 )
