@@ -105,7 +105,7 @@ def main() -> None:
     ]
     text = "\n".join(lines) + "\n"
     print(text)
-    if arguments.depth == "demo" and arguments.scenes == 256:
+    if (arguments.depth, arguments.normals, arguments.scenes) == ("demo", None, 256):
         Path(__file__).with_suffix(".md").write_text(text)
 
 

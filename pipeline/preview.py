@@ -251,6 +251,8 @@ def _draw(view: _View, index: int, row: str, picture: Rgb | None) -> Image.Image
     if "size" in view.dataset:
         height, width = view.dataset["size"][index].values.tolist()
         label = label[:height, :width]
+    if np.isnan(label).all() if label.ndim == 2 else not label.any():  # which is what Zarr makes of a file that is gone
+        raise ValueError(f"frame {index} is labelled, but its {row.replace(chr(10), ' ')} is missing")
     return Image.fromarray(depth_rgb(label, *view.near_far) if label.ndim == 2 else normals_rgb(label))
 
 

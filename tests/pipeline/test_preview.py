@@ -143,6 +143,16 @@ def test_a_pause_is_cut_and_what_cannot_be_drawn_keeps_no_other_from_it(tmp_path
     assert "depthmill verify" in done.left_out[broken]
 
 
+@pytest.mark.parametrize("name", ["depth", "normals"])
+def test_labels_that_are_gone_are_not_drawn_as_blanks(video, tmp_path, name):
+    store = labelled(video, tmp_path / "s")
+    (source,) = store.sources()
+    shutil.rmtree(tmp_path / "s" / source / name / "c")
+    done = preview(store.uri, tmp_path / "out")
+    assert done.files == []
+    assert f"frame 0 is labelled, but its {name} is missing; `depthmill verify" in done.left_out[source]
+
+
 def test_a_video_whose_times_are_gone_is_not_said_to_be_drawn(video, tmp_path):
     store = labelled(video, tmp_path / "s")
     (name,) = store.sources()
