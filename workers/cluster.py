@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -57,7 +58,8 @@ def connect(config: LabelConfig | SmoothConfig) -> Iterator[int]:
     try:
         yield _gpus()
     finally:
-        ray.shutdown()
+        with _sigterm_kept():
+            ray.shutdown()
 
 
 def see_that_it_runs() -> None:
@@ -81,15 +83,15 @@ def see_that_it_runs() -> None:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Keep what SIGTERM does, since Ray replaces it, when it starts, by an exit of its own."""
+    """Keep what SIGTERM does: Ray makes it an exit of its own when it starts, and resets it, in C, when it ends."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     except SystemExit:  # that one
         raise KeyboardInterrupt from None
     finally:
-        if signal.getsignal(signal.SIGTERM) is not handler:
-            signal.signal(signal.SIGTERM, handler)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # also if Python knows of no other
 
 
 def _start(cpus: int) -> None:

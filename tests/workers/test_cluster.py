@@ -1,3 +1,4 @@
+import ctypes
 import os
 import signal
 import subprocess
@@ -58,6 +59,24 @@ def test_each_gpu_has_a_worker_where_cores_are_fewer(monkeypatch, config, cpus):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 4.0})
     with connect(config):
         assert asked["num_cpus"] == cpus
+
+
+def test_sigterm_does_what_it_did_when_ray_has_ended(monkeypatch):
+    """Ray resets it in C, of which Python learns nothing."""
+    in_c = ctypes.CDLL(None).signal
+    in_c.argtypes, in_c.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *args, **options: None)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(ray, "shutdown", lambda: in_c(signal.SIGTERM, None))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        with connect(SmoothConfig()):
+            pass
+        assert in_c(signal.SIGTERM, None), "a handler, not the default"
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_what_else_ray_says_is_not_tried_again(monkeypatch):

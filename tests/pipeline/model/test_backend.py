@@ -159,6 +159,7 @@ def test_auto_compiles_at_once_what_was_compiled_before(checkpoints, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_a_second_process_finds_what_the_first_compiled(checkpoints):
     script = f"""
 import numpy, torch
