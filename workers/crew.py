@@ -100,6 +100,10 @@ class Crew:
         """Labelers that there is room for, at least one."""
         return max(1, self._pool.capacity())
 
+    def name(self, worker: int) -> str:
+        """What it is called."""
+        return self._pool.name(worker)
+
     def hire(self, kind: Kind) -> None:
         """Ask for one more worker."""
         worker = self._pool.start(kind)

@@ -219,7 +219,7 @@ class Doubts:
         failing.faults += 1
         others_do = self._did_s > failing.since_s
         if self._replace and (others_do or (device and failing.faults > _REPLACED_AFTER)) and self._may_replace(worker):
-            self._say(f"{at_fault}: it is replaced")
+            self._say(f"{at_fault}: {self._crew.name(worker)} is replaced")
             self._crew.dismiss(worker)
             self.left(worker)
         elif now_s - max(self._did_s, self._came_s) > PATIENCE_S and all(

@@ -71,7 +71,8 @@ class Loading:
         now_s, most, cause = self._crew.now_s, self._most(), cause_of(event.error)
         lasts = isinstance(cause, StoreClosedError | StoreMismatchError | StoreDamagedError)
         passes = self._could or (isinstance(cause, StoreError) and not lasts)
-        said = f"workers failed {self.failures} times while {doing} ({reason(event.error)})"
+        last = self._crew.name(event.worker)
+        said = f"workers failed {self.failures} times while {doing}, at last {last} ({reason(event.error)})"
         if needed:
             self._alone_s = min(self._alone_s, now_s)
             if not (passes and now_s - self._alone_s < PATIENCE_S):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +44,7 @@ class RayPool:
         self._ended: queue.SimpleQueue[tuple[int, Future[Any]]] = queue.SimpleQueue()
         self._states: dict[int, WorkerState] = {}
         self._asked: dict[int, Any] = {}
-        self._nodes: dict[int, str] = {}
+        self._nodes: dict[int, tuple[str, str]] = {}  # id and name of the machine of each that has said so
         self._started = 0
         self._capacity, self._capacity_s = 0, float("-inf")
 
@@ -92,13 +93,14 @@ class RayPool:
         return self._states.get(worker, WorkerState("starting"))
 
     def name(self, worker: int) -> str:
-        """Its number."""
-        return f"worker {worker}"
+        """Its number and, if there are several, its machine's name; also of one that is gone."""
+        _, host = self._nodes.get(worker, ("", ""))
+        return f"worker {worker} on {host}" if host and len(set(self._nodes.values())) > 1 else f"worker {worker}"
 
     def stop(self, worker: int) -> None:
         """Kill an actor."""
         actor = self._actors.pop(worker, None)
-        for known in (self._calls, self._states, self._asked, self._nodes):
+        for known in (self._calls, self._states, self._asked):
             known.pop(worker, None)
         if actor is not None:
             ray.kill(actor)
@@ -122,7 +124,7 @@ class RayPool:
             return Event(worker, error=error) if error else Event(worker, future.result())
         # A machine that is killed is out of reach long before the cluster notices that it is gone.
         lost = isinstance(error, ActorUnavailableError) or (
-            worker in self._nodes and self._nodes[worker] not in {node["NodeID"] for node in _alive()}
+            worker in self._nodes and self._nodes[worker][0] not in {node["NodeID"] for node in _alive()}
         )
         self.stop(worker)  # one that is out of reach may be alive
         if getattr(error, "actor_init_failed", False):  # its machine could not import it, or what it was given
@@ -161,9 +163,9 @@ def remote(worker: type, **options: Any) -> Any:
 class OnRay:
     """What an actor has beside what it does."""
 
-    def node(self) -> str:
-        """Id of the machine that it is on."""
-        return str(ray.get_runtime_context().get_node_id())
+    def node(self) -> tuple[str, str]:
+        """Id and name of the machine that it is on."""
+        return ray.get_runtime_context().get_node_id(), platform.node()
 
 
 def _alive() -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ def test_workers_that_die_while_they_load_end_the_run():
     pool = SimulatedPool(lambda: 2, labels(ledger))
     place = pool._end_in
     pool._end_in = lambda seconds, worker, outcome: place(seconds, worker, "die" if outcome == "simulated" else outcome)
-    with pytest.raises(RunStoppedError, match="while loading"):
+    with pytest.raises(RunStoppedError, match=r"while loading the model, at last worker \d"):
         drive(pool, ledger)
 
 

@@ -130,11 +130,20 @@ def test_a_cluster_that_has_ended_is_asked_for_nothing(monkeypatch, killed):
     monkeypatch.setattr(ray, "nodes", lambda: pytest.fail("asked, which waits for ever"))
     pool, died = RayPool({}, total("CPU")), Future()
     died.set_exception(ActorDiedError())
-    pool._actors[0], pool._nodes[0] = "the actor", "its machine"
+    pool._actors[0], pool._nodes[0] = "the actor", ("its machine", "its name")
     pool._ended.put((0, died))
     for asked in (pool.capacity, lambda: pool.wait(0.0)):
         with pytest.raises(RunStoppedError, match="gcs_server"):
             asked()
+
+
+def test_workers_are_called_after_their_machines_where_there_are_several(killed):
+    pool = RayPool({}, total("CPU"))
+    pool._nodes.update({0: ("a", "first"), 1: ("a", "first")})
+    assert [pool.name(one) for one in (0, 1, 2)] == ["worker 0", "worker 1", "worker 2"]
+    pool._nodes[2] = ("b", "second")
+    pool.stop(2)
+    assert [pool.name(one) for one in (1, 2, 3)] == ["worker 1 on first", "worker 2 on second", "worker 3"]
 
 
 @pytest.mark.parametrize(("device", "strategy"), [("cpu", "SPREAD"), ("cuda", "DEFAULT")])
