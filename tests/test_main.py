@@ -188,14 +188,23 @@ def test_a_signal_before_the_command_line_is_there_stops_as_any():
     assert (done.returncode, done.stderr) == (130, "depthmill: stopped before it began\n")
 
 
+@pytest.mark.parametrize(
+    "sends",
+    [
+        "atexit.register(send)",
+        "sys.modules['late'] = type('Late', (), {'__del__': lambda self, send=send: send()})()",
+    ],
+    ids=["in a callback", "as modules go"],
+)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_a_signal_that_comes_when_all_is_done_changes_no_status(number):
+def test_a_signal_that_comes_when_all_is_done_changes_no_status(number, sends):
     code = f"""
-        import atexit, os, signal
+        import atexit, functools, os, signal, sys
         from depthmill import __main__, cli
         signal.signal({number.value}, signal.default_int_handler)  # also where it is ignored
+        send = functools.partial(os.kill, os.getpid(), {number.value})
         def done():
-            atexit.register(os.kill, os.getpid(), {number.value})
+            {sends}
             raise SystemExit(cli.SOME_FAILED)
         cli.app = done
         __main__.main()

@@ -62,9 +62,9 @@ def stoppable() -> Iterator[threading.Event]:
 
 
 def end_with(status: int) -> None:
-    """Have a signal that comes when all is done, while libraries are given up, end the process with this exit status.
+    """Have a signal that comes when all is done, while threads and libraries end, end the process with this status.
 
-    That takes torch a second or two, in which Python would make a traceback of Ctrl-C.
+    Python would make a traceback of Ctrl-C.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
