@@ -19,7 +19,7 @@ def stoppable() -> Iterator[threading.Event]:
     """Let SIGINT (Ctrl-C), SIGTERM and SIGHUP (a terminal that closes) end the run alike.
 
     Those that are ignored stay so, as SIGHUP is under nohup, and SIGINT behind a script's `&`. A no-op outside the main
-    thread, where no signal arrives; inside another, that one's event.
+    thread, where no signal arrives; inside another, that one's event, and at the end KeyboardInterrupt if it is set.
 
     The first raises KeyboardInterrupt, and sets the event for the driver: one raised inside a callback of Ray's is lost
     there. Others are ignored for a second, since some come in pairs, while workers are being ended; then one ends the
@@ -31,6 +31,8 @@ def stoppable() -> Iterator[threading.Event]:
         return
     if _entered:
         yield _entered[0]
+        if _entered[0].is_set():  # and was lost, as while Ray is ended: what would follow knows nothing of it
+            raise KeyboardInterrupt
         return
 
     def stop(signum: int, frame: FrameType | None) -> None:

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -66,3 +67,14 @@ def test_a_signal_ends_a_run_unless_it_is_ignored(number):
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, before)
+
+
+def test_a_stop_that_was_lost_within_ends_what_would_follow():
+    """As while `evaluate`'s labelling ends its Ray: it would score all, and end as if nobody had stopped it."""
+
+    def label():
+        with stoppable(), suppress(KeyboardInterrupt):  # as a callback of Ray's does
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), stoppable():
+        label()
